@@ -1,0 +1,176 @@
+"""Compute one universal adversarial perturbation for a classifier from WebDataset shards, on Ray, logged to MLflow.
+
+Without arguments: EfficientNet-Lite0 on the photographs that packages of the `demo` extra carry.
+"""
+
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+
+from uap_dist.classifiers import Classifier, load_classifier
+from uap_dist.compute import ComputeConfig, compute
+from uap_dist.dataset import Dataset, Workers, check_disjoint, classify, fooling_rate, load_dataset
+from uap_dist.demo import write_demo_shards
+from uap_dist.errors import ConfigError
+from uap_dist.fleet import Fleet, FleetConfig, connect
+from uap_dist.fooling import FoolingRate
+from uap_dist.norms import random_perturbation
+from uap_dist.provenance import git_commit, machine, versions
+from uap_dist.report import FinishedRun, save_run
+from uap_dist.shards import expand_patterns
+from uap_dist.terminal import RoundProgress, one_line_errors, raise_on_sigterm, set_up_logging
+from uap_dist.tracking import Tracker
+
+console = Console(soft_wrap=True, highlight=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Compute one universal adversarial perturbation.
+
+    Pixels are RGB values 0..255 at the classifier's input size; every norm, radius and step is in these units.
+    """
+
+    model: str = "efficientnet_lite0"
+    """torchvision/NAME, timm/NAME, efficientnet_lite0|1|2, or your own path/to/file.py:factory or package.module:factory."""
+    weights: str | None = None
+    """File with its weights (.safetensors, or a .pth of tensors). Default: the published ones."""
+    train_shards: tuple[str, ...] = ()
+    """WebDataset tars to compute from: paths or s3://, gs:// URLs; {0000..0009}, * in file names and `::` work.
+    Default: photographs of the packages of the demo extra."""
+    val_shards: tuple[str, ...] = ()
+    """Held-out tars that the fooling rate is reported on; none of them may be among the training ones."""
+    num_train_images: int | None = None
+    """Images to compute from, the first of the shards. Default: all."""
+    num_val_images: int | None = None
+    """Held-out images, the first of the shards. Default: all."""
+    max_bad_fraction: float = 0.01
+    """Share of images (0..1) that may fail to decode before the job fails."""
+    output: Path | None = None
+    """Folder for the results. Default: outputs/<model>-<norm>-seed<seed>-<time>."""
+    experiment: str = "uap_dist"
+    """MLflow experiment; the server is taken from MLFLOW_TRACKING_URI, else mlflow.db in the working directory."""
+    debug: bool = False
+    """Show tracebacks of errors."""
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    fleet: FleetConfig = field(default_factory=FleetConfig)
+
+
+def main() -> None:
+    """Parse, then run inside an MLflow run that ends as the job does."""
+    with one_line_errors(debug="--debug" in sys.argv):
+        options, refusal = _parse()
+        set_up_logging(console, debug=options.debug)
+        with Tracker(experiment=options.experiment) as tracker:
+            if refusal is not None:
+                raise refusal
+            run(options, tracker)
+
+
+def run(options: Options, tracker: Tracker) -> None:
+    """The whole job: connect, load, compute, save, say so."""
+    config = options.compute
+    output = _new_folder(options)
+    classifier = load_classifier(options.model, options.weights)
+    train_urls, val_urls = _shards(options, output)
+    connect()
+    raise_on_sigterm()
+    fleet = Fleet(options.model, options.weights, options.fleet)
+    try:
+        console.print(f"MLflow run {tracker.run_id}; waiting for {fleet.num_workers} workers")
+        fleet.wait()
+        load = {"max_bad_fraction": options.max_bad_fraction}
+        train = load_dataset(fleet, train_urls, num_images=options.num_train_images, **load)
+        val = load_dataset(fleet, val_urls, num_images=options.num_val_images, **load)
+        check_disjoint(train, val)
+        provenance = _provenance(options, classifier, train, val)
+        tracker.log_params(provenance)
+        tracker.log_dataset(train, "training")
+        tracker.log_dataset(val, "held-out")
+        console.print(f"{options.model}, {config.norm} {config.ball_radius:g}, {train.num_examples} training and {val.num_examples} held-out images")
+        started, reports = time.perf_counter(), []
+        with RoundProgress(console, config.max_evaluations) as progress:
+            for report in compute(fleet, train, val, config):
+                tracker.log_round(report)
+                progress.show(report)
+                reports.append(report)
+        seconds = time.perf_counter() - started
+        finished = FinishedRun(reports, _random_rate(fleet, val, config), val, provenance, seconds, tracker.run_id)
+        save_run(output, finished, fleet, classifier.class_names)
+        tracker.log_rate("random", finished.random_rate)
+        tracker.describe(finished.summary())
+        tracker.log_folder(output)
+    finally:
+        fleet.close()
+    console.print(f"\n{finished.summary()}\n\nFiles: {output}\nMLflow: {tracker.how_to_open()}", markup=False)
+
+
+def _parse() -> tuple[Options, ConfigError | None]:
+    """Options; those that cannot be are reported inside an MLflow run, as whoever watches scheduled jobs expects."""
+    try:
+        return tyro.cli(Options, config=(tyro.conf.OmitArgPrefixes,)), None
+    except ConfigError as error:
+        return Options(), error
+
+
+def _new_folder(options: Options) -> Path:
+    name = options.model.replace("/", "-").replace(":", "-").strip(".-")
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    folder = options.output or Path("outputs") / f"{name}-{options.compute.norm}-seed{options.compute.seed}-{stamp}"
+    if (folder / "result.json").exists():
+        raise ConfigError(f"{folder} already holds a result; give another --output")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write to --output {folder}: {error}") from error
+    return folder.resolve()
+
+
+def _shards(options: Options, output: Path) -> tuple[list[str], list[str]]:
+    if not options.train_shards and not options.val_shards:
+        train, val, num_train, num_val = write_demo_shards(output.parent / "demo-shards")
+        console.print(f"no shards given: crops of {num_train} training and {num_val} held-out photographs, a demonstration only")
+        return train, val
+    if not options.train_shards or not options.val_shards:
+        raise ConfigError("give both --train-shards and --val-shards, or neither for the demonstration")
+    train, val = expand_patterns(options.train_shards), expand_patterns(options.val_shards)
+    both = set(train) & set(val)
+    if both:
+        raise ConfigError(f"shard {min(both)} is among both the training and the held-out ones")
+    return train, val
+
+
+def _random_rate(workers: Workers, val: Dataset, config: ComputeConfig) -> FoolingRate:
+    baseline = random_perturbation(val.shape, norm=config.norm, radius=config.ball_radius, seed=config.seed)
+    return fooling_rate(val, classify(workers, val, baseline.numpy()))
+
+
+def _provenance(options: Options, classifier: Classifier, train: Dataset, val: Dataset) -> dict[str, Any]:
+    return {
+        "model": options.model,
+        "weights": options.weights or "published",
+        "weights_digest": classifier.weights_digest,
+        "train_digest": train.digest,
+        "val_digest": val.digest,
+        "train_shards": len(train.shards),
+        "val_shards": len(val.shards),
+        "num_bad_images": len(train.bad) + len(val.bad),
+        "demo": not options.train_shards,
+        **asdict(options.compute),
+        "radius": options.compute.ball_radius,
+        **{f"solver.{key}": value for key, value in asdict(options.compute.solver).items()},
+        **{f"fleet.{key}": value for key, value in asdict(options.fleet).items()},
+        "git_commit": git_commit(),
+        **{f"version.{key}": value for key, value in versions().items()},
+        **{f"machine.{key}": value for key, value in machine().items()},
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""Universal adversarial perturbations of image classifiers, as a distributed batch job.
+
+The names here need neither Ray nor MLflow.
+"""
+
+from uap_dist.classifiers import Classifier, load_classifier
+from uap_dist.compute import ComputeConfig, RoundReport, compute
+from uap_dist.dataset import LocalWorkers, load_dataset
+from uap_dist.deepfool import Increments, deepfool, log_odds_increments
+from uap_dist.errors import UapDistError
+from uap_dist.fooling import FoolingRate
+from uap_dist.norms import measure, project
+from uap_dist.shards import expand_patterns
+from uap_dist.worker import Worker
+
+__all__ = [
+    "Classifier",
+    "ComputeConfig",
+    "FoolingRate",
+    "Increments",
+    "LocalWorkers",
+    "RoundReport",
+    "UapDistError",
+    "Worker",
+    "compute",
+    "deepfool",
+    "expand_patterns",
+    "load_classifier",
+    "load_dataset",
+    "log_odds_increments",
+    "measure",
+    "project",
+]

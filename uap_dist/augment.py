@@ -1,0 +1,26 @@
+"""Random views of training images, drawn for each image by itself."""
+
+from typing import Literal
+
+import numpy as np
+
+Augmentation = Literal["none", "flip", "flip-shift"]
+SHIFT_SHARE = 28  # shifts reach side/28: 8 pixels at 224, 1 at 32
+
+
+def augment(images: np.ndarray, augmentation: Augmentation, rng: np.random.Generator) -> np.ndarray:
+    """N×C×H×W images, each mirrored with probability 1/2 and, for "flip-shift", moved by up to side/28 with its edge repeated.
+
+    Drawn per image because one draw per batch costs a tenth of the fooling rate on EfficientNet-Lite0.
+    """
+    if augmentation == "none":
+        return images
+    flips = rng.random(len(images)) < 0.5
+    views = np.where(flips[:, None, None, None], images[..., ::-1], images)
+    if augmentation == "flip":
+        return views
+    reach = max(1, images.shape[-1] // SHIFT_SHARE)
+    height, width = images.shape[2:]
+    padded = np.pad(views, ((0, 0), (0, 0), (reach, reach), (reach, reach)), mode="edge")
+    corners = rng.integers(0, 2 * reach + 1, size=(len(images), 2))
+    return np.stack([image[:, y : y + height, x : x + width] for image, (y, x) in zip(padded, corners, strict=True)])

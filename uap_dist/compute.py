@@ -1,0 +1,265 @@
+"""The loop over rounds: increments against v on any workers, one reduce, one update, one report."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from uap_dist import update
+from uap_dist.augment import Augmentation
+from uap_dist.dataset import Dataset, Workers, classify, fooling_rate
+from uap_dist.errors import ConfigError
+from uap_dist.fooling import FoolingRate
+from uap_dist.norms import Norm, check_ball, measure
+from uap_dist.schedule import Round, plan_rounds
+from uap_dist.update import Iterate
+from uap_dist.worker import BlockResult, Predictions, Rule, Solver
+
+DEFAULT_PASSES = 10
+EVALUATIONS_PER_LOG_ODDS_SOLVE = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeConfig:
+    """Everything beside data and network that decides the result."""
+
+    norm: Norm = "linf"
+    """Norm of the ball that the perturbation stays in."""
+    radius: float | None = None
+    """Radius of the ball, in pixels (0..255). Default: 10 for linf, 2000 for l2, as in the paper (for 224×224 images)."""
+    rule: Rule = "log-odds"
+    """How increments are computed and summed: one log-odds step an image, or the paper's DeepFool and plain sum."""
+    target_fooling_rate: float = 1.0
+    """Stop after a pass that fools this share of the training images (0..1)."""
+    max_passes: int | None = None
+    """Passes over the training images at most. Default: 10, or no limit where --max-evaluations is given."""
+    max_evaluations: int | None = None
+    """Network evaluations at most (one image once forward or backward; clean labels of the training images count,
+    reports do not). The paper's rule, whose costs are not known beforehand, starts no round once they are spent."""
+    evaluate_every: int = 1
+    """Passes between two measurements of the fooling rates on all training and held-out images; the end is always measured."""
+    candidates: int | None = None
+    """Paper's rule: classes that DeepFool looks at, the clean label included. Default 10."""
+    gain: float | None = None
+    """Paper's rule: factor on the summed increments of a round. Default 1, the paper."""
+    margin: float | None = None
+    """Log-odds rule: how far beyond the boundary a step aims, in logits. Default 500."""
+    step_size: float | None = None
+    """Log-odds rule: size of the first step, in pixels (root mean square for l2). Default: see update.default_step_size."""
+    augment: Augmentation | None = None
+    """Log-odds rule: random views of the training images, drawn per image. Default flip."""
+    round_size: int = 25
+    """Training images in a round: solved against one v, reduced once. Part of the result; never derived from the fleet."""
+    block_size: int = 25
+    """Training images solved together by one worker; divides the round size. Part of the result."""
+    seed: int = 0
+    """Of the order of images and of their random views."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be, and say what to give instead."""
+        if self.rule not in get_args(Rule):
+            raise ConfigError(f"rule is {self.rule!r}; it must be one of {', '.join(get_args(Rule))}")
+        check_ball(self.norm, self.ball_radius)
+        if not 0 < self.target_fooling_rate <= 1:
+            raise ConfigError(f"target fooling rate is {self.target_fooling_rate}; it must lie in (0, 1]")
+        for name in ("max_passes", "max_evaluations", "evaluate_every", "gain", "step_size"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name.replace('_', ' ')} is {value}; it must be positive")
+        foreign = ("candidates", "gain") if self.rule == "log-odds" else ("margin", "step_size", "augment")
+        for name in foreign:
+            if getattr(self, name) is not None:
+                raise ConfigError(f"{name.replace('_', ' ')} does not belong to rule {self.rule}; leave it out")
+        if self.seed < 0:
+            raise ConfigError(f"seed is {self.seed}; it must not be negative")
+
+    @property
+    def ball_radius(self) -> float:
+        """Radius in pixels, with the norm's default."""
+        return self.radius if self.radius is not None else {"linf": 10.0, "l2": 2000.0}.get(self.norm, 0.0)
+
+    @property
+    def solver(self) -> Solver:
+        """What the workers need to know, defaults filled in."""
+        return Solver(
+            rule=self.rule,
+            augmentation="none" if self.rule == "paper" else self.augment or "flip",
+            margin=self.margin if self.margin is not None else update.MARGIN,
+            candidates=self.candidates or 10,
+            max_iterations=10,
+            overshoot=0.02,
+        )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Predictions under the perturbation as it would be delivered now, and their fooling rates."""
+
+    train: FoolingRate
+    val: FoolingRate
+    val_predictions: Predictions
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """One committed round.
+
+    Attributes:
+        round_number, pass_number: of this round, from 0.
+        num_rounds: planned; None where the paper's rule is bounded by evaluations alone.
+        fooling: on the round's images, before it, under the iterate that they were solved against.
+        perturbation: C×H×W float32, pixels: what would be delivered now.
+        iterate_l2, iterate_linf: norms of v after the round, pixels.
+        step: step size in pixels, or the paper's gain.
+        num_solves, num_evaluations: since the start.
+        mean_increment_norm: mean ‖Δ‖2 over the images that got an increment, pixels; 0 where none did.
+        solved_share: fooled after their increment, of the round's images; None where nobody looked.
+        seconds: this round took, without evaluation.
+        evaluation: after a pass and at the end.
+    """
+
+    round_number: int
+    pass_number: int
+    num_rounds: int | None
+    fooling: FoolingRate
+    perturbation: Tensor
+    iterate_l2: float
+    iterate_linf: float
+    step: float
+    num_solves: int
+    num_evaluations: int
+    mean_increment_norm: float
+    solved_share: float | None
+    seconds: float
+    evaluation: Evaluation | None = None
+
+
+@dataclass(frozen=True)
+class State:
+    """All that one round hands to the next."""
+
+    iterate: Iterate
+    num_rounds: int = 0
+    num_solves: int = 0
+    num_evaluations: int = 0
+
+
+def compute(workers: Workers, train: Dataset, val: Dataset, config: ComputeConfig) -> Iterator[RoundReport]:
+    """Rounds until the target, the passes or the evaluations are reached; the last report carries an evaluation.
+
+    The result depends on data, network, config and seed only, not on the workers.
+
+    Raises:
+        ConfigError: fewer training images than a block, a budget below one round, or datasets of different shapes.
+    """
+    if train.shape != val.shape:
+        raise ConfigError(f"training images have shape {train.shape}, held-out ones {val.shape}; they must have one")
+    planned = count_rounds(train.sizes, config)
+    state = State(Iterate.zero(train.shape), num_evaluations=train.num_examples)  # the clean labels are paid for
+    for round_ in _plan(train.sizes, config):
+        state, report = run_round(workers, train, round_, state, config, planned)
+        ends = state.num_rounds == planned or _is_spent(state, config)
+        if ends or (round_.ends_pass and (round_.pass_number + 1) % config.evaluate_every == 0):
+            report = replace(report, evaluation=evaluate(workers, train, val, report.perturbation))
+        yield report
+        if ends or (report.evaluation and report.evaluation.train.rate >= config.target_fooling_rate):
+            return
+
+
+def run_round(
+    workers: Workers, train: Dataset, round_: Round, state: State, config: ComputeConfig, planned: int | None
+) -> tuple[State, RoundReport]:
+    """Solve the round's blocks against the state's v, sum in block order, update, project."""
+    started = time.perf_counter()
+    tasks = [
+        train.examples(block.shard, block.examples, seed=(config.seed, round_.number, number))
+        for number, block in enumerate(round_.blocks)
+    ]
+    results: list[BlockResult] = workers.map("solve", tasks, state.iterate.v.float().numpy(), config.solver)
+    total = torch.zeros_like(state.iterate.v)
+    for result in results:
+        total += torch.from_numpy(result.total)
+    iterate, step = _update(state.iterate, total, round_.number, planned, config)
+    state = State(
+        iterate,
+        num_rounds=round_.number + 1,
+        num_solves=state.num_solves + round_.num_examples,
+        num_evaluations=state.num_evaluations + sum(result.num_evaluations for result in results),
+    )
+    num_increments = sum(result.num_increments for result in results)
+    solved = [result.num_solved for result in results if result.num_solved is not None]
+    return state, RoundReport(
+        round_number=round_.number,
+        pass_number=round_.pass_number,
+        num_rounds=planned,
+        fooling=FoolingRate(sum(result.num_fooled for result in results), round_.num_examples),
+        perturbation=_deliver(iterate, config),
+        iterate_l2=measure(iterate.v, "l2"),
+        iterate_linf=measure(iterate.v, "linf"),
+        step=step,
+        num_solves=state.num_solves,
+        num_evaluations=state.num_evaluations,
+        mean_increment_norm=sum(result.sum_increment_norms for result in results) / max(1, num_increments),
+        solved_share=sum(solved) / round_.num_examples if solved else None,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def evaluate(workers: Workers, train: Dataset, val: Dataset, perturbation: Tensor) -> Evaluation:
+    """Fooling rates of v (C×H×W, pixels) on all training and held-out images."""
+    v = perturbation.numpy()
+    predictions = classify(workers, val, v)
+    return Evaluation(fooling_rate(train, classify(workers, train, v)), fooling_rate(val, predictions), predictions)
+
+
+def count_rounds(shard_sizes: Sequence[int], config: ComputeConfig) -> int | None:
+    """Rounds that passes and evaluations allow; None where the paper's rule is bounded by evaluations alone.
+
+    Raises:
+        ConfigError: no round at all.
+    """
+    passes = config.max_passes or (None if config.max_evaluations else DEFAULT_PASSES)
+    budget = config.max_evaluations if config.rule == "log-odds" else None
+    if passes is None and budget is None:
+        return None
+    spent, rounds = sum(shard_sizes), 0
+    for round_ in _plan(shard_sizes, config):
+        spent += EVALUATIONS_PER_LOG_ODDS_SOLVE * round_.num_examples
+        if round_.pass_number == passes or (budget is not None and spent > budget):
+            break
+        rounds += 1
+    if rounds == 0:
+        raise ConfigError(
+            f"{budget} evaluations (--max-evaluations) do not pay for the clean labels of {sum(shard_sizes)} training "
+            f"images and one round; give at least {spent}"
+        )
+    return rounds
+
+
+def _plan(shard_sizes: Sequence[int], config: ComputeConfig) -> Iterator[Round]:
+    return plan_rounds(shard_sizes, seed=config.seed, round_size=config.round_size, block_size=config.block_size)
+
+
+def _is_spent(state: State, config: ComputeConfig) -> bool:
+    return config.max_evaluations is not None and state.num_evaluations >= config.max_evaluations
+
+
+def _update(
+    iterate: Iterate, total: Tensor, round_number: int, planned: int | None, config: ComputeConfig
+) -> tuple[Iterate, float]:
+    ball = {"norm": config.norm, "radius": config.ball_radius}
+    if config.rule == "paper":
+        gain = config.gain or 1.0
+        return update.paper_update(iterate, total, gain=gain, **ball), gain
+    assert planned is not None
+    start = config.step_size or update.default_step_size(num_values=total.numel(), num_rounds=planned, **ball)
+    step = update.cosine(start, round_number, planned)
+    return update.log_odds_update(iterate, total, step_size=step, **ball), step
+
+
+def _deliver(iterate: Iterate, config: ComputeConfig) -> Tensor:
+    v = iterate.v if config.rule == "paper" else update.finish(iterate.v, norm=config.norm, radius=config.ball_radius)
+    return v.float()

@@ -1,0 +1,193 @@
+"""Shards as the driver knows them: keys, truths and clean predictions, never images."""
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from uap_dist.errors import ConfigError, ShardError
+from uap_dist.fooling import FoolingRate
+from uap_dist.worker import Examples, Predictions, ShardListing, Worker
+
+CLASSIFY_SIZE = 50  # examples in one forward; fixed, because the bits of a logit depend on the batch
+
+logger = logging.getLogger(__name__)
+
+
+class Workers(Protocol):
+    """Any workers: in this process (`LocalWorkers`) or Ray's (fleet.Fleet)."""
+
+    num_workers: int
+
+    def map(self, method: str, tasks: Sequence[Examples], *shared: Any) -> list[Any]:
+        """Worker.method(task, *shared) for each task, in the order of the tasks."""
+        ...
+
+
+class LocalWorkers:
+    """One worker in this process: for notebooks and tests."""
+
+    num_workers = 1
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+
+    def map(self, method: str, tasks: Sequence[Examples], *shared: Any) -> list[Any]:
+        """See Workers."""
+        return [getattr(self._worker, method)(task, *shared) for task in tasks]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The examples of one shard that take part."""
+
+    url: str
+    digest: str
+    num_bytes: int
+    keys: tuple[str, ...]
+    truths: np.ndarray
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Examples with their clean predictions, in shard order.
+
+    Attributes:
+        shards: in the order given.
+        shape: C×H×W of an image.
+        bad: images that were left out, as "url: key: reason".
+        clean: what the classifier says of the images unperturbed.
+    """
+
+    shards: tuple[Shard, ...]
+    shape: tuple[int, ...]
+    bad: tuple[str, ...]
+    clean: Predictions
+
+    @property
+    def num_examples(self) -> int:
+        """Examples in all shards."""
+        return len(self.clean.labels)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Examples of each shard."""
+        return [len(shard.keys) for shard in self.shards]
+
+    @property
+    def keys(self) -> list[str]:
+        """Of all examples."""
+        return [key for shard in self.shards for key in shard.keys]
+
+    @property
+    def truths(self) -> np.ndarray:
+        """Class indices of the data, of all examples."""
+        return np.concatenate([shard.truths for shard in self.shards])
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the shards' digests and the keys that take part."""
+        digest = hashlib.sha256()
+        for shard in self.shards:
+            digest.update(f"{shard.digest} {' '.join(shard.keys)}\n".encode())
+        return digest.hexdigest()
+
+    def examples(self, shard: int, indices: Sequence[int], seed: tuple[int, ...] = ()) -> Examples:
+        """A task for those examples of a shard, with their clean labels."""
+        start = sum(self.sizes[:shard])
+        chosen = self.shards[shard]
+        return Examples(
+            shard=chosen.url,
+            digest=chosen.digest,
+            keys=tuple(chosen.keys[i] for i in indices),
+            labels=tuple(int(self.clean.labels[start + i]) for i in indices),
+            seed=seed,
+        )
+
+
+def load_dataset(
+    workers: Workers, urls: Sequence[str], *, num_images: int | None = None, max_bad_fraction: float = 0.01
+) -> Dataset:
+    """Have the workers decode shards until there are enough images, and classify them.
+
+    Args:
+        workers: who reads them.
+        urls: of the shards, as `expand_patterns` gives them.
+        num_images: the first so many are taken; None takes all.
+        max_bad_fraction: share of samples that may be no images.
+
+    Raises:
+        ShardError: a shard that cannot be used, or too many bad images.
+        ConfigError: fewer images than asked for.
+    """
+    listings = list(_list_shards(workers, urls, num_images))
+    bad = tuple(f"{url}: {complaint}" for url, listing in listings for complaint in listing.bad)
+    num_samples = len(bad) + sum(len(listing.keys) for _, listing in listings)
+    if len(bad) > max_bad_fraction * num_samples:
+        raise ShardError(
+            f"{len(bad)} of {num_samples} images cannot be decoded, more than the allowed share {max_bad_fraction} "
+            f"(--max-bad-fraction); the first: {bad[0]}"
+        )
+    for complaint in bad:
+        logger.warning("left out an image that cannot be decoded: %s", complaint)
+    shards = tuple(_take(listings, num_images))
+    found = sum(len(shard.keys) for shard in shards)
+    if found < (num_images or 1):
+        raise ConfigError(f"asked for {num_images or 1} images, but the {len(urls)} shards from {urls[0]} hold {found}")
+    shapes = {listing.shape for _, listing in listings if listing.keys}
+    if len(shapes) > 1:
+        raise ShardError(f"shards hold images of different sizes {sorted(shapes)}; give shards with images of one size")
+    dataset = Dataset(shards, shapes.pop(), bad, Predictions(np.full(found, -1), np.zeros(found, np.float32)))
+    clean = classify(workers, dataset, np.zeros(dataset.shape, np.float32))
+    return Dataset(shards, dataset.shape, bad, clean)
+
+
+def classify(workers: Workers, dataset: Dataset, perturbation: np.ndarray) -> Predictions:
+    """Predictions of every example of the dataset under v (C×H×W float32, pixels)."""
+    tasks = [
+        dataset.examples(shard, range(size)[start : start + CLASSIFY_SIZE])
+        for shard, size in enumerate(dataset.sizes)
+        for start in range(0, size, CLASSIFY_SIZE)
+    ]
+    parts: list[Predictions] = workers.map("classify", tasks, perturbation)
+    return Predictions(np.concatenate([p.labels for p in parts]), np.concatenate([p.confidences for p in parts]))
+
+
+def fooling_rate(dataset: Dataset, perturbed: Predictions) -> FoolingRate:
+    """Of predictions under a perturbation against the clean ones."""
+    return FoolingRate(int((perturbed.labels != dataset.clean.labels).sum()), dataset.num_examples)
+
+
+def check_disjoint(train: Dataset, val: Dataset) -> None:
+    """Raise ShardError if a shard, by its content, is among both."""
+    held_out = {shard.digest: shard.url for shard in val.shards}
+    for shard in train.shards:
+        if shard.digest in held_out:
+            raise ShardError(f"shard {shard.url} is also among the held-out ones ({held_out[shard.digest]})")
+
+
+def _list_shards(
+    workers: Workers, urls: Sequence[str], num_images: int | None
+) -> Iterator[tuple[str, ShardListing]]:
+    """Load shards in waves of as many as there are workers, until the images suffice."""
+    found = 0
+    for start in range(0, len(urls), workers.num_workers):
+        if num_images is not None and found >= num_images:
+            return
+        wave = urls[start : start + workers.num_workers]
+        for url, listing in zip(wave, workers.map("load", [Examples(url) for url in wave]), strict=True):
+            if num_images is None or found < num_images:
+                yield url, listing
+            found += len(listing.keys)
+
+
+def _take(listings: Sequence[tuple[str, ShardListing]], num_images: int | None) -> Iterator[Shard]:
+    room = num_images if num_images is not None else sum(len(listing.keys) for _, listing in listings)
+    for url, listing in listings:
+        keys = listing.keys[:room]
+        room -= len(keys)
+        if keys:
+            yield Shard(url, listing.digest, listing.num_bytes, keys, listing.truths[: len(keys)])

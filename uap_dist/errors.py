@@ -1,0 +1,33 @@
+"""What can go wrong, as one tree: each message says what was wrong, where, and what to do.
+
+UapDistError
+├── ConfigError (also ValueError)   an option or argument that cannot be
+├── ClassifierError                 a network or weights file that cannot be used
+├── ShardError                      a shard or image that cannot be read
+├── WorkerLostError                 the fleet cannot be placed, or a block kills its workers
+└── TrackingError                   the tracking server does not answer
+"""
+
+
+class UapDistError(Exception):
+    """Base of everything that the package raises on purpose."""
+
+
+class ConfigError(UapDistError, ValueError):
+    """An option or argument has a value that it cannot have."""
+
+
+class ClassifierError(UapDistError):
+    """A network or its weights cannot be found, do not match, or are not a classifier."""
+
+
+class ShardError(UapDistError):
+    """A shard is missing, empty, cut short, or holds too many images that are none."""
+
+
+class WorkerLostError(UapDistError):
+    """Workers cannot be placed, or a block was given up after killing several."""
+
+
+class TrackingError(UapDistError):
+    """The MLflow tracking server does not answer."""

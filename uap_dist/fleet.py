@@ -1,0 +1,226 @@
+"""Workers as Ray actors: placement, dispatch, and what happens when one is lost. The only module that imports Ray."""
+
+import os
+
+if "RAY_ADDRESS" not in os.environ:
+    # Ray reads these on import. The first, despite its name, is what makes a local Ray listen on loopback only.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from uap_dist.errors import ConfigError, WorkerLostError
+from uap_dist.worker import Examples, Worker, make_worker
+
+MAX_LOSSES_PER_TASK = 3
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FleetConfig:
+    """Who computes; nothing of it changes the result but the number of threads."""
+
+    num_workers: int | None = None
+    """Workers. Default: one per GPU of the cluster, or one per `threads_per_worker` CPUs where there is none."""
+    threads_per_worker: int = 1
+    """CPU threads of each worker (and CPUs that it takes from the cluster). The bits of the result may depend on it."""
+    cache_gib: float = 4.0
+    """Decoded images that each worker keeps in memory at most, in GiB; the rest is read again when it is needed."""
+    placement_timeout_s: float = 60.0
+    """Seconds to wait for the cluster to place all workers."""
+    task_timeout_s: float = 900.0
+    """Seconds after which a worker that does not answer is taken for lost, and its block given to another."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be."""
+        for name in ("num_workers", "threads_per_worker", "cache_gib", "placement_timeout_s", "task_timeout_s"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name.replace('_', ' ')} is {value}; it must be positive")
+
+
+class _Actor:
+    """A worker behind Ray; it starts in a method so that what goes wrong comes back as it was raised."""
+
+    def start(self, model: str, weights: str | None, cache_bytes: int, num_threads: int) -> None:
+        self._worker: Worker = make_worker(model, weights, cache_bytes=cache_bytes, num_threads=num_threads)
+
+    def call(self, method: str, task: Examples, *shared: Any) -> Any:
+        return getattr(self._worker, method)(task, *shared)
+
+
+@dataclass(eq=False)
+class _Member:
+    """An actor, and the shards that it has read."""
+
+    actor: ActorHandle
+    shards: set[str] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a running call computes: a task by its index, or a start (None)."""
+
+    member: _Member
+    task: int | None
+    deadline: float
+
+
+def connect() -> None:
+    """Join the cluster of RAY_ADDRESS (as in a submitted job), else start a Ray of our own on loopback.
+
+    Raises:
+        ConfigError: the cluster does not answer.
+    """
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS", "local")
+    options = {"include_dashboard": False} if address == "local" else {}
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"cannot join the Ray cluster at {address} (RAY_ADDRESS): {error}") from error
+
+
+class Fleet:
+    """Workers with one classifier on a connected Ray; see dataset.Workers."""
+
+    def __init__(self, model: str, weights: str | None, config: FleetConfig) -> None:
+        """Ask Ray for the workers; `wait` waits for them."""
+        self._config = config
+        resources = ray.cluster_resources()
+        self._num_gpus = 1 if resources.get("GPU", 0) >= 1 else 0
+        fitting = resources.get("GPU", 0) if self._num_gpus else resources.get("CPU", 0) // config.threads_per_worker
+        self.num_workers = config.num_workers or max(1, int(fitting))
+        self.num_lost = 0
+        self._start_args = (model, weights, int(config.cache_gib * 2**30), config.threads_per_worker)
+        self._idle: list[_Member] = []
+        self._running: dict[ray.ObjectRef, _Call] = {}
+        for _ in range(self.num_workers):
+            self._start_member()
+
+    def wait(self) -> None:
+        """Return when every worker has its classifier.
+
+        Raises:
+            WorkerLostError: Ray cannot place them in time.
+            UapDistError: what a worker raised when it loaded the classifier.
+        """
+        deadline = time.monotonic() + self._config.placement_timeout_s
+        while self._running:
+            if time.monotonic() > deadline:
+                raise WorkerLostError(self._placement_complaint())
+            self._collect([], {}, Counter(), wait_s=1.0)
+
+    def map(self, method: str, tasks: Sequence[Examples], *shared: Any) -> list[Any]:
+        """Worker.method(task, *shared) for each task, in the order of the tasks, through the loss of workers.
+
+        Raises:
+            WorkerLostError: a task whose workers were lost three times, or no worker left and none to be had.
+            Exception: what a worker raised; that is no lost worker, and not tried again.
+        """
+        refs = [ray.put(value) for value in shared]
+        results: dict[int, Any] = {}
+        losses: Counter[int] = Counter()
+        waiting = list(range(len(tasks)))
+        last_member = time.monotonic()
+        while len(results) < len(tasks):
+            for member, task in self._assign(waiting, tasks):
+                waiting.remove(task)
+                member.shards.add(tasks[task].shard)
+                self._run(member, task, member.actor.call.remote(method, tasks[task], *refs))
+            waiting += self._collect(tasks, results, losses, wait_s=1.0)
+            if self._idle or any(call.task is not None for call in self._running.values()):
+                last_member = time.monotonic()
+            elif time.monotonic() > last_member + self._config.placement_timeout_s:
+                raise WorkerLostError(f"all workers were lost; {self._placement_complaint()}")
+        return [results[i] for i in range(len(tasks))]
+
+    def close(self) -> None:
+        """End all workers."""
+        for member in [*self._idle, *(call.member for call in self._running.values())]:
+            ray.kill(member.actor)
+        self._idle, self._running = [], {}
+
+    def _start_member(self) -> None:
+        actor_class = ray.remote(num_cpus=self._config.threads_per_worker, num_gpus=self._num_gpus, max_restarts=0)(_Actor)
+        member = _Member(actor_class.remote())
+        # no deadline: a worker that waits for its place is not lost
+        self._running[member.actor.start.remote(*self._start_args)] = _Call(member, None, float("inf"))
+
+    def _run(self, member: _Member, task: int, ref: ray.ObjectRef) -> None:
+        self._idle.remove(member)
+        self._running[ref] = _Call(member, task, time.monotonic() + self._config.task_timeout_s)
+
+    def _assign(self, waiting: Sequence[int], tasks: Sequence[Examples]) -> list[tuple[_Member, int]]:
+        """Idle workers and tasks for them: first those whose shard they have read, then any."""
+        idle, left, pairs = list(self._idle), [], []
+        for task in waiting:
+            member = next((member for member in idle if tasks[task].shard in member.shards), None)
+            if member is None:
+                left.append(task)
+            else:
+                idle.remove(member)
+                pairs.append((member, task))
+        return pairs + list(zip(idle, left, strict=False))
+
+    def _collect(
+        self, tasks: Sequence[Examples], results: dict[int, Any], losses: Counter[int], *, wait_s: float
+    ) -> list[int]:
+        """Wait for the next answer, keep it, and return the tasks whose workers were lost."""
+        done, _ = ray.wait(list(self._running), num_returns=1, timeout=wait_s)
+        overdue = [ref for ref, call in self._running.items() if time.monotonic() > call.deadline]
+        lost = []
+        for ref in {*done, *overdue}:
+            call = self._running.pop(ref)
+            try:
+                result = ray.get(ref, timeout=0)
+            except RayTaskError as error:
+                self._idle.append(call.member)
+                raise error.cause if isinstance(error.cause, Exception) else error from None
+            except RayError as error:  # lost, out of memory, or no answer in time
+                lost += self._bury(call, error, tasks, losses)
+                continue
+            self._idle.append(call.member)
+            if call.task is not None:
+                results[call.task] = result
+        return lost
+
+    def _bury(self, call: _Call, error: RayError, tasks: Sequence[Examples], losses: Counter[int]) -> list[int]:
+        """Replace a lost worker; its task, if it had one, is to be done again."""
+        ray.kill(call.member.actor)
+        self.num_lost += 1
+        self._start_member()
+        reason = "died" if isinstance(error, RayActorError) else type(error).__name__
+        if call.task is None:
+            logger.warning("a worker was lost while it started (%s); another one starts", reason)
+            return []
+        losses[call.task] += 1
+        task = tasks[call.task]
+        logger.warning("a worker was lost (%s); its %d examples of %s go to another", reason, len(task.keys), task.shard)
+        if losses[call.task] >= MAX_LOSSES_PER_TASK:
+            raise WorkerLostError(
+                f"{MAX_LOSSES_PER_TASK} workers were lost over the same examples of {task.shard}: "
+                f"{', '.join(task.keys[:5])}{', …' * (len(task.keys) > 5)}; look at memory (--cache-gib, --block-size) and at these images"
+            )
+        return [call.task]
+
+    def _placement_complaint(self) -> str:
+        total = ray.cluster_resources()
+        placed = len(self._idle) + sum(call.task is not None for call in self._running.values())
+        wanted = f"{self._config.threads_per_worker} CPU" + (f" and {self._num_gpus} GPU" if self._num_gpus else "")
+        return (
+            f"the cluster placed {placed} of {self.num_workers} workers of {wanted} each in {self._config.placement_timeout_s:g} s; "
+            f"it has {total.get('CPU', 0):g} CPU and {total.get('GPU', 0):g} GPU; give fewer (--num-workers) or longer "
+            "(--placement-timeout-s)"
+        )

@@ -1,0 +1,38 @@
+"""Where a result comes from: versions, commit, machine."""
+
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "ray", "mlflow", "webdataset", "pyarrow", "timm")
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package, Python and the libraries that are installed."""
+    found = {"python": platform.python_version(), "uap_dist": version("uap-dist")}
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str:
+    """Commit of the checkout that the package runs from, "+changes" where files differ from it; "unknown" outside one."""
+    folder = Path(__file__).parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True).stdout
+        changes = subprocess.run(["git", "status", "--porcelain"], cwd=folder, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit.strip() + ("+changes" if changes else "")
+
+
+def machine() -> dict[str, str]:
+    """What the bits may depend on: kind of device and CPU instruction set."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {"device": device, "cpu_capability": torch.backends.cpu.get_cpu_capability()}

@@ -1,0 +1,196 @@
+"""What a run leaves as files: the perturbation, pictures, the curve, the table of held-out examples."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from uap_dist.compute import RoundReport
+from uap_dist.dataset import Dataset, Workers
+from uap_dist.fooling import FoolingRate
+from uap_dist.norms import measure
+from uap_dist.shards import UNKNOWN_CLASS
+from uap_dist.worker import Predictions
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+NUM_PICTURED = 8
+NUM_CSV_ROWS = 100
+PERTURBATION_FILE = "perturbation.safetensors"
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """Fooling rates after so many network evaluations."""
+
+    num_evaluations: int
+    train: FoolingRate
+    val: FoolingRate
+
+
+def save_perturbation(folder: Path, perturbation: Tensor, provenance: Mapping[str, Any]) -> None:
+    """Write v (C×H×W float32, pixels) under the name "perturbation", its provenance as JSON in the file's metadata."""
+    metadata = {"provenance": json.dumps(provenance, sort_keys=True), "unit": "pixels 0..255, RGB, C×H×W"}
+    save_file({"perturbation": perturbation.contiguous()}, folder / PERTURBATION_FILE, metadata=metadata)
+
+
+def save_pictures(folder: Path, perturbation: Tensor) -> None:
+    """v as pictures: stretched to the full range, and at true scale on grey."""
+    v = perturbation.numpy().transpose(1, 2, 0)
+    largest = max(float(np.abs(v).max()), 1e-12)
+    for name, scale in (("perturbation-stretched.png", 127 / largest), ("perturbation-true-scale.png", 1.0)):
+        Image.fromarray(np.clip(np.rint(128 + scale * v), 0, 255).astype(np.uint8)).save(folder / name)
+
+
+def save_curve(folder: Path, points: Sequence[CurvePoint], random_rate: FoolingRate) -> None:
+    """Fooling rate against network evaluations, training and held-out, with 95 % intervals and the random baseline."""
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    evaluations = [point.num_evaluations for point in points]
+    for name, rates, colour in (
+        ("training", [point.train for point in points], "tab:gray"),
+        ("held-out", [point.val for point in points], "tab:blue"),
+    ):
+        axes.plot(evaluations, [r.rate for r in rates], marker="o", color=colour, label=f"{name} ({rates[-1].num_examples} images)")
+        axes.fill_between(evaluations, [r.interval[0] for r in rates], [r.interval[1] for r in rates], color=colour, alpha=0.2, lw=0)
+    axes.axhline(random_rate.rate, color="tab:red", ls="--", label=f"random, same norm ({random_rate.num_examples} held-out images)")
+    axes.set(xlabel="network evaluations", ylabel="fooling rate", ylim=(0, 1), title="Fooling rate, 95 % Wilson intervals")
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(folder / "fooling-rate.png", dpi=130)
+    plt.close(figure)
+
+
+def save_table(folder: Path, dataset: Dataset, perturbed: Predictions, class_names: Sequence[str]) -> None:
+    """One row for each held-out example as Parquet (and the first as CSV): key, truth, labels and confidences before and after."""
+    truths = [None if truth == UNKNOWN_CLASS else int(truth) for truth in dataset.truths]
+    columns = {
+        "key": dataset.keys,
+        "truth": pa.array(truths, pa.int64()),
+        "clean_label": dataset.clean.labels,
+        "perturbed_label": perturbed.labels,
+        "clean_confidence": dataset.clean.confidences,
+        "perturbed_confidence": perturbed.confidences,
+        "is_fooled": dataset.clean.labels != perturbed.labels,
+        "clean_name": [label_name(label, class_names) for label in dataset.clean.labels],
+        "perturbed_name": [label_name(label, class_names) for label in perturbed.labels],
+    }
+    table = pa.table(columns)
+    pq.write_table(table, folder / "held-out-examples.parquet")
+    # MLflow's page shows CSV but not Parquet
+    pyarrow.csv.write_csv(table.slice(0, NUM_CSV_ROWS), folder / "held-out-examples-first-rows.csv")
+
+
+def save_grid(
+    folder: Path, pixels: np.ndarray, perturbation: Tensor, clean: Sequence[str], perturbed: Sequence[str]
+) -> None:
+    """Images (N×C×H×W uint8) above themselves perturbed, with the labels before and after."""
+    shown = np.clip(np.rint(pixels + perturbation.numpy()), 0, 255).astype(np.uint8)
+    figure, axes = plt.subplots(2, len(pixels), figsize=(1.9 * len(pixels), 4.6), layout="constrained", squeeze=False)
+    for row, (images, names) in enumerate(((pixels, clean), (shown, perturbed))):
+        for axis, image, name, before in zip(axes[row], images, names, clean, strict=True):
+            axis.imshow(image.transpose(1, 2, 0))
+            axis.set_title(_shorten(name), fontsize=9, color="black" if name == before else "tab:red")
+            axis.set_axis_off()
+    figure.suptitle("held-out images: clean above, perturbed below (red: label changed)", fontsize=10)
+    figure.savefig(folder / "examples.png", dpi=130)
+    plt.close(figure)
+
+
+def label_name(label: int, class_names: Sequence[str]) -> str:
+    """The class's name, or its index where names are not known."""
+    return class_names[label] if class_names else str(label)
+
+
+def _shorten(name: str) -> str:
+    return name if len(name) <= 22 else name[:21] + "…"
+
+
+def save_run(folder: Path, run: "FinishedRun", workers: Workers, class_names: Sequence[str]) -> dict[str, Any]:
+    """Every file of a finished run, result.json last; returns what result.json holds."""
+    final, val = run.reports[-1], run.val
+    assert final.evaluation is not None
+    perturbed = final.evaluation.val_predictions
+    result = run.result()
+    save_perturbation(folder, final.perturbation, run.provenance | result)
+    save_pictures(folder, final.perturbation)
+    points = [CurvePoint(r.num_evaluations, r.evaluation.train, r.evaluation.val) for r in run.reports if r.evaluation]
+    save_curve(folder, points, run.random_rate)
+    save_table(folder, val, perturbed, class_names)
+    shown = range(min(NUM_PICTURED, val.sizes[0]))  # the first ones, so that nobody chose them
+    (pixels,) = workers.map("pixels", [val.examples(0, shown)])
+    before, after = ([label_name(p.labels[i], class_names) for i in shown] for p in (val.clean, perturbed))
+    save_grid(folder, pixels, final.perturbation, before, after)
+    (folder / "result.json").write_text(json.dumps(result | {"provenance": run.provenance}, indent=2) + "\n")
+    return result
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What a run has measured.
+
+    Attributes:
+        reports: of all rounds; the last has an evaluation.
+        random_rate: held-out fooling rate of a random perturbation of the same norm.
+        val: the held-out examples.
+        provenance: network, data, config, seed, versions.
+        seconds: from the first round's start to the last evaluation's end.
+        mlflow_run_id: where it is logged.
+    """
+
+    reports: Sequence[RoundReport]
+    random_rate: FoolingRate
+    val: Dataset
+    provenance: Mapping[str, Any]
+    seconds: float
+    mlflow_run_id: str
+
+    def result(self) -> dict[str, Any]:
+        """The numbers that scripts read."""
+        final = self.reports[-1]
+        assert final.evaluation is not None
+        train, val = final.evaluation.train, final.evaluation.val
+        return {
+            "val_fooling_rate": val.rate,
+            "val_fooling_rate_interval": val.interval,
+            "num_val_images": val.num_examples,
+            "val_fooling_rate_random": self.random_rate.rate,
+            "train_fooling_rate": train.rate,
+            "train_fooling_rate_interval": train.interval,
+            "num_train_images": train.num_examples,
+            "num_solves": final.num_solves,
+            "num_evaluations": final.num_evaluations,
+            "num_rounds": final.round_number + 1,
+            "norm_linf": measure(final.perturbation, "linf"),
+            "norm_l2": measure(final.perturbation, "l2"),
+            "perturbation": PERTURBATION_FILE,
+            "perturbation_sha256": sha256(final.perturbation.numpy().tobytes()).hexdigest(),
+            "seconds": round(self.seconds, 1),
+            "mlflow_run_id": self.mlflow_run_id,
+        }
+
+    def summary(self) -> str:
+        """A few lines of Markdown: what was computed, how well it fools, against what."""
+        p, final = self.provenance, self.reports[-1]
+        assert final.evaluation is not None
+        demo = "\n\nThe images are crops of a few photographs from Python packages: a demonstration, not a measurement." if p["demo"] else ""
+        return (
+            f"Universal perturbation of **{p['model']}**, {p['norm']} ≤ {p['radius']:g} pixels, rule {p['rule']}, seed {p['seed']}.\n\n"
+            f"Fooling rate on held-out images: **{final.evaluation.val}** (95 % interval); "
+            f"a random perturbation of the same norm: {self.random_rate}; on training images: {final.evaluation.train}.\n\n"
+            f"{final.num_evaluations} network evaluations in {final.round_number + 1} rounds, {self.seconds:.0f} s.{demo}\n\n"
+            "Look at `fooling-rate.png` (curve), `examples.png` (first held-out images), `perturbation-stretched.png`, "
+            "`held-out-examples.parquet` (one row an image; the first rows as .csv)."
+        )

@@ -1,0 +1,235 @@
+"""WebDataset tar shards: from patterns to URLs, from a tar to decoded examples, and back."""
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import webdataset as wds
+from PIL import Image, ImageOps
+from pyarrow import ArrowInvalid, fs
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as F
+from webdataset.shardlists import expand_urls
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from uap_dist.classifiers import Geometry
+from uap_dist.errors import ShardError
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+READ_SIZE = 1 << 20  # without a buffer pyarrow sends one request to S3 for each read of a few hundred bytes
+UNKNOWN_CLASS = -1
+
+
+@dataclass(frozen=True)
+class DecodedShard:
+    """The examples of one shard at the classifier's input size.
+
+    Attributes:
+        images: N×3×H×W uint8, RGB.
+        keys: N sample keys, in the order of the tar.
+        truths: N class indices of the data, UNKNOWN_CLASS where there is no .cls.
+        bad: what was left out, as "key: reason".
+        digest: SHA-256 (hex) of the file.
+        num_bytes: size of the file.
+    """
+
+    images: np.ndarray
+    keys: tuple[str, ...]
+    truths: np.ndarray
+    bad: tuple[str, ...]
+    digest: str
+    num_bytes: int
+
+
+def expand_patterns(patterns: Sequence[str]) -> list[str]:
+    """URLs of the shards that patterns name, in order: {0000..0009}, `::` between lists, * ? [] in file names.
+
+    Raises:
+        ShardError: a pattern that matches nothing, or a shard named twice.
+    """
+    urls: list[str] = []
+    for pattern in patterns:
+        for url in expand_urls(pattern):
+            urls += _glob(url) if any(c in url for c in "*?[") else [_existing(url)]
+    twice = {url for url in urls if urls.count(url) > 1}
+    if twice:
+        raise ShardError(f"shard {min(twice)} is named twice")
+    if not urls:
+        raise ShardError("no shards given")
+    return urls
+
+
+def load_shard(url: str, geometry: Geometry, keys: Collection[str] | None = None) -> DecodedShard:
+    """Read a shard once and decode its images, or only those with the given keys.
+
+    Grey, CMYK, palette and EXIF-rotated images come out as the RGB that a viewer shows (transparency on white).
+
+    Raises:
+        ShardError: the shard is missing, cut short or no tar, or images differ in size where `geometry` keeps their own.
+    """
+    images: list[np.ndarray] = []
+    good: list[str] = []
+    truths: list[int] = []
+    bad: list[str] = []
+    stream = _HashingStream(_open(url))
+    for sample in _samples(url, stream):
+        key = sample["__key__"]
+        if keys is not None and key not in keys:
+            continue
+        try:
+            image, truth = _decode(sample, geometry), _truth(sample)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            bad.append(f"{key}: {error}")
+            continue
+        if images and image.shape != images[0].shape:
+            raise ShardError(
+                f"{url}: {key} is {image.shape[2]}×{image.shape[1]} where {good[0]} is {images[0].shape[2]}×{images[0].shape[1]}; "
+                "give the network an attribute `input_size`, or shards with images of one size"
+            )
+        images.append(image)
+        good.append(key)
+        truths.append(truth)
+    if not images and not bad and keys is None:
+        raise ShardError(f"{url} is empty: no sample with an image")
+    return DecodedShard(
+        images=np.stack(images) if images else np.zeros((0, 3, 0, 0), np.uint8),
+        keys=tuple(good),
+        truths=np.array(truths, dtype=np.int64),
+        bad=tuple(bad),
+        digest=stream.digest(),
+        num_bytes=stream.num_bytes,
+    )
+
+
+def write_shards(samples: Iterable[dict[str, Any]], folder: Path, *, prefix: str, shard_size: int) -> dict[str, int]:
+    """Write samples (`__key__`, `jpg` or another image extension as bytes, `cls` as int) to `folder`, and an index of counts.
+
+    The same samples give the same bytes. Returns the examples in each shard by file name, as in `<prefix>-index.json`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    counts: dict[str, int] = {}
+    writer = None
+    for number, sample in enumerate(samples):
+        if number % shard_size == 0:
+            if writer is not None:
+                writer.close()
+            name = f"{prefix}-{number // shard_size:04d}.tar"
+            writer, counts[name] = wds.TarWriter(str(folder / name), mtime=0, user="root", group="root"), 0
+        assert writer is not None
+        writer.write({key: str(value).encode() if key == "cls" else value for key, value in sample.items()})
+        counts[name] += 1
+    if writer is not None:
+        writer.close()
+    index = {"num_examples": sum(counts.values()), "shards": counts}
+    (folder / f"{prefix}-index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return counts
+
+
+class _HashingStream:
+    """What tarfile reads from: hashes and counts every byte on its way."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._hash = hashlib.sha256()
+        self.num_bytes = 0
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._stream.read(size) if size >= 0 else self._stream.read()
+        self._hash.update(data)
+        self.num_bytes += len(data)
+        return data
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def digest(self) -> str:
+        while self.read(READ_SIZE):  # tarfile stops at the end mark; the digest is of the whole file
+            pass
+        self.close()
+        return self._hash.hexdigest()
+
+
+def _filesystem(url: str) -> tuple[fs.FileSystem, str]:
+    if "://" not in url:
+        return fs.LocalFileSystem(), url
+    try:
+        return fs.FileSystem.from_uri(url)
+    except (ArrowInvalid, OSError) as error:
+        raise ShardError(f"cannot read {url}: {error}") from error
+
+
+def _existing(url: str) -> str:
+    filesystem, path = _filesystem(url)
+    try:
+        info = filesystem.get_file_info(path)
+    except OSError as error:
+        raise ShardError(f"cannot reach {url}: {error}") from error
+    if info.type != fs.FileType.File:
+        raise ShardError(f"no shard {url}")
+    return str(Path(url).resolve()) if "://" not in url else url
+
+
+def _glob(url: str) -> list[str]:
+    folder, _, pattern = url.rpartition("/")
+    if any(c in folder for c in "*?["):
+        raise ShardError(f"{url}: wildcards may stand in the file name only")
+    filesystem, path = _filesystem(folder or ".")
+    try:
+        infos = filesystem.get_file_info(fs.FileSelector(path))
+    except OSError as error:
+        raise ShardError(f"{url} matches nothing: {error}") from error
+    names = sorted(info.base_name for info in infos if info.type == fs.FileType.File and fnmatch(info.base_name, pattern))
+    if not names:
+        raise ShardError(f"{url} matches nothing in {folder or 'the working directory'}")
+    return [_existing(f"{folder}/{name}" if folder else name) for name in names]
+
+
+def _open(url: str) -> BinaryIO:
+    filesystem, path = _filesystem(url)
+    try:
+        return filesystem.open_input_stream(path, compression=None, buffer_size=READ_SIZE)
+    except OSError as error:
+        raise ShardError(f"cannot open shard {url}: {error}") from error
+
+
+def _samples(url: str, stream: _HashingStream) -> Iterator[dict[str, Any]]:
+    try:
+        yield from group_by_keys(tar_file_expander([{"url": url, "stream": stream}]))
+    except (tarfile.TarError, EOFError, OSError) as error:
+        if stream.num_bytes == 0:
+            raise ShardError(f"shard {url} is empty") from error
+        reason = str(error.args[0]) if error.args else type(error).__name__
+        raise ShardError(f"shard {url} is cut short or no tar: {reason}") from error
+    except ValueError as error:
+        raise ShardError(f"shard {url}: {error}") from error
+
+
+def _decode(sample: dict[str, Any], geometry: Geometry) -> np.ndarray:
+    data = next((sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample), None)
+    if data is None:
+        raise ValueError(f"no image with extension {', '.join(IMAGE_EXTENSIONS)}")
+    image = _to_rgb(Image.open(io.BytesIO(data)))
+    if geometry.resize is not None:
+        image = F.center_crop(F.resize(image, geometry.resize, InterpolationMode(geometry.interpolation)), geometry.crop)
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits of grey, which convert() would cut at 255
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return image.convert("RGB")
+
+
+def _truth(sample: dict[str, Any]) -> int:
+    return int(sample["cls"]) if "cls" in sample else UNKNOWN_CLASS

@@ -1,0 +1,100 @@
+"""What a person sees while a job runs: a progress bar on a terminal, plain lines in a log, one line for an error."""
+
+import logging
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, Progress, TextColumn
+
+from uap_dist.compute import RoundReport
+from uap_dist.errors import UapDistError
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class RoundProgress:
+    """Shows rounds as they are done; a context manager."""
+
+    def __init__(self, console: Console, max_evaluations: int | None) -> None:
+        self._console = console
+        self._max_evaluations = max_evaluations
+        self._started = self._last_line = time.monotonic()
+        self._bar = Progress(TextColumn("rounds"), BarColumn(), TextColumn("{task.description}"), console=console)
+        self._task = self._bar.add_task("the first round", total=1.0)
+
+    def __enter__(self) -> "RoundProgress":
+        if self._console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.stop() if self._console.is_terminal else None
+
+    def show(self, report: RoundReport) -> None:
+        """Move the bar, or write a line where none was written for a while; evaluations always get their line."""
+        share, elapsed = self._share(report), time.monotonic() - self._started
+        of = f"/{report.num_rounds}" if report.num_rounds else ""
+        status = (
+            f"round {report.round_number + 1}{of}, pass {report.pass_number + 1}, fooled {report.fooling.rate:.2f} of the round, "
+            f"{report.fooling.num_examples / report.seconds:.1f} images/s, {_duration(elapsed * (1 / share - 1))} left"
+        )
+        self._bar.update(self._task, completed=share, description=status)
+        if not self._console.is_terminal and time.monotonic() > self._last_line + SECONDS_BETWEEN_LINES:
+            self._line(status)
+        if report.evaluation is not None:
+            self._line(
+                f"after {report.num_evaluations} network evaluations: training {report.evaluation.train}, held-out {report.evaluation.val}"
+            )
+
+    def _share(self, report: RoundReport) -> float:
+        if report.num_rounds:
+            return (report.round_number + 1) / report.num_rounds
+        assert self._max_evaluations is not None
+        return min(1.0, report.num_evaluations / self._max_evaluations)
+
+    def _line(self, text: str) -> None:
+        self._last_line = time.monotonic()
+        self._console.print(text, highlight=False, soft_wrap=True)
+
+
+def set_up_logging(console: Console, *, debug: bool) -> None:
+    """Warnings of the package as lines on the console."""
+    logger = logging.getLogger("uap_dist")
+    logger.setLevel(logging.DEBUG if debug else logging.INFO)
+    logger.addHandler(RichHandler(console=console, show_path=False, show_time=False, markup=False))
+
+
+def raise_on_sigterm() -> None:
+    """Make SIGTERM end the job as Ctrl-C does. After ray.init, which installs a handler of its own."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+
+
+@contextmanager
+def one_line_errors(*, debug: bool) -> Iterator[None]:
+    """End the process with one clear line: exit code 1 for an error, 130 when interrupted; tracebacks only for debugging."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)
+    except UapDistError as error:
+        if debug:
+            raise
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(1)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

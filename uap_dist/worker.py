@@ -1,0 +1,204 @@
+"""One worker: a classifier and the decoded shards that it has seen; a plain class that knows no Ray.
+
+Everything it returns is a function of its arguments, its classifier and the shards; what it keeps are caches.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from uap_dist.augment import Augmentation, augment
+from uap_dist.classifiers import Classifier, check_classifier, load_classifier
+from uap_dist.deepfool import Increments, add_perturbation, deepfool, log_odds_increments
+from uap_dist.errors import ShardError
+from uap_dist.shards import DecodedShard, load_shard
+
+Rule = Literal["log-odds", "paper"]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A task: some examples of one shard.
+
+    Attributes:
+        shard: URL.
+        digest: of the shard when it was first read; another one now is an error. Empty before that.
+        keys: of the examples, in the order of computation.
+        labels: their clean labels, where known.
+        seed: of the augmentation.
+    """
+
+    shard: str
+    digest: str = ""
+    keys: tuple[str, ...] = ()
+    labels: tuple[int, ...] = ()
+    seed: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class ShardListing:
+    """What a shard holds, without its images (see DecodedShard); `shape` is C×H×W."""
+
+    keys: tuple[str, ...]
+    truths: np.ndarray
+    bad: tuple[str, ...]
+    digest: str
+    num_bytes: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Labels (N, int64) and the softmax probability of each (N, float32)."""
+
+    labels: np.ndarray
+    confidences: np.ndarray
+
+
+@dataclass(frozen=True)
+class Solver:
+    """How a block is solved: the rule and what it needs of the config."""
+
+    rule: Rule
+    augmentation: Augmentation
+    margin: float
+    candidates: int
+    max_iterations: int
+    overshoot: float
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """One array for the driver's reduce, and counts.
+
+    Attributes:
+        total: C×H×W float64, summed over the block: increments in pixels under the paper's rule, increments divided by their
+            squared length under the log-odds rule.
+        num_examples, num_fooled: of the block, fooled by v before any step.
+        num_solved: fooled after its step; None where nobody looked.
+        num_evaluations: network evaluations spent.
+        sum_increment_norms: ‖Δ‖2 in pixels, over the block's examples with a step.
+        num_increments: those examples.
+    """
+
+    total: np.ndarray
+    num_examples: int
+    num_fooled: int
+    num_solved: int | None
+    num_evaluations: int
+    sum_increment_norms: float
+    num_increments: int
+
+
+class Worker:
+    """Blocks of shards in, sums and labels out."""
+
+    def __init__(self, classifier: Classifier, *, cache_bytes: int, num_threads: int) -> None:
+        """Take a classifier to the GPU where there is one, with kernels that give the same bits each time.
+
+        Args:
+            classifier: as `load_classifier` gives it.
+            cache_bytes: decoded images kept at most; what does not fit is read and decoded again for each block.
+            num_threads: of torch on the CPU; results may depend on it.
+        """
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats its bits only with a fixed workspace
+        torch.set_num_threads(num_threads)
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.allow_tf32 = False
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.classifier = classifier.to(self.device)
+        self._room = cache_bytes
+        self._shards: dict[str, DecodedShard] = {}
+        self._rows: dict[str, dict[str, int]] = {}
+        self._seen: set[str] = set()
+        self._checked = False
+
+    def load(self, examples: Examples) -> ShardListing:
+        """Read and decode a whole shard, keep it if there is room, and say what it holds.
+
+        Raises:
+            ShardError: see `load_shard`.
+            ClassifierError: the network cannot be used on these images, see `check_classifier`.
+        """
+        shard = self._shards.get(examples.shard) or self._keep(examples.shard)
+        if shard.keys and not self._checked:
+            check_classifier(self.classifier, shard.images.shape[1:])
+            self._checked = True
+        return ShardListing(shard.keys, shard.truths, shard.bad, shard.digest, shard.num_bytes, shard.images.shape[1:])
+
+    def pixels(self, examples: Examples) -> np.ndarray:
+        """The examples' images, N×3×H×W uint8.
+
+        Raises:
+            ShardError: the shard is not what it was when its digest was taken.
+        """
+        url = examples.shard
+        shard = self._shards.get(url)
+        if shard is None:
+            too_large = url in self._seen
+            shard = load_shard(url, self.classifier.geometry, set(examples.keys)) if too_large else self._keep(url)
+        if shard.digest != examples.digest:
+            raise ShardError(f"shard {url} changed during the run; start again with shards that stay as they are")
+        rows = self._rows.get(url) or {key: row for row, key in enumerate(shard.keys)}
+        return shard.images[[rows[key] for key in examples.keys]]
+
+    def classify(self, examples: Examples, perturbation: np.ndarray) -> Predictions:
+        """What the classifier says of clip(x + v, 0, 255); v is C×H×W float32, pixels."""
+        with torch.no_grad():
+            logits = self.classifier(add_perturbation(self._tensor(self.pixels(examples)), self._tensor(perturbation)))
+        top = logits.softmax(1).max(1)
+        return Predictions(top.indices.cpu().numpy(), top.values.cpu().numpy())
+
+    def solve(self, examples: Examples, perturbation: np.ndarray, solver: Solver) -> BlockResult:
+        """Increments of the examples against v (C×H×W float32, pixels), summed in float64."""
+        views = augment(self.pixels(examples), solver.augmentation, np.random.default_rng(examples.seed))
+        increments = self._increments(
+            self._tensor(views), self._tensor(perturbation), torch.tensor(examples.labels, device=self.device), solver
+        )
+        lengths = increments.steps.flatten(1).double().norm(dim=1)
+        weights = torch.ones_like(lengths) if solver.rule == "paper" else lengths.square().clamp(min=1e-300).reciprocal()
+        solved = increments.is_solved
+        return BlockResult(
+            total=(weights.view(-1, 1, 1, 1) * increments.steps).sum(0).cpu().numpy(),
+            num_examples=len(views),
+            num_fooled=int(increments.is_fooled.sum()),
+            num_solved=None if solved is None else int(solved.sum()),
+            num_evaluations=increments.num_evaluations,
+            sum_increment_norms=float(lengths.sum()),
+            num_increments=int((lengths > 0).sum()),
+        )
+
+    def _increments(self, pixels: Tensor, perturbation: Tensor, labels: Tensor, solver: Solver) -> Increments:
+        if solver.rule == "log-odds":
+            return log_odds_increments(self.classifier, pixels, perturbation, labels, margin=solver.margin)
+        return deepfool(
+            self.classifier,
+            pixels,
+            perturbation,
+            labels,
+            candidates=solver.candidates,
+            max_iterations=solver.max_iterations,
+            overshoot=solver.overshoot,
+        )
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.tensor(array, dtype=torch.float32, device=self.device)
+
+    def _keep(self, url: str) -> DecodedShard:
+        shard = load_shard(url, self.classifier.geometry)
+        self._seen.add(url)
+        if shard.images.nbytes <= self._room:
+            self._room -= shard.images.nbytes
+            self._shards[url] = shard
+            self._rows[url] = {key: row for row, key in enumerate(shard.keys)}
+        return shard
+
+
+def make_worker(model: str, weights: str | None, *, cache_bytes: int, num_threads: int) -> Worker:
+    """A worker with the classifier of that name (see `load_classifier`)."""
+    return Worker(load_classifier(model, weights), cache_bytes=cache_bytes, num_threads=num_threads)
