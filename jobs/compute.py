@@ -93,7 +93,9 @@ def run(options: Options, tracker: Tracker) -> None:
         tracker.log_params(provenance)
         tracker.log_dataset(train, "training")
         tracker.log_dataset(val, "held-out")
-        console.print(f"{options.model}, {config.norm} {config.ball_radius:g}, {train.num_examples} training and {val.num_examples} held-out images")
+        console.print(
+            f"{options.model}, {config.norm} {config.ball_radius:g}, {train.num_examples} training and {val.num_examples} held-out images"
+        )
         started, reports = time.perf_counter(), []
         with RoundProgress(console, config.max_evaluations) as progress:
             for report in compute(fleet, train, val, config):
@@ -135,7 +137,9 @@ def _new_folder(options: Options) -> Path:
 def _shards(options: Options, output: Path) -> tuple[list[str], list[str]]:
     if not options.train_shards and not options.val_shards:
         train, val, num_train, num_val = write_demo_shards(output.parent / "demo-shards")
-        console.print(f"no shards given: crops of {num_train} training and {num_val} held-out photographs, a demonstration only")
+        console.print(
+            f"no shards given: crops of {num_train} training and {num_val} held-out photographs, a demonstration only"
+        )
         return train, val
     if not options.train_shards or not options.val_shards:
         raise ConfigError("give both --train-shards and --val-shards, or neither for the demonstration")

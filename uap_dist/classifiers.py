@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,9 @@ class Classifier(nn.Module):
         weights_digest: SHA-256 over the names, shapes and bytes of parameters and buffers.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         network: nn.Module,
@@ -61,6 +65,7 @@ class Classifier(nn.Module):
         self.weights_digest = digest_weights(network)
         self.register_buffer("mean", 255 * torch.tensor(mean, dtype=torch.float32).view(3, 1, 1))
         self.register_buffer("std", 255 * torch.tensor(std, dtype=torch.float32).view(3, 1, 1))
+        self.eval()
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Logits, N×K, of N×3×H×W pixels."""
@@ -73,7 +78,8 @@ def load_classifier(name: str, weights: str | None = None) -> Classifier:
     Args:
         name: `torchvision/NAME`, `timm/NAME`, `efficientnet_lite0|1|2`, or a factory of your own without arguments as
             `path/to/file.py:factory` or `package.module:factory`. A network of your own takes pixels (0..255); it gets images
-            as the shards hold them unless it has an attribute `input_size` (then resized to size/0.875 and cropped).
+            as the shards hold them unless it has an attribute `input_size` (then resized to size/0.875 and cropped);
+            its attribute `class_names`, if any, names the labels in reports.
         weights: a .safetensors file or a .pth that `torch.load(weights_only=True)` reads. None: the published
             weights; for a network of your own, the file is required unless the factory loads them itself.
 
@@ -89,7 +95,9 @@ def load_classifier(name: str, weights: str | None = None) -> Classifier:
         return _load_torchvision(architecture, weights)
     if library == "timm" and architecture:
         return _load_timm(architecture, weights)
-    near = difflib.get_close_matches(name, [*LITE_NAMES, *(f"torchvision/{n}" for n in _torchvision_names())], n=3, cutoff=0.4)
+    near = difflib.get_close_matches(
+        name, [*LITE_NAMES, *(f"torchvision/{n}" for n in _torchvision_names())], n=3, cutoff=0.4
+    )
     raise ClassifierError(
         f"unknown network {name!r}; nearest names: {', '.join(near) or 'none'}. Also timm/NAME, path/to/file.py:factory "
         "and package.module:factory"
@@ -112,14 +120,20 @@ def check_classifier(classifier: Classifier, shape: tuple[int, int, int]) -> int
         try:
             first, second = classifier(pixels), classifier(pixels)
         except (RuntimeError, ValueError, TypeError) as error:
-            raise ClassifierError(f"{classifier.name} fails on pixels of shape 2×{'×'.join(map(str, shape))}: {error}") from error
+            raise ClassifierError(
+                f"{classifier.name} fails on pixels of shape 2×{'×'.join(map(str, shape))}: {error}"
+            ) from error
     if not isinstance(first, Tensor) or first.dim() != 2 or len(first) != 2 or first.shape[1] < 2:
         found = tuple(first.shape) if isinstance(first, Tensor) else type(first).__name__
-        raise ClassifierError(f"{classifier.name} returns {found} for two images; expected logits of shape 2×K with K ≥ 2")
+        raise ClassifierError(
+            f"{classifier.name} returns {found} for two images; expected logits of shape 2×K with K ≥ 2"
+        )
     if not first.isfinite().all():
         raise ClassifierError(f"{classifier.name} returns values that are not finite")
     if not torch.allclose(first, second, rtol=1e-4, atol=1e-5):
-        raise ClassifierError(f"{classifier.name} gives two outputs for the same pixels; take dropout or other randomness out of it")
+        raise ClassifierError(
+            f"{classifier.name} gives two outputs for the same pixels; take dropout or other randomness out of it"
+        )
     if (first >= 0).all() and torch.allclose(first.sum(1), torch.ones(2, device=device), atol=1e-3):
         raise ClassifierError(f"{classifier.name} returns probabilities; return the logits before softmax instead")
     return first.shape[1]
@@ -139,7 +153,9 @@ def _load_torchvision(architecture: str, weights: str | None) -> Classifier:
 
     if architecture not in _torchvision_names():
         near = difflib.get_close_matches(architecture, _torchvision_names(), n=3, cutoff=0.4)
-        raise ClassifierError(f"torchvision has no classifier {architecture!r}; nearest names: {', '.join(near) or 'none'}")
+        raise ClassifierError(
+            f"torchvision has no classifier {architecture!r}; nearest names: {', '.join(near) or 'none'}"
+        )
     published = torchvision.models.get_model_weights(architecture).DEFAULT
     if weights is None:
         network = _download(lambda: torchvision.models.get_model(architecture, weights=published), architecture)
@@ -223,10 +239,15 @@ def _load_own(name: str, weights: str | None) -> Classifier:
     if weights is not None:
         _fill(network, read_weights(weights), weights)
     size = getattr(network, "input_size", None)
-    return Classifier(network, name=name, geometry=Geometry(math.floor(size / 0.875), size) if size else Geometry())
+    return Classifier(
+        network,
+        name=name,
+        geometry=Geometry(math.floor(size / 0.875), size) if size else Geometry(),
+        class_names=getattr(network, "class_names", ()),
+    )
 
 
-def _import_file(path: Path):  # noqa: ANN202 - a module
+def _import_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise ClassifierError(f"no file {path}; expected path/to/file.py:factory")
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -236,14 +257,14 @@ def _import_file(path: Path):  # noqa: ANN202 - a module
     return module
 
 
-def _import_module(name: str):  # noqa: ANN202
+def _import_module(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
         raise ClassifierError(f"cannot import {name!r}: {error}; expected package.module:factory") from error
 
 
-def _import_timm():  # noqa: ANN202
+def _import_timm() -> ModuleType:
     try:
         return importlib.import_module("timm")
     except ImportError as error:
@@ -254,7 +275,9 @@ def _download(create: Callable[[], nn.Module], name: str) -> nn.Module:
     try:
         return create()
     except (OSError, RuntimeError) as error:
-        raise ClassifierError(f"the published weights of {name} cannot be fetched ({error}); give a weights file") from error
+        raise ClassifierError(
+            f"the published weights of {name} cannot be fetched ({error}); give a weights file"
+        ) from error
 
 
 def read_weights(path: str) -> dict[str, Tensor]:
@@ -282,14 +305,20 @@ def read_weights(path: str) -> dict[str, Tensor]:
 
 def _fill(network: nn.Module, state: dict[str, Tensor], path: str) -> None:
     own = network.state_dict()
-    counters = {key for key in own if key.endswith("num_batches_tracked")}  # unused in inference, absent from many files
+    counters = {
+        key for key in own if key.endswith("num_batches_tracked")
+    }  # unused in inference, absent from many files
     complaints = {
         "missing": sorted(own.keys() - state.keys() - counters),
         "unexpected": sorted(state.keys() - own.keys()),
         "of another shape": sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape),
     }
     if any(complaints.values()):
-        listed = "; ".join(f"{len(keys)} {what} ({', '.join(keys[:3])}{', …' * (len(keys) > 3)})" for what, keys in complaints.items() if keys)
+        listed = "; ".join(
+            f"{len(keys)} {what} ({', '.join(keys[:3])}{', …' * (len(keys) > 3)})"
+            for what, keys in complaints.items()
+            if keys
+        )
         raise ClassifierError(f"{path} does not fit the network: keys {listed}")
     network.load_state_dict(state, strict=False)
 

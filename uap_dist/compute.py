@@ -181,7 +181,7 @@ def run_round(
     results: list[BlockResult] = workers.map("solve", tasks, state.iterate.v.float().numpy(), config.solver)
     total = torch.zeros_like(state.iterate.v)
     for result in results:
-        total += torch.from_numpy(result.total)
+        total += torch.tensor(result.total)  # a copy: Ray's arrays are read-only
     iterate, step = _update(state.iterate, total, round_.number, planned, config)
     state = State(
         iterate,
@@ -250,14 +250,16 @@ def _is_spent(state: State, config: ComputeConfig) -> bool:
 def _update(
     iterate: Iterate, total: Tensor, round_number: int, planned: int | None, config: ComputeConfig
 ) -> tuple[Iterate, float]:
-    ball = {"norm": config.norm, "radius": config.ball_radius}
+    norm, radius = config.norm, config.ball_radius
     if config.rule == "paper":
         gain = config.gain or 1.0
-        return update.paper_update(iterate, total, gain=gain, **ball), gain
+        return update.paper_update(iterate, total, gain=gain, norm=norm, radius=radius), gain
     assert planned is not None
-    start = config.step_size or update.default_step_size(num_values=total.numel(), num_rounds=planned, **ball)
+    start = config.step_size or update.default_step_size(
+        num_values=total.numel(), num_rounds=planned, norm=norm, radius=radius
+    )
     step = update.cosine(start, round_number, planned)
-    return update.log_odds_update(iterate, total, step_size=step, **ball), step
+    return update.log_odds_update(iterate, total, step_size=step, norm=norm, radius=radius), step
 
 
 def _deliver(iterate: Iterate, config: ComputeConfig) -> Tensor:

@@ -169,9 +169,7 @@ def check_disjoint(train: Dataset, val: Dataset) -> None:
             raise ShardError(f"shard {shard.url} is also among the held-out ones ({held_out[shard.digest]})")
 
 
-def _list_shards(
-    workers: Workers, urls: Sequence[str], num_images: int | None
-) -> Iterator[tuple[str, ShardListing]]:
+def _list_shards(workers: Workers, urls: Sequence[str], num_images: int | None) -> Iterator[tuple[str, ShardListing]]:
     """Load shards in waves of as many as there are workers, until the images suffice."""
     found = 0
     for start in range(0, len(urls), workers.num_workers):

@@ -16,7 +16,17 @@ SOURCES = {
     "sklearn": "datasets/images/*.jpg",
     "skimage": "data/*.*",
 }
-SKIMAGE_PHOTOGRAPHS = ("astronaut", "camera", "chelsea", "coffee", "coins", "hubble_deep_field", "moon", "motorcycle_left", "rocket")
+SKIMAGE_PHOTOGRAPHS = (
+    "astronaut",
+    "camera",
+    "chelsea",
+    "coffee",
+    "coins",
+    "hubble_deep_field",
+    "moon",
+    "motorcycle_left",
+    "rocket",
+)
 CROPS = (  # left, top and side as shares of what is free and of the short side
     (0.5, 0.5, 1.0),
     (0.0, 0.0, 0.75),
@@ -51,7 +61,9 @@ def _photographs() -> list[Path]:
     for package, pattern in SOURCES.items():
         spec = find_spec(package)
         if spec is None or spec.origin is None:
-            raise ConfigError(f"no --train-shards, and the demo's photographs need the package {package}: pip install 'uap-dist[demo]'")
+            raise ConfigError(
+                f"no --train-shards, and the demo's photographs need the package {package}: pip install 'uap-dist[demo]'"
+            )
         paths = sorted(Path(spec.origin).parent.glob(pattern))
         found += [p for p in paths if package != "skimage" or p.stem in SKIMAGE_PHOTOGRAPHS]
     return found

@@ -63,7 +63,7 @@ class _Actor:
 class _Member:
     """An actor, and the shards that it has read."""
 
-    actor: ActorHandle
+    actor: ActorHandle[Any]
     shards: set[str] = field(default_factory=set)
 
 
@@ -85,9 +85,9 @@ def connect() -> None:
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS", "local")
-    options = {"include_dashboard": False} if address == "local" else {}
+    include_dashboard = False if address == "local" else None
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=include_dashboard)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ConfigError(f"cannot join the Ray cluster at {address} (RAY_ADDRESS): {error}") from error
 
@@ -153,7 +153,9 @@ class Fleet:
         self._idle, self._running = [], {}
 
     def _start_member(self) -> None:
-        actor_class = ray.remote(num_cpus=self._config.threads_per_worker, num_gpus=self._num_gpus, max_restarts=0)(_Actor)
+        actor_class: Any = ray.remote(
+            num_cpus=self._config.threads_per_worker, num_gpus=self._num_gpus, max_restarts=0
+        )(_Actor)
         member = _Member(actor_class.remote())
         # no deadline: a worker that waits for its place is not lost
         self._running[member.actor.start.remote(*self._start_args)] = _Call(member, None, float("inf"))
@@ -207,7 +209,9 @@ class Fleet:
             return []
         losses[call.task] += 1
         task = tasks[call.task]
-        logger.warning("a worker was lost (%s); its %d examples of %s go to another", reason, len(task.keys), task.shard)
+        logger.warning(
+            "a worker was lost (%s); its %d examples of %s go to another", reason, len(task.keys), task.shard
+        )
         if losses[call.task] >= MAX_LOSSES_PER_TASK:
             raise WorkerLostError(
                 f"{MAX_LOSSES_PER_TASK} workers were lost over the same examples of {task.shard}: "

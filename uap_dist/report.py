@@ -28,16 +28,8 @@ import matplotlib.pyplot as plt
 
 NUM_PICTURED = 8
 NUM_CSV_ROWS = 100
+PICTURE_SIDE = 224
 PERTURBATION_FILE = "perturbation.safetensors"
-
-
-@dataclass(frozen=True)
-class CurvePoint:
-    """Fooling rates after so many network evaluations."""
-
-    num_evaluations: int
-    train: FoolingRate
-    val: FoolingRate
 
 
 def save_perturbation(folder: Path, perturbation: Tensor, provenance: Mapping[str, Any]) -> None:
@@ -47,25 +39,52 @@ def save_perturbation(folder: Path, perturbation: Tensor, provenance: Mapping[st
 
 
 def save_pictures(folder: Path, perturbation: Tensor) -> None:
-    """v as pictures: stretched to the full range, and at true scale on grey."""
+    """V as pictures: stretched to the full range, and at true scale on grey."""
     v = perturbation.numpy().transpose(1, 2, 0)
     largest = max(float(np.abs(v).max()), 1e-12)
+    zoom = -(-PICTURE_SIDE // v.shape[0])  # whole pixels, so that a small perturbation stays crisp
     for name, scale in (("perturbation-stretched.png", 127 / largest), ("perturbation-true-scale.png", 1.0)):
-        Image.fromarray(np.clip(np.rint(128 + scale * v), 0, 255).astype(np.uint8)).save(folder / name)
+        picture = np.clip(np.rint(128 + scale * v), 0, 255).astype(np.uint8)
+        Image.fromarray(picture.repeat(zoom, axis=0).repeat(zoom, axis=1)).save(folder / name)
 
 
-def save_curve(folder: Path, points: Sequence[CurvePoint], random_rate: FoolingRate) -> None:
-    """Fooling rate against network evaluations, training and held-out, with 95 % intervals and the random baseline."""
+def save_curve(folder: Path, reports: Sequence[RoundReport], random_rate: FoolingRate) -> None:
+    """Fooling rate against network evaluations: training and held-out with 95 % intervals, each round's, and the baseline."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    evaluations = [point.num_evaluations for point in points]
+    rounds = [report.num_evaluations for report in reports]
+    axes.plot(
+        rounds,
+        [report.fooling.rate for report in reports],
+        ".",
+        ms=4,
+        color="0.75",
+        label="images of each round, before it",
+    )
+    measured = [(report.num_evaluations, report.evaluation) for report in reports if report.evaluation]
+    evaluations = [num_evaluations for num_evaluations, _ in measured]
     for name, rates, colour in (
-        ("training", [point.train for point in points], "tab:gray"),
-        ("held-out", [point.val for point in points], "tab:blue"),
+        ("training", [evaluation.train for _, evaluation in measured], "tab:gray"),
+        ("held-out", [evaluation.val for _, evaluation in measured], "tab:blue"),
     ):
-        axes.plot(evaluations, [r.rate for r in rates], marker="o", color=colour, label=f"{name} ({rates[-1].num_examples} images)")
-        axes.fill_between(evaluations, [r.interval[0] for r in rates], [r.interval[1] for r in rates], color=colour, alpha=0.2, lw=0)
-    axes.axhline(random_rate.rate, color="tab:red", ls="--", label=f"random, same norm ({random_rate.num_examples} held-out images)")
-    axes.set(xlabel="network evaluations", ylabel="fooling rate", ylim=(0, 1), title="Fooling rate, 95 % Wilson intervals")
+        axes.plot(
+            evaluations,
+            [r.rate for r in rates],
+            marker="o",
+            color=colour,
+            label=f"{name} ({rates[-1].num_examples} images)",
+        )
+        axes.fill_between(
+            evaluations, [r.interval[0] for r in rates], [r.interval[1] for r in rates], color=colour, alpha=0.2, lw=0
+        )
+    axes.axhline(
+        random_rate.rate,
+        color="tab:red",
+        ls="--",
+        label=f"random, same norm ({random_rate.num_examples} held-out images)",
+    )
+    axes.set(
+        xlabel="network evaluations", ylabel="fooling rate", ylim=(0, 1), title="Fooling rate, 95 % Wilson intervals"
+    )
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
@@ -124,10 +143,9 @@ def save_run(folder: Path, run: "FinishedRun", workers: Workers, class_names: Se
     assert final.evaluation is not None
     perturbed = final.evaluation.val_predictions
     result = run.result()
-    save_perturbation(folder, final.perturbation, run.provenance | result)
+    save_perturbation(folder, final.perturbation, dict(run.provenance) | result)
     save_pictures(folder, final.perturbation)
-    points = [CurvePoint(r.num_evaluations, r.evaluation.train, r.evaluation.val) for r in run.reports if r.evaluation]
-    save_curve(folder, points, run.random_rate)
+    save_curve(folder, run.reports, run.random_rate)
     save_table(folder, val, perturbed, class_names)
     shown = range(min(NUM_PICTURED, val.sizes[0]))  # the first ones, so that nobody chose them
     (pixels,) = workers.map("pixels", [val.examples(0, shown)])
@@ -185,7 +203,11 @@ class FinishedRun:
         """A few lines of Markdown: what was computed, how well it fools, against what."""
         p, final = self.provenance, self.reports[-1]
         assert final.evaluation is not None
-        demo = "\n\nThe images are crops of a few photographs from Python packages: a demonstration, not a measurement." if p["demo"] else ""
+        demo = (
+            "\n\nThe images are crops of a few photographs from Python packages: a demonstration, not a measurement."
+            if p["demo"]
+            else ""
+        )
         return (
             f"Universal perturbation of **{p['model']}**, {p['norm']} ≤ {p['radius']:g} pixels, rule {p['rule']}, seed {p['seed']}.\n\n"
             f"Fooling rate on held-out images: **{final.evaluation.val}** (95 % interval); "

@@ -24,6 +24,7 @@ from uap_dist.errors import ShardError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 READ_SIZE = 1 << 20  # without a buffer pyarrow sends one request to S3 for each read of a few hundred bytes
+END_MARK_SIZE = 1024
 UNKNOWN_CLASS = -1
 
 
@@ -57,7 +58,7 @@ def expand_patterns(patterns: Sequence[str]) -> list[str]:
     urls: list[str] = []
     for pattern in patterns:
         for url in expand_urls(pattern):
-            urls += _glob(url) if any(c in url for c in "*?[") else [_existing(url)]
+            urls += _glob(url) if _has_wildcard(url) else [_existing(url)]
     twice = {url for url in urls if urls.count(url) > 1}
     if twice:
         raise ShardError(f"shard {min(twice)} is named twice")
@@ -96,6 +97,9 @@ def load_shard(url: str, geometry: Geometry, keys: Collection[str] | None = None
         images.append(image)
         good.append(key)
         truths.append(truth)
+    digest = stream.digest()
+    if stream.num_bytes and _split_query(url)[0].endswith(".tar") and not stream.ends_with_mark:
+        raise ShardError(f"shard {url} is cut short: it does not end as a tar does")
     if not images and not bad and keys is None:
         raise ShardError(f"{url} is empty: no sample with an image")
     return DecodedShard(
@@ -103,7 +107,7 @@ def load_shard(url: str, geometry: Geometry, keys: Collection[str] | None = None
         keys=tuple(good),
         truths=np.array(truths, dtype=np.int64),
         bad=tuple(bad),
-        digest=stream.digest(),
+        digest=digest,
         num_bytes=stream.num_bytes,
     )
 
@@ -133,16 +137,27 @@ def write_shards(samples: Iterable[dict[str, Any]], folder: Path, *, prefix: str
 
 
 class _HashingStream:
-    """What tarfile reads from: hashes and counts every byte on its way."""
+    """What tarfile reads from: hashes and counts every byte on its way.
+
+    Attributes:
+        num_bytes: read so far.
+        ends_with_mark: whether the last bytes are two blocks of zeros. tarfile takes a file that is cut inside a header for whole.
+    """
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
         self._hash = hashlib.sha256()
+        self._tail = b""
         self.num_bytes = 0
+
+    @property
+    def ends_with_mark(self) -> bool:
+        return self._tail == bytes(END_MARK_SIZE)
 
     def read(self, size: int = -1) -> bytes:
         data = self._stream.read(size) if size >= 0 else self._stream.read()
         self._hash.update(data)
+        self._tail = (self._tail + data[-END_MARK_SIZE:])[-END_MARK_SIZE:]
         self.num_bytes += len(data)
         return data
 
@@ -176,19 +191,32 @@ def _existing(url: str) -> str:
     return str(Path(url).resolve()) if "://" not in url else url
 
 
+def _split_query(url: str) -> tuple[str, str]:
+    """A URL and its options, as in s3://bucket/key?region=…; in a local path ? is a wildcard."""
+    path, mark, query = url.partition("?") if "://" in url else (url, "", "")
+    return path, mark + query
+
+
+def _has_wildcard(url: str) -> bool:
+    return any(c in _split_query(url)[0] for c in "*?[")
+
+
 def _glob(url: str) -> list[str]:
-    folder, _, pattern = url.rpartition("/")
-    if any(c in folder for c in "*?["):
+    location, query = _split_query(url)
+    folder, _, pattern = location.rpartition("/")
+    if _has_wildcard(folder):
         raise ShardError(f"{url}: wildcards may stand in the file name only")
-    filesystem, path = _filesystem(folder or ".")
+    filesystem, path = _filesystem(folder + query or ".")
     try:
         infos = filesystem.get_file_info(fs.FileSelector(path))
     except OSError as error:
         raise ShardError(f"{url} matches nothing: {error}") from error
-    names = sorted(info.base_name for info in infos if info.type == fs.FileType.File and fnmatch(info.base_name, pattern))
+    names = sorted(
+        info.base_name for info in infos if info.type == fs.FileType.File and fnmatch(info.base_name, pattern)
+    )
     if not names:
         raise ShardError(f"{url} matches nothing in {folder or 'the working directory'}")
-    return [_existing(f"{folder}/{name}" if folder else name) for name in names]
+    return [_existing(f"{folder}/{name}{query}" if folder else name) for name in names]
 
 
 def _open(url: str) -> BinaryIO:
@@ -217,7 +245,9 @@ def _decode(sample: dict[str, Any], geometry: Geometry) -> np.ndarray:
         raise ValueError(f"no image with extension {', '.join(IMAGE_EXTENSIONS)}")
     image = _to_rgb(Image.open(io.BytesIO(data)))
     if geometry.resize is not None:
-        image = F.center_crop(F.resize(image, geometry.resize, InterpolationMode(geometry.interpolation)), geometry.crop)
+        image = F.center_crop(
+            F.resize(image, geometry.resize, InterpolationMode(geometry.interpolation)), geometry.crop
+        )
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 

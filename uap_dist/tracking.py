@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -41,14 +42,18 @@ class Tracker:
             run = mlflow.start_run(run_name=run_name, log_system_metrics=True)
         except (MlflowException, OSError) as error:
             reason = str(error).splitlines()[0]
-            raise TrackingError(f"the tracking server at {self.uri} (MLFLOW_TRACKING_URI) does not answer: {reason}") from error
+            raise TrackingError(
+                f"the tracking server at {self.uri} (MLFLOW_TRACKING_URI) does not answer: {reason}"
+            ) from error
         self.run_id = run.info.run_id
         self.experiment_id = run.info.experiment_id
 
     def __enter__(self) -> "Tracker":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """End the run as its block ended: KILLED when interrupted, FAILED with the error in tag `reason`."""
         if error is None:
             self._end("FINISHED", None)
@@ -63,9 +68,13 @@ class Tracker:
 
     def log_dataset(self, dataset: Dataset, context: str) -> None:
         """A dataset by its first shard's URL, its digest and its size."""
-        source = resolve_dataset_source(dataset.shards[0].url)
+        with warnings.catch_warnings():  # MLflow finds two names for a local file, both right
+            warnings.simplefilter("ignore", UserWarning)
+            source = resolve_dataset_source(dataset.shards[0].url)
         mlflow.log_input(
-            MetaDataset(source, name=f"{context}-{dataset.num_examples}", digest=dataset.digest[:32]),
+            MetaDataset(  # type: ignore[abstract]  # MLflow's own class, whose abstract method nobody needs
+                source, name=f"{context}-{dataset.num_examples}", digest=dataset.digest[:32]
+            ),
             context=context,
             tags={"num_examples": str(dataset.num_examples), "num_shards": str(len(dataset.shards))},
         )

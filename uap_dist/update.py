@@ -30,7 +30,7 @@ class Iterate:
 
 
 def paper_update(iterate: Iterate, total: Tensor, *, gain: float, norm: Norm, radius: float) -> Iterate:
-    """v ← P(v + gain · ΣΔ).
+    """The paper: v ← P(v + gain · ΣΔ).
 
     Args:
         iterate: v before the round; its momentum is left alone.

@@ -105,7 +105,9 @@ class Worker:
             cache_bytes: decoded images kept at most; what does not fit is read and decoded again for each block.
             num_threads: of torch on the CPU; results may depend on it.
         """
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats its bits only with a fixed workspace
+        os.environ.setdefault(
+            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+        )  # cuBLAS repeats its bits only with a fixed workspace
         torch.set_num_threads(num_threads)
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
@@ -161,7 +163,9 @@ class Worker:
             self._tensor(views), self._tensor(perturbation), torch.tensor(examples.labels, device=self.device), solver
         )
         lengths = increments.steps.flatten(1).double().norm(dim=1)
-        weights = torch.ones_like(lengths) if solver.rule == "paper" else lengths.square().clamp(min=1e-300).reciprocal()
+        weights = (
+            torch.ones_like(lengths) if solver.rule == "paper" else lengths.square().clamp(min=1e-300).reciprocal()
+        )
         solved = increments.is_solved
         return BlockResult(
             total=(weights.view(-1, 1, 1, 1) * increments.steps).sum(0).cpu().numpy(),

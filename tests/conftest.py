@@ -1,0 +1,59 @@
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from uap_dist.classifiers import load_classifier
+from uap_dist.dataset import LocalWorkers, load_dataset
+from uap_dist.shards import write_shards
+from uap_dist.worker import Worker
+
+TINY = f"{Path(__file__).parent / 'tiny.py'}:Tiny"
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+def encode(pixels: np.ndarray, kind: str = "PNG", **options) -> bytes:
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, kind, **options)
+    return data.getvalue()
+
+
+def random_samples(count: int, seed: int, side: int = 16):
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        colour = rng.integers(0, 256, size=3)
+        pixels = np.clip(colour + rng.normal(0, 40, size=(side, side, 3)), 0, 255).astype(np.uint8)
+        yield {"__key__": f"s{seed}-{i:03d}", "png": encode(pixels), "cls": int(colour.argmax())}
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    """Folder with train-{0000..0002}.tar (20, 20, 7 images) and val-0000.tar (20)."""
+    folder = tmp_path_factory.mktemp("shards")
+    write_shards(random_samples(47, seed=1), folder, prefix="train", shard_size=20)
+    write_shards(random_samples(20, seed=2), folder, prefix="val", shard_size=20)
+    return folder
+
+
+def tiny_worker(cache_bytes: int = 1 << 30) -> Worker:
+    return Worker(load_classifier(TINY), cache_bytes=cache_bytes, num_threads=1)
+
+
+@pytest.fixture
+def local_workers():
+    return LocalWorkers(tiny_worker())
+
+
+@pytest.fixture
+def tiny_data(shards, local_workers):
+    train = [str(shards / f"train-{i:04d}.tar") for i in range(3)]
+    return load_dataset(local_workers, train), load_dataset(local_workers, [str(shards / "val-0000.tar")])
+
+
+@pytest.fixture(scope="session")
+def shared():
+    if not SHARED.is_dir():
+        pytest.skip("real images and networks (../shared) are not here")
+    return SHARED

@@ -1,0 +1,98 @@
+import pytest
+import torch
+from conftest import TINY
+from safetensors.torch import save_file
+from torchvision.models import squeezenet1_1
+
+from uap_dist.classifiers import Geometry, check_classifier, digest_weights, load_classifier
+from uap_dist.errors import ClassifierError
+
+TINY_FILE = TINY.rpartition(":")[0]
+
+
+@pytest.fixture(scope="module")
+def squeezenet_file(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "squeezenet.safetensors"
+    save_file(squeezenet1_1(weights=None).state_dict(), path)
+    return path
+
+
+def test_torchvision_network_from_a_file_normalises_and_brings_its_geometry(squeezenet_file):
+    classifier = load_classifier("torchvision/squeezenet1_1", str(squeezenet_file))
+    assert classifier.geometry == Geometry(256, 224, "bilinear") and len(classifier.class_names) == 1000
+    pixels = 255 * torch.rand(2, 3, 224, 224)
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    expected = classifier.network((pixels / 255 - mean) / std)
+    torch.testing.assert_close(classifier(pixels), expected, rtol=1e-4, atol=1e-4)
+    assert not any(p.requires_grad for p in classifier.parameters()) and not classifier.training
+    assert check_classifier(classifier, (3, 224, 224)) == 1000
+
+
+def test_pth_and_safetensors_give_the_same_digest(squeezenet_file, tmp_path):
+    network = load_classifier("torchvision/squeezenet1_1", str(squeezenet_file)).network
+    torch.save({"state_dict": network.state_dict()}, tmp_path / "w.pth")
+    again = load_classifier("torchvision/squeezenet1_1", str(tmp_path / "w.pth"))
+    assert again.weights_digest == digest_weights(network)
+    next(again.network.parameters()).data[0] += 1
+    assert digest_weights(again.network) != again.weights_digest
+
+
+def test_network_of_ones_own_by_file_and_by_module():
+    by_file, by_module = load_classifier(TINY), load_classifier("tiny:Tiny")
+    assert by_file.weights_digest == by_module.weights_digest
+    assert by_file.geometry == Geometry() and by_file.class_names[0] == "red"
+
+
+def test_lite0_has_the_published_accuracy(shared):
+    pytest.importorskip("timm")
+    from uap_dist.shards import load_shard
+
+    classifier = load_classifier("efficientnet_lite0")
+    shard = load_shard(str(shared / "data/imagenet-sample/heldout-0000.tar"), classifier.geometry)
+    with torch.no_grad():
+        labels = classifier(torch.tensor(shard.images, dtype=torch.float32)).argmax(1).numpy()
+    assert (labels == shard.truths).mean() > 0.8
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "message"),
+    [
+        ("resnet50", None, "unknown network 'resnet50'; nearest names: .*torchvision/resnet50"),
+        ("torchvision/resnet5", None, "torchvision has no classifier 'resnet5'; nearest names: resnet50"),
+        ("timm/resnet5000", None, "timm has no network 'resnet5000'; nearest names: "),
+        ("torchvision/squeezenet1_1", "absent.pth", "no weights file absent.pth"),
+        ("absent.py:Net", None, "no file absent.py"),
+        ("absent_module:Net", None, "cannot import 'absent_module'"),
+        (f"{TINY_FILE}:tiny", None, "has no factory 'tiny'; nearest names: .*Tiny"),
+        (f"{TINY_FILE}:not_a_network", None, "returns str, not a torch.nn.Module"),
+    ],
+)
+def test_what_cannot_be_loaded_says_why(name, weights, message):
+    with pytest.raises(ClassifierError, match=message):
+        load_classifier(name, weights)
+
+
+def test_weights_that_do_not_match_name_the_keys(squeezenet_file, tmp_path):
+    with pytest.raises(ClassifierError, match=r"keys 4 missing \(conv.bias.*unexpected \(classifier.1.bias"):
+        load_classifier(TINY, str(squeezenet_file))
+    (tmp_path / "text.pth").write_text("no weights")
+    with pytest.raises(ClassifierError, match="is not a readable"):
+        load_classifier(TINY, str(tmp_path / "text.pth"))
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        ("Probabilities", "returns probabilities; return the logits"),
+        ("Random", "gives two outputs for the same pixels"),
+    ],
+)
+def test_what_is_no_classifier_is_refused(factory, message):
+    with pytest.raises(ClassifierError, match=message):
+        check_classifier(load_classifier(f"{TINY_FILE}:{factory}"), (3, 16, 16))
+
+
+def test_wrong_input_size_is_refused():
+    with pytest.raises(ClassifierError, match="fails on pixels of shape 2×3×20×20"):
+        check_classifier(load_classifier(TINY), (3, 20, 20))

@@ -1,0 +1,161 @@
+import numpy as np
+import pytest
+import torch
+from conftest import random_samples, tiny_worker
+
+from uap_dist.compute import ComputeConfig, compute, count_rounds
+from uap_dist.dataset import LocalWorkers, check_disjoint, load_dataset
+from uap_dist.errors import ConfigError, ShardError
+from uap_dist.norms import measure
+from uap_dist.shards import write_shards
+
+SMALL = {"round_size": 10, "block_size": 5, "radius": 20.0}
+
+
+def run(workers, data, **options):
+    return list(compute(workers, *data, ComputeConfig(**SMALL | options)))
+
+
+def test_log_odds_beats_random_on_held_out_images(local_workers, tiny_data):
+    from uap_dist.dataset import classify, fooling_rate
+    from uap_dist.norms import random_perturbation
+
+    final = run(local_workers, tiny_data, max_passes=4)[-1]
+    noise = random_perturbation((3, 16, 16), norm="linf", radius=20.0, seed=0).numpy()
+    random = fooling_rate(tiny_data[1], classify(local_workers, tiny_data[1], noise))
+    assert final.evaluation.val.rate > random.rate + 0.2
+    assert measure(final.perturbation, "linf") == 20
+
+
+def test_blocks_of_one_image_follow_the_papers_loop(local_workers, tiny_data):
+    """The paper's algorithm 1 with DeepFool, written again in float64, one image after another."""
+    train, _ = tiny_data
+    options = {"round_size": 1, "block_size": 1, "rule": "paper", "max_passes": 1, "radius": 20.0}
+    reports = run(local_workers, tiny_data, **options)
+    network = tiny_worker().classifier.double()
+    from uap_dist.schedule import plan_rounds
+
+    v = torch.zeros(3, 16, 16, dtype=torch.float64)
+    starts = np.cumsum([0, *train.sizes])
+    for round_, _ in zip(plan_rounds(train.sizes, seed=0, round_size=1, block_size=1), reports, strict=False):
+        (block,) = round_.blocks
+        task = train.examples(block.shard, block.examples)
+        x = torch.tensor(local_workers.map("pixels", [task])[0], dtype=torch.float64)
+        label = int(train.clean.labels[starts[block.shard] + block.examples[0]])
+        v = (v + reference_deepfool(network, x, v, label)).clamp(-20, 20)
+    assert torch.allclose(reports[-1].perturbation.double(), v, atol=2e-2)
+    assert measure(reports[-1].perturbation, "linf") > 5
+
+
+def reference_deepfool(network, x, v, label):
+    r = torch.zeros_like(x)
+    for _ in range(10):
+        z = (x + v + r).clamp(0, 255).requires_grad_()
+        logits = network(z)[0]
+        if logits.argmax() != label:
+            break
+        own = torch.autograd.grad(logits[label], z, retain_graph=True)[0]
+        best = None
+        for k in range(len(logits)):
+            if k != label:
+                w = torch.autograd.grad(logits[k], z, retain_graph=True)[0] - own
+                distance = (logits[label] - logits[k]).detach() / w.norm()
+                if best is None or distance < best[0]:
+                    best = distance, w
+        r = r + 1.02 * best[0] * best[1] / best[1].norm()
+    return r[0]
+
+
+@pytest.mark.parametrize(
+    ("rule", "norm"), [("log-odds", "linf"), ("log-odds", "l2"), ("paper", "linf"), ("paper", "l2")]
+)
+def test_same_config_same_bits_and_another_seed_other_bits(tiny_data, rule, norm):
+    finals = [
+        run(LocalWorkers(tiny_worker(cache)), tiny_data, rule=rule, norm=norm, max_passes=1, seed=seed)[-1].perturbation
+        for seed, cache in ((0, 1 << 30), (0, 1), (1, 1 << 30))
+    ]
+    assert torch.equal(finals[0], finals[1]) and not torch.equal(finals[0], finals[2])
+    assert measure(finals[0], norm) <= 20 * (1 + 1e-6)
+
+
+def test_a_budget_is_never_exceeded_and_counts_the_clean_labels(local_workers, tiny_data):
+    reports = run(local_workers, tiny_data, max_evaluations=150)
+    assert reports[-1].num_evaluations <= 150 < reports[-1].num_evaluations + 20
+    assert reports[-1].num_evaluations == 47 + 2 * reports[-1].num_solves
+    assert [r.num_rounds for r in reports] == [len(reports)] * len(reports)
+
+
+def test_the_papers_rule_stops_once_its_evaluations_are_spent(local_workers, tiny_data):
+    reports = run(local_workers, tiny_data, rule="paper", max_evaluations=300)
+    assert reports[-2].num_evaluations < 300 <= reports[-1].num_evaluations
+    assert reports[-1].evaluation is not None and reports[0].solved_share == 1
+
+
+def test_target_on_the_training_images_ends_the_run_after_a_pass(local_workers, tiny_data):
+    reports = run(local_workers, tiny_data, max_passes=50, target_fooling_rate=0.5)
+    assert reports[-1].evaluation.train.rate >= 0.5 and reports[-1].pass_number < 49
+    assert all(r.evaluation.train.rate < 0.5 for r in reports[:-1] if r.evaluation)
+
+
+def test_evaluate_every_spares_evaluations_but_not_the_last(local_workers, tiny_data):
+    reports = run(local_workers, tiny_data, max_passes=5, evaluate_every=2)
+    assert [r.pass_number for r in reports if r.evaluation] == [1, 3, 4]
+
+
+def test_passes_default_to_ten_unless_evaluations_bound_them():
+    assert count_rounds([50], ComputeConfig(round_size=25, block_size=25)) == 20
+    assert count_rounds([50], ComputeConfig(round_size=25, block_size=25, max_evaluations=10_050)) == 200
+    assert count_rounds([50], ComputeConfig(rule="paper", max_evaluations=10_050)) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"radius": 0.0}, "radius is 0.0; it must be a positive"),
+        ({"norm": "l1"}, "norm is 'l1'; it must be one of linf, l2"),
+        ({"rule": "best"}, "rule is 'best'"),
+        ({"target_fooling_rate": 0.0}, r"target fooling rate is 0.0; it must lie in \(0, 1\]"),
+        ({"target_fooling_rate": 1.5}, "it must lie in"),
+        ({"max_passes": 0}, "max passes is 0; it must be positive"),
+        ({"candidates": 5}, "candidates does not belong to rule log-odds"),
+        ({"rule": "paper", "margin": 5.0}, "margin does not belong to rule paper"),
+        ({"seed": -1}, "seed is -1"),
+    ],
+)
+def test_a_config_that_cannot_be_is_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        ComputeConfig(**options)
+
+
+def test_a_budget_below_one_round_says_what_is_needed(local_workers, tiny_data):
+    with pytest.raises(
+        ConfigError, match="do not pay for the clean labels of 47 training images and one round; give at least 67"
+    ):
+        run(local_workers, tiny_data, max_evaluations=60)
+
+
+def test_more_images_than_there_are_and_shards_on_both_sides_are_refused(local_workers, tiny_data, shards):
+    url = str(shards / "val-0000.tar")
+    with pytest.raises(ConfigError, match="asked for 21 images, but the 1 shards from .* hold 20"):
+        load_dataset(local_workers, [url], num_images=21)
+    with pytest.raises(ShardError, match="is also among the held-out ones"):
+        check_disjoint(tiny_data[1], load_dataset(local_workers, [url], num_images=5))
+
+
+def test_the_first_images_are_taken(local_workers, tiny_data, shards):
+    urls = [str(shards / f"train-{i:04d}.tar") for i in range(3)]
+    part = load_dataset(local_workers, urls, num_images=23)
+    assert part.keys == tiny_data[0].keys[:23] and part.sizes == [20, 3]
+    assert np.array_equal(part.clean.labels, tiny_data[0].clean.labels[:23])
+    assert part.digest != tiny_data[0].digest
+
+
+def test_bad_images_are_counted_and_too_many_end_it(local_workers, tmp_path, caplog):
+    samples = list(random_samples(20, seed=3))
+    samples[4]["png"] = b"broken"
+    write_shards(samples, tmp_path, prefix="t", shard_size=20)
+    url = str(tmp_path / "t-0000.tar")
+    dataset = load_dataset(local_workers, [url], max_bad_fraction=0.05)
+    assert dataset.num_examples == 19 and len(dataset.bad) == 1 and "s3-004" in caplog.text
+    with pytest.raises(ShardError, match="1 of 20 images cannot be decoded, more than the allowed share 0.01"):
+        load_dataset(local_workers, [url])

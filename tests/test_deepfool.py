@@ -1,0 +1,133 @@
+import pytest
+import torch
+from conftest import TINY
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from uap_dist.classifiers import load_classifier
+from uap_dist.deepfool import deepfool, log_odds, log_odds_increments
+from uap_dist.errors import ConfigError
+
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def linear(seed, classes):
+    rng = torch.Generator().manual_seed(seed)
+    weights = torch.randn(classes, 48, generator=rng, dtype=torch.float64)
+    pixels = 100 + 50 * torch.rand(5, 3, 4, 4, generator=rng, dtype=torch.float64)
+    bias = -weights @ pixels.mean(0).flatten()  # boundaries among the images, far from 0 and 255
+    return weights, pixels, lambda x: x.flatten(1) @ weights.T + bias
+
+
+@given(seed=SEEDS, classes=st.integers(2, 10))
+@settings(max_examples=25, deadline=None)
+def test_closed_form_on_linear_classifiers(seed, classes):
+    weights, pixels, classifier = linear(seed, classes)
+    labels = classifier(pixels).argmax(1)
+    found = deepfool(classifier, pixels, torch.zeros_like(pixels[0]), labels, candidates=classes, max_iterations=1)
+    for pixel, label, step in zip(pixels, labels, found.steps, strict=True):
+        scores = classifier(pixel[None])[0]
+        normals = (weights[label] - weights)[torch.arange(classes) != label]
+        distances = (scores[label] - scores)[torch.arange(classes) != label] / normals.norm(dim=1)
+        expected = -1.02 * distances.min() * normals[distances.argmin()] / normals[distances.argmin()].norm()
+        assert_close(step.flatten(), expected)
+    assert found.is_solved.all() and not found.is_fooled.any()
+
+
+@given(seed=SEEDS)
+@settings(max_examples=10, deadline=None)
+def test_steps_scale_with_the_unit_of_the_pixels(seed):
+    weights, pixels, classifier = linear(seed, 4)
+    labels = classifier(pixels).argmax(1)
+    whole = deepfool(classifier, pixels, torch.zeros_like(pixels[0]), labels, max_iterations=1)
+    half = deepfool(lambda x: classifier(2 * x), pixels / 2, torch.zeros_like(pixels[0]), labels, max_iterations=1)
+    assert_close(whole.steps, 2 * half.steps)
+
+
+def test_fooled_images_are_left_alone_and_evaluations_are_what_the_network_saw():
+    _, pixels, classifier = linear(0, 6)
+    seen = 0
+
+    def counting(x):
+        nonlocal seen
+        seen += len(x)
+        if x.requires_grad:
+            x.register_hook(lambda gradient: backwards.append(len(gradient)))
+        return classifier(x)
+
+    backwards = []
+    labels = classifier(pixels).argmax(1)
+    labels[:2] = (labels[:2] + 1) % 6  # as if v had changed these labels
+    found = deepfool(counting, pixels, torch.zeros_like(pixels[0]), labels, candidates=6)
+    assert found.is_fooled.tolist() == [True, True, False, False, False]
+    assert (found.steps[:2] == 0).all() and found.is_solved.all()
+    assert found.num_evaluations == seen + sum(backwards)
+
+
+def test_log_odds_step_lands_on_its_margin_where_the_gap_is_linear():
+    _, pixels, classifier = linear(3, 2)  # with two classes the log-odds are linear
+    labels = classifier(pixels).argmax(1)
+    found = log_odds_increments(classifier, pixels, torch.zeros_like(pixels[0]), labels, margin=2.0)
+    assert_close(log_odds(classifier(pixels + found.steps), labels), torch.full((5,), -2.0, dtype=torch.float64))
+    assert found.num_evaluations == 10
+    beyond = log_odds_increments(
+        classifier, pixels + 1.5 * found.steps, torch.zeros_like(pixels[0]), labels, margin=2.0
+    )
+    assert (beyond.steps == 0).all()
+
+
+def test_log_odds_are_the_log_of_p_over_one_minus_p():
+    logits = torch.randn(7, 5, dtype=torch.float64)
+    labels = torch.arange(7) % 5
+    p = logits.softmax(1).gather(1, labels[:, None]).squeeze(1)
+    assert_close(log_odds(logits, labels), (p / (1 - p)).log())
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda x: x.flatten(1)[:, :3] * 0,
+        lambda x: (x.flatten(1)[:, :3] * 0).sqrt(),
+        lambda x: x.flatten(1)[:, :3] * 1e30,
+    ],
+)
+def test_never_nan(broken):
+    pixels = torch.full((2, 3, 4, 4), 100.0)
+    labels = broken(pixels).argmax(1)
+    zero = torch.zeros(3, 4, 4)
+    assert deepfool(broken, pixels, zero, labels).steps.isfinite().all()
+    assert log_odds_increments(broken, pixels, zero, labels, margin=5.0).steps.isfinite().all()
+
+
+def test_images_do_not_influence_each_other():
+    classifier = load_classifier(TINY)
+    pixels = 255 * torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    labels = classifier(pixels).argmax(1)
+    together = deepfool(classifier, pixels, torch.zeros(3, 16, 16), labels)
+    for i in range(6):
+        alone = deepfool(classifier, pixels[i : i + 1], torch.zeros(3, 16, 16), labels[i : i + 1])
+        assert_close(alone.steps[0], together.steps[i], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"candidates": 1}, {"max_iterations": 0}, {"overshoot": -0.1}])
+def test_options_out_of_range_are_refused(options):
+    with pytest.raises(ConfigError, match="must be at least"):
+        deepfool(lambda x: x.flatten(1), torch.ones(1, 3, 2, 2), torch.zeros(3, 2, 2), torch.tensor([0]), **options)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_median_norm_agrees_with_foolbox_on_real_images(shared):
+    foolbox = pytest.importorskip("foolbox")
+    from uap_dist.shards import load_shard
+
+    classifier = load_classifier("torchvision/squeezenet1_0", str(shared / "models/squeezenet1_0.safetensors"))
+    shard = load_shard(str(shared / "data/imagenet-sample/train-0000.tar"), classifier.geometry)
+    pixels = torch.tensor(shard.images[:24], dtype=torch.float32)
+    labels = classifier(pixels).argmax(1)
+    ours = deepfool(classifier, pixels, torch.zeros_like(pixels[0]), labels)
+    attack = foolbox.attacks.L2DeepFoolAttack(steps=10, candidates=10, overshoot=0.02)
+    _, (theirs,), success = attack(foolbox.PyTorchModel(classifier, bounds=(0, 255)), pixels, labels, epsilons=[None])
+    assert ours.is_solved.all() and success.all()
+    medians = [x.flatten(1).norm(dim=1).median().item() for x in (ours.steps, theirs - pixels)]
+    assert medians[0] == pytest.approx(medians[1], rel=0.02)

@@ -1,0 +1,125 @@
+"""Real Ray, real actors, real kills."""
+
+import os
+import signal
+import time
+from threading import Thread
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from conftest import TINY
+
+from uap_dist.compute import ComputeConfig, compute
+from uap_dist.dataset import load_dataset
+from uap_dist.errors import ClassifierError, ConfigError, WorkerLostError
+from uap_dist.fleet import Fleet, FleetConfig
+from uap_dist.worker import Examples
+
+CONFIG = ComputeConfig(round_size=20, block_size=5, max_passes=3, radius=20.0)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    import ray
+
+    ray.init(
+        address="local", num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
+    )
+    yield
+    ray.shutdown()
+
+
+def make_fleet(num_workers, **options):
+    fleet = Fleet(TINY, None, FleetConfig(num_workers=num_workers, **options))
+    fleet.wait()
+    return fleet
+
+
+def load(workers, shards):
+    urls = [str(shards / f"train-{i:04d}.tar") for i in range(3)]
+    return load_dataset(workers, urls), load_dataset(workers, [str(shards / "val-0000.tar")])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards):
+    from conftest import tiny_worker
+
+    from uap_dist.dataset import LocalWorkers
+
+    workers = LocalWorkers(tiny_worker())
+    return list(compute(workers, *load(workers, shards), CONFIG))[-1].perturbation
+
+
+def worker_processes():
+    return [p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::_Actor")]
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_same_bits_for_any_number_of_workers(cluster, shards, undisturbed, num_workers):
+    fleet = make_fleet(num_workers)
+    final = list(compute(fleet, *load(fleet, shards), CONFIG))[-1]
+    fleet.close()
+    assert torch.equal(final.perturbation, undisturbed)
+
+
+def test_a_killed_worker_is_replaced_and_the_bits_stay(cluster, shards, undisturbed):
+    fleet = make_fleet(2)
+    data = load(fleet, shards)
+    for report in compute(fleet, *data, CONFIG):
+        if report.round_number in (1, 4):
+            os.kill(worker_processes()[0].pid, signal.SIGKILL)
+        final = report
+    lost = fleet.num_lost
+    fleet.close()
+    assert lost >= 1 and torch.equal(final.perturbation, undisturbed)
+
+
+def test_a_hanging_worker_is_given_up_after_its_deadline(cluster, shards):
+    fleet = make_fleet(1, task_timeout_s=4)
+    stopped = worker_processes()[0].pid
+    Thread(
+        target=lambda: (time.sleep(30), os.kill(stopped, signal.SIGCONT) if psutil.pid_exists(stopped) else None),
+        daemon=True,
+    ).start()
+    os.kill(stopped, signal.SIGSTOP)
+    (listing,) = fleet.map("load", [Examples(str(shards / "val-0000.tar"))])
+    lost = fleet.num_lost
+    fleet.close()
+    assert len(listing.keys) == 20 and lost == 1
+
+
+def test_what_a_worker_raises_comes_back_as_it_was_raised(cluster, shards):
+    fleet = Fleet(TINY.replace(":Tiny", ":not_a_network"), None, FleetConfig(num_workers=1))
+    with pytest.raises(ClassifierError, match="not a torch.nn.Module"):
+        fleet.wait()
+    fleet.close()
+
+
+def test_workers_that_cannot_be_placed_say_what_the_cluster_has(cluster):
+    fleet = Fleet(TINY, None, FleetConfig(num_workers=3, placement_timeout_s=15))
+    with pytest.raises(WorkerLostError, match=r"placed [0-2] of 3 workers .* it has 4 CPU and 2 GPU"):
+        fleet.wait()  # the third finds no GPU
+    fleet.close()
+
+
+def test_one_worker_per_gpu_by_default(cluster):
+    fleet = Fleet(TINY, None, FleetConfig())
+    assert fleet.num_workers == 2
+    fleet.close()
+
+
+def test_results_come_in_the_order_of_the_tasks(cluster, shards):
+    fleet = make_fleet(2)
+    train, _ = load(fleet, shards)
+    tasks = [train.examples(shard, [i]) for i in range(7) for shard in range(3)]
+    pixels = fleet.map("pixels", tasks)
+    again = fleet.map("pixels", tasks[::-1])[::-1]
+    fleet.close()
+    assert all(np.array_equal(a, b) for a, b in zip(pixels, again, strict=True))
+
+
+def test_a_fleet_that_cannot_be_is_refused():
+    with pytest.raises(ConfigError, match="num workers is 0; it must be positive"):
+        FleetConfig(num_workers=0)

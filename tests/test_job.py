@@ -1,0 +1,138 @@
+"""jobs/compute.py as a user starts it: a process, a local Ray, MLflow in a file."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from hashlib import sha256
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import TINY
+from safetensors import safe_open
+
+JOB = Path(__file__).parents[1] / "jobs/compute.py"
+
+
+def environment(**extra):
+    return {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "RAY_"))} | extra
+
+
+def start(folder, *options, **extra):
+    command = [sys.executable, str(JOB), "--model", TINY, "--num-workers", "1", *options]
+    return subprocess.Popen(
+        command, cwd=folder, env=environment(**extra), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process, timeout=150):
+    out, err = process.communicate(timeout=timeout)
+    return process.returncode, out, err
+
+
+def data(shards):
+    return ("--train-shards", str(shards / "train-{0000..0002}.tar"), "--val-shards", str(shards / "val-*.tar"))
+
+
+def runs(folder):
+    client = mlflow.MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    return client, client.search_runs([e.experiment_id for e in client.search_experiments()])
+
+
+@pytest.fixture(scope="module")
+def finished(shards, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("job")
+    options = ("--round-size", "10", "--block-size", "5", "--radius", "20", "--max-passes", "3", "--output", "out")
+    code, out, err = finish(start(folder, *data(shards), *options))
+    assert code == 0, err
+    return folder, out
+
+
+def test_the_result_is_what_the_file_holds(finished):
+    folder, _ = finished
+    result = json.loads((folder / "out/result.json").read_text())
+    with safe_open(folder / "out" / result["perturbation"], "numpy") as file:
+        v = file.get_tensor("perturbation")
+        provenance = json.loads(file.metadata()["provenance"])
+    assert v.dtype == np.float32 and v.shape == (3, 16, 16)
+    assert sha256(v.tobytes()).hexdigest() == result["perturbation_sha256"]
+    assert np.abs(v).max() == result["norm_linf"] == 20
+    assert result["num_val_images"] == 20 and result["num_evaluations"] == 47 + 2 * result["num_solves"] == 47 + 2 * 141
+    assert provenance["seed"] == 0 and len(provenance["train_digest"]) == len(provenance["weights_digest"]) == 64
+
+
+def test_the_table_gives_the_fooling_rate(finished):
+    folder, _ = finished
+    table = pq.read_table(folder / "out/held-out-examples.parquet").to_pydict()
+    fooled = [a != b for a, b in zip(table["clean_label"], table["perturbed_label"], strict=True)]
+    assert fooled == table["is_fooled"]
+    assert sum(fooled) / 20 == json.loads((folder / "out/result.json").read_text())["val_fooling_rate"]
+    assert set(table["clean_name"]) <= {"red", "green", "blue", "grey"}
+
+
+def test_the_mlflow_run_holds_all_of_it(finished):
+    folder, _ = finished
+    result = json.loads((folder / "out/result.json").read_text())
+    client, (run,) = runs(folder)
+    assert run.info.status == "FINISHED" and run.info.run_id == result["mlflow_run_id"]
+    history = client.get_metric_history(run.info.run_id, "round/fooling_rate")
+    assert [m.step for m in history] == list(range(1, result["num_rounds"] + 1))
+    assert run.data.metrics["val/fooling_rate"] == result["val_fooling_rate"]
+    assert run.data.params["rule"] == "log-odds" and "fooling rate" in run.data.tags["mlflow.note.content"].lower()
+    assert {i.dataset.name for i in run.inputs.dataset_inputs} == {"training-47", "held-out-20"}
+    names = {a.path for a in client.list_artifacts(run.info.run_id)}
+    assert names == {p.name for p in (folder / "out").iterdir()}
+
+
+def test_the_log_is_plain_lines(finished):
+    _, out = finished
+    assert "\x1b" not in out and "\r" not in out
+    assert re.search(r"after 329 network evaluations: training 0\.\d+ \[.*\] of 47, held-out 0\.\d+ \[.*\] of 20", out)
+    assert "a random perturbation of the same norm: 0." in out and "mlflow ui --backend-store-uri sqlite:///" in out
+
+
+def test_sigterm_ends_the_run_killed(shards, tmp_path):
+    process = start(
+        tmp_path, *data(shards), "--max-passes", "100000", "--round-size", "10", "--block-size", "5", "--output", "out"
+    )
+    while "training and" not in (line := process.stdout.readline()):
+        assert line, process.stderr.read()
+    time.sleep(3)
+    process.send_signal(signal.SIGTERM)
+    code, _, err = finish(process, timeout=30)
+    assert code == 130 and err.endswith("interrupted\n") and "Traceback" not in err
+    _, (run,) = runs(tmp_path)
+    assert run.info.status == "KILLED"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--radius", "0"), "radius is 0.0; it must be a positive number of pixels"),
+        (("--train-shards", "absent-*.tar"), "absent-*.tar matches nothing"),
+        (("--model", "resnet50"), "unknown network 'resnet50'; nearest names: "),
+    ],
+)
+def test_bad_input_is_one_line_and_a_failed_run(shards, tmp_path, options, message):
+    code, _, err = finish(start(tmp_path, *data(shards), *options))
+    assert code == 1 and err.startswith("error: ") and message in err and err.count("\n") == 1
+    _, (run,) = runs(tmp_path)
+    assert run.info.status == "FAILED" and message in run.data.tags["reason"]
+
+
+def test_a_tracking_server_that_does_not_answer_fails_early(shards, tmp_path):
+    started = time.monotonic()
+    code, _, err = finish(start(tmp_path, *data(shards), MLFLOW_TRACKING_URI="http://127.0.0.1:9"))
+    assert code == 1 and "the tracking server at http://127.0.0.1:9 (MLFLOW_TRACKING_URI) does not answer" in err
+    assert err.count("\n") == 1 and time.monotonic() - started < 60
+
+
+def test_an_unknown_norm_is_refused_by_the_parser(tmp_path):
+    code, _, err = finish(start(tmp_path, "--norm", "l1"))
+    assert code != 0 and "l1" in err and "linf" in err

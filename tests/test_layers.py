@@ -1,0 +1,30 @@
+import subprocess
+import sys
+
+import uap_dist
+
+
+def loaded_by(statement):
+    code = f"import sys; {statement}; print(*sys.modules)"
+    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+
+
+def test_the_package_needs_neither_ray_nor_mlflow():
+    assert not {"ray", "mlflow", "moto"} & loaded_by("import uap_dist")
+
+
+def test_the_core_needs_no_shards_either():
+    core = "from uap_dist import augment"  # the package itself lists public names; its modules are looked at alone
+    assert "ray" not in loaded_by(core)
+    for module in ("norms", "deepfool", "update", "schedule", "fooling", "classifiers", "errors", "augment"):
+        source = (__import__("pathlib").Path(uap_dist.__file__).parent / f"{module}.py").read_text()
+        imported = [
+            line.split()[1] for line in source.splitlines() if line.startswith(("from uap_dist", "import uap_dist"))
+        ]
+        assert set(imported) <= {"uap_dist.errors", "uap_dist.norms"}, module
+
+
+def test_public_names_are_what_the_package_lists():
+    assert sorted(uap_dist.__all__) == uap_dist.__all__
+    for name in uap_dist.__all__:
+        assert getattr(uap_dist, name).__doc__, name

@@ -1,0 +1,37 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from uap_dist.errors import ConfigError
+from uap_dist.norms import measure, project, random_perturbation
+
+NORMS = st.sampled_from(["linf", "l2"])
+
+
+@given(seed=st.integers(0, 2**32 - 1), norm=NORMS, radius=st.floats(0.1, 100), scale=st.floats(0.01, 1000))
+def test_projection_is_the_nearest_point_of_the_ball(seed, norm, radius, scale):
+    rng = torch.Generator().manual_seed(seed)
+    v = scale * torch.randn(3, 4, 4, generator=rng, dtype=torch.float64)
+    nearest = project(v, norm=norm, radius=radius)
+    assert measure(nearest, norm) <= radius * (1 + 1e-12)
+    assert torch.allclose(project(nearest, norm=norm, radius=radius), nearest, rtol=1e-12)
+    if measure(v, norm) <= radius:
+        assert torch.equal(nearest, v)
+    # the obtuse-angle condition pins the point itself
+    other = project(10 * radius * torch.randn(3, 4, 4, generator=rng, dtype=torch.float64), norm=norm, radius=radius)
+    assert ((v - nearest) * (other - nearest)).sum() <= 1e-9 * scale * radius * v.numel()
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_random_perturbation_fills_the_ball_and_repeats(norm):
+    v = random_perturbation((3, 8, 8), norm=norm, radius=7.0, seed=3)
+    assert measure(v, norm) == pytest.approx(7, rel=1e-6)
+    assert torch.equal(v, random_perturbation((3, 8, 8), norm=norm, radius=7.0, seed=3))
+    assert not torch.equal(v, random_perturbation((3, 8, 8), norm=norm, radius=7.0, seed=4))
+
+
+@pytest.mark.parametrize(("norm", "radius"), [("l1", 1.0), ("linf", 0.0), ("l2", -1.0), ("l2", float("nan"))])
+def test_a_ball_that_cannot_be_is_refused(norm, radius):
+    with pytest.raises(ConfigError, match="norm is 'l1'" if norm == "l1" else "radius is"):
+        project(torch.zeros(1), norm=norm, radius=radius)

@@ -1,0 +1,133 @@
+import io
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import encode
+
+from uap_dist.classifiers import Geometry
+from uap_dist.errors import ShardError
+from uap_dist.shards import load_shard
+from uap_dist.sources import list_folder, list_ilsvrc_train, list_ilsvrc_val, shuffled_samples
+
+JOB = Path(__file__).parents[1] / "jobs/shard.py"
+WNIDS = ("n01440764", "n01443537", "n02096051")
+
+
+def picture(value):
+    return encode(np.full((16, 16, 3), value, np.uint8))
+
+
+def add(tar, name, data):
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+@pytest.fixture
+def train_tar(tmp_path):
+    path = tmp_path / "train.tar"
+    with tarfile.open(path, "w") as outer:
+        for label, wnid in reversed(list(enumerate(WNIDS))):
+            inner = io.BytesIO()
+            with tarfile.open(fileobj=inner, mode="w") as tar:
+                for i in range(4):
+                    add(tar, f"{wnid}_{i}.png", picture(10 * label + i))
+            add(outer, f"{wnid}.tar", inner.getvalue())
+    return path
+
+
+@pytest.fixture
+def val_tar(tmp_path):
+    path = tmp_path / "val.tar"
+    with tarfile.open(path, "w") as tar:
+        for i in (2, 0, 1):
+            add(tar, f"val_{i}.png", picture(10 * i))
+    return path
+
+
+def values(images):
+    from PIL import Image
+
+    return {i.key: (i.label, int(np.asarray(Image.open(io.BytesIO(i.read())))[0, 0, 0])) for i in images}
+
+
+def test_train_tar_of_tars_numbers_sorted_wordnet_ids(train_tar):
+    images, classes = list_ilsvrc_train(train_tar)
+    assert classes == list(WNIDS)
+    assert values(images) == {
+        f"{wnid}_{i}": (label, 10 * label + i) for label, wnid in enumerate(WNIDS) for i in range(4)
+    }
+
+
+@pytest.mark.parametrize(
+    "lines", [("0", "2", "1"), ("val_2.png 1", "val_0.png 0", "val_1.png 2"), (WNIDS[0], WNIDS[2], WNIDS[1])]
+)
+def test_val_tar_takes_its_labels_from_a_file(val_tar, tmp_path, lines):
+    (tmp_path / "labels.txt").write_text("\n".join(lines) + "\n")
+    images, _ = list_ilsvrc_val(val_tar, tmp_path / "labels.txt")
+    assert values(images) == {"val_0": (0, 0), "val_1": (2, 10), "val_2": (1, 20)}
+
+
+def test_labels_that_do_not_fit_are_refused(val_tar, tmp_path):
+    labels = tmp_path / "labels.txt"
+    for text, message in {
+        "0\n1\n": "has 2 labels for the 3 images",
+        "a 1\nval_0.png 1\nval_1.png 1\n": "no label for val_2.png",
+    }.items():
+        labels.write_text(text)
+        with pytest.raises(ShardError, match=message):
+            list_ilsvrc_val(val_tar, labels)
+
+
+def test_the_devkits_numbers_are_refused(tmp_path):
+    with tarfile.open(tmp_path / "v.tar", "w") as tar:
+        for i in range(1000):
+            add(tar, f"{i:04d}.png", b"x")
+    (tmp_path / "l.txt").write_text("\n".join(str(i + 1) for i in range(1000)))
+    with pytest.raises(ShardError, match="counts classes from 1"):
+        list_ilsvrc_val(tmp_path / "v.tar", tmp_path / "l.txt")
+
+
+def test_shuffle_is_a_function_of_the_seed(train_tar):
+    images, _ = list_ilsvrc_train(train_tar)
+    orders = [[sample["__key__"] for sample in shuffled_samples(images, seed)] for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2] and sorted(orders[0]) == sorted(orders[2])
+
+
+def test_job_makes_shards_of_a_folder_and_refuses_to_mix(tmp_path):
+    for label, name in enumerate(("cat", "dog")):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(3):
+            (tmp_path / "images" / name / f"{i}.png").write_bytes(picture(100 * label + i))
+    command = [
+        sys.executable,
+        str(JOB),
+        "--source",
+        str(tmp_path / "images"),
+        "--output",
+        str(tmp_path / "out"),
+        "--shard-size",
+        "4",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "6 images of 2 classes in 2 shards" in done.stdout
+    assert json.loads((tmp_path / "out/train-index.json").read_text())["shards"] == {
+        "train-0000.tar": 4,
+        "train-0001.tar": 2,
+    }
+    loaded = [load_shard(str(tmp_path / f"out/train-000{i}.tar"), Geometry()) for i in range(2)]
+    for shard in loaded:
+        assert [(image[0, 0, 0] >= 100) for image in shard.images] == [truth == 1 for truth in shard.truths]
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 1 and "already holds train-*.tar" in again.stderr and "Traceback" not in again.stderr
+
+
+def test_a_folder_without_images_is_refused(tmp_path):
+    (tmp_path / "cat").mkdir()
+    with pytest.raises(ShardError, match="holds no CLASS/NAME.jpg"):
+        list_folder(tmp_path)

@@ -1,0 +1,47 @@
+import pytest
+import torch
+from torch.testing import assert_close
+
+from uap_dist.norms import measure
+from uap_dist.update import MOMENTUM, Iterate, cosine, finish, log_odds_update, paper_update
+
+
+def random(seed, scale=1.0):
+    return scale * torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_paper_rule_adds_and_projects():
+    iterate = paper_update(Iterate(random(0), torch.zeros(3, 4, 4)), random(1), gain=2.0, norm="linf", radius=1.0)
+    assert_close(iterate.v, (random(0) + 2 * random(1)).clamp(-1, 1))
+
+
+def test_log_odds_rule_takes_a_sign_step_of_the_momentum_for_linf():
+    before = Iterate(random(0, 0.1), random(1))
+    after = log_odds_update(before, random(2), step_size=0.5, norm="linf", radius=10.0)
+    momentum = MOMENTUM * random(1) + random(2) / random(2).abs().mean()
+    assert_close(after.momentum, momentum)
+    assert_close(after.v, before.v + 0.5 * momentum.sign())
+
+
+def test_log_odds_rule_does_not_depend_on_the_size_of_the_sum():
+    start = Iterate.zero((3, 4, 4))
+    small, large = (log_odds_update(start, s * random(2), step_size=0.5, norm="l2", radius=10.0) for s in (1e-6, 1e6))
+    assert_close(small.v, large.v)
+    assert small.v.square().mean().sqrt().item() == pytest.approx(0.5)
+
+
+def test_a_round_without_increments_changes_nothing_but_the_momentum():
+    before = Iterate(random(0), torch.zeros(3, 4, 4, dtype=torch.float64))
+    after = log_odds_update(before, torch.zeros(3, 4, 4, dtype=torch.float64), step_size=1.0, norm="l2", radius=100.0)
+    assert torch.equal(after.v, before.v) and after.v.isfinite().all()
+
+
+def test_cosine_falls_from_start_to_nearly_zero():
+    steps = [cosine(8.0, n, 60) for n in range(60)]
+    assert steps[0] == 8 and steps == sorted(steps, reverse=True) and 0 < steps[-1] < 0.01
+    assert sum(steps) == pytest.approx(8 * 60 / 2 + 4)
+
+
+def test_finish_moves_linf_into_the_corner_and_leaves_l2():
+    assert measure(finish(random(0, 5), norm="linf", radius=3.0), "linf") == 3
+    assert torch.equal(finish(random(0), norm="l2", radius=3.0), random(0))

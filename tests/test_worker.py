@@ -1,0 +1,59 @@
+import shutil
+
+import numpy as np
+import pytest
+from conftest import tiny_worker
+
+from uap_dist.compute import ComputeConfig
+from uap_dist.errors import ShardError
+from uap_dist.worker import Examples
+
+V = np.random.default_rng(0).normal(0, 5, size=(3, 16, 16)).astype(np.float32)
+
+
+def examples(url, worker, count=6):
+    listing = worker.load(Examples(url))
+    return Examples(url, listing.digest, listing.keys[:count], (0,) * count, seed=(1, 2, 3))
+
+
+@pytest.mark.parametrize("rule", ["log-odds", "paper"])
+def test_results_do_not_depend_on_what_is_cached(shards, rule):
+    url = str(shards / "train-0000.tar")
+    roomy, cramped = tiny_worker(), tiny_worker(cache_bytes=1)
+    task = examples(url, roomy)
+    cramped.load(Examples(url))
+    results = [worker.solve(task, V, ComputeConfig(rule=rule).solver) for worker in (roomy, cramped, tiny_worker())]
+    for other in results[1:]:
+        assert np.array_equal(results[0].total, other.total)
+        assert results[0].sum_increment_norms == other.sum_increment_norms
+
+
+def test_a_sum_is_the_sum_over_its_examples(shards):
+    worker = tiny_worker()
+    task = examples(str(shards / "train-0000.tar"), worker)
+    solver = ComputeConfig(augment="none").solver
+    whole = worker.solve(task, V, solver)
+    parts = [worker.solve(Examples(task.shard, task.digest, (key,), (0,)), V, solver) for key in task.keys]
+    np.testing.assert_allclose(whole.total, sum(part.total for part in parts), rtol=1e-4, atol=1e-9)
+    assert whole.num_evaluations == sum(part.num_evaluations for part in parts) == 12
+
+
+def test_classify_agrees_with_the_network(shards):
+    import torch
+
+    worker = tiny_worker()
+    task = examples(str(shards / "train-0000.tar"), worker)
+    shown = np.clip(worker.pixels(task) + V, 0, 255)
+    probabilities = worker.classifier(torch.tensor(shown)).softmax(1)
+    found = worker.classify(task, V)
+    assert found.labels.tolist() == probabilities.argmax(1).tolist()
+    np.testing.assert_allclose(found.confidences, probabilities.max(1).values.numpy(), rtol=1e-5)
+
+
+def test_a_shard_that_changes_during_the_run_is_detected(shards, tmp_path):
+    url = str(tmp_path / "t.tar")
+    shutil.copy(shards / "train-0000.tar", url)
+    task = examples(url, tiny_worker())
+    shutil.copy(shards / "train-0001.tar", url)
+    with pytest.raises(ShardError, match="changed during the run"):
+        tiny_worker().solve(task, V, ComputeConfig().solver)

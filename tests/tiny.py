@@ -1,0 +1,35 @@
+"""Networks of a user's own for the tests, on 16×16 images of four classes."""
+
+import torch
+from torch import nn
+
+
+class Tiny(nn.Module):
+    """Small, smooth and not linear, so that increments depend on where v is."""
+
+    class_names = ("red", "green", "blue", "grey")
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.conv = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.head = nn.Linear(8 * 64, 4)
+        for parameter in self.parameters():
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+
+    def forward(self, pixels):
+        return self.head(torch.tanh(self.conv(pixels / 64 - 2)).flatten(1))
+
+
+class Probabilities(Tiny):
+    def forward(self, pixels):
+        return super().forward(pixels).softmax(1)
+
+
+class Random(Tiny):
+    def forward(self, pixels):
+        return super().forward(pixels) + torch.rand(1)
+
+
+def not_a_network():
+    return "a string"
