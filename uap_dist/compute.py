@@ -50,10 +50,10 @@ class ComputeConfig:
     step_size: float | None = None
     """Log-odds rule: size of the first step, in pixels (root mean square for l2). Default: see update.default_step_size."""
     augment: Augmentation | None = None
-    """Log-odds rule: random views of the training images, drawn per image. Default flip."""
-    round_size: int = 25
+    """Log-odds rule: random views of the training images, drawn per image. Default flip-shift."""
+    round_size: int = 24
     """Training images in a round: solved against one v, reduced once. Part of the result; never derived from the fleet."""
-    block_size: int = 25
+    block_size: int = 6
     """Training images solved together by one worker; divides the round size. Part of the result."""
     seed: int = 0
     """Of the order of images and of their random views."""
@@ -86,7 +86,7 @@ class ComputeConfig:
         """What the workers need to know, defaults filled in."""
         return Solver(
             rule=self.rule,
-            augmentation="none" if self.rule == "paper" else self.augment or "flip",
+            augmentation="none" if self.rule == "paper" else self.augment or "flip-shift",
             margin=self.margin if self.margin is not None else update.MARGIN,
             candidates=self.candidates or 10,
             max_iterations=10,

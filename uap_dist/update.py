@@ -13,6 +13,8 @@ from uap_dist.norms import Norm, project, spread
 
 MARGIN = 500.0  # logits; so far beyond the boundary that no example is ever done and weights 1/(f + margin) stay even
 MOMENTUM = 0.9
+FIRST_STEP = {"linf": 0.8, "l2": 0.4}  # of the radius, as root mean square of a perturbation that fills the ball
+FULL_STEP_ROUNDS = 125  # beyond them the first step falls as 1/rounds: all steps together stay as long
 CORNER = 4.0  # P(4 v): a v in the corner of the ℓ∞ ball fools more
 
 
@@ -72,5 +74,4 @@ def finish(v: Tensor, *, norm: Norm, radius: float) -> Tensor:
 
 def default_step_size(*, norm: Norm, radius: float, num_values: int, num_rounds: int) -> float:
     """First step of the log-odds rule in pixels (root mean square for ℓ2), from what is known before the run."""
-    share = {"linf": 0.8, "l2": 0.4}[norm]
-    return share * spread(norm, radius, num_values)
+    return FIRST_STEP[norm] * min(1.0, FULL_STEP_ROUNDS / num_rounds) * spread(norm, radius, num_values)

@@ -1,0 +1,153 @@
+"""Held-out fooling rates of the defaults and of the paper's rule, mean over seeds: benchmarks/main_job.md.
+
+    python benchmarks/main_job.py --only squeezenet-linf-3000     # one row; without --only all of them, about an hour on two cores
+    python benchmarks/main_job.py --table                         # the table of what has been measured
+
+Runs that are in the output already are not repeated, so it goes on where it was stopped.
+"""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from hashlib import sha256
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import tyro
+from networks import NETWORKS
+
+from uap_dist.compute import ComputeConfig, compute
+from uap_dist.dataset import classify, fooling_rate, load_dataset
+from uap_dist.fleet import Fleet, FleetConfig, connect
+from uap_dist.norms import random_perturbation
+from uap_dist.provenance import git_commit
+from uap_dist.shards import expand_patterns
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: a network, a config and the seeds that it is averaged over."""
+
+    network: str
+    config: dict[str, Any]
+    seeds: tuple[int, ...]
+    goal: float | None = None
+
+
+def _rows() -> dict[str, Row]:
+    four, five = (0, 1, 2, 3), (0, 1, 2, 3, 4)
+    paper = {"rule": "paper", "max_evaluations": 10_000}
+    rows = {}
+    for network, budget, seeds, goal in (
+        ("squeezenet", 3_000, four, 0.86),
+        ("lite0", 4_000, four, 0.82),
+        ("resnet20", 8_000, five, 0.84),
+        ("resnet20", 32_000, five, 0.87),
+        ("squeezenet", 10_000, four, 0.91),
+        ("lite0", 12_000, four, 0.86),
+    ):
+        config = {"max_evaluations": budget, "augment": NETWORKS[network].augment}
+        rows[f"{network}-linf-{budget}"] = Row(network, config, seeds, goal)
+    config = {"norm": "l2", "max_evaluations": 3_000, "augment": NETWORKS["squeezenet"].augment}
+    rows["squeezenet-l2-3000"] = Row("squeezenet", config, four, 0.66)
+    rows |= {f"{network}-paper-10000": Row(network, paper, (0, 1)) for network in ("squeezenet", "lite0")}
+    rows["resnet20-paper-8000"] = Row("resnet20", {"rule": "paper", "max_evaluations": 8_000}, five)
+    return rows
+
+
+ROWS = _rows()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Measure rows, or print the table."""
+
+    only: tuple[str, ...] = tuple(ROWS)
+    """Rows to measure."""
+    table: bool = False
+    """Print the table of what has been measured, and measure nothing."""
+    num_workers: int = 2
+    """Workers; the rates do not depend on it."""
+    data: Path = Path("../shared")
+    """Folder of the images and networks."""
+    output: Path = Path(__file__).with_name("main_job.jsonl")
+    """One line of JSON for each run is added here."""
+
+
+def main() -> None:
+    """Measure what is missing, then print the table."""
+    options = tyro.cli(Options)
+    if not options.table:
+        connect()
+        for network in dict.fromkeys(ROWS[name].network for name in options.only):
+            measure(network, [name for name in options.only if ROWS[name].network == network], options)
+    print("\n".join(table(options.output)))
+
+
+def measure(network_name: str, names: list[str], options: Options) -> None:
+    """All missing runs of one network on one fleet."""
+    network, done = NETWORKS[network_name], {(line["row"], line["seed"]) for line in _lines(options.output)}
+    missing = [(name, seed) for name in names for seed in ROWS[name].seeds if (name, seed) not in done]
+    if not missing:
+        return
+    fleet = Fleet(*network.locate(options.data), FleetConfig(num_workers=options.num_workers))
+    fleet.wait()
+    train = load_dataset(
+        fleet, expand_patterns([str(options.data / network.train)]), num_images=network.num_train_images
+    )
+    val = load_dataset(fleet, expand_patterns([str(options.data / network.val)]), num_images=network.num_val_images)
+    for name, seed in missing:
+        config, started = ComputeConfig(seed=seed, evaluate_every=10**6, **ROWS[name].config), time.perf_counter()
+        *_, final = compute(fleet, train, val, config)
+        assert final.evaluation is not None
+        noise = random_perturbation(val.shape, norm=config.norm, radius=config.ball_radius, seed=seed)
+        line = {
+            "row": name,
+            "seed": seed,
+            "rate": final.evaluation.val.rate,
+            "random_rate": fooling_rate(val, classify(fleet, val, noise.numpy())).rate,
+            "num_val_images": val.num_examples,
+            "train_rate": final.evaluation.train.rate,
+            "num_evaluations": final.num_evaluations,
+            "num_rounds": final.round_number + 1,
+            "seconds": round(time.perf_counter() - started, 1),
+            "sha256": sha256(final.perturbation.numpy().tobytes()).hexdigest(),
+            "commit": git_commit(),
+            "date": datetime.now(UTC).date().isoformat(),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        }
+        with options.output.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(json.dumps(line), flush=True)
+    fleet.close()
+
+
+def table(path: Path) -> Iterator[str]:
+    """Markdown: a line for each row that has runs."""
+    yield "| row | augment | held-out fooling rate of each seed | mean ± sd | goal | random | training | evaluations | images |"
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    for name, row in ROWS.items():
+        lines = sorted((line for line in _lines(path) if line["row"] == name), key=lambda line: line["seed"])
+        if not lines:
+            continue
+        rates = [line["rate"] for line in lines]
+        spread = f" ± {stdev(rates):.3f}" if len(rates) > 1 else ""
+        yield (
+            f"| {name} | {row.config.get('augment', '–')} | {' '.join(f'{rate:.3f}' for rate in rates)} "
+            f"| **{mean(rates):.3f}**{spread} | {row.goal or '–'} | {mean(line['random_rate'] for line in lines):.3f} "
+            f"| {mean(line['train_rate'] for line in lines):.3f} | {max(line['num_evaluations'] for line in lines):,} "
+            f"| {lines[0]['num_val_images']} |"
+        )
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+if __name__ == "__main__":
+    main()
