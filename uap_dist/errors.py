@@ -1,7 +1,7 @@
 """What can go wrong, as one tree: each message says what was wrong, where, and what to do.
 
 UapDistError
-├── ConfigError (also ValueError)   an option or argument that cannot be
+├── ConfigError                     an option or argument that cannot be
 ├── ClassifierError                 a network or weights file that cannot be used
 ├── ShardError                      a shard or image that cannot be read
 ├── WorkerLostError                 the fleet cannot be placed, or a block kills its workers
@@ -13,8 +13,11 @@ class UapDistError(Exception):
     """Base of everything that the package raises on purpose."""
 
 
-class ConfigError(UapDistError, ValueError):
-    """An option or argument has a value that it cannot have."""
+class ConfigError(UapDistError):
+    """An option or argument has a value that it cannot have.
+
+    No ValueError: tyro would take that for a parsing error, and no run would be marked FAILED.
+    """
 
 
 class ClassifierError(UapDistError):
