@@ -120,6 +120,9 @@ def test_passes_default_to_ten_unless_evaluations_bound_them():
         ({"candidates": 5}, "candidates does not belong to rule log-odds"),
         ({"rule": "paper", "margin": 5.0}, "margin does not belong to rule paper"),
         ({"seed": -1}, "seed is -1"),
+        ({"margin": -1.0}, "margin is -1.0"),
+        ({"rule": "paper", "candidates": 1}, "candidates is 1; it must be at least 2"),
+        ({"round_size": 10, "block_size": 4}, "round size 10 is not a positive multiple of block size 4"),
     ],
 )
 def test_a_config_that_cannot_be_is_refused(options, message):

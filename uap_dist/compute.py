@@ -14,7 +14,7 @@ from uap_dist.dataset import Dataset, Workers, classify, fooling_rate
 from uap_dist.errors import ConfigError
 from uap_dist.fooling import FoolingRate
 from uap_dist.norms import Norm, check_ball, measure
-from uap_dist.schedule import Round, plan_rounds
+from uap_dist.schedule import Round, check_sizes, plan_rounds
 from uap_dist.update import Iterate
 from uap_dist.worker import BlockResult, Predictions, Rule, Solver
 
@@ -48,7 +48,8 @@ class ComputeConfig:
     margin: float | None = None
     """Log-odds rule: how far beyond the boundary a step aims, in logits. Default 500."""
     step_size: float | None = None
-    """Log-odds rule: size of the first step, in pixels (root mean square for l2). Default: see update.default_step_size."""
+    """Log-odds rule: size of the first step, in pixels (root mean square for l2). Default: 0.8 of the
+    radius for linf, 0.4 of what fills the ball for l2; beyond 125 rounds less, as 125/rounds."""
     augment: Augmentation | None = None
     """Log-odds rule: random views of the training images, drawn per image. Default flip-shift."""
     round_size: int = 24
@@ -69,6 +70,11 @@ class ComputeConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"{name.replace('_', ' ')} is {value}; it must be positive")
+        if self.margin is not None and not self.margin >= 0:
+            raise ConfigError(f"margin is {self.margin}; it must not be negative")
+        if self.candidates is not None and self.candidates < 2:
+            raise ConfigError(f"candidates is {self.candidates}; it must be at least 2, the clean label included")
+        check_sizes(self.round_size, self.block_size)
         foreign = ("candidates", "gain") if self.rule == "log-odds" else ("margin", "step_size", "augment")
         for name in foreign:
             if getattr(self, name) is not None:

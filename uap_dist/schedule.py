@@ -38,6 +38,12 @@ class Round:
         return sum(len(block.examples) for block in self.blocks)
 
 
+def check_sizes(round_size: int, block_size: int) -> None:
+    """Raise ConfigError unless both are positive and the round is a multiple of the block."""
+    if block_size < 1 or round_size < 1 or round_size % block_size:
+        raise ConfigError(f"round size {round_size} is not a positive multiple of block size {block_size}")
+
+
 def plan_rounds(shard_sizes: Sequence[int], *, seed: int, round_size: int, block_size: int) -> Iterator[Round]:
     """Rounds without end: in each pass every example once, in an order of its own.
 
@@ -54,8 +60,7 @@ def plan_rounds(shard_sizes: Sequence[int], *, seed: int, round_size: int, block
     Raises:
         ConfigError: sizes that are not positive, a round that is no multiple of a block, or fewer examples than one block.
     """
-    if block_size < 1 or round_size < 1 or round_size % block_size:
-        raise ConfigError(f"round size {round_size} is not a positive multiple of block size {block_size}")
+    check_sizes(round_size, block_size)
     if sum(shard_sizes) < block_size:
         raise ConfigError(f"{sum(shard_sizes)} training images are fewer than one block of {block_size}")
     blocks_per_round = round_size // block_size
