@@ -61,13 +61,19 @@ class Options:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     fleet: FleetConfig = field(default_factory=FleetConfig)
 
+    @property
+    def name(self) -> str:
+        """Of the MLflow run and, with the time, of the output folder."""
+        model = "-".join(Path(self.model).parts[-2:]) if ".py:" not in self.model else Path(self.model).name
+        return f"{model.replace(':', '-')}-{self.compute.norm}-seed{self.compute.seed}"
+
 
 def main() -> None:
     """Parse, then run inside an MLflow run that ends as the job does."""
     with one_line_errors(debug="--debug" in sys.argv):
         options, refusal = _parse()
         set_up_logging(console, debug=options.debug)
-        with Tracker(experiment=options.experiment) as tracker:
+        with Tracker(experiment=options.experiment, run_name=options.name) as tracker:
             if refusal is not None:
                 raise refusal
             run(options, tracker)
@@ -122,9 +128,8 @@ def _parse() -> tuple[Options, ConfigError | None]:
 
 
 def _new_folder(options: Options) -> Path:
-    name = options.model.replace("/", "-").replace(":", "-").strip(".-")
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    folder = options.output or Path("outputs") / f"{name}-{options.compute.norm}-seed{options.compute.seed}-{stamp}"
+    folder = options.output or Path("outputs") / f"{options.name}-{stamp}"
     if (folder / "result.json").exists():
         raise ConfigError(f"{folder} already holds a result; give another --output")
     try:

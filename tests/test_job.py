@@ -81,9 +81,10 @@ def test_the_mlflow_run_holds_all_of_it(finished):
     result = json.loads((folder / "out/result.json").read_text())
     client, (run,) = runs(folder)
     assert run.info.status == "FINISHED" and run.info.run_id == result["mlflow_run_id"]
-    history = client.get_metric_history(run.info.run_id, "round/fooling_rate")
+    history = client.get_metric_history(run.info.run_id, "fooling_rate/round")
     assert [m.step for m in history] == list(range(1, result["num_rounds"] + 1))
-    assert run.data.metrics["val/fooling_rate"] == result["val_fooling_rate"]
+    assert run.data.metrics["fooling_rate/val"] == result["val_fooling_rate"]
+    assert run.info.run_name == "tiny.py-Tiny-linf-seed0"
     assert run.data.params["rule"] == "log-odds" and "fooling rate" in run.data.tags["mlflow.note.content"].lower()
     assert {i.dataset.name for i in run.inputs.dataset_inputs} == {"training-47", "held-out-20"}
     names = {a.path for a in client.list_artifacts(run.info.run_id)}

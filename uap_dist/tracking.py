@@ -26,7 +26,7 @@ from uap_dist.fooling import FoolingRate
 class Tracker:
     """One MLflow run; a context manager."""
 
-    def __init__(self, *, experiment: str, run_name: str | None = None) -> None:
+    def __init__(self, *, experiment: str, run_name: str) -> None:
         """Start the run where MLFLOW_TRACKING_URI says, else in mlflow.db of the working directory.
 
         Raises:
@@ -39,6 +39,9 @@ class Tracker:
         self.uri = mlflow.get_tracking_uri()
         try:
             mlflow.set_experiment(experiment)
+            mlflow.set_experiment_tag(
+                "mlflow.experimentKind", "custom_model_development"
+            )  # else shown as a chat application
             run = mlflow.start_run(run_name=run_name, log_system_metrics=True)
         except (MlflowException, OSError) as error:
             reason = str(error).splitlines()[0]
@@ -82,7 +85,7 @@ class Tracker:
     def log_round(self, report: RoundReport) -> None:
         """All metrics of a round; the step is the number of rounds done."""
         metrics = {
-            "round/fooling_rate": report.fooling.rate,
+            "fooling_rate/round": report.fooling.rate,
             "round/step": report.step,
             "round/mean_increment_norm": report.mean_increment_norm,
             "round/images_per_second": report.fooling.num_examples / report.seconds,
@@ -129,8 +132,8 @@ class Tracker:
 def _rate_metrics(name: str, rate: FoolingRate) -> dict[str, float]:
     low, high = rate.interval
     return {
-        f"{name}/fooling_rate": rate.rate,
-        f"{name}/fooling_rate_low": low,
-        f"{name}/fooling_rate_high": high,
-        f"{name}/num_images": float(rate.num_examples),
+        f"fooling_rate/{name}": rate.rate,
+        f"fooling_rate/{name}_low": low,
+        f"fooling_rate/{name}_high": high,
+        f"num_images/{name}": float(rate.num_examples),
     }
