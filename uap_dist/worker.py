@@ -115,7 +115,7 @@ class Worker:
         torch.use_deterministic_algorithms(
             True, warn_only=True
         )  # some networks have layers without such a kernel on GPUs
-        torch.utils.deterministic.fill_uninitialized_memory = False  # costs time and changes no result
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # slow, changes nothing
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.allow_tf32 = False
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
