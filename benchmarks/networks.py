@@ -28,7 +28,7 @@ _IMAGENET = {
     "val": "data/imagenet-sample/heldout-*.tar",
     "num_train_images": 500,
     "num_val_images": 500,
-    "tune_shards": 3,
+    "tune_shards": 4,
     "augment": "flip-shift",
 }
 
