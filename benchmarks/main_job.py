@@ -111,6 +111,7 @@ def measure(network_name: str, names: list[str], options: Options) -> None:
         line = {
             "row": name,
             "seed": seed,
+            "config": ROWS[name].config,
             "rate": final.evaluation.val.rate,
             "random_rate": fooling_rate(val, classify(fleet, val, noise.numpy())).rate,
             "num_val_images": val.num_examples,
@@ -148,7 +149,9 @@ def table(path: Path) -> Iterator[str]:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """Runs of the rows as they are now; those of a row whose config has changed since are left out."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [line for line in lines if line["row"] in ROWS and line["config"] == ROWS[line["row"]].config]
 
 
 if __name__ == "__main__":

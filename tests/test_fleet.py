@@ -90,6 +90,34 @@ def test_a_hanging_worker_is_given_up_after_its_deadline(cluster, shards):
     assert len(listing.keys) == 20 and lost == 1
 
 
+def test_a_straggler_is_overtaken_and_its_late_answer_dropped(cluster, shards):
+    fleet = make_fleet(2)
+    train, _ = load(fleet, shards)
+    slow = worker_processes()[0].pid
+    os.kill(slow, signal.SIGSTOP)
+    tasks = [train.examples(0, [i]) for i in range(20)]
+    first = fleet.map("pixels", tasks)  # would hang until the deadline of 900 s
+    stragglers = fleet.num_stragglers
+    os.kill(slow, signal.SIGCONT)
+    second = fleet.map("pixels", tasks[::-1])[::-1]
+    lost = fleet.num_lost
+    fleet.close()
+    assert stragglers == 1 and lost == 0
+    assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_block_that_kills_three_workers_is_named(cluster, shards):
+    fleet = Fleet(TINY.replace(":Tiny", ":Deadly"), None, FleetConfig(num_workers=1))
+    fleet.wait()
+    train, _ = load(fleet, shards)
+    zero = np.zeros((3, 16, 16), np.float32)
+    with pytest.raises(
+        WorkerLostError, match=r"3 workers were lost over the same examples of .*train-0000.tar: s1-000, s1-001"
+    ):
+        fleet.map("classify", [train.examples(0, range(size)) for size in (2, 3, 4)], zero)
+    fleet.close()
+
+
 def test_what_a_worker_raises_comes_back_as_it_was_raised(cluster, shards):
     fleet = Fleet(TINY.replace(":Tiny", ":not_a_network"), None, FleetConfig(num_workers=1))
     with pytest.raises(ClassifierError, match="not a torch.nn.Module"):

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import ray
@@ -22,6 +23,8 @@ from uap_dist.errors import ConfigError, WorkerLostError
 from uap_dist.worker import Examples, Worker, make_worker
 
 MAX_LOSSES_PER_TASK = 3
+SECONDS_BETWEEN_LOOKS = 5.0
+STRAGGLER_FACTOR, STRAGGLER_MIN_S = 3.0, 2.0  # of the median task, and never before so many seconds
 
 logger = logging.getLogger(__name__)
 
@@ -67,13 +70,28 @@ class _Member:
     shards: set[str] = field(default_factory=set)
 
 
+@dataclass(eq=False)
+class _Batch:
+    """The tasks of one `map` and how far they are."""
+
+    method: str
+    tasks: Sequence[Examples]
+    shared: list[ray.ObjectRef]
+    waiting: list[int]
+    results: dict[int, Any] = field(default_factory=dict)
+    durations: list[float] = field(default_factory=list)
+    losses: Counter[int] = field(default_factory=Counter)
+
+
 @dataclass(frozen=True)
 class _Call:
-    """What a running call computes: a task by its index, or a start (None)."""
+    """What a member computes: a task of a batch by its index, or its start (no batch)."""
 
     member: _Member
-    task: int | None
-    deadline: float
+    batch: _Batch | None = None
+    task: int = -1
+    started: float = 0.0
+    deadline: float = float("inf")  # a worker that waits for its place is not lost
 
 
 def connect() -> None:
@@ -93,16 +111,22 @@ def connect() -> None:
 
 
 class Fleet:
-    """Workers with one classifier on a connected Ray; see dataset.Workers."""
+    """Workers with one classifier on a connected Ray; see dataset.Workers.
+
+    Attributes:
+        num_workers: asked of Ray.
+        num_lost: workers that were lost and replaced.
+        num_stragglers: tasks that were given to a second worker because the first took long.
+    """
 
     def __init__(self, model: str, weights: str | None, config: FleetConfig) -> None:
         """Ask Ray for the workers; `wait` waits for them."""
         self._config = config
-        resources = ray.cluster_resources()
-        self._num_gpus = 1 if resources.get("GPU", 0) >= 1 else 0
-        fitting = resources.get("GPU", 0) if self._num_gpus else resources.get("CPU", 0) // config.threads_per_worker
-        self.num_workers = config.num_workers or max(1, int(fitting))
+        self._num_gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
+        self._last_look = time.monotonic()
+        self.num_workers = config.num_workers or max(1, self._count_fitting())
         self.num_lost = 0
+        self.num_stragglers = 0
         self._start_args = (model, weights, int(config.cache_gib * 2**30), config.threads_per_worker)
         self._idle: list[_Member] = []
         self._running: dict[ray.ObjectRef, _Call] = {}
@@ -120,7 +144,7 @@ class Fleet:
         while self._running:
             if time.monotonic() > deadline:
                 raise WorkerLostError(self._placement_complaint())
-            self._collect([], {}, Counter(), wait_s=1.0)
+            self._collect(None)
 
     def map(self, method: str, tasks: Sequence[Examples], *shared: Any) -> list[Any]:
         """Worker.method(task, *shared) for each task, in the order of the tasks, through the loss of workers.
@@ -129,22 +153,19 @@ class Fleet:
             WorkerLostError: a task whose workers were lost three times, or no worker left and none to be had.
             Exception: what a worker raised; that is no lost worker, and not tried again.
         """
-        refs = [ray.put(value) for value in shared]
-        results: dict[int, Any] = {}
-        losses: Counter[int] = Counter()
-        waiting = list(range(len(tasks)))
+        batch = _Batch(method, tasks, [ray.put(value) for value in shared], waiting=list(range(len(tasks))))
         last_member = time.monotonic()
-        while len(results) < len(tasks):
-            for member, task in self._assign(waiting, tasks):
-                waiting.remove(task)
-                member.shards.add(tasks[task].shard)
-                self._run(member, task, member.actor.call.remote(method, tasks[task], *refs))
-            waiting += self._collect(tasks, results, losses, wait_s=1.0)
-            if self._idle or any(call.task is not None for call in self._running.values()):
+        while len(batch.results) < len(tasks):
+            self._grow()
+            for assign in (self._assign, self._assign_again):
+                for member, task in assign(batch):
+                    self._call(member, batch, task)
+            self._collect(batch)
+            if self._idle or any(call.batch is not None for call in self._running.values()):
                 last_member = time.monotonic()
             elif time.monotonic() > last_member + self._config.placement_timeout_s:
                 raise WorkerLostError(f"all workers were lost; {self._placement_complaint()}")
-        return [results[i] for i in range(len(tasks))]
+        return [batch.results[i] for i in range(len(tasks))]
 
     def close(self) -> None:
         """End all workers."""
@@ -152,76 +173,107 @@ class Fleet:
             ray.kill(member.actor)
         self._idle, self._running = [], {}
 
+    def _count_fitting(self) -> int:
+        resources = ray.cluster_resources()
+        if self._num_gpus:
+            return int(resources.get("GPU", 0))
+        return int(resources.get("CPU", 0) // self._config.threads_per_worker)
+
+    def _grow(self) -> None:
+        """Where no number of workers was asked for, take what has joined the cluster."""
+        if self._config.num_workers is None and time.monotonic() > self._last_look + SECONDS_BETWEEN_LOOKS:
+            self._last_look = time.monotonic()
+            for _ in range(self._count_fitting() - self.num_workers):
+                self.num_workers += 1
+                self._start_member()
+
     def _start_member(self) -> None:
         actor_class: Any = ray.remote(
             num_cpus=self._config.threads_per_worker, num_gpus=self._num_gpus, max_restarts=0
         )(_Actor)
         member = _Member(actor_class.remote())
-        # no deadline: a worker that waits for its place is not lost
-        self._running[member.actor.start.remote(*self._start_args)] = _Call(member, None, float("inf"))
+        self._running[member.actor.start.remote(*self._start_args)] = _Call(member)
 
-    def _run(self, member: _Member, task: int, ref: ray.ObjectRef) -> None:
+    def _call(self, member: _Member, batch: _Batch, task: int) -> None:
         self._idle.remove(member)
-        self._running[ref] = _Call(member, task, time.monotonic() + self._config.task_timeout_s)
+        member.shards.add(batch.tasks[task].shard)
+        now = time.monotonic()
+        ref: ray.ObjectRef = member.actor.call.remote(batch.method, batch.tasks[task], *batch.shared)
+        self._running[ref] = _Call(member, batch, task, now, now + self._config.task_timeout_s)
 
-    def _assign(self, waiting: Sequence[int], tasks: Sequence[Examples]) -> list[tuple[_Member, int]]:
-        """Idle workers and tasks for them: first those whose shard they have read, then any."""
+    def _assign(self, batch: _Batch) -> list[tuple[_Member, int]]:
+        """Idle workers and waiting tasks for them: first those whose shard they have read, then any."""
         idle, left, pairs = list(self._idle), [], []
-        for task in waiting:
-            member = next((member for member in idle if tasks[task].shard in member.shards), None)
+        for task in batch.waiting:
+            member = next((member for member in idle if batch.tasks[task].shard in member.shards), None)
             if member is None:
                 left.append(task)
             else:
                 idle.remove(member)
                 pairs.append((member, task))
-        return pairs + list(zip(idle, left, strict=False))
+        pairs += zip(idle, left, strict=False)
+        batch.waiting = [task for task in batch.waiting if task not in {task for _, task in pairs}]
+        return pairs
 
-    def _collect(
-        self, tasks: Sequence[Examples], results: dict[int, Any], losses: Counter[int], *, wait_s: float
-    ) -> list[int]:
-        """Wait for the next answer, keep it, and return the tasks whose workers were lost."""
-        done, _ = ray.wait(list(self._running), num_returns=1, timeout=wait_s)
+    def _assign_again(self, batch: _Batch) -> list[tuple[_Member, int]]:
+        """Workers that still idle, and tasks that take far longer than the others did: the first answer wins, same bits."""
+        if not batch.durations:
+            return []
+        patience = max(STRAGGLER_MIN_S, STRAGGLER_FACTOR * median(batch.durations))
+        calls = [call for call in self._running.values() if call.batch is batch]
+        once = Counter(call.task for call in calls)
+        late = [c.task for c in calls if once[c.task] == 1 and time.monotonic() > c.started + patience]
+        pairs = list(zip(self._idle, late, strict=False))
+        self.num_stragglers += len(pairs)
+        return pairs
+
+    def _collect(self, batch: _Batch | None) -> None:
+        """Wait for the next answer; keep it if it is the first to its task, and have tasks of lost workers wait again."""
+        done, _ = ray.wait(list(self._running), num_returns=1, timeout=1.0)
         overdue = [ref for ref, call in self._running.items() if time.monotonic() > call.deadline]
-        lost = []
-        for ref in {*done, *overdue}:
+        answered: set[ray.ObjectRef] = {*done, *overdue}
+        for ref in answered:
             call = self._running.pop(ref)
             try:
                 result = ray.get(ref, timeout=0)
             except RayTaskError as error:
                 self._idle.append(call.member)
-                raise error.cause if isinstance(error.cause, Exception) else error from None
+                if call.batch is batch:
+                    raise error.cause if isinstance(error.cause, Exception) else error from None
             except RayError as error:  # lost, out of memory, or no answer in time
-                lost += self._bury(call, error, tasks, losses)
-                continue
-            self._idle.append(call.member)
-            if call.task is not None:
-                results[call.task] = result
-        return lost
+                self._bury(call, error)
+            else:
+                self._idle.append(call.member)
+                if call.batch is not None and call.task not in call.batch.results:
+                    call.batch.results[call.task] = result
+                    call.batch.durations.append(time.monotonic() - call.started)
 
-    def _bury(self, call: _Call, error: RayError, tasks: Sequence[Examples], losses: Counter[int]) -> list[int]:
-        """Replace a lost worker; its task, if it had one, is to be done again."""
+    def _bury(self, call: _Call, error: RayError) -> None:
+        """Replace a lost worker; its task, if nobody else has it, is to be done again."""
         ray.kill(call.member.actor)
         self.num_lost += 1
         self._start_member()
         reason = "died" if isinstance(error, RayActorError) else type(error).__name__
-        if call.task is None:
+        if call.batch is None:
             logger.warning("a worker was lost while it started (%s); another one starts", reason)
-            return []
-        losses[call.task] += 1
-        task = tasks[call.task]
+            return
+        batch, task = call.batch, call.batch.tasks[call.task]
         logger.warning(
-            "a worker was lost (%s); its %d examples of %s go to another", reason, len(task.keys), task.shard
+            "a worker was lost (%s) over %d examples of %s; another one starts", reason, len(task.keys), task.shard
         )
-        if losses[call.task] >= MAX_LOSSES_PER_TASK:
+        batch.losses[call.task] += 1
+        if batch.losses[call.task] >= MAX_LOSSES_PER_TASK:
             raise WorkerLostError(
                 f"{MAX_LOSSES_PER_TASK} workers were lost over the same examples of {task.shard}: "
                 f"{', '.join(task.keys[:5])}{', …' * (len(task.keys) > 5)}; look at memory (--cache-gib, --block-size) and at these images"
             )
-        return [call.task]
+        elsewhere = any(other.batch is batch and other.task == call.task for other in self._running.values())
+        if call.task not in batch.results and not elsewhere:
+            batch.waiting.append(call.task)
 
     def _placement_complaint(self) -> str:
         total = ray.cluster_resources()
-        placed = len(self._idle) + sum(call.task is not None for call in self._running.values())
+        placed = len(self._idle) + sum(call.batch is not None for call in self._running.values())
         wanted = f"{self._config.threads_per_worker} CPU" + (f" and {self._num_gpus} GPU" if self._num_gpus else "")
         return (
             f"the cluster placed {placed} of {self.num_workers} workers of {wanted} each in {self._config.placement_timeout_s:g} s; "
