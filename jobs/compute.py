@@ -3,6 +3,7 @@
 Without arguments: EfficientNet-Lite0 on the photographs that packages of the `demo` extra carry.
 """
 
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -91,6 +92,7 @@ def run(options: Options, tracker: Tracker) -> None:
     try:
         console.print(f"MLflow run {tracker.run_id}; waiting for {fleet.num_workers} workers")
         fleet.wait()
+        console.print(f"decoding {len(train_urls)} training and {len(val_urls)} held-out shards")
         load = {"max_bad_fraction": options.max_bad_fraction}
         train = load_dataset(fleet, train_urls, num_images=options.num_train_images, **load)
         val = load_dataset(fleet, val_urls, num_images=options.num_val_images, **load)
@@ -132,10 +134,9 @@ def _new_folder(options: Options) -> Path:
     folder = options.output or Path("outputs") / f"{options.name}-{stamp}"
     if (folder / "result.json").exists():
         raise ConfigError(f"{folder} already holds a result; give another --output")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"cannot write to --output {folder}: {error}") from error
+    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ConfigError(f"cannot write to --output {folder}: {existing} is no folder that may be written to")
     return folder.resolve()
 
 

@@ -4,8 +4,9 @@ from conftest import TINY
 from safetensors.torch import save_file
 from torchvision.models import squeezenet1_1
 
-from uap_dist.classifiers import Geometry, check_classifier, digest_weights, load_classifier
+from uap_dist.classifiers import Geometry, check_classifier, load_classifier
 from uap_dist.errors import ClassifierError
+from uap_dist.weights import digest_weights
 
 TINY_FILE = TINY.rpartition(":")[0]
 

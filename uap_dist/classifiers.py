@@ -1,7 +1,6 @@
 """Classifiers: pixels in, logits out; resizing, cropping and normalising belong to them and come with the weights."""
 
 import difflib
-import hashlib
 import importlib
 import importlib.util
 import math
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from uap_dist.errors import ClassifierError
+from uap_dist.weights import digest_weights, fill, read_weights
 
 LITE_NAMES = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
 
@@ -139,15 +139,6 @@ def check_classifier(classifier: Classifier, shape: tuple[int, int, int]) -> int
     return first.shape[1]
 
 
-def digest_weights(network: nn.Module) -> str:
-    """SHA-256 (hex) over names, dtypes, shapes and bytes of the network's state."""
-    digest = hashlib.sha256()
-    for key, value in sorted(network.state_dict().items()):
-        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _load_torchvision(architecture: str, weights: str | None) -> Classifier:
     import torchvision.models
 
@@ -161,7 +152,7 @@ def _load_torchvision(architecture: str, weights: str | None) -> Classifier:
         network = _download(lambda: torchvision.models.get_model(architecture, weights=published), architecture)
     else:
         network = torchvision.models.get_model(architecture, weights=None)
-        _fill(network, read_weights(weights), weights)
+        fill(network, read_weights(weights), weights)
     preset = published.transforms()
     return Classifier(
         network,
@@ -182,7 +173,7 @@ def _load_timm(architecture: str, weights: str | None) -> Classifier:
         network = _download(lambda: timm.create_model(architecture, pretrained=True), architecture)
     else:
         network = timm.create_model(architecture, pretrained=False)
-        _fill(network, read_weights(weights), weights)
+        fill(network, read_weights(weights), weights)
     return _wrap_timm(network, f"timm/{architecture}")
 
 
@@ -192,7 +183,7 @@ def _load_lite(name: str, weights: str | None) -> Classifier:
     state = read_weights(path)
     if next(iter(state)).startswith("_"):
         state = _rename_in_order(state, network, path)
-    _fill(network, state, path)
+    fill(network, state, path)
     return _wrap_timm(network, name)
 
 
@@ -237,7 +228,7 @@ def _load_own(name: str, weights: str | None) -> Classifier:
     if not isinstance(network, nn.Module):
         raise ClassifierError(f"{name} returns {type(network).__name__}, not a torch.nn.Module")
     if weights is not None:
-        _fill(network, read_weights(weights), weights)
+        fill(network, read_weights(weights), weights)
     size = getattr(network, "input_size", None)
     return Classifier(
         network,
@@ -278,49 +269,6 @@ def _download(create: Callable[[], nn.Module], name: str) -> nn.Module:
         raise ClassifierError(
             f"the published weights of {name} cannot be fetched ({error}); give a weights file"
         ) from error
-
-
-def read_weights(path: str) -> dict[str, Tensor]:
-    """The tensors of a .safetensors or weights-only .pth file.
-
-    Raises:
-        ClassifierError: no such file, or not a state dictionary.
-    """
-    if not Path(path).is_file():
-        raise ClassifierError(f"no weights file {path}")
-    try:
-        if path.endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # each library raises its own kinds, all of them mean the same to the user
-        reason = str(error).splitlines()[0]
-        raise ClassifierError(f"{path} is not a readable .safetensors or weights-only .pth file: {reason}") from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ClassifierError(f"{path} holds no dictionary of tensors")
-    return state
-
-
-def _fill(network: nn.Module, state: dict[str, Tensor], path: str) -> None:
-    own = network.state_dict()
-    counters = {
-        key for key in own if key.endswith("num_batches_tracked")
-    }  # unused in inference, absent from many files
-    complaints = {
-        "missing": sorted(own.keys() - state.keys() - counters),
-        "unexpected": sorted(state.keys() - own.keys()),
-        "of another shape": sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape),
-    }
-    if any(complaints.values()):
-        listed = "; ".join(
-            f"{len(keys)} {what} ({', '.join(keys[:3])}{', …' * (len(keys) > 3)})"
-            for what, keys in complaints.items()
-            if keys
-        )
-        raise ClassifierError(f"{path} does not fit the network: keys {listed}")
-    network.load_state_dict(state, strict=False)
 
 
 def _torchvision_names() -> list[str]:

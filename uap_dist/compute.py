@@ -95,8 +95,6 @@ class ComputeConfig:
             augmentation="none" if self.rule == "paper" else self.augment or "flip-shift",
             margin=self.margin if self.margin is not None else update.MARGIN,
             candidates=self.candidates or 10,
-            max_iterations=10,
-            overshoot=0.02,
         )
 
 

@@ -36,7 +36,8 @@ class RoundProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.stop() if self._console.is_terminal else None
+        if self._console.is_terminal:
+            self._bar.stop()
 
     def show(self, report: RoundReport) -> None:
         """Move the bar, or write a line where none was written for a while; evaluations always get their line."""

@@ -70,8 +70,6 @@ class Solver:
     augmentation: Augmentation
     margin: float
     candidates: int
-    max_iterations: int
-    overshoot: float
 
 
 @dataclass(frozen=True)
@@ -186,15 +184,7 @@ class Worker:
     def _increments(self, pixels: Tensor, perturbation: Tensor, labels: Tensor, solver: Solver) -> Increments:
         if solver.rule == "log-odds":
             return log_odds_increments(self.classifier, pixels, perturbation, labels, margin=solver.margin)
-        return deepfool(
-            self.classifier,
-            pixels,
-            perturbation,
-            labels,
-            candidates=solver.candidates,
-            max_iterations=solver.max_iterations,
-            overshoot=solver.overshoot,
-        )
+        return deepfool(self.classifier, pixels, perturbation, labels, candidates=solver.candidates)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.tensor(array, dtype=torch.float32, device=self.device)
