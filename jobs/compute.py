@@ -22,7 +22,7 @@ from uap_dist.errors import ConfigError
 from uap_dist.fleet import Fleet, FleetConfig, connect
 from uap_dist.fooling import FoolingRate
 from uap_dist.norms import random_perturbation
-from uap_dist.provenance import git_commit, machine, versions
+from uap_dist.provenance import git_commit, versions
 from uap_dist.report import FinishedRun, save_run
 from uap_dist.shards import expand_patterns
 from uap_dist.terminal import RoundProgress, one_line_errors, raise_on_sigterm, set_up_logging
@@ -74,7 +74,7 @@ def main() -> None:
     with one_line_errors(debug="--debug" in sys.argv):
         options, refusal = _parse()
         set_up_logging(console, debug=options.debug)
-        with Tracker(experiment=options.experiment, run_name=options.name) as tracker:
+        with Tracker(experiment=options.experiment, run_name="refused" if refusal else options.name) as tracker:
             if refusal is not None:
                 raise refusal
             run(options, tracker)
@@ -85,6 +85,8 @@ def run(options: Options, tracker: Tracker) -> None:
     config = options.compute
     output = _new_folder(options)
     classifier = load_classifier(options.model, options.weights)
+    settings = _describe_settings(options, classifier)
+    tracker.log_params(settings)
     train_urls, val_urls = _shards(options, output)
     connect()
     raise_on_sigterm()
@@ -97,7 +99,7 @@ def run(options: Options, tracker: Tracker) -> None:
         train = load_dataset(fleet, train_urls, num_images=options.num_train_images, **load)
         val = load_dataset(fleet, val_urls, num_images=options.num_val_images, **load)
         check_disjoint(train, val)
-        provenance = _provenance(options, classifier, train, val)
+        provenance = settings | _describe_data(train, val) | {"machines": "; ".join(sorted(fleet.machines))}
         tracker.log_params(provenance)
         tracker.log_dataset(train, "training")
         tracker.log_dataset(val, "held-out")
@@ -161,16 +163,11 @@ def _random_rate(workers: Workers, val: Dataset, config: ComputeConfig) -> Fooli
     return fooling_rate(val, classify(workers, val, baseline.numpy()))
 
 
-def _provenance(options: Options, classifier: Classifier, train: Dataset, val: Dataset) -> dict[str, Any]:
+def _describe_settings(options: Options, classifier: Classifier) -> dict[str, Any]:
     return {
         "model": options.model,
         "weights": options.weights or "published",
         "weights_digest": classifier.weights_digest,
-        "train_digest": train.digest,
-        "val_digest": val.digest,
-        "train_shards": len(train.shards),
-        "val_shards": len(val.shards),
-        "num_bad_images": len(train.bad) + len(val.bad),
         "demo": not options.train_shards,
         **asdict(options.compute),
         "radius": options.compute.ball_radius,
@@ -178,7 +175,16 @@ def _provenance(options: Options, classifier: Classifier, train: Dataset, val: D
         **{f"fleet.{key}": value for key, value in asdict(options.fleet).items()},
         "git_commit": git_commit(),
         **{f"version.{key}": value for key, value in versions().items()},
-        **{f"machine.{key}": value for key, value in machine().items()},
+    }
+
+
+def _describe_data(train: Dataset, val: Dataset) -> dict[str, Any]:
+    return {
+        "train_digest": train.digest,
+        "val_digest": val.digest,
+        "train_shards": len(train.shards),
+        "val_shards": len(val.shards),
+        "num_bad_images": len(train.bad) + len(val.bad),
     }
 
 

@@ -20,6 +20,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from uap_dist.errors import ConfigError, WorkerLostError
+from uap_dist.provenance import machine
 from uap_dist.worker import Examples, Worker, make_worker
 
 MAX_LOSSES_PER_TASK = 3
@@ -55,8 +56,9 @@ class FleetConfig:
 class _Actor:
     """A worker behind Ray; it starts in a method so that what goes wrong comes back as it was raised."""
 
-    def start(self, model: str, weights: str | None, cache_bytes: int, num_threads: int) -> None:
+    def start(self, model: str, weights: str | None, cache_bytes: int, num_threads: int) -> str:
         self._worker: Worker = make_worker(model, weights, cache_bytes=cache_bytes, num_threads=num_threads)
+        return machine()
 
     def call(self, method: str, task: Examples, *shared: Any) -> Any:
         return getattr(self._worker, method)(task, *shared)
@@ -117,6 +119,7 @@ class Fleet:
         num_workers: asked of Ray.
         num_lost: workers that were lost and replaced.
         num_stragglers: tasks that were given to a second worker because the first took long.
+        machines: kinds of machines that workers ran on, as `provenance.machine` names them.
     """
 
     def __init__(self, model: str, weights: str | None, config: FleetConfig) -> None:
@@ -127,6 +130,7 @@ class Fleet:
         self.num_workers = config.num_workers or max(1, self._count_fitting())
         self.num_lost = 0
         self.num_stragglers = 0
+        self.machines: set[str] = set()
         self._start_args = (model, weights, int(config.cache_gib * 2**30), config.threads_per_worker)
         self._idle: list[_Member] = []
         self._running: dict[ray.ObjectRef, _Call] = {}
@@ -244,7 +248,9 @@ class Fleet:
                 self._bury(call, error)
             else:
                 self._idle.append(call.member)
-                if call.batch is not None and call.task not in call.batch.results:
+                if call.batch is None:
+                    self.machines.add(result)
+                elif call.task not in call.batch.results:
                     call.batch.results[call.task] = result
                     call.batch.durations.append(time.monotonic() - call.started)
 

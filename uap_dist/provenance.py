@@ -36,7 +36,7 @@ def git_commit() -> str:
     return commit.strip() + ("+changes" if changes else "")
 
 
-def machine() -> dict[str, str]:
-    """What the bits may depend on: kind of device and CPU instruction set."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {"device": device, "cpu_capability": torch.backends.cpu.get_cpu_capability()}
+def machine() -> str:
+    """What the bits may depend on, of the machine that asks: kind of device and CPU instruction set."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return f"{device}, {torch.backends.cpu.get_cpu_capability()}"

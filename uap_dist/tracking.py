@@ -2,6 +2,8 @@
 
 import logging
 import os
+import shlex
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,7 +44,7 @@ class Tracker:
             mlflow.set_experiment_tag(
                 "mlflow.experimentKind", "custom_model_development"
             )  # else shown as a chat application
-            run = mlflow.start_run(run_name=run_name, log_system_metrics=True)
+            run = mlflow.start_run(run_name=run_name, tags={"command": shlex.join(sys.argv)}, log_system_metrics=True)
         except (MlflowException, OSError) as error:
             reason = str(error).splitlines()[0]
             raise TrackingError(
