@@ -70,9 +70,9 @@ def _photographs() -> list[Path]:
 
 
 def _crops(paths: list[Path]) -> Iterator[dict[str, Any]]:
-    for path in paths:
-        photograph = Image.open(path).convert("RGB")
-        for number, (left, top, share) in enumerate(CROPS):
+    for number, (left, top, share) in enumerate(CROPS):
+        for path in paths:
+            photograph = Image.open(path).convert("RGB")
             side = round(share * min(photograph.size))
             x, y = round(left * (photograph.width - side)), round(top * (photograph.height - side))
             data = io.BytesIO()

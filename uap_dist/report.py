@@ -148,8 +148,11 @@ def save_run(folder: Path, run: "FinishedRun", workers: Workers, class_names: Se
     save_pictures(folder, final.perturbation)
     save_curve(folder, run.reports, run.random_rate)
     save_table(folder, val, perturbed, class_names)
-    shown = range(min(NUM_PICTURED, val.sizes[0]))  # the first ones, so that nobody chose them
-    (pixels,) = workers.map("pixels", [val.examples(0, shown)])
+    shown = np.unique(
+        np.linspace(0, val.num_examples - 1, NUM_PICTURED).astype(int)
+    )  # evenly spread: nobody chose them
+    places = [(shard, i) for shard, size in enumerate(val.sizes) for i in range(size)]
+    pixels = np.concatenate(workers.map("pixels", [val.examples(places[n][0], [places[n][1]]) for n in shown]))
     before, after = ([label_name(p.labels[i], class_names) for i in shown] for p in (val.clean, perturbed))
     save_grid(folder, pixels, final.perturbation, before, after)
     (folder / "result.json").write_text(json.dumps(result | {"provenance": run.provenance}, indent=2) + "\n")
@@ -214,6 +217,6 @@ class FinishedRun:
             f"Fooling rate on held-out images: **{final.evaluation.val}** (95 % interval); "
             f"a random perturbation of the same norm: {self.random_rate}; on training images: {final.evaluation.train}.\n\n"
             f"{final.num_evaluations} network evaluations in {final.round_number + 1} rounds, {self.seconds:.0f} s.{demo}\n\n"
-            "Look at `fooling-rate.png` (curve), `examples.png` (first held-out images), `perturbation-stretched.png`, "
+            "Look at `fooling-rate.png` (curve), `examples.png` (some held-out images), `perturbation-stretched.png`, "
             "`held-out-examples.parquet` (one row an image; the first rows as .csv)."
         )
