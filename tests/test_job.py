@@ -88,6 +88,7 @@ def test_the_mlflow_run_holds_all_of_it(finished):
     assert run.data.params["rule"] == "log-odds" and "fooling rate" in run.data.tags["mlflow.note.content"].lower()
     assert {i.dataset.name for i in run.inputs.dataset_inputs} == {"training-47", "held-out-20"}
     names = {a.path for a in client.list_artifacts(run.info.run_id)}
+    assert Path(run.info.artifact_uri.removeprefix("file://")).is_relative_to(folder / "mlruns")
     assert names == {p.name for p in (folder / "out").iterdir()}
 
 

@@ -24,6 +24,8 @@ from uap_dist.dataset import Dataset
 from uap_dist.errors import TrackingError
 from uap_dist.fooling import FoolingRate
 
+SQLITE = "sqlite:///"
+
 
 class Tracker:
     """One MLflow run; a context manager."""
@@ -40,6 +42,10 @@ class Tracker:
         logging.getLogger("mlflow").setLevel(logging.ERROR)
         self.uri = mlflow.get_tracking_uri()
         try:
+            if self.uri.startswith(SQLITE) and mlflow.get_experiment_by_name(experiment) is None:
+                # beside the database, not in a working directory that may be Ray's copy of ours
+                artifacts = Path(self.uri.removeprefix(SQLITE)).resolve().parent / "mlruns"
+                mlflow.create_experiment(experiment, artifact_location=artifacts.as_uri())
             mlflow.set_experiment(experiment)
             mlflow.set_experiment_tag(
                 "mlflow.experimentKind", "custom_model_development"
