@@ -136,7 +136,7 @@ def test_what_is_no_image_is_listed_and_left_out(tmp_path):
     write_shards(samples, tmp_path, prefix="t", shard_size=9)
     shard = load_shard(str(tmp_path / "t-0000.tar"), AS_IS)
     assert len(shard.keys) == 1
-    assert shard.bad[0].startswith("s0-001: cannot identify") and shard.bad[1].startswith(
+    assert shard.bad[0].startswith("s0-001: no image in a format") and shard.bad[1].startswith(
         "text: no image with extension"
     )
 

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import webdataset as wds
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from pyarrow import ArrowInvalid, fs
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
@@ -86,6 +86,9 @@ def load_shard(url: str, geometry: Geometry, keys: Collection[str] | None = None
             continue
         try:
             image, truth = _decode(sample, geometry), _truth(sample)
+        except UnidentifiedImageError:
+            bad.append(f"{key}: no image in a format that Pillow reads")
+            continue
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             bad.append(f"{key}: {error}")
             continue
