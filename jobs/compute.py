@@ -3,7 +3,6 @@
 Without arguments: EfficientNet-Lite0 on the photographs that packages of the `demo` extra carry.
 """
 
-import os
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -136,9 +135,12 @@ def _new_folder(options: Options) -> Path:
     folder = options.output or Path("outputs") / f"{options.name}-{stamp}"
     if (folder / "result.json").exists():
         raise ConfigError(f"{folder} already holds a result; give another --output")
-    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ConfigError(f"cannot write to --output {folder}: {existing} is no folder that may be written to")
+    try:  # now, not when hours of work are to be saved
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise ConfigError(f"cannot write to --output {folder}: {error.strerror}") from error
     return folder.resolve()
 
 

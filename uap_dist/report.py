@@ -139,7 +139,6 @@ def _shorten(name: str) -> str:
 
 def save_run(folder: Path, run: "FinishedRun", workers: Workers, class_names: Sequence[str]) -> dict[str, Any]:
     """Every file of a finished run, result.json last; returns what result.json holds."""
-    folder.mkdir(parents=True, exist_ok=True)
     final, val = run.reports[-1], run.val
     assert final.evaluation is not None
     perturbed = final.evaluation.val_predictions
