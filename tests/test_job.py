@@ -118,6 +118,7 @@ def test_sigterm_ends_the_run_killed(shards, tmp_path):
     [
         (("--radius", "0"), "radius is 0.0; it must be a positive number of pixels"),
         (("--train-shards", "absent-*.tar"), "absent-*.tar matches nothing"),
+        (("--output", f"{JOB}/under-a-file"), "cannot write to --output"),
         (("--model", "resnet50"), "unknown network 'resnet50'; nearest names: "),
     ],
 )
