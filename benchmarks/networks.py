@@ -29,12 +29,13 @@ _IMAGENET = {
     "num_train_images": 500,
     "num_val_images": 500,
     "tune_shards": 4,
-    "augment": "flip-shift",
 }
 
 NETWORKS = {
-    "squeezenet": Network(model="torchvision/squeezenet1_0", weights="models/squeezenet1_0.safetensors", **_IMAGENET),
-    "lite0": Network(model="efficientnet_lite0", weights=None, **_IMAGENET),
+    "squeezenet": Network(
+        model="torchvision/squeezenet1_0", weights="models/squeezenet1_0.safetensors", augment="flip", **_IMAGENET
+    ),
+    "lite0": Network(model="efficientnet_lite0", weights=None, augment="flip-shift", **_IMAGENET),
     "resnet20": Network(
         model="models/cifar_resnet.py:resnet20",
         weights="models/resnet20.safetensors",
