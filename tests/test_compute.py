@@ -139,6 +139,9 @@ def test_a_budget_below_one_round_says_what_is_needed(local_workers, tiny_data):
 
 def test_more_images_than_there_are_and_shards_on_both_sides_are_refused(local_workers, tiny_data, shards):
     url = str(shards / "val-0000.tar")
+    for options in ({"num_images": 0}, {"max_bad_fraction": 1.5}):
+        with pytest.raises(ConfigError, match="it must"):
+            load_dataset(local_workers, [url], **options)
     with pytest.raises(ConfigError, match="asked for 21 images, but the 1 shards from .* hold 20"):
         load_dataset(local_workers, [url], num_images=21)
     with pytest.raises(ShardError, match="is also among the held-out ones"):

@@ -4,6 +4,8 @@ import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,6 +14,7 @@ from uap_dist.errors import ConfigError, ShardError
 from uap_dist.fooling import FoolingRate
 from uap_dist.worker import Examples, Predictions, ShardListing, Worker
 
+NUM_BAD_SHOWN = 5
 CLASSIFY_SIZE = 50  # examples in one forward; fixed, because the bits of a logit depend on the batch
 
 logger = logging.getLogger(__name__)
@@ -72,10 +75,15 @@ class Dataset:
         """Examples in all shards."""
         return len(self.clean.labels)
 
-    @property
+    @cached_property
     def sizes(self) -> list[int]:
         """Examples of each shard."""
         return [len(shard.keys) for shard in self.shards]
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """Place of each shard's first example among all."""
+        return list(accumulate(self.sizes, initial=0))
 
     @property
     def keys(self) -> list[str]:
@@ -97,8 +105,7 @@ class Dataset:
 
     def examples(self, shard: int, indices: Sequence[int], seed: tuple[int, ...] = ()) -> Examples:
         """A task for those examples of a shard, with their clean labels."""
-        start = sum(self.sizes[:shard])
-        chosen = self.shards[shard]
+        start, chosen = self.starts[shard], self.shards[shard]
         return Examples(
             shard=chosen.url,
             digest=chosen.digest,
@@ -121,8 +128,12 @@ def load_dataset(
 
     Raises:
         ShardError: a shard that cannot be used, or too many bad images.
-        ConfigError: fewer images than asked for.
+        ConfigError: fewer images than asked for, or an option outside its range.
     """
+    if num_images is not None and num_images < 1:
+        raise ConfigError(f"number of images is {num_images}; it must be positive")
+    if not 0 <= max_bad_fraction <= 1:
+        raise ConfigError(f"max bad fraction is {max_bad_fraction}; it must lie in [0, 1]")
     listings = list(_list_shards(workers, urls, num_images))
     bad = tuple(f"{url}: {complaint}" for url, listing in listings for complaint in listing.bad)
     num_samples = len(bad) + sum(len(listing.keys) for _, listing in listings)
@@ -131,8 +142,11 @@ def load_dataset(
             f"{len(bad)} of {num_samples} images cannot be decoded, more than the allowed share {max_bad_fraction} "
             f"(--max-bad-fraction); the first: {bad[0]}"
         )
-    for complaint in bad:
-        logger.warning("left out an image that cannot be decoded: %s", complaint)
+    if bad:
+        shown = "; ".join(bad[:NUM_BAD_SHOWN])
+        logger.warning(
+            "left out %d images that cannot be decoded: %s%s", len(bad), shown, "; …" * (len(bad) > NUM_BAD_SHOWN)
+        )
     shards = tuple(_take(listings, num_images))
     found = sum(len(shard.keys) for shard in shards)
     if found < (num_images or 1):
