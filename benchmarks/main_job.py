@@ -68,6 +68,8 @@ class Options:
 
     only: tuple[str, ...] = tuple(ROWS)
     """Rows to measure."""
+    seeds: tuple[int, ...] = ()
+    """Seeds to measure now. Default: all of the row."""
     table: bool = False
     """Print the table of what has been measured, and measure nothing."""
     num_workers: int = 2
@@ -91,7 +93,12 @@ def main() -> None:
 def measure(network_name: str, names: list[str], options: Options) -> None:
     """All missing runs of one network on one fleet."""
     network, done = NETWORKS[network_name], {(line["row"], line["seed"]) for line in _lines(options.output)}
-    missing = [(name, seed) for name in names for seed in ROWS[name].seeds if (name, seed) not in done]
+    missing = [
+        (name, seed)
+        for name in names
+        for seed in ROWS[name].seeds
+        if (name, seed) not in done and seed in (options.seeds or ROWS[name].seeds)
+    ]
     if not missing:
         return
     fleet = Fleet(*network.locate(options.data), FleetConfig(num_workers=options.num_workers))
