@@ -3,6 +3,7 @@
 Without arguments: EfficientNet-Lite0 on the photographs that packages of the `demo` extra carry.
 """
 
+import re
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -71,6 +72,7 @@ class Options:
 def main() -> None:
     """Parse, then run inside an MLflow run that ends as the job does."""
     with one_line_errors(debug="--debug" in sys.argv):
+        raise_on_sigterm()
         options, refusal = _parse()
         set_up_logging(console, debug=options.debug)
         with Tracker(experiment=options.experiment, run_name="refused" if refusal else options.name) as tracker:
@@ -88,7 +90,7 @@ def run(options: Options, tracker: Tracker) -> None:
     tracker.log_params(settings)
     train_urls, val_urls = _shards(options, output)
     connect()
-    raise_on_sigterm()
+    raise_on_sigterm()  # again: ray.init installs a handler of its own
     fleet = Fleet(options.model, options.weights, options.fleet)
     try:
         console.print(f"MLflow run {tracker.run_id}; waiting for {fleet.num_workers} workers")
@@ -98,22 +100,31 @@ def run(options: Options, tracker: Tracker) -> None:
         train = load_dataset(fleet, train_urls, num_images=options.num_train_images, **load)
         val = load_dataset(fleet, val_urls, num_images=options.num_val_images, **load)
         check_disjoint(train, val)
-        provenance = settings | _describe_data(train, val) | {"machines": "; ".join(sorted(fleet.machines))}
+        provenance = settings | _describe_data(train, val)
         tracker.log_params(provenance)
         tracker.log_dataset(train, "training")
         tracker.log_dataset(val, "held-out")
         console.print(
             f"{options.model}, {config.norm} {config.ball_radius:g}, {train.num_examples} training and {val.num_examples} held-out images"
         )
-        started, reports = time.perf_counter(), []
+        started, rounds = time.perf_counter(), []
         with RoundProgress(console, config.max_evaluations) as progress:
             for report in compute(fleet, train, val, config):
                 tracker.log_round(report)
                 progress.show(report)
-                reports.append(report)
+                rounds.append(report.point)
         seconds = time.perf_counter() - started
-        finished = FinishedRun(reports, _random_rate(fleet, val, config), val, provenance, seconds, tracker.run_id)
+        finished = FinishedRun(
+            report,
+            rounds,
+            _random_rate(fleet, val, config),
+            val,
+            provenance | _describe_fleet(fleet),
+            seconds,
+            tracker.run_id,
+        )
         save_run(output, finished, fleet, classifier.class_names)
+        tracker.log_params(_describe_fleet(fleet))
         tracker.log_rate("random", finished.random_rate)
         tracker.describe(finished.summary())
         tracker.log_folder(output)
@@ -127,14 +138,18 @@ def _parse() -> tuple[Options, ConfigError | None]:
     try:
         return tyro.cli(Options, config=(tyro.conf.OmitArgPrefixes,)), None
     except ConfigError as error:
-        return Options(), error
+        words = sys.argv
+        experiment = words[words.index("--experiment") + 1] if "--experiment" in words[:-1] else Options.experiment
+        return Options(experiment=experiment), error
 
 
 def _new_folder(options: Options) -> Path:
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     folder = options.output or Path("outputs") / f"{options.name}-{stamp}"
-    if (folder / "result.json").exists():
-        raise ConfigError(f"{folder} already holds a result; give another --output")
+    if re.match(r"\w+:/", str(folder)):
+        raise ConfigError(f"--output {options.output} is a URL; give a folder (the same files go to MLflow)")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty; give another --output")
     try:  # now, not when hours of work are to be saved
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".writable").touch()
@@ -178,6 +193,12 @@ def _describe_settings(options: Options, classifier: Classifier) -> dict[str, An
         "git_commit": git_commit(),
         **{f"version.{key}": value for key, value in versions().items()},
     }
+
+
+def _describe_fleet(fleet: Fleet) -> dict[str, Any]:
+    """After the run, which may have taken in new workers."""
+    machines = "; ".join(sorted(fleet.machines))
+    return {"machines": machines, "num_workers_lost": fleet.num_lost, "num_stragglers": fleet.num_stragglers}
 
 
 def _describe_data(train: Dataset, val: Dataset) -> dict[str, Any]:

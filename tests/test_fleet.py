@@ -127,7 +127,7 @@ def test_what_a_worker_raises_comes_back_as_it_was_raised(cluster, shards):
 
 def test_workers_that_cannot_be_placed_say_what_the_cluster_has(cluster):
     fleet = Fleet(TINY, None, FleetConfig(num_workers=3, placement_timeout_s=15))
-    with pytest.raises(WorkerLostError, match=r"placed [0-2] of 3 workers .* it has 4 CPU and 2 GPU"):
+    with pytest.raises(WorkerLostError, match=r"[0-2] of 3 workers .* the cluster has 4 CPU and 2 GPU"):
         fleet.wait()  # the third finds no GPU
     fleet.close()
 

@@ -131,3 +131,21 @@ def test_a_folder_without_images_is_refused(tmp_path):
     (tmp_path / "cat").mkdir()
     with pytest.raises(ShardError, match="holds no CLASS/NAME.jpg"):
         list_folder(tmp_path)
+
+
+def test_keys_hold_no_dots_and_stand_for_one_image_each(tmp_path):
+    for path in ("001.Albatross/a.v2.png", "001.Albatross/x/1.png", "001.Albatross/y/1.png"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(picture(1))
+    images, _ = list_folder(tmp_path)
+    assert [i.key for i in images] == ["001_Albatross_a_v2", "001_Albatross_x_1", "001_Albatross_y_1"]
+    with pytest.raises(ShardError, match="1 keys stand for two images each, the first 001_Albatross_a_v2"):
+        next(shuffled_samples([*images, images[0]], seed=0))
+
+
+def test_label_lines_of_mixed_length_are_refused(val_tar, tmp_path):
+    (tmp_path / "labels.txt").write_text("val_0.png 1\n2\n3\n")
+    with pytest.raises(ShardError, match="line '2' is not"):
+        list_ilsvrc_val(val_tar, tmp_path / "labels.txt")
+    with pytest.raises(ShardError, match="cannot read .*absent.txt"):
+        list_ilsvrc_val(val_tar, tmp_path / "absent.txt")

@@ -28,6 +28,10 @@ class Probabilities(Tiny):
         return super().forward(pixels).softmax(1)
 
 
+class Misnamed(Tiny):
+    class_names = ("one", "two", "three")
+
+
 class Random(Tiny):
     def forward(self, pixels):
         return super().forward(pixels) + torch.rand(1)

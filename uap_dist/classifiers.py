@@ -104,22 +104,23 @@ def load_classifier(name: str, weights: str | None = None) -> Classifier:
     )
 
 
-def check_classifier(classifier: Classifier, shape: tuple[int, int, int]) -> int:
-    """The number of classes, once two calls on random pixels show a usable classifier.
+def check_classifier(classifier: Classifier, shape: tuple[int, int, int]) -> None:
+    """Find out by two calls on random pixels whether this is a usable classifier.
 
     Args:
         classifier: as `load_classifier` gives it.
         shape: C×H×W of its input.
 
     Raises:
-        ClassifierError: it fails on that shape, is random, or returns probabilities, non-finite values or another shape than N×K.
+        ClassifierError: it fails on that shape, is random, returns probabilities, non-finite values or another shape than
+            N×K, or has another number of class names.
     """
     device = next(classifier.buffers()).device
     pixels = 255 * torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)).to(device)
     with torch.no_grad():
         try:
             first, second = classifier(pixels), classifier(pixels)
-        except (RuntimeError, ValueError, TypeError) as error:
+        except Exception as error:  # whatever a network of one's own raises
             raise ClassifierError(
                 f"{classifier.name} fails on pixels of shape 2×{'×'.join(map(str, shape))}: {error}"
             ) from error
@@ -136,7 +137,10 @@ def check_classifier(classifier: Classifier, shape: tuple[int, int, int]) -> int
         )
     if (first >= 0).all() and torch.allclose(first.sum(1), torch.ones(2, device=device), atol=1e-3):
         raise ClassifierError(f"{classifier.name} returns probabilities; return the logits before softmax instead")
-    return first.shape[1]
+    if classifier.class_names and len(classifier.class_names) != first.shape[1]:
+        raise ClassifierError(
+            f"{classifier.name} has {len(classifier.class_names)} class names for {first.shape[1]} logits"
+        )
 
 
 def _load_torchvision(architecture: str, weights: str | None) -> Classifier:
@@ -152,6 +156,10 @@ def _load_torchvision(architecture: str, weights: str | None) -> Classifier:
         network = _download(lambda: torchvision.models.get_model(architecture, weights=published), architecture)
     else:
         network = torchvision.models.get_model(architecture, weights=None)
+        if hasattr(
+            network, "transform_input"
+        ):  # Inception and GoogLeNet: torchvision sets it with its own weights only
+            network.transform_input = True
         fill(network, read_weights(weights), weights)
     preset = published.transforms()
     return Classifier(
@@ -224,7 +232,10 @@ def _load_own(name: str, weights: str | None) -> Classifier:
     if not callable(factory):
         near = difflib.get_close_matches(attribute, dir(module), n=3, cutoff=0.4)
         raise ClassifierError(f"{location} has no factory {attribute!r}; nearest names: {', '.join(near) or 'none'}")
-    network = factory()
+    try:
+        network = factory()
+    except Exception as error:  # the user's own code, whatever it raises
+        raise ClassifierError(f"{name} fails without arguments: {type(error).__name__}: {error}") from error
     if not isinstance(network, nn.Module):
         raise ClassifierError(f"{name} returns {type(network).__name__}, not a torch.nn.Module")
     if weights is not None:
@@ -244,7 +255,10 @@ def _import_file(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # the user's own code, whatever it raises
+        raise ClassifierError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
     return module
 
 

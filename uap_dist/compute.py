@@ -140,6 +140,21 @@ class RoundReport:
     seconds: float
     evaluation: Evaluation | None = None
 
+    @property
+    def point(self) -> "CurvePoint":
+        """What the curve needs of the round, without arrays."""
+        rates = None if self.evaluation is None else (self.evaluation.train, self.evaluation.val)
+        return CurvePoint(self.num_evaluations, self.fooling, rates)
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """Fooling rates after so many evaluations: of the round's images, and of all training and held-out ones if measured."""
+
+    num_evaluations: int
+    fooling: FoolingRate
+    rates: tuple[FoolingRate, FoolingRate] | None
+
 
 @dataclass(frozen=True)
 class State:
@@ -162,6 +177,11 @@ def compute(workers: Workers, train: Dataset, val: Dataset, config: ComputeConfi
     if train.shape != val.shape:
         raise ConfigError(f"training images have shape {train.shape}, held-out ones {val.shape}; they must have one")
     planned = count_rounds(train.sizes, config)
+    if planned is None and train.num_examples >= (config.max_evaluations or 0):
+        raise ConfigError(
+            f"{config.max_evaluations} evaluations (--max-evaluations) do not pay for more than the clean labels of "
+            f"{train.num_examples} training images"
+        )
     state = State(Iterate.zero(train.shape), num_evaluations=train.num_examples)  # the clean labels are paid for
     for round_ in _plan(train.sizes, config):
         state, report = run_round(workers, train, round_, state, config, planned)

@@ -185,11 +185,11 @@ def check_disjoint(train: Dataset, val: Dataset) -> None:
 
 def _list_shards(workers: Workers, urls: Sequence[str], num_images: int | None) -> Iterator[tuple[str, ShardListing]]:
     """Load shards in waves of as many as there are workers, until the images suffice."""
-    found = 0
-    for start in range(0, len(urls), workers.num_workers):
+    found, size = 0, workers.num_workers  # which may grow meanwhile
+    for start in range(0, len(urls), size):
         if num_images is not None and found >= num_images:
             return
-        wave = urls[start : start + workers.num_workers]
+        wave = urls[start : start + size]
         for url, listing in zip(wave, workers.map("load", [Examples(url) for url in wave]), strict=True):
             if num_images is None or found < num_images:
                 yield url, listing

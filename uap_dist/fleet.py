@@ -41,7 +41,7 @@ class FleetConfig:
     cache_gib: float = 4.0
     """Decoded images that each worker keeps in memory at most, in GiB; the rest is read again when it is needed."""
     placement_timeout_s: float = 60.0
-    """Seconds to wait for the cluster to place all workers."""
+    """Seconds to wait until all workers are placed and have loaded the network."""
     task_timeout_s: float = 900.0
     """Seconds after which a worker that does not answer is taken for lost, and its block given to another."""
 
@@ -241,8 +241,9 @@ class Fleet:
             try:
                 result = ray.get(ref, timeout=0)
             except RayTaskError as error:
-                self._idle.append(call.member)
-                if call.batch is batch:
+                if call.batch is not None:
+                    self._idle.append(call.member)
+                if call.batch is None or call.batch is batch:
                     raise error.cause if isinstance(error.cause, Exception) else error from None
             except RayError as error:  # lost, out of memory, or no answer in time
                 self._bury(call, error)
@@ -282,7 +283,7 @@ class Fleet:
         placed = len(self._idle) + sum(call.batch is not None for call in self._running.values())
         wanted = f"{self._config.threads_per_worker} CPU" + (f" and {self._num_gpus} GPU" if self._num_gpus else "")
         return (
-            f"the cluster placed {placed} of {self.num_workers} workers of {wanted} each in {self._config.placement_timeout_s:g} s; "
-            f"it has {total.get('CPU', 0):g} CPU and {total.get('GPU', 0):g} GPU; give fewer (--num-workers) or longer "
+            f"{placed} of {self.num_workers} workers of {wanted} each were placed and ready in {self._config.placement_timeout_s:g} s; "
+            f"the cluster has {total.get('CPU', 0):g} CPU and {total.get('GPU', 0):g} GPU; give fewer (--num-workers) or longer "
             "(--placement-timeout-s)"
         )

@@ -29,7 +29,7 @@ def git_commit() -> str:
             ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True
         ).stdout
         changes = subprocess.run(
-            ["git", "status", "--porcelain"], cwd=folder, capture_output=True, text=True, check=True
+            ["git", "status", "--porcelain", "--", "."], cwd=folder, capture_output=True, text=True, check=True
         ).stdout
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from uap_dist.compute import RoundReport
+from uap_dist.compute import CurvePoint, RoundReport
 from uap_dist.dataset import Dataset, Workers
 from uap_dist.fooling import FoolingRate
 from uap_dist.norms import measure
@@ -48,23 +48,22 @@ def save_pictures(folder: Path, perturbation: Tensor) -> None:
         Image.fromarray(picture.repeat(zoom, axis=0).repeat(zoom, axis=1)).save(folder / name)
 
 
-def save_curve(folder: Path, reports: Sequence[RoundReport], random_rate: FoolingRate) -> None:
+def save_curve(folder: Path, points: Sequence[CurvePoint], random_rate: FoolingRate) -> None:
     """Fooling rate against network evaluations: training and held-out with 95 % intervals, each round's, and the baseline."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    rounds = [report.num_evaluations for report in reports]
     axes.plot(
-        rounds,
-        [report.fooling.rate for report in reports],
+        [point.num_evaluations for point in points],
+        [point.fooling.rate for point in points],
         ".",
         ms=4,
         color="0.75",
         label="images of each round, before it",
     )
-    measured = [(report.num_evaluations, report.evaluation) for report in reports if report.evaluation]
-    evaluations = [num_evaluations for num_evaluations, _ in measured]
+    evaluations = [point.num_evaluations for point in points if point.rates]
+    measured = [point.rates for point in points if point.rates]
     for name, rates, colour in (
-        ("training", [evaluation.train for _, evaluation in measured], "tab:gray"),
-        ("held-out", [evaluation.val for _, evaluation in measured], "tab:blue"),
+        ("training", [train for train, _ in measured], "tab:gray"),
+        ("held-out", [val for _, val in measured], "tab:blue"),
     ):
         axes.plot(
             evaluations,
@@ -137,15 +136,15 @@ def _shorten(name: str) -> str:
     return name if len(name) <= 22 else name[:21] + "…"
 
 
-def save_run(folder: Path, run: "FinishedRun", workers: Workers, class_names: Sequence[str]) -> dict[str, Any]:
-    """Every file of a finished run, result.json last; returns what result.json holds."""
-    final, val = run.reports[-1], run.val
+def save_run(folder: Path, run: "FinishedRun", workers: Workers, class_names: Sequence[str]) -> None:
+    """Every file of a finished run, result.json last."""
+    final, val = run.final, run.val
     assert final.evaluation is not None
     perturbed = final.evaluation.val_predictions
     result = run.result()
     save_perturbation(folder, final.perturbation, dict(run.provenance) | result)
     save_pictures(folder, final.perturbation)
-    save_curve(folder, run.reports, run.random_rate)
+    save_curve(folder, run.curve, run.random_rate)
     save_table(folder, val, perturbed, class_names)
     shown = np.unique(
         np.linspace(0, val.num_examples - 1, NUM_PICTURED).astype(int)
@@ -155,7 +154,6 @@ def save_run(folder: Path, run: "FinishedRun", workers: Workers, class_names: Se
     before, after = ([label_name(p.labels[i], class_names) for i in shown] for p in (val.clean, perturbed))
     save_grid(folder, pixels, final.perturbation, before, after)
     (folder / "result.json").write_text(json.dumps(result | {"provenance": run.provenance}, indent=2) + "\n")
-    return result
 
 
 @dataclass(frozen=True)
@@ -163,7 +161,8 @@ class FinishedRun:
     """What a run has measured.
 
     Attributes:
-        reports: of all rounds; the last has an evaluation.
+        final: report of the last round, with its evaluation.
+        curve: a point for each round.
         random_rate: held-out fooling rate of a random perturbation of the same norm.
         val: the held-out examples.
         provenance: network, data, config, seed, versions.
@@ -171,7 +170,8 @@ class FinishedRun:
         mlflow_run_id: where it is logged.
     """
 
-    reports: Sequence[RoundReport]
+    final: RoundReport
+    curve: Sequence[CurvePoint]
     random_rate: FoolingRate
     val: Dataset
     provenance: Mapping[str, Any]
@@ -180,7 +180,7 @@ class FinishedRun:
 
     def result(self) -> dict[str, Any]:
         """The numbers that scripts read."""
-        final = self.reports[-1]
+        final = self.final
         assert final.evaluation is not None
         train, val = final.evaluation.train, final.evaluation.val
         return {
@@ -204,7 +204,7 @@ class FinishedRun:
 
     def summary(self) -> str:
         """A few lines of Markdown: what was computed, how well it fools, against what."""
-        p, final = self.provenance, self.reports[-1]
+        p, final = self.provenance, self.final
         assert final.evaluation is not None
         demo = (
             "\n\nThe images are crops of a few photographs from Python packages: a demonstration, not a measurement."

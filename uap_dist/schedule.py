@@ -48,8 +48,8 @@ def plan_rounds(shard_sizes: Sequence[int], *, seed: int, round_size: int, block
     """Rounds without end: in each pass every example once, in an order of its own.
 
     Each pass shuffles every shard, cuts it into blocks of nearly equal size (at most `block_size`), shuffles the
-    blocks of all shards, and fills rounds with as many as make up `round_size` examples; the last round of a pass
-    takes what is left.
+    blocks of all shards, and fills each round with round_size/block_size of them; the last round of a pass takes what
+    is left. So no round has more than `round_size` examples.
 
     Args:
         shard_sizes: examples in each shard.

@@ -77,11 +77,15 @@ def load_shard(url: str, geometry: Geometry, keys: Collection[str] | None = None
     """
     images: list[np.ndarray] = []
     good: list[str] = []
+    seen: set[str] = set()
     truths: list[int] = []
     bad: list[str] = []
     stream = _HashingStream(_open(url))
     for sample in _samples(url, stream):
         key = sample["__key__"]
+        if key in seen:
+            raise ShardError(f"shard {url} holds the key {key} twice")
+        seen.add(key)
         if keys is not None and key not in keys:
             continue
         try:

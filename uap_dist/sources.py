@@ -1,6 +1,7 @@
 """Labelled images as people have them: an ImageFolder tree, or the tars of ILSVRC 2012."""
 
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ def list_folder(root: Path) -> tuple[list[SourceImage], list[str]]:
         raise ShardError(f"no folder {root}")
     classes = sorted(path.name for path in root.iterdir() if path.is_dir())
     images = [
-        SourceImage(f"{name}_{path.stem}", _extension(path.name), label, path)
+        SourceImage(_key(path.relative_to(root).with_suffix("")), _extension(path.name), label, path)
         for label, name in enumerate(classes)
         for path in sorted((root / name).rglob("*"))
         if _extension(path.name) in IMAGE_EXTENSIONS
@@ -67,22 +68,26 @@ def list_ilsvrc_train(path: Path) -> tuple[list[SourceImage], list[str]]:
     return images, classes
 
 
-def list_ilsvrc_val(
-    path: Path, labels: Path, classes: Sequence[str] | None = None
-) -> tuple[list[SourceImage], list[str]]:
+def list_ilsvrc_val(path: Path, labels: Path) -> tuple[list[SourceImage], list[str]]:
     """Images of ILSVRC2012_img_val.tar with the labels of a text file.
 
     Args:
         path: the tar.
         labels: one line an image, `NAME LABEL`, or `LABEL` alone in the order of the sorted names; LABEL is a WordNet id
-            or a class index from 0. The devkit's ground truth counts from 1 in an order of its own and is refused.
-        classes: the WordNet ids that number the classes; None takes those of the file, sorted.
+            (numbered among those of the file, sorted: all 1,000 give the networks' numbers) or a class index from 0. The
+            devkit's ground truth counts from 1 in an order of its own and is refused.
 
     Raises:
         ShardError: tar and labels do not fit.
     """
     members = sorted(_members(path), key=lambda member: member.name)
-    lines = [line.split() for line in labels.read_text().splitlines() if line.strip()]
+    try:
+        lines = [line.split() for line in labels.read_text().splitlines() if line.strip()]
+    except OSError as error:
+        raise ShardError(f"cannot read {labels}: {error.strerror}") from error
+    odd = next((line for line in lines if len(line) != len(lines[0]) or len(line) > 2), None)
+    if odd is not None:
+        raise ShardError(f"{labels}: line {' '.join(odd)!r} is not `NAME LABEL`, nor `LABEL` as all the others")
     if len(lines) != len(members) or not members:
         raise ShardError(f"{labels} has {len(lines)} labels for the {len(members)} images of {path}")
     by_name = {Path(line[0]).name: line[1] for line in lines} if len(lines[0]) == 2 else None
@@ -99,16 +104,20 @@ def list_ilsvrc_val(
             )
         found = [str(i) for i in range(max(indices) + 1)]
     else:
-        found = sorted(set(chosen)) if classes is None else list(classes)
-        unknown = set(chosen) - set(found)
-        if unknown:
-            raise ShardError(f"{labels} names class {min(unknown)}, which is not among the {len(found)} known ones")
+        found = sorted(set(chosen))
         indices = [found.index(label) for label in chosen]
     return [_in_tar(m, label, path) for m, label in zip(members, indices, strict=True)], found
 
 
 def shuffled_samples(images: Sequence[SourceImage], seed: int) -> Iterator[dict[str, Any]]:
-    """The images as WebDataset samples in an order that depends on the seed only."""
+    """The images as WebDataset samples in an order that depends on the seed only.
+
+    Raises:
+        ShardError: two images with one key.
+    """
+    twice = [key for key, count in Counter(image.key for image in images).items() if count > 1]
+    if twice:
+        raise ShardError(f"{len(twice)} keys stand for two images each, the first {twice[0]}; rename these files")
     for i in np.random.default_rng(seed).permutation(len(images)):
         image = images[i]
         yield {"__key__": image.key, image.extension: image.read(), "cls": image.label}
@@ -126,7 +135,12 @@ def _members(path: Path, offset: int = 0) -> list[tarfile.TarInfo]:
 
 def _in_tar(member: tarfile.TarInfo, label: int, path: Path) -> SourceImage:
     name = Path(member.name)  # the offsets of a tar inside a tar count from the outer one's start
-    return SourceImage(name.stem, _extension(name.name), label, path, member.offset_data, member.size)
+    return SourceImage(_key(Path(name.stem)), _extension(name.name), label, path, member.offset_data, member.size)
+
+
+def _key(path: Path) -> str:
+    """A sample's key: WebDataset takes what follows the first dot for the extension."""
+    return "_".join(path.parts).replace(".", "_")
 
 
 def _extension(name: str) -> str:

@@ -74,7 +74,7 @@ def set_up_logging(console: Console, *, debug: bool) -> None:
 
 
 def raise_on_sigterm() -> None:
-    """Make SIGTERM end the job as Ctrl-C does. After ray.init, which installs a handler of its own."""
+    """Make SIGTERM end the job as Ctrl-C does."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -84,16 +84,25 @@ def raise_on_sigterm() -> None:
 
 @contextmanager
 def one_line_errors(*, debug: bool) -> Iterator[None]:
-    """End the process with one clear line: exit code 1 for an error, 130 when interrupted; tracebacks only for debugging."""
+    """End the process with one line: exit code 1 for an error, 130 when interrupted; tracebacks only for debugging.
+
+    An error that is not the package's own is named with its type.
+    """
     try:
         yield
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(130)
-    except UapDistError as error:
+    except Exception as error:
         if debug:
             raise
-        sys.stderr.write(f"error: {error}\n")
+        lines = str(error).strip().splitlines() or [""]
+        reason = (
+            str(error)
+            if isinstance(error, UapDistError)
+            else f"{type(error).__name__}: {lines[-1]} (--debug shows where)"
+        )
+        sys.stderr.write(f"error: {reason}\n")
         sys.exit(1)
 
 

@@ -26,6 +26,8 @@ from uap_dist.fooling import FoolingRate
 
 SQLITE = "sqlite:///"
 
+logger = logging.getLogger(__name__)
+
 
 class Tracker:
     """One MLflow run; a context manager."""
@@ -91,7 +93,7 @@ class Tracker:
         )
 
     def log_round(self, report: RoundReport) -> None:
-        """All metrics of a round; the step is the number of rounds done."""
+        """All metrics of a round; the step is the number of rounds done. A server that is away costs its metrics, not the run."""
         metrics = {
             "fooling_rate/round": report.fooling.rate,
             "round/step": report.step,
@@ -106,7 +108,12 @@ class Tracker:
             metrics["round/deepfool_success"] = report.solved_share
         if report.evaluation is not None:
             metrics |= _rate_metrics("train", report.evaluation.train) | _rate_metrics("val", report.evaluation.val)
-        mlflow.log_metrics(metrics, step=report.round_number + 1)
+        try:
+            mlflow.log_metrics(metrics, step=report.round_number + 1)
+        except MlflowException as error:
+            logger.warning(
+                "metrics of round %d are lost, MLflow does not take them: %s", report.round_number + 1, error
+            )
 
     def log_rate(self, name: str, rate: FoolingRate) -> None:
         """A fooling rate with its interval, once."""
