@@ -49,7 +49,6 @@ class Shard:
 
     url: str
     digest: str
-    num_bytes: int
     keys: tuple[str, ...]
     truths: np.ndarray
 
@@ -202,4 +201,4 @@ def _take(listings: Sequence[tuple[str, ShardListing]], num_images: int | None) 
         keys = listing.keys[:room]
         room -= len(keys)
         if keys:
-            yield Shard(url, listing.digest, listing.num_bytes, keys, listing.truths[: len(keys)])
+            yield Shard(url, listing.digest, keys, listing.truths[: len(keys)])

@@ -38,7 +38,6 @@ class DecodedShard:
         truths: N class indices of the data, UNKNOWN_CLASS where there is no .cls.
         bad: what was left out, as "key: reason".
         digest: SHA-256 (hex) of the file.
-        num_bytes: size of the file.
     """
 
     images: np.ndarray
@@ -46,7 +45,6 @@ class DecodedShard:
     truths: np.ndarray
     bad: tuple[str, ...]
     digest: str
-    num_bytes: int
 
 
 def expand_patterns(patterns: Sequence[str]) -> list[str]:
@@ -115,7 +113,6 @@ def load_shard(url: str, geometry: Geometry, keys: Collection[str] | None = None
         truths=np.array(truths, dtype=np.int64),
         bad=tuple(bad),
         digest=digest,
-        num_bytes=stream.num_bytes,
     )
 
 

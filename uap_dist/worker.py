@@ -50,7 +50,6 @@ class ShardListing:
     truths: np.ndarray
     bad: tuple[str, ...]
     digest: str
-    num_bytes: int
     shape: tuple[int, ...]
 
 
@@ -135,7 +134,7 @@ class Worker:
         if shard.keys and not self._checked:
             check_classifier(self.classifier, shard.images.shape[1:])
             self._checked = True
-        return ShardListing(shard.keys, shard.truths, shard.bad, shard.digest, shard.num_bytes, shard.images.shape[1:])
+        return ShardListing(shard.keys, shard.truths, shard.bad, shard.digest, shard.images.shape[1:])
 
     def pixels(self, examples: Examples) -> np.ndarray:
         """The examples' images, N×3×H×W uint8.
