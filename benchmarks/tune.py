@@ -2,7 +2,8 @@
 
     python benchmarks/tune.py --network squeezenet --grid '[{"step_size": 8}, {"step_size": 5}]' --num-rounds 50
 
-Nothing here looks at the held-out shards. Each line is one entry of the grid; `rate` is the mean over seeds on the held-in part.
+Nothing here looks at the held-out shards. Each line is one entry of the grid; `rate` is the mean over seeds on the held-in part,
+which is another part for each seed (lines without `rotated` are older: one part for all).
 """
 
 import json
@@ -12,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from networks import NETWORKS, Network
+from networks import NETWORKS
 
 from uap_dist.classifiers import load_classifier
 from uap_dist.compute import ComputeConfig, compute
-from uap_dist.dataset import Dataset, LocalWorkers, load_dataset
+from uap_dist.dataset import LocalWorkers, load_dataset
 from uap_dist.shards import expand_patterns
 from uap_dist.worker import Worker
 
@@ -44,21 +45,24 @@ def main() -> None:
     options = tyro.cli(Options)
     network = NETWORKS[options.network]
     workers = LocalWorkers(Worker(load_classifier(*network.locate(options.data)), cache_bytes=8 << 30, num_threads=1))
-    train, held_in = _split(workers, network, options.data)
+    urls = expand_patterns([str(options.data / network.train)])
     for entry in json.loads(options.grid):
-        line = {"network": options.network, "rounds": options.num_rounds, "entry": entry}
-        line |= measure(workers, train, held_in, entry, options)
+        line = {"network": options.network, "rounds": options.num_rounds, "entry": entry, "rotated": True}
+        line |= measure(workers, urls, entry, options)
         with options.output.open("a") as file:
             file.write(json.dumps(line) + "\n")
         print(json.dumps(line), flush=True)
 
 
-def measure(
-    workers: LocalWorkers, train: Dataset, held_in: Dataset, entry: dict[str, Any], options: Options
-) -> dict[str, Any]:
+def measure(workers: LocalWorkers, urls: list[str], entry: dict[str, Any], options: Options) -> dict[str, Any]:
     """Held-in fooling rate of each seed and their mean."""
     started, rates, trains = time.perf_counter(), [], []
+    num_train_shards = NETWORKS[options.network].tune_shards
     for seed in options.seeds:
+        rotated = [*urls[seed % len(urls) :], *urls[: seed % len(urls)]]
+        train, held_in = (
+            load_dataset(workers, part) for part in (rotated[:num_train_shards], rotated[num_train_shards:])
+        )
         budget = train.num_examples + 50 * options.num_rounds
         config = ComputeConfig(seed=seed, max_evaluations=budget, evaluate_every=10**6, **entry)
         *_, final = compute(workers, train, held_in, config)
@@ -73,11 +77,6 @@ def measure(
         "train_rate": round(sum(trains) / len(trains), 4),
         "seconds": round(time.perf_counter() - started),
     }
-
-
-def _split(workers: LocalWorkers, network: Network, data: Path) -> tuple[Dataset, Dataset]:
-    urls = expand_patterns([str(data / network.train)])
-    return load_dataset(workers, urls[: network.tune_shards]), load_dataset(workers, urls[network.tune_shards :])
 
 
 if __name__ == "__main__":

@@ -3,30 +3,35 @@
 Without arguments: EfficientNet-Lite0 on the photographs that packages of the `demo` extra carry.
 """
 
+import json
 import re
 import sys
-import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import tyro
 from rich.console import Console
 
+from uap_dist.checkpoint import Checkpoint, CheckpointStore, JobRecord, check_identity
 from uap_dist.classifiers import Classifier, load_classifier
-from uap_dist.compute import ComputeConfig, compute
+from uap_dist.compute import ComputeConfig, State, compute
 from uap_dist.dataset import Dataset, Workers, check_disjoint, classify, fooling_rate, load_dataset
 from uap_dist.demo import write_demo_shards
 from uap_dist.errors import ConfigError
 from uap_dist.fleet import Fleet, FleetConfig, connect
 from uap_dist.fooling import FoolingRate
+from uap_dist.history import RoundRecord
+from uap_dist.locations import join
 from uap_dist.norms import random_perturbation
 from uap_dist.provenance import git_commit, versions
 from uap_dist.report import FinishedRun, save_run
 from uap_dist.shards import expand_patterns
 from uap_dist.terminal import RoundProgress, one_line_errors, raise_on_sigterm, set_up_logging
-from uap_dist.tracking import Tracker
+from uap_dist.tracking import CHECKPOINTS_TAG, Tracker, checkpoints_of
 
 console = Console(soft_wrap=True, highlight=False)
 
@@ -55,6 +60,12 @@ class Options:
     """Share of images (0..1) that may fail to decode before the job fails."""
     output: Path | None = None
     """Folder for the results. Default: outputs/<model>-<norm>-seed<seed>-<time>."""
+    storage: str | None = None
+    """Folder or s3://, gs:// URL under which each round is committed, in a folder named after the MLflow run; the last
+    three are kept. Default: checkpoints beside the output folder."""
+    resume: str | None = None
+    """MLflow run, or its folder of checkpoints, to go on with after its last committed round. All other options are
+    then those of that run; of those given anew, only such that do not change the result are accepted."""
     experiment: str = "uap_dist"
     """MLflow experiment; the server is taken from MLFLOW_TRACKING_URI, else mlflow.db in the working directory."""
     debug: bool = False
@@ -68,87 +79,125 @@ class Options:
         model = "-".join(Path(self.model).parts[-2:]) if ".py:" not in self.model else Path(self.model).name
         return f"{model.replace(':', '-')}-{self.compute.norm}-seed{self.compute.seed}"
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for the checkpoint."""
+        return json.loads(json.dumps(asdict(self), default=str))
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Options":
+        """What `to_json` gave."""
+        return cls(
+            **dict(values)
+            | {
+                "train_shards": tuple(values["train_shards"]),
+                "val_shards": tuple(values["val_shards"]),
+                "output": Path(values["output"]),
+                "compute": ComputeConfig(**values["compute"]),
+                "fleet": FleetConfig(**values["fleet"]),
+            }
+        )
+
 
 def main() -> None:
     """Parse, then run inside an MLflow run that ends as the job does."""
     with one_line_errors(debug="--debug" in sys.argv):
         raise_on_sigterm()
-        options, refusal = _parse()
-        set_up_logging(console, debug=options.debug)
-        with Tracker(experiment=options.experiment, run_name="refused" if refusal else options.name) as tracker:
+        set_up_logging(console, debug="--debug" in sys.argv)
+        checkpoint = _checkpoint_to_resume()
+        options, refusal = _parse(checkpoint)
+        run_id = checkpoint.job.run_id if checkpoint else None
+        name = "refused" if refusal else options.name
+        with Tracker(experiment=options.experiment, run_name=name, run_id=run_id) as tracker:
             if refusal is not None:
                 raise refusal
-            run(options, tracker)
+            run(options, tracker, checkpoint)
 
 
-def run(options: Options, tracker: Tracker) -> None:
-    """The whole job: connect, load, compute, save, say so."""
+def run(options: Options, tracker: Tracker, checkpoint: Checkpoint | None) -> None:
+    """The whole job: connect, load, compute, save, say so. Its workers end with its process."""
     config = options.compute
-    output = _new_folder(options)
+    output = _folder(options)
     classifier = load_classifier(options.model, options.weights)
     settings = _describe_settings(options, classifier)
-    tracker.log_params(settings)
+    if checkpoint is None:
+        tracker.log_params(settings)
     train_urls, val_urls = _shards(options, output)
     connect()
     raise_on_sigterm()  # again: ray.init installs a handler of its own
     fleet = Fleet(options.model, options.weights, options.fleet)
-    try:
-        console.print(f"MLflow run {tracker.run_id}; waiting for {fleet.num_workers} workers")
-        fleet.wait()
-        console.print(f"decoding {len(train_urls)} training and {len(val_urls)} held-out shards")
-        load = {"max_bad_fraction": options.max_bad_fraction}
-        train = load_dataset(fleet, train_urls, num_images=options.num_train_images, **load)
-        val = load_dataset(fleet, val_urls, num_images=options.num_val_images, **load)
-        check_disjoint(train, val)
-        provenance = settings | _describe_data(train, val)
-        tracker.log_params(provenance)
+    console.print(f"MLflow run {tracker.run_id}; waiting for {fleet.num_workers} workers")
+    fleet.wait()
+    console.print(f"decoding {len(train_urls)} training and {len(val_urls)} held-out shards")
+    load = {"max_bad_fraction": options.max_bad_fraction}
+    train = load_dataset(fleet, train_urls, num_images=options.num_train_images, **load)
+    val = load_dataset(fleet, val_urls, num_images=options.num_val_images, **load)
+    check_disjoint(train, val)
+    provenance = settings | _describe_data(train, val)
+    storage = join(options.storage or str(output.parent / "checkpoints"), tracker.run_id)
+    job = _describe_job(replace(options, output=output), tracker.run_id, provenance, train, fleet)
+    if checkpoint is None:
+        tracker.log_params(_describe_data(train, val))
         tracker.log_dataset(train, "training")
         tracker.log_dataset(val, "held-out")
-        console.print(
-            f"{options.model}, {config.norm} {config.ball_radius:g}, {train.num_examples} training and {val.num_examples} held-out images"
-        )
-        started, rounds = time.perf_counter(), []
-        with RoundProgress(console, config.max_evaluations) as progress:
-            for report in compute(fleet, train, val, config):
-                tracker.log_round(report)
-                progress.show(report)
-                rounds.append(report.point)
-        seconds = time.perf_counter() - started
-        finished = FinishedRun(
-            report,
-            rounds,
-            _random_rate(fleet, val, config),
-            val,
-            provenance | _describe_fleet(fleet),
-            seconds,
-            tracker.run_id,
-        )
-        save_run(output, finished, fleet, classifier.class_names)
-        tracker.log_params(_describe_fleet(fleet))
-        tracker.log_rate("random", finished.random_rate)
-        tracker.describe(finished.summary())
-        tracker.log_folder(output)
-    finally:
-        fleet.close()
+        checkpoint = Checkpoint(job, State.start(train), ())
+    else:
+        check_identity(checkpoint.job, job)
+        console.print(f"resuming after round {checkpoint.state.num_rounds}")
+    history = list(checkpoint.history)
+    for record in history:  # what the run has already is not sent again
+        tracker.log_round(record)
+    console.print(
+        f"{options.model}, {config.norm} {config.ball_radius:g}, {train.num_examples} training and {val.num_examples} held-out images"
+    )
+    with CheckpointStore(storage) as store, RoundProgress(console, config.max_evaluations) as progress:
+        store.start(Checkpoint(job, checkpoint.state, history))
+        tracker.set_tag(CHECKPOINTS_TAG, storage)
+        for report in compute(fleet, train, val, config, checkpoint.state):
+            history.append(RoundRecord.of(report))
+            if not report.is_last:  # the last one is committed as the result
+                store.commit(Checkpoint(job, report.state, tuple(history)))
+            tracker.log_round(history[-1])
+            progress.show(report)
+    random_rate = _random_rate(fleet, val, config)
+    finished = FinishedRun(report, history, random_rate, val, provenance | _describe_fleet(fleet), tracker.run_id)
+    save_run(output, finished, fleet, classifier.class_names)
+    tracker.wait_for_delivery(
+        f"the perturbation is complete in {output}; when the server answers again: python jobs/compute.py --resume {storage}"
+    )
+    tracker.log_params(_describe_fleet(fleet))
+    tracker.log_rate("random", random_rate, step=report.state.num_rounds)
+    tracker.describe(finished.summary())
+    tracker.log_folder(output)
     console.print(f"\n{finished.summary()}\n\nFiles: {output}\nMLflow: {tracker.how_to_open()}", markup=False)
 
 
-def _parse() -> tuple[Options, ConfigError | None]:
+def _checkpoint_to_resume() -> Checkpoint | None:
+    """The newest checkpoint of the run that --resume names; its options are needed before the others are parsed."""
+    for number, word in enumerate(sys.argv[1:], start=1):
+        option, _, value = word.partition("=")
+        if option == "--resume":
+            target = value or "".join(sys.argv[number + 1 : number + 2])
+            return CheckpointStore(checkpoints_of(target) if re.fullmatch("[0-9a-f]{32}", target) else target).newest()
+    return None
+
+
+def _parse(checkpoint: Checkpoint | None) -> tuple[Options, ConfigError | None]:
     """Options; those that cannot be are reported inside an MLflow run, as whoever watches scheduled jobs expects."""
     try:
-        return tyro.cli(Options, config=(tyro.conf.OmitArgPrefixes,)), None
+        default = Options() if checkpoint is None else Options.from_json(checkpoint.job.options)
+        return tyro.cli(Options, default=default, config=(tyro.conf.OmitArgPrefixes,)), None
     except ConfigError as error:
         words = sys.argv
         experiment = words[words.index("--experiment") + 1] if "--experiment" in words[:-1] else Options.experiment
         return Options(experiment=experiment), error
 
 
-def _new_folder(options: Options) -> Path:
+def _folder(options: Options) -> Path:
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     folder = options.output or Path("outputs") / f"{options.name}-{stamp}"
     if re.match(r"\w+:/", str(folder)):
         raise ConfigError(f"--output {options.output} is a URL; give a folder (the same files go to MLflow)")
-    if folder.is_dir() and any(folder.iterdir()):
+    if options.resume is None and folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty; give another --output")
     try:  # now, not when hours of work are to be saved
         folder.mkdir(parents=True, exist_ok=True)
@@ -193,6 +242,21 @@ def _describe_settings(options: Options, classifier: Classifier) -> dict[str, An
         "git_commit": git_commit(),
         **{f"version.{key}": value for key, value in versions().items()},
     }
+
+
+def _describe_job(options: Options, run_id: str, provenance: dict[str, Any], train: Dataset, fleet: Fleet) -> JobRecord:
+    """What a resumed run is held against. The clean labels stand for the network's code, which no digest of weights covers."""
+    decisive = ("weights_digest", "train_digest", "val_digest", "fleet.threads_per_worker")
+    config = {key: provenance[key] for key in provenance if key in asdict(options.compute) or key.startswith("solver.")}
+    environment = {key: provenance[f"version.{key}"] for key in ("torch", "torchvision", "uap_dist")}
+    return JobRecord(
+        run_id=run_id,
+        options=options.to_json(),
+        identity={key: provenance[key] for key in decisive}
+        | config
+        | {"clean labels": sha256(train.clean.labels.tobytes()).hexdigest()},
+        environment=environment | {"git_commit": provenance["git_commit"], "machines": sorted(fleet.machines)},
+    )
 
 
 def _describe_fleet(fleet: Fleet) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 import io
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from pyarrow import fs
 
 from uap_dist.classifiers import load_classifier
 from uap_dist.dataset import LocalWorkers, load_dataset
@@ -57,3 +59,22 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip("real images and networks (../shared) are not here")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def s3():
+    """Query of the URLs of a real S3 server on loopback, with a bucket named bucket."""
+    from moto.server import ThreadedMotoServer
+
+    settings = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_EC2_METADATA_DISABLED": "true"}
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    old = dict(os.environ)
+    os.environ.update(settings)
+    query = f"scheme=http&endpoint_override={host}:{port}&region=us-east-1"
+    fs.FileSystem.from_uri(f"s3://bucket/?{query}&allow_bucket_creation=true")[0].create_dir("bucket")
+    yield query
+    server.stop()
+    os.environ.clear()
+    os.environ.update(old)

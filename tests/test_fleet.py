@@ -13,7 +13,7 @@ from conftest import TINY
 
 from uap_dist.compute import ComputeConfig, compute
 from uap_dist.dataset import load_dataset
-from uap_dist.errors import ClassifierError, ConfigError, WorkerLostError
+from uap_dist.errors import ClassifierError, ConfigError, DeterminismError, WorkerLostError
 from uap_dist.fleet import Fleet, FleetConfig
 from uap_dist.worker import Examples
 
@@ -118,6 +118,24 @@ def test_a_block_that_kills_three_workers_is_named(cluster, shards):
     fleet.close()
 
 
+def test_a_network_that_differs_between_workers_is_found_and_named(cluster, shards):
+    fleet = Fleet(TINY.replace(":Tiny", ":OwnPerProcess"), None, FleetConfig(num_workers=2, verify_determinism=True))
+    fleet.wait()
+    with pytest.raises(DeterminismError, match=r"different bits for the same examples of .*train-000\d.tar: s1-0\d\d"):
+        list(compute(fleet, *load(fleet, shards), CONFIG))
+    fleet.close()
+
+
+def test_verifying_changes_no_bits_and_survives_a_kill(cluster, shards, undisturbed):
+    fleet = make_fleet(2, verify_determinism=True)
+    for report in compute(fleet, *load(fleet, shards), CONFIG):
+        if report.round_number == 2:
+            os.kill(worker_processes()[0].pid, signal.SIGKILL)
+        final = report
+    fleet.close()
+    assert torch.equal(final.perturbation, undisturbed)
+
+
 def test_what_a_worker_raises_comes_back_as_it_was_raised(cluster, shards):
     fleet = Fleet(TINY.replace(":Tiny", ":not_a_network"), None, FleetConfig(num_workers=1))
     with pytest.raises(ClassifierError, match="not a torch.nn.Module"):
@@ -151,3 +169,5 @@ def test_results_come_in_the_order_of_the_tasks(cluster, shards):
 def test_a_fleet_that_cannot_be_is_refused():
     with pytest.raises(ConfigError, match="num workers is 0; it must be positive"):
         FleetConfig(num_workers=0)
+    with pytest.raises(ConfigError, match="verify determinism compares workers; give --num-workers 2"):
+        FleetConfig(num_workers=1, verify_determinism=True)

@@ -37,6 +37,11 @@ class Random(Tiny):
         return super().forward(pixels) + torch.rand(1)
 
 
+class OwnPerProcess(Tiny):
+    def forward(self, pixels):
+        return super().forward(pixels) * (1 + os.getpid() * 1e-6)
+
+
 class Deadly(Tiny):
     def forward(self, pixels):
         if len(pixels) == 3:

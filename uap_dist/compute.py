@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import get_args
 
 import torch
@@ -116,13 +117,13 @@ class RoundReport:
         num_rounds: planned; None where the paper's rule is bounded by evaluations alone.
         fooling: on the round's images, before it, under the iterate that they were solved against.
         perturbation: C×H×W float32, pixels: what would be delivered now.
-        iterate_l2, iterate_linf: norms of v after the round, pixels.
+        state: what the next round starts from.
         step: step size in pixels, or the paper's gain.
-        num_solves, num_evaluations: since the start.
         mean_increment_norm: mean ‖Δ‖2 over the images that got an increment, pixels; 0 where none did.
         solved_share: fooled after their increment, of the round's images; None where nobody looked.
         seconds: this round took, without evaluation.
         evaluation: after a pass and at the end.
+        is_last: whether the run ends with it.
     """
 
     round_number: int
@@ -130,30 +131,42 @@ class RoundReport:
     num_rounds: int | None
     fooling: FoolingRate
     perturbation: Tensor
-    iterate_l2: float
-    iterate_linf: float
+    state: "State"
     step: float
-    num_solves: int
-    num_evaluations: int
     mean_increment_norm: float
     solved_share: float | None
     seconds: float
     evaluation: Evaluation | None = None
+    is_last: bool = False
 
     @property
-    def point(self) -> "CurvePoint":
-        """What the curve needs of the round, without arrays."""
-        rates = None if self.evaluation is None else (self.evaluation.train, self.evaluation.val)
-        return CurvePoint(self.num_evaluations, self.fooling, rates)
+    def num_solves(self) -> int:
+        """Since the start."""
+        return self.state.num_solves
 
+    @property
+    def num_evaluations(self) -> int:
+        """Since the start, clean labels of the training images included."""
+        return self.state.num_evaluations
 
-@dataclass(frozen=True)
-class CurvePoint:
-    """Fooling rates after so many evaluations: of the round's images, and of all training and held-out ones if measured."""
-
-    num_evaluations: int
-    fooling: FoolingRate
-    rates: tuple[FoolingRate, FoolingRate] | None
+    def metrics(self) -> dict[str, float]:
+        """The round in numbers, under the names that MLflow and the curve use."""
+        metrics = {
+            "fooling_rate/round": self.fooling.rate,
+            "round/step": self.step,
+            "round/mean_increment_norm": self.mean_increment_norm,
+            "round/seconds": self.seconds,
+            "round/images_per_second": self.fooling.num_examples / self.seconds,
+            "iterate/norm_l2": measure(self.state.iterate.v, "l2"),
+            "iterate/norm_linf": measure(self.state.iterate.v, "linf"),
+            "total/solves": float(self.num_solves),
+            "total/evaluations": float(self.num_evaluations),
+        }
+        if self.solved_share is not None:
+            metrics["round/deepfool_success"] = self.solved_share
+        if self.evaluation is not None:
+            metrics |= self.evaluation.train.metrics("train") | self.evaluation.val.metrics("val")
+        return metrics
 
 
 @dataclass(frozen=True)
@@ -165,11 +178,19 @@ class State:
     num_solves: int = 0
     num_evaluations: int = 0
 
+    @classmethod
+    def start(cls, train: Dataset) -> "State":
+        """Before the first round; the clean labels are paid for."""
+        return cls(Iterate.zero(train.shape), num_evaluations=train.num_examples)
 
-def compute(workers: Workers, train: Dataset, val: Dataset, config: ComputeConfig) -> Iterator[RoundReport]:
+
+def compute(
+    workers: Workers, train: Dataset, val: Dataset, config: ComputeConfig, state: State | None = None
+) -> Iterator[RoundReport]:
     """Rounds until the target, the passes or the evaluations are reached; the last report carries an evaluation.
 
-    The result depends on data, network, config and seed only, not on the workers.
+    The result depends on data, network, config and seed only, not on the workers, nor on whether the rounds before
+    `state` (of an earlier report that was not the last) were computed here or elsewhere.
 
     Raises:
         ConfigError: fewer training images than a block, a budget below one round, or datasets of different shapes.
@@ -182,14 +203,15 @@ def compute(workers: Workers, train: Dataset, val: Dataset, config: ComputeConfi
             f"{config.max_evaluations} evaluations (--max-evaluations) do not pay for more than the clean labels of "
             f"{train.num_examples} training images"
         )
-    state = State(Iterate.zero(train.shape), num_evaluations=train.num_examples)  # the clean labels are paid for
-    for round_ in _plan(train.sizes, config):
+    state = state or State.start(train)
+    for round_ in islice(_plan(train.sizes, config), state.num_rounds, None):
         state, report = run_round(workers, train, round_, state, config, planned)
         ends = state.num_rounds == planned or _is_spent(state, config)
         if ends or (round_.ends_pass and (round_.pass_number + 1) % config.evaluate_every == 0):
             report = replace(report, evaluation=evaluate(workers, train, val, report.perturbation))
-        yield report
-        if ends or (report.evaluation and report.evaluation.train.rate >= config.target_fooling_rate):
+        reached = report.evaluation is not None and report.evaluation.train.rate >= config.target_fooling_rate
+        yield replace(report, is_last=ends or reached)
+        if ends or reached:
             return
 
 
@@ -221,11 +243,8 @@ def run_round(
         num_rounds=planned,
         fooling=FoolingRate(sum(result.num_fooled for result in results), round_.num_examples),
         perturbation=_deliver(iterate, config),
-        iterate_l2=measure(iterate.v, "l2"),
-        iterate_linf=measure(iterate.v, "linf"),
+        state=state,
         step=step,
-        num_solves=state.num_solves,
-        num_evaluations=state.num_evaluations,
         mean_increment_norm=sum(result.sum_increment_norms for result in results) / max(1, num_increments),
         solved_share=sum(solved) / round_.num_examples if solved else None,
         seconds=time.perf_counter() - started,

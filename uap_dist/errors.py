@@ -5,6 +5,8 @@ UapDistError
 ├── ClassifierError                 a network or weights file that cannot be used
 ├── ShardError                      a shard or image that cannot be read
 ├── WorkerLostError                 the fleet cannot be placed, or a block kills its workers
+├── DeterminismError                two workers gave different bits for one block
+├── ResumeError                     no checkpoint, or one of another computation
 └── TrackingError                   the tracking server does not answer
 """
 
@@ -30,6 +32,14 @@ class ShardError(UapDistError):
 
 class WorkerLostError(UapDistError):
     """Workers cannot be placed, or a block was given up after killing several."""
+
+
+class DeterminismError(UapDistError):
+    """Two workers gave different bits for the same block."""
+
+
+class ResumeError(UapDistError):
+    """There is no checkpoint to go on from, or going on from it would give another result."""
 
 
 class TrackingError(UapDistError):

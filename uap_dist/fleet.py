@@ -9,7 +9,7 @@ if "RAY_ADDRESS" not in os.environ:
 
 import logging
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -19,7 +19,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from uap_dist.errors import ConfigError, WorkerLostError
+from uap_dist.errors import ConfigError, DeterminismError, WorkerLostError
 from uap_dist.provenance import machine
 from uap_dist.worker import Examples, Worker, make_worker
 
@@ -44,6 +44,8 @@ class FleetConfig:
     """Seconds to wait until all workers are placed and have loaded the network."""
     task_timeout_s: float = 900.0
     """Seconds after which a worker that does not answer is taken for lost, and its block given to another."""
+    verify_determinism: bool = False
+    """Have one block of each round solved by two workers, and fail on the first bit that differs. Needs two workers."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be."""
@@ -51,6 +53,8 @@ class FleetConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"{name.replace('_', ' ')} is {value}; it must be positive")
+        if self.verify_determinism and self.num_workers == 1:
+            raise ConfigError("verify determinism compares workers; give --num-workers 2 or more")
 
 
 class _Actor:
@@ -80,6 +84,8 @@ class _Batch:
     tasks: Sequence[Examples]
     shared: list[ray.ObjectRef]
     waiting: list[int]
+    unverified: set[int]  # tasks that want a second answer, of another worker
+    given: defaultdict[int, set[_Member]] = field(default_factory=lambda: defaultdict(set))
     results: dict[int, Any] = field(default_factory=dict)
     durations: list[float] = field(default_factory=list)
     losses: Counter[int] = field(default_factory=Counter)
@@ -130,6 +136,7 @@ class Fleet:
         self.num_workers = config.num_workers or max(1, self._count_fitting())
         self.num_lost = 0
         self.num_stragglers = 0
+        self._num_rounds = 0
         self.machines: set[str] = set()
         self._start_args = (model, weights, int(config.cache_gib * 2**30), config.threads_per_worker)
         self._idle: list[_Member] = []
@@ -155,20 +162,24 @@ class Fleet:
 
         Raises:
             WorkerLostError: a task whose workers were lost three times, or no worker left and none to be had.
+            DeterminismError: two workers gave different bits (`verify_determinism`).
             Exception: what a worker raised; that is no lost worker, and not tried again.
         """
-        batch = _Batch(method, tasks, [ray.put(value) for value in shared], waiting=list(range(len(tasks))))
-        last_member = time.monotonic()
-        while len(batch.results) < len(tasks):
+        twice = {self._num_rounds % len(tasks)} if self._config.verify_determinism and method == "solve" else set()
+        self._num_rounds += method == "solve"
+        waiting = [*range(len(tasks)), *twice]
+        batch = _Batch(method, tasks, [ray.put(value) for value in shared], waiting, unverified=twice)
+        last_call = time.monotonic()
+        while len(batch.results) < len(tasks) or batch.unverified:
             self._grow()
             for assign in (self._assign, self._assign_again):
                 for member, task in assign(batch):
                     self._call(member, batch, task)
             self._collect(batch)
-            if self._idle or any(call.batch is not None for call in self._running.values()):
-                last_member = time.monotonic()
-            elif time.monotonic() > last_member + self._config.placement_timeout_s:
-                raise WorkerLostError(f"all workers were lost; {self._placement_complaint()}")
+            if any(call.batch is not None for call in self._running.values()):
+                last_call = time.monotonic()
+            elif time.monotonic() > last_call + self._config.placement_timeout_s:
+                raise WorkerLostError(f"too few workers are left; {self._placement_complaint()}")
         return [batch.results[i] for i in range(len(tasks))]
 
     def close(self) -> None:
@@ -200,6 +211,7 @@ class Fleet:
 
     def _call(self, member: _Member, batch: _Batch, task: int) -> None:
         self._idle.remove(member)
+        batch.given[task].add(member)
         member.shards.add(batch.tasks[task].shard)
         now = time.monotonic()
         ref: ray.ObjectRef = member.actor.call.remote(batch.method, batch.tasks[task], *batch.shared)
@@ -207,16 +219,15 @@ class Fleet:
 
     def _assign(self, batch: _Batch) -> list[tuple[_Member, int]]:
         """Idle workers and waiting tasks for them: first those whose shard they have read, then any."""
-        idle, left, pairs = list(self._idle), [], []
-        for task in batch.waiting:
-            member = next((member for member in idle if batch.tasks[task].shard in member.shards), None)
-            if member is None:
-                left.append(task)
-            else:
-                idle.remove(member)
-                pairs.append((member, task))
-        pairs += zip(idle, left, strict=False)
-        batch.waiting = [task for task in batch.waiting if task not in {task for _, task in pairs}]
+        idle, pairs = list(self._idle), []
+        for must_hold in (True, False):
+            for task in list(batch.waiting):
+                able = (m for m in idle if m not in batch.given[task])
+                member = next((m for m in able if batch.tasks[task].shard in m.shards or not must_hold), None)
+                if member is not None:
+                    idle.remove(member)
+                    batch.waiting.remove(task)
+                    pairs.append((member, task))
         return pairs
 
     def _assign_again(self, batch: _Batch) -> list[tuple[_Member, int]]:
@@ -227,7 +238,7 @@ class Fleet:
         calls = [call for call in self._running.values() if call.batch is batch]
         once = Counter(call.task for call in calls)
         late = [c.task for c in calls if once[c.task] == 1 and time.monotonic() > c.started + patience]
-        pairs = list(zip(self._idle, late, strict=False))
+        pairs = [(m, task) for m, task in zip(self._idle, late, strict=False) if m not in batch.given[task]]
         self.num_stragglers += len(pairs)
         return pairs
 
@@ -250,10 +261,32 @@ class Fleet:
             else:
                 self._idle.append(call.member)
                 if call.batch is None:
-                    self.machines.add(result)
-                elif call.task not in call.batch.results:
-                    call.batch.results[call.task] = result
-                    call.batch.durations.append(time.monotonic() - call.started)
+                    self._greet(result)
+                else:
+                    self._keep(call, call.batch, result)
+
+    def _greet(self, machine: str) -> None:
+        if self.machines and machine not in self.machines:
+            logger.warning(
+                "workers run on different kinds of machines (%s; %s); the bits may depend on which of them solves what",
+                machine,
+                "; ".join(sorted(self.machines)),
+            )
+        self.machines.add(machine)
+
+    def _keep(self, call: _Call, batch: _Batch, result: Any) -> None:
+        """The first answer to a task is its result; a second one is compared where that is wanted, else dropped."""
+        if call.task not in batch.results:
+            batch.results[call.task] = result
+            batch.durations.append(time.monotonic() - call.started)
+        elif call.task in batch.unverified:
+            task = batch.tasks[call.task]
+            if result.digest() != batch.results[call.task].digest():
+                raise DeterminismError(
+                    f"two workers gave different bits for the same examples of {task.shard}: {_name_some(task.keys)}; "
+                    f"look at the network's layers and at the machines ({'; '.join(sorted(self.machines))})"
+                )
+            batch.unverified.remove(call.task)
 
     def _bury(self, call: _Call, error: RayError) -> None:
         """Replace a lost worker; its task, if nobody else has it, is to be done again."""
@@ -272,10 +305,11 @@ class Fleet:
         if batch.losses[call.task] >= MAX_LOSSES_PER_TASK:
             raise WorkerLostError(
                 f"{MAX_LOSSES_PER_TASK} workers were lost over the same examples of {task.shard}: "
-                f"{', '.join(task.keys[:5])}{', …' * (len(task.keys) > 5)}; look at memory (--cache-gib, --block-size) and at these images"
+                f"{_name_some(task.keys)}; look at memory (--cache-gib, --block-size) and at these images"
             )
-        elsewhere = any(other.batch is batch and other.task == call.task for other in self._running.values())
-        if call.task not in batch.results and not elsewhere:
+        on_their_way = sum(other.batch is batch and other.task == call.task for other in self._running.values())
+        wanted = (call.task not in batch.results) + (call.task in batch.unverified)
+        if on_their_way + batch.waiting.count(call.task) < wanted:
             batch.waiting.append(call.task)
 
     def _placement_complaint(self) -> str:
@@ -287,3 +321,7 @@ class Fleet:
             f"the cluster has {total.get('CPU', 0):g} CPU and {total.get('GPU', 0):g} GPU; give fewer (--num-workers) or longer "
             "(--placement-timeout-s)"
         )
+
+
+def _name_some(keys: Sequence[str]) -> str:
+    return ", ".join(keys[:5]) + ", …" * (len(keys) > 5)

@@ -41,6 +41,16 @@ class FoolingRate:
         """95 % Wilson interval of the rate."""
         return wilson_interval(self.num_fooled, self.num_examples)
 
+    def metrics(self, name: str) -> dict[str, float]:
+        """Rate, interval and count under the names that MLflow and the curve use."""
+        low, high = self.interval
+        return {
+            f"fooling_rate/{name}": self.rate,
+            f"fooling_rate/{name}_low": low,
+            f"fooling_rate/{name}_high": high,
+            f"num_images/{name}": float(self.num_examples),
+        }
+
     def __str__(self) -> str:
         """Rate, interval and count, as it is printed everywhere."""
         low, high = self.interval

@@ -16,9 +16,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from uap_dist.compute import CurvePoint, RoundReport
+from uap_dist.compute import RoundReport
 from uap_dist.dataset import Dataset, Workers
 from uap_dist.fooling import FoolingRate
+from uap_dist.history import RoundRecord
 from uap_dist.norms import measure
 from uap_dist.shards import UNKNOWN_CLASS
 from uap_dist.worker import Predictions
@@ -48,33 +49,30 @@ def save_pictures(folder: Path, perturbation: Tensor) -> None:
         Image.fromarray(picture.repeat(zoom, axis=0).repeat(zoom, axis=1)).save(folder / name)
 
 
-def save_curve(folder: Path, points: Sequence[CurvePoint], random_rate: FoolingRate) -> None:
+def save_curve(folder: Path, history: Sequence[RoundRecord], random_rate: FoolingRate) -> None:
     """Fooling rate against network evaluations: training and held-out with 95 % intervals, each round's, and the baseline."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    rounds = [record.metrics for record in history]
+    measured = [metrics for metrics in rounds if "fooling_rate/val" in metrics]
+
+    def column(metrics: Sequence[Mapping[str, float]], name: str) -> list[float]:
+        return [one[name] for one in metrics]
+
     axes.plot(
-        [point.num_evaluations for point in points],
-        [point.fooling.rate for point in points],
+        column(rounds, "total/evaluations"),
+        column(rounds, "fooling_rate/round"),
         ".",
         ms=4,
         color="0.75",
         label="images of each round, before it",
     )
-    evaluations = [point.num_evaluations for point in points if point.rates]
-    measured = [point.rates for point in points if point.rates]
-    for name, rates, colour in (
-        ("training", [train for train, _ in measured], "tab:gray"),
-        ("held-out", [val for _, val in measured], "tab:blue"),
-    ):
-        axes.plot(
-            evaluations,
-            [r.rate for r in rates],
-            marker="o",
-            color=colour,
-            label=f"{name} ({rates[-1].num_examples} images)",
-        )
-        axes.fill_between(
-            evaluations, [r.interval[0] for r in rates], [r.interval[1] for r in rates], color=colour, alpha=0.2, lw=0
-        )
+    evaluations = column(measured, "total/evaluations")
+    for name, label, colour in (("train", "training", "tab:gray"), ("val", "held-out", "tab:blue")):
+        rate = f"fooling_rate/{name}"
+        count = measured[-1][f"num_images/{name}"]
+        axes.plot(evaluations, column(measured, rate), marker="o", color=colour, label=f"{label} ({count:.0f} images)")
+        low, high = column(measured, f"{rate}_low"), column(measured, f"{rate}_high")
+        axes.fill_between(evaluations, low, high, color=colour, alpha=0.2, lw=0)
     axes.axhline(
         random_rate.rate,
         color="tab:red",
@@ -144,7 +142,7 @@ def save_run(folder: Path, run: "FinishedRun", workers: Workers, class_names: Se
     result = run.result()
     save_perturbation(folder, final.perturbation, dict(run.provenance) | result)
     save_pictures(folder, final.perturbation)
-    save_curve(folder, run.curve, run.random_rate)
+    save_curve(folder, run.history, run.random_rate)
     save_table(folder, val, perturbed, class_names)
     shown = np.unique(
         np.linspace(0, val.num_examples - 1, NUM_PICTURED).astype(int)
@@ -162,21 +160,24 @@ class FinishedRun:
 
     Attributes:
         final: report of the last round, with its evaluation.
-        curve: a point for each round.
+        history: of every round.
         random_rate: held-out fooling rate of a random perturbation of the same norm.
         val: the held-out examples.
         provenance: network, data, config, seed, versions.
-        seconds: from the first round's start to the last evaluation's end.
         mlflow_run_id: where it is logged.
     """
 
     final: RoundReport
-    curve: Sequence[CurvePoint]
+    history: Sequence[RoundRecord]
     random_rate: FoolingRate
     val: Dataset
     provenance: Mapping[str, Any]
-    seconds: float
     mlflow_run_id: str
+
+    @property
+    def seconds(self) -> float:
+        """Spent in rounds, measurements for the report not counted."""
+        return sum(record.metrics["round/seconds"] for record in self.history)
 
     def result(self) -> dict[str, Any]:
         """The numbers that scripts read."""
@@ -215,7 +216,7 @@ class FinishedRun:
             f"Universal perturbation of **{p['model']}**, {p['norm']} ≤ {p['radius']:g} pixels, rule {p['rule']}, seed {p['seed']}.\n\n"
             f"Fooling rate on held-out images: **{final.evaluation.val}** (95 % interval); "
             f"a random perturbation of the same norm: {self.random_rate}; on training images: {final.evaluation.train}.\n\n"
-            f"{final.num_evaluations} network evaluations in {final.round_number + 1} rounds, {self.seconds:.0f} s.{demo}\n\n"
+            f"{final.num_evaluations} network evaluations in {final.round_number + 1} rounds of {self.seconds:.0f} s together.{demo}\n\n"
             "Look at `fooling-rate.png` (curve), `examples.png` (some held-out images), `perturbation-stretched.png`, "
             "`held-out-examples.parquet` (one row an image; the first rows as .csv)."
         )

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import webdataset as wds
 from PIL import Image, ImageOps, UnidentifiedImageError
-from pyarrow import ArrowInvalid, fs
+from pyarrow import fs
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 from webdataset.shardlists import expand_urls
@@ -21,6 +21,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from uap_dist.classifiers import Geometry
 from uap_dist.errors import ShardError
+from uap_dist.locations import is_url, locate, split_query
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 READ_SIZE = 1 << 20  # without a buffer pyarrow sends one request to S3 for each read of a few hundred bytes
@@ -103,7 +104,7 @@ def load_shard(url: str, geometry: Geometry, keys: Collection[str] | None = None
         good.append(key)
         truths.append(truth)
     digest = stream.digest()
-    if stream.num_bytes and _split_query(url)[0].endswith(".tar") and not stream.ends_with_mark:
+    if stream.num_bytes and split_query(url)[0].endswith(".tar") and not stream.ends_with_mark:
         raise ShardError(f"shard {url} is cut short: it does not end as a tar does")
     if not images and not bad and keys is None:
         raise ShardError(f"{url} is empty: no sample with an image")
@@ -175,42 +176,27 @@ class _HashingStream:
         return self._hash.hexdigest()
 
 
-def _filesystem(url: str) -> tuple[fs.FileSystem, str]:
-    if "://" not in url:
-        return fs.LocalFileSystem(), url
-    try:
-        return fs.FileSystem.from_uri(url)
-    except (ArrowInvalid, OSError) as error:
-        raise ShardError(f"cannot read {url}: {error}") from error
-
-
 def _existing(url: str) -> str:
-    filesystem, path = _filesystem(url)
+    filesystem, path = locate(url)
     try:
         info = filesystem.get_file_info(path)
     except OSError as error:
         raise ShardError(f"cannot reach {url}: {error}") from error
     if info.type != fs.FileType.File:
         raise ShardError(f"no shard {url}")
-    return str(Path(url).resolve()) if "://" not in url else url
-
-
-def _split_query(url: str) -> tuple[str, str]:
-    """A URL and its options, as in s3://bucket/key?region=…; in a local path ? is a wildcard."""
-    path, mark, query = url.partition("?") if "://" in url else (url, "", "")
-    return path, mark + query
+    return url if is_url(url) else str(Path(url).resolve())
 
 
 def _has_wildcard(url: str) -> bool:
-    return any(c in _split_query(url)[0] for c in "*?[")
+    return any(c in split_query(url)[0] for c in "*?[")
 
 
 def _glob(url: str) -> list[str]:
-    location, query = _split_query(url)
+    location, query = split_query(url)
     folder, _, pattern = location.rpartition("/")
     if _has_wildcard(folder):
         raise ShardError(f"{url}: wildcards may stand in the file name only")
-    filesystem, path = _filesystem(folder + query or ".")
+    filesystem, path = locate(folder + query or ".")
     try:
         infos = filesystem.get_file_info(fs.FileSelector(path))
     except OSError as error:
@@ -224,7 +210,7 @@ def _glob(url: str) -> list[str]:
 
 
 def _open(url: str) -> BinaryIO:
-    filesystem, path = _filesystem(url)
+    filesystem, path = locate(url)
     try:
         return filesystem.open_input_stream(path, compression=None, buffer_size=READ_SIZE)
     except OSError as error:

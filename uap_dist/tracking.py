@@ -5,7 +5,8 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -17,49 +18,46 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "8")
 import mlflow
 from mlflow.data.dataset_source_registry import resolve_dataset_source
 from mlflow.data.meta_dataset import MetaDataset
+from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 
-from uap_dist.compute import RoundReport
 from uap_dist.dataset import Dataset
-from uap_dist.errors import TrackingError
+from uap_dist.errors import ResumeError, TrackingError
 from uap_dist.fooling import FoolingRate
+from uap_dist.history import RoundRecord
+from uap_dist.outbox import Outbox
 
 SQLITE = "sqlite:///"
+CHECKPOINTS_TAG = "checkpoints"
+DELIVERY_TIMEOUT_S = 20.0
 
 logger = logging.getLogger(__name__)
 
 
 class Tracker:
-    """One MLflow run; a context manager."""
+    """One MLflow run; a context manager. Metrics of rounds reach it through an outbox, so that a server may be away meanwhile."""
 
-    def __init__(self, *, experiment: str, run_name: str) -> None:
-        """Start the run where MLFLOW_TRACKING_URI says, else in mlflow.db of the working directory.
+    def __init__(self, *, experiment: str, run_name: str, run_id: str | None = None) -> None:
+        """Start a run where MLFLOW_TRACKING_URI says, else in mlflow.db of the working directory; or go on with `run_id`.
 
         Raises:
             TrackingError: the server does not answer.
+            ResumeError: the run to go on with is finished, or not there.
         """
-        if "MLFLOW_TRACKING_URI" not in os.environ:
-            mlflow.set_tracking_uri(f"sqlite:///{Path.cwd() / 'mlflow.db'}")
-        logging.getLogger("alembic").setLevel(logging.WARNING)
-        logging.getLogger("mlflow").setLevel(logging.ERROR)
-        self.uri = mlflow.get_tracking_uri()
-        try:
-            if self.uri.startswith(SQLITE) and mlflow.get_experiment_by_name(experiment) is None:
-                # beside the database, not in a working directory that may be Ray's copy of ours
-                artifacts = Path(self.uri.removeprefix(SQLITE)).resolve().parent / "mlruns"
-                mlflow.create_experiment(experiment, artifact_location=artifacts.as_uri())
-            mlflow.set_experiment(experiment)
-            mlflow.set_experiment_tag(
-                "mlflow.experimentKind", "custom_model_development"
-            )  # else shown as a chat application
-            run = mlflow.start_run(run_name=run_name, tags={"command": shlex.join(sys.argv)}, log_system_metrics=True)
-        except (MlflowException, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise TrackingError(
-                f"the tracking server at {self.uri} (MLFLOW_TRACKING_URI) does not answer: {reason}"
-            ) from error
+        self.uri = _tracking_uri()
+        self._delivered: set[int] = set()
+        with _one_line_mlflow(self.uri):
+            if run_id is None:
+                _set_experiment(experiment, self.uri)
+                tags = {"command": shlex.join(sys.argv)}
+                run = mlflow.start_run(run_name=run_name, tags=tags, log_system_metrics=True)
+            else:
+                run = _reopen(run_id)
+                steps = mlflow.MlflowClient().get_metric_history(run_id, "total/evaluations")
+                self._delivered = {metric.step for metric in steps}
         self.run_id = run.info.run_id
         self.experiment_id = run.info.experiment_id
+        self._outbox = Outbox(self._send)
 
     def __enter__(self) -> "Tracker":
         return self
@@ -68,6 +66,7 @@ class Tracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """End the run as its block ended: KILLED when interrupted, FAILED with the error in tag `reason`."""
+        self._outbox.close(0.5 if error else 0)
         if error is None:
             self._end("FINISHED", None)
         elif isinstance(error, Exception):
@@ -92,32 +91,26 @@ class Tracker:
             tags={"num_examples": str(dataset.num_examples), "num_shards": str(len(dataset.shards))},
         )
 
-    def log_round(self, report: RoundReport) -> None:
-        """All metrics of a round; the step is the number of rounds done. A server that is away costs its metrics, not the run."""
-        metrics = {
-            "fooling_rate/round": report.fooling.rate,
-            "round/step": report.step,
-            "round/mean_increment_norm": report.mean_increment_norm,
-            "round/images_per_second": report.fooling.num_examples / report.seconds,
-            "iterate/norm_l2": report.iterate_l2,
-            "iterate/norm_linf": report.iterate_linf,
-            "total/solves": float(report.num_solves),
-            "total/evaluations": float(report.num_evaluations),
-        }
-        if report.solved_share is not None:
-            metrics["round/deepfool_success"] = report.solved_share
-        if report.evaluation is not None:
-            metrics |= _rate_metrics("train", report.evaluation.train) | _rate_metrics("val", report.evaluation.val)
-        try:
-            mlflow.log_metrics(metrics, step=report.round_number + 1)
-        except MlflowException as error:
-            logger.warning(
-                "metrics of round %d are lost, MLflow does not take them: %s", report.round_number + 1, error
+    def log_round(self, record: RoundRecord) -> None:
+        """All metrics of a round, unless the run has them already; returns at once."""
+        if record.step not in self._delivered:
+            self._outbox.put(record)
+
+    def wait_for_delivery(self, how_to_deliver: str) -> None:
+        """Return when every round's metrics have arrived.
+
+        Raises:
+            TrackingError: the server does not take them; ends with `how_to_deliver`.
+        """
+        left = self._outbox.close(DELIVERY_TIMEOUT_S)
+        if left:
+            raise TrackingError(
+                f"metrics of {left} rounds are not at the tracking server at {self.uri}; {how_to_deliver}"
             )
 
-    def log_rate(self, name: str, rate: FoolingRate) -> None:
-        """A fooling rate with its interval, once."""
-        mlflow.log_metrics(_rate_metrics(name, rate))
+    def log_rate(self, name: str, rate: FoolingRate, step: int) -> None:
+        """A fooling rate with its interval, measured after so many rounds."""
+        mlflow.log_metrics(rate.metrics(name), step=step)
 
     def log_folder(self, folder: Path) -> None:
         """Every file of the folder as an artifact."""
@@ -127,12 +120,27 @@ class Tracker:
         """What the run's page says at its top."""
         mlflow.set_tag("mlflow.note.content", markdown)
 
+    def set_tag(self, key: str, value: str) -> None:
+        """A tag of the run."""
+        mlflow.set_tag(key, value)
+
+    def _send(self, records: Sequence[RoundRecord]) -> None:
+        metrics = [
+            Metric(key, value, record.timestamp_ms, record.step)
+            for record in records
+            for key, value in record.metrics.items()
+        ]
+        mlflow.MlflowClient().log_batch(self.run_id, metrics=metrics)
+
     def _end(self, status: Literal["FINISHED", "FAILED", "KILLED"], reason: str | None) -> None:
         try:
             if reason is not None:
                 mlflow.set_tag("reason", reason[:5000])
-        finally:
             mlflow.end_run(status)
+        except (MlflowException, OSError) as error:
+            if status == "FINISHED":
+                raise
+            logger.warning("the run could not be marked %s at %s: %s", status, self.uri, error)
 
     def how_to_open(self) -> str:
         """Command or address that shows the run."""
@@ -144,11 +152,55 @@ class Tracker:
         return f"#/experiments/{self.experiment_id}/runs/{self.run_id}"
 
 
-def _rate_metrics(name: str, rate: FoolingRate) -> dict[str, float]:
-    low, high = rate.interval
-    return {
-        f"fooling_rate/{name}": rate.rate,
-        f"fooling_rate/{name}_low": low,
-        f"fooling_rate/{name}_high": high,
-        f"num_images/{name}": float(rate.num_examples),
-    }
+def checkpoints_of(run_id: str) -> str:
+    """Where a run keeps its checkpoints.
+
+    Raises:
+        TrackingError: the server does not answer.
+        ResumeError: no such run, or one without checkpoints.
+    """
+    uri = _tracking_uri()
+    with _one_line_mlflow(uri):
+        try:
+            tags = mlflow.get_run(run_id).data.tags
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                raise ResumeError(f"no run {run_id} at {uri} (MLFLOW_TRACKING_URI)") from error
+            raise
+    if CHECKPOINTS_TAG not in tags:
+        raise ResumeError(f"run {run_id} ended before its first checkpoint; start it again without --resume")
+    return str(tags[CHECKPOINTS_TAG])
+
+
+def _tracking_uri() -> str:
+    if "MLFLOW_TRACKING_URI" not in os.environ:
+        mlflow.set_tracking_uri(f"{SQLITE}{Path.cwd() / 'mlflow.db'}")
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("mlflow").setLevel(logging.ERROR)
+    return mlflow.get_tracking_uri()
+
+
+@contextmanager
+def _one_line_mlflow(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except (MlflowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise TrackingError(f"the tracking server at {uri} (MLFLOW_TRACKING_URI) does not answer: {reason}") from error
+
+
+def _set_experiment(name: str, uri: str) -> None:
+    if uri.startswith(SQLITE) and mlflow.get_experiment_by_name(name) is None:
+        # beside the database, not in a working directory that may be Ray's copy of ours
+        artifacts = Path(uri.removeprefix(SQLITE)).resolve().parent / "mlruns"
+        mlflow.create_experiment(name, artifact_location=artifacts.as_uri())
+    mlflow.set_experiment(name)
+    mlflow.set_experiment_tag("mlflow.experimentKind", "custom_model_development")  # else shown as a chat application
+
+
+def _reopen(run_id: str) -> mlflow.ActiveRun:
+    info = mlflow.get_run(run_id).info
+    if info.status == "FINISHED":
+        raise ResumeError(f"run {run_id} is finished; there is nothing to resume")
+    mlflow.set_experiment(experiment_id=info.experiment_id)
+    return mlflow.start_run(run_id=run_id, log_system_metrics=True)

@@ -4,6 +4,7 @@ Everything it returns is a function of its arguments, its classifier and the sha
 """
 
 import ctypes
+import hashlib
 import os
 from dataclasses import dataclass
 from typing import Literal
@@ -92,6 +93,11 @@ class BlockResult:
     num_evaluations: int
     sum_increment_norms: float
     num_increments: int
+
+    def digest(self) -> str:
+        """SHA-256 over every bit of it."""
+        counts = [value for name, value in vars(self).items() if name != "total"]
+        return hashlib.sha256(self.total.tobytes() + repr(counts).encode()).hexdigest()
 
 
 class Worker:

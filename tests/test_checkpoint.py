@@ -1,0 +1,120 @@
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_worker
+
+from uap_dist.checkpoint import Checkpoint, CheckpointStore, JobRecord, check_identity
+from uap_dist.compute import ComputeConfig, State, compute
+from uap_dist.dataset import LocalWorkers
+from uap_dist.errors import ConfigError, ResumeError
+from uap_dist.history import RoundRecord
+from uap_dist.update import Iterate
+
+JOB = JobRecord("a" * 32, {"seed": 1}, {"margin": 500.0, "train_digest": "12"}, {"machines": ["CPU"]})
+
+
+def checkpoint(rounds):
+    v, momentum = torch.rand(2, 3, 4, 5, generator=torch.Generator().manual_seed(rounds), dtype=torch.float64)
+    history = [RoundRecord(n, 1000 + n, {"fooling_rate/round": n / 7}) for n in range(1, rounds + 1)]
+    return Checkpoint(JOB, State(Iterate(v, momentum), rounds, 10 * rounds, 20 * rounds), history)
+
+
+def committed(location, count):
+    with CheckpointStore(str(location)) as store:
+        store.start(checkpoint(0))
+        for rounds in range(1, count + 1):
+            store.commit(checkpoint(rounds))
+    return store
+
+
+def same(a, b):
+    tensors = [(x.iterate.v, x.iterate.momentum) for x in (a.state, b.state)]
+    counters = [(x.num_rounds, x.num_solves, x.num_evaluations) for x in (a.state, b.state)]
+    bits = all(torch.equal(x, y) for x, y in zip(*tensors, strict=True))
+    return bits and counters[0] == counters[1] and a.job == b.job and list(a.history) == list(b.history)
+
+
+def test_what_is_committed_comes_back_to_the_bit_and_three_are_kept(tmp_path):
+    store = committed(tmp_path / "new" / "folder", 6)
+    assert same(store.newest(), checkpoint(6))
+    assert [p.name[:14] for p in sorted((tmp_path / "new/folder").iterdir())] == [
+        f"round-0000000{n}" for n in (4, 5, 6)
+    ]
+
+
+@pytest.mark.parametrize("harm", ["cut", "flip", "empty"])
+def test_a_newest_that_is_not_whole_falls_back_and_says_so(tmp_path, caplog, harm):
+    store = committed(tmp_path, 4)
+    newest = max(tmp_path.iterdir())
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes({"cut": data[: len(data) // 2], "flip": data, "empty": b""}[harm])
+    assert same(store.newest(), checkpoint(3))
+    assert f"checkpoint {newest} is not whole; taking the one before" in caplog.text
+
+
+def test_without_a_whole_one_there_is_nothing_to_resume(tmp_path):
+    for path in ("absent", "."):
+        with pytest.raises(ResumeError, match="no checkpoint in"):
+            CheckpointStore(str(tmp_path / path)).newest()
+
+
+def test_commits_to_s3(s3):
+    store = committed(f"s3://bucket/runs/one?{s3}", 5)
+    assert same(store.newest(), checkpoint(5)) and len(store._paths()) == 3
+
+
+def test_a_storage_that_cannot_be_written_to_is_known_at_the_start(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot write checkpoints to .*file/under"):
+        CheckpointStore(str(tmp_path / "file/under")).start(checkpoint(0))
+    with pytest.raises(ConfigError, match="cannot reach nowhere://x"):
+        CheckpointStore("nowhere://x")
+
+
+def test_a_storage_that_fails_meanwhile_costs_only_its_commits(tmp_path, caplog):
+    folder = tmp_path / "run"
+    with CheckpointStore(str(folder)) as store:
+        store.start(checkpoint(0))
+        folder.rename(tmp_path / "away")
+        folder.touch()
+        store.commit(checkpoint(1))
+        store.commit(checkpoint(2))  # waits for the one before
+        folder.unlink()
+        (tmp_path / "away").rename(folder)
+        store.commit(checkpoint(3))
+    assert "round 1 is not committed to" in caplog.text
+    assert same(store.newest(), checkpoint(3))
+
+
+def test_a_commit_does_not_make_the_next_round_wait(tmp_path):
+    with CheckpointStore(str(tmp_path)) as store:
+        write, store._write = store._write, lambda c: (time.sleep(1), write(c))
+        started = time.monotonic()
+        store.commit(checkpoint(1))
+        assert time.monotonic() - started < 0.5
+    assert same(store.newest(), checkpoint(1))
+
+
+def test_what_decides_the_bits_must_be_the_same_and_is_named(caplog):
+    other = JobRecord(JOB.run_id, {}, {"margin": 50.0, "train_digest": "12", "new": 1}, {"machines": ["GPU"]})
+    with pytest.raises(ResumeError, match=r"margin was 500.0, is 50.0; new was None, is 1"):
+        check_identity(JOB, other)
+    check_identity(JOB, JobRecord(JOB.run_id, {"seed": 2}, JOB.identity, {"machines": ["GPU"]}))
+    assert "the bits may differ" in caplog.text and "machines was ['CPU'], is ['GPU']" in caplog.text
+
+
+@pytest.mark.parametrize(("rule", "norm"), [("log-odds", "linf"), ("log-odds", "l2"), ("paper", "linf")])
+def test_resuming_after_any_round_gives_the_bits_of_the_uninterrupted_run(tiny_data, rule, norm):
+    config = ComputeConfig(rule=rule, norm=norm, radius=20.0, round_size=10, block_size=5, max_passes=2)
+    reports = list(compute(LocalWorkers(tiny_worker()), *tiny_data, config))
+    for report in reports[:-1]:
+        data = Checkpoint(JOB, report.state, [RoundRecord.of(report)]).to_bytes()
+        state = Checkpoint.from_bytes(data).state
+        rest = list(compute(LocalWorkers(tiny_worker()), *tiny_data, config, state))
+        assert [r.round_number for r in rest] == list(range(report.round_number + 1, len(reports)))
+        assert torch.equal(rest[-1].perturbation, reports[-1].perturbation)
+        assert rest[-1].num_evaluations == reports[-1].num_evaluations and rest[-1].is_last
+        assert np.array_equal(rest[-1].evaluation.val_predictions.labels, reports[-1].evaluation.val_predictions.labels)

@@ -1,0 +1,54 @@
+import time
+
+from uap_dist import outbox
+from uap_dist.history import RoundRecord
+from uap_dist.outbox import Outbox
+
+RECORDS = [RoundRecord(step, step, {}) for step in range(1, 121)]
+
+
+class Server:
+    def __init__(self):
+        self.away, self.taken, self.tries = False, [], 0
+
+    def take(self, records):
+        self.tries += 1
+        if self.away:
+            raise OSError("away\nand more")
+        self.taken += records
+
+
+def test_all_arrive_once_and_in_order():
+    server = Server()
+    box = Outbox(server.take)
+    for record in RECORDS:
+        box.put(record)
+    assert box.close(10) == 0 and server.taken == RECORDS
+
+
+def test_an_outage_delays_but_loses_nothing_and_nobody_waits_for_it(monkeypatch, caplog):
+    monkeypatch.setattr(outbox, "SECONDS_BETWEEN_TRIES", 0.1)
+    server = Server()
+    box = Outbox(server.take)
+    box.put(RECORDS[0])
+    while not server.taken:
+        time.sleep(0.01)
+    server.away = True
+    started = time.monotonic()
+    for record in RECORDS[1:]:
+        box.put(record)
+    assert time.monotonic() - started < 1
+    while server.tries < 4:
+        time.sleep(0.01)
+    server.away = False
+    assert box.close(10) == 0 and server.taken == RECORDS
+    assert caplog.text.count("metrics wait for the tracking server: away") == 1
+
+
+def test_what_is_undelivered_at_the_end_is_counted():
+    server = Server()
+    server.away = True
+    box = Outbox(server.take)
+    for record in RECORDS[:7]:
+        box.put(record)
+    assert box.close(0.2) == 7 and not server.taken

@@ -1,0 +1,187 @@
+"""Rounds committed to storage and read back: one file a round, the last few kept.
+
+A file's name ends in the digest of its bytes, so that one which was not written to its end, or has changed since, is no commit and
+the one before is taken. That holds alike for local folders and for object stores.
+"""
+
+import io
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+import torch
+from pyarrow import fs
+
+from uap_dist.compute import State
+from uap_dist.errors import ConfigError, ResumeError
+from uap_dist.history import RoundRecord
+from uap_dist.locations import locate
+from uap_dist.update import Iterate
+
+KEPT = 3
+DIGEST_LENGTH = 16
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """What stays the same over all rounds of a run, in plain values as JSON has them.
+
+    Attributes:
+        run_id: of MLflow.
+        options: of the job, to go on with.
+        identity: what decides the bits: data, network, config, seed.
+        environment: what the bits may depend on beside it: kinds of devices, versions.
+    """
+
+    run_id: str
+    options: Mapping[str, Any]
+    identity: Mapping[str, Any]
+    environment: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed round."""
+
+    job: JobRecord
+    state: State
+    history: Sequence[RoundRecord]
+
+    def to_bytes(self) -> bytes:
+        """An .npz file: v and momentum (C×H×W float64), all else as JSON."""
+        state, file = self.state, io.BytesIO()
+        texts = {
+            "job": json.dumps(asdict(self.job)),
+            "counters": json.dumps([state.num_rounds, state.num_solves, state.num_evaluations]),
+            "history": "\n".join(record.to_json() for record in self.history),
+        }
+        arrays: dict[str, Any] = {name: np.frombuffer(text.encode(), np.uint8) for name, text in texts.items()}
+        np.savez(file, v=state.iterate.v.numpy(), momentum=state.iterate.momentum.numpy(), **arrays)
+        return file.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "Checkpoint":
+        """What `to_bytes` gave."""
+        with np.load(io.BytesIO(data)) as file:
+            v, momentum = torch.tensor(file["v"]), torch.tensor(file["momentum"])
+            job, counters, history = (file[name].tobytes().decode() for name in ("job", "counters", "history"))
+        return cls(
+            JobRecord(**json.loads(job)),
+            State(Iterate(v, momentum), *json.loads(counters)),
+            [RoundRecord.from_json(line) for line in history.splitlines()],
+        )
+
+
+class CheckpointStore:
+    """The checkpoints of one run in one folder; a context manager that ends with the last commit done.
+
+    Commits run in a thread of their own, one at a time, so that a slow store costs no round its time.
+    """
+
+    def __init__(self, location: str) -> None:
+        """Of a local folder or a URL (see `locate`).
+
+        Raises:
+            ConfigError: no such file system.
+        """
+        self.location = location
+        self._filesystem, self._folder = locate(location)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._last: Future[None] | None = None
+
+    def __enter__(self) -> "CheckpointStore":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._thread.shutdown(wait=True)
+
+    def start(self, checkpoint: Checkpoint) -> None:
+        """Commit now, so that a storage that cannot be written to is known before hours of work.
+
+        Raises:
+            ConfigError: it cannot be written to.
+        """
+        try:
+            self._filesystem.create_dir(self._folder, recursive=True)
+            self._write(checkpoint)
+        except OSError as error:
+            raise ConfigError(f"cannot write checkpoints to {self.location} (--storage): {error}") from error
+
+    def commit(self, checkpoint: Checkpoint) -> None:
+        """Write a round once the one before is written; where that fails, say so and go on: the next commit holds all of it."""
+        if self._last is not None:
+            self._last.result()
+        self._last = self._thread.submit(self._try_to_write, checkpoint)
+
+    def newest(self) -> Checkpoint:
+        """The last commit that is whole.
+
+        Raises:
+            ResumeError: there is none.
+        """
+        try:
+            for path in reversed(self._paths()):
+                with self._filesystem.open_input_stream(path, compression=None) as stream:
+                    data = stream.read()
+                if path.endswith(f"-{_digest(data)}.npz"):
+                    return Checkpoint.from_bytes(data)
+                logger.warning("checkpoint %s is not whole; taking the one before", path)
+        except OSError as error:
+            raise ResumeError(f"cannot read checkpoints in {self.location}: {error}") from error
+        raise ResumeError(
+            f"no checkpoint in {self.location}; give an MLflow run, or the folder that its tag `checkpoints` names"
+        )
+
+    def _try_to_write(self, checkpoint: Checkpoint) -> None:
+        try:
+            self._write(checkpoint)
+        except OSError as error:
+            logger.warning("round %d is not committed to %s: %s", checkpoint.state.num_rounds, self.location, error)
+
+    def _write(self, checkpoint: Checkpoint) -> None:
+        data = checkpoint.to_bytes()
+        path = f"{self._folder}/round-{checkpoint.state.num_rounds:08d}-{_digest(data)}.npz"
+        with self._filesystem.open_output_stream(path) as file:
+            file.write(data)
+        for path in self._paths()[:-KEPT]:
+            self._filesystem.delete_file(path)
+
+    def _paths(self) -> list[str]:
+        """Of all checkpoints, the newest last."""
+        infos = self._filesystem.get_file_info(fs.FileSelector(self._folder, allow_not_found=True))
+        return sorted(info.path for info in infos if info.base_name.startswith("round-"))
+
+
+def check_identity(saved: JobRecord, now: JobRecord) -> None:
+    """Refuse to go on where the result would be another one, and warn where it may be.
+
+    Raises:
+        ResumeError: names what differs.
+    """
+    differences = _differences(saved.identity, now.identity)
+    if differences:
+        raise ResumeError(
+            f"run {saved.run_id} cannot be resumed, its result would be another one: {differences}; give it what it had, or start a new run"
+        )
+    differences = _differences(saved.environment, now.environment)
+    if differences:
+        logger.warning("resumed elsewhere, the bits may differ from those of an uninterrupted run: %s", differences)
+
+
+def _differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    return "; ".join(
+        f"{name} was {saved.get(name)}, is {now.get(name)}"
+        for name in sorted({*saved, *now})
+        if saved.get(name) != now.get(name)
+    )
+
+
+def _digest(data: bytes) -> str:
+    return sha256(data).hexdigest()[:DIGEST_LENGTH]

@@ -1,0 +1,37 @@
+"""What a run keeps of every round: its metrics, when and after how many rounds."""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from uap_dist.compute import RoundReport
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """A round as MLflow, the checkpoint and the curve know it.
+
+    Attributes:
+        step: rounds done.
+        timestamp_ms: since 1970, fixed once: MLflow takes the same metric, step, value and time twice for one point.
+        metrics: see RoundReport.metrics.
+    """
+
+    step: int
+    timestamp_ms: int
+    metrics: Mapping[str, float]
+
+    @classmethod
+    def of(cls, report: RoundReport) -> "RoundRecord":
+        """The round as it has just been done."""
+        return cls(report.round_number + 1, time.time_ns() // 1_000_000, report.metrics())
+
+    def to_json(self) -> str:
+        """One line."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, line: str) -> "RoundRecord":
+        """What `to_json` gave."""
+        return cls(**json.loads(line))
