@@ -261,8 +261,12 @@ def _describe_job(options: Options, run_id: str, provenance: dict[str, Any], tra
 
 def _describe_fleet(fleet: Fleet) -> dict[str, Any]:
     """After the run, which may have taken in new workers."""
-    machines = "; ".join(sorted(fleet.machines))
-    return {"machines": machines, "num_workers_lost": fleet.num_lost, "num_stragglers": fleet.num_stragglers}
+    return {
+        "machines": "; ".join(sorted(fleet.machines)),
+        "num_workers_at_end": fleet.num_workers,
+        "num_workers_lost": fleet.num_lost,
+        "num_stragglers": fleet.num_stragglers,
+    }
 
 
 def _describe_data(train: Dataset, val: Dataset) -> dict[str, Any]:

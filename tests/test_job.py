@@ -14,8 +14,12 @@ import mlflow
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import TINY
+from conftest import TINY, tiny_worker
 from safetensors import safe_open
+
+from uap_dist.compute import ComputeConfig, compute
+from uap_dist.dataset import LocalWorkers, load_dataset
+from uap_dist.shards import expand_patterns
 
 JOB = Path(__file__).parents[1] / "jobs/compute.py"
 
@@ -106,11 +110,55 @@ def test_sigterm_ends_the_run_killed(shards, tmp_path):
     while "training and" not in (line := process.stdout.readline()):
         assert line, process.stderr.read()
     time.sleep(3)
+    stopped = time.time()
     process.send_signal(signal.SIGTERM)
     code, _, err = finish(process, timeout=30)
     assert code == 130 and err.endswith("interrupted\n") and "Traceback" not in err
     _, (run,) = runs(tmp_path)
     assert run.info.status == "KILLED"
+    assert run.info.end_time / 1000 - stopped < 3
+    assert list(tmp_path.glob("checkpoints/*/round-*"))
+
+
+def test_a_killed_driver_resumes_to_the_same_bits_with_every_metric_once(shards, tmp_path):
+    options = ("--max-passes", "60", "--round-size", "10", "--block-size", "5", "--radius", "20")
+    process = start(tmp_path, *data(shards), *options, "--output", "out")
+    while not list(tmp_path.glob("checkpoints/*/round-0000002*")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    _, (run,) = runs(tmp_path)
+    assert run.info.status == "RUNNING" and not (tmp_path / "out/result.json").exists()
+
+    resume = [sys.executable, str(JOB), "--resume", run.info.run_id]
+    for more, code in ((("--margin", "50"), 1), (("--num-workers", "2"), 0), ((), 1)):
+        done = subprocess.run([*resume, *more], cwd=tmp_path, env=environment(), capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        if more == ("--margin", "50"):
+            assert "cannot be resumed, its result would be another one: margin was None, is 50.0" in done.stderr
+    assert done.stderr == f"error: run {run.info.run_id} is finished; there is nothing to resume\n"
+
+    client, (run,) = runs(tmp_path)
+    assert run.info.status == "FINISHED"
+    workers = LocalWorkers(tiny_worker())
+    train, val = (load_dataset(workers, expand_patterns([str(shards / name)])) for name in ("train-*.tar", "val-*.tar"))
+    config = ComputeConfig(max_passes=60, round_size=10, block_size=5, radius=20.0, evaluate_every=60)
+    *_, final = compute(workers, train, val, config)
+    result = json.loads((tmp_path / "out/result.json").read_text())
+    assert result["perturbation_sha256"] == sha256(final.perturbation.numpy().tobytes()).hexdigest()
+    for name in ("fooling_rate/round", "round/step", "total/evaluations"):
+        assert [m.step for m in client.get_metric_history(run.info.run_id, name)] == list(range(1, 301))
+    assert len(client.get_metric_history(run.info.run_id, "fooling_rate/val")) == 60
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [("0" * 32, "no run 00000000000000000000000000000000 at sqlite:///"), ("nowhere", "no checkpoint in nowhere")],
+)
+def test_what_cannot_be_resumed_is_one_line(tmp_path, target, message):
+    code, _, err = finish(start(tmp_path, "--resume", target))
+    assert code == 1 and err.startswith("error: ") and message in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -119,6 +167,7 @@ def test_sigterm_ends_the_run_killed(shards, tmp_path):
         (("--radius", "0"), "radius is 0.0; it must be a positive number of pixels"),
         (("--train-shards", "absent-*.tar"), "absent-*.tar matches nothing"),
         (("--output", f"{JOB}/under-a-file"), "cannot write to --output"),
+        (("--storage", f"{JOB}/under-a-file", "--num-val-images", "5"), "cannot write checkpoints to"),
         (("--model", "resnet50"), "unknown network 'resnet50'; nearest names: "),
     ],
 )
