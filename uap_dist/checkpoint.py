@@ -60,7 +60,7 @@ class Checkpoint:
         texts = {
             "job": json.dumps(asdict(self.job)),
             "counters": json.dumps([state.num_rounds, state.num_solves, state.num_evaluations]),
-            "history": "\n".join(record.to_json() for record in self.history),
+            "history": "\n".join(record.json for record in self.history),
         }
         arrays: dict[str, Any] = {name: np.frombuffer(text.encode(), np.uint8) for name, text in texts.items()}
         np.savez(file, v=state.iterate.v.numpy(), momentum=state.iterate.momentum.numpy(), **arrays)
@@ -116,9 +116,13 @@ class CheckpointStore:
 
     def commit(self, checkpoint: Checkpoint) -> None:
         """Write a round once the one before is written; where that fails, say so and go on: the next commit holds all of it."""
+        self.wait()
+        self._last = self._thread.submit(self._try_to_write, checkpoint)
+
+    def wait(self) -> None:
+        """Return when the last commit is written, or has failed."""
         if self._last is not None:
             self._last.result()
-        self._last = self._thread.submit(self._try_to_write, checkpoint)
 
     def newest(self) -> Checkpoint:
         """The last commit that is whole.

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 from uap_dist.compute import RoundReport
 
@@ -27,11 +28,12 @@ class RoundRecord:
         """The round as it has just been done."""
         return cls(report.round_number + 1, time.time_ns() // 1_000_000, report.metrics())
 
-    def to_json(self) -> str:
-        """One line."""
+    @cached_property
+    def json(self) -> str:
+        """One line; kept, because every later checkpoint holds it again."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, line: str) -> "RoundRecord":
-        """What `to_json` gave."""
+        """What `json` gave."""
         return cls(**json.loads(line))
