@@ -8,7 +8,6 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,12 @@ from uap_dist.dataset import Dataset, Workers, check_disjoint, classify, fooling
 from uap_dist.demo import write_demo_shards
 from uap_dist.errors import ConfigError
 from uap_dist.fleet import Fleet, FleetConfig, connect
-from uap_dist.fooling import FoolingRate
+from uap_dist.fooling import Rate
 from uap_dist.history import RoundRecord
 from uap_dist.locations import join
 from uap_dist.norms import random_perturbation
 from uap_dist.provenance import git_commit, versions
-from uap_dist.report import FinishedRun, save_run
+from uap_dist.report import FinishedRun, output_folder, save_run
 from uap_dist.shards import expand_patterns
 from uap_dist.terminal import RoundProgress, one_line_errors, raise_on_sigterm, set_up_logging
 from uap_dist.tracking import CHECKPOINTS_TAG, Tracker, checkpoints_of
@@ -116,7 +115,7 @@ def main() -> None:
 def run(options: Options, tracker: Tracker, checkpoint: Checkpoint | None) -> None:
     """The whole job: connect, load, compute, save, say so. Its workers end with its process."""
     config = options.compute
-    output = _folder(options)
+    output = output_folder(options.output, options.name, may_hold_files=options.resume is not None)
     classifier = load_classifier(options.model, options.weights)
     settings = _describe_settings(options, classifier)
     if checkpoint is None:
@@ -192,22 +191,6 @@ def _parse(checkpoint: Checkpoint | None) -> tuple[Options, ConfigError | None]:
         return Options(experiment=experiment), error
 
 
-def _folder(options: Options) -> Path:
-    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    folder = options.output or Path("outputs") / f"{options.name}-{stamp}"
-    if re.match(r"\w+:/", str(folder)):
-        raise ConfigError(f"--output {options.output} is a URL; give a folder (the same files go to MLflow)")
-    if options.resume is None and folder.is_dir() and any(folder.iterdir()):
-        raise ConfigError(f"{folder} is not empty; give another --output")
-    try:  # now, not when hours of work are to be saved
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
-    except OSError as error:
-        raise ConfigError(f"cannot write to --output {folder}: {error.strerror}") from error
-    return folder.resolve()
-
-
 def _shards(options: Options, output: Path) -> tuple[list[str], list[str]]:
     if not options.train_shards and not options.val_shards:
         train, val, num_train, num_val = write_demo_shards(output.parent / "demo-shards")
@@ -224,7 +207,7 @@ def _shards(options: Options, output: Path) -> tuple[list[str], list[str]]:
     return train, val
 
 
-def _random_rate(workers: Workers, val: Dataset, config: ComputeConfig) -> FoolingRate:
+def _random_rate(workers: Workers, val: Dataset, config: ComputeConfig) -> Rate:
     baseline = random_perturbation(val.shape, norm=config.norm, radius=config.ball_radius, seed=config.seed)
     return fooling_rate(val, classify(workers, val, baseline.numpy()))
 

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from uap_dist.errors import ConfigError
-from uap_dist.fooling import Z_95, FoolingRate, wilson_interval
+from uap_dist.fooling import Z_95, Rate, wilson_interval
 
 
 @given(total=st.integers(1, 10_000), share=st.floats(0, 1))
@@ -16,7 +16,7 @@ def test_wilson_bounds_solve_its_defining_equation(total, share):
 
 
 def test_rate_prints_with_interval_and_count():
-    assert str(FoolingRate(430, 500)) == "0.860 [0.827, 0.888] of 500"
+    assert str(Rate(430, 500)) == "0.860 [0.827, 0.888] of 500"
 
 
 @pytest.mark.parametrize(("successes", "total"), [(0, 0), (-1, 5), (6, 5)])

@@ -8,7 +8,7 @@ from uap_dist.compute import ComputeConfig, RoundReport, compute
 from uap_dist.dataset import LocalWorkers, load_dataset
 from uap_dist.deepfool import Increments, deepfool, log_odds_increments
 from uap_dist.errors import UapDistError
-from uap_dist.fooling import FoolingRate
+from uap_dist.fooling import Rate
 from uap_dist.norms import measure, project
 from uap_dist.shards import expand_patterns
 from uap_dist.worker import Worker
@@ -16,7 +16,7 @@ from uap_dist.worker import Worker
 __all__ = [
     "Classifier",
     "ComputeConfig",
-    "FoolingRate",
+    "Rate",
     "Increments",
     "LocalWorkers",
     "RoundReport",

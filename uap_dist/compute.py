@@ -13,7 +13,7 @@ from uap_dist import update
 from uap_dist.augment import Augmentation
 from uap_dist.dataset import Dataset, Workers, classify, fooling_rate
 from uap_dist.errors import ConfigError
-from uap_dist.fooling import FoolingRate
+from uap_dist.fooling import Rate
 from uap_dist.norms import Norm, check_ball, measure
 from uap_dist.schedule import Round, check_sizes, plan_rounds
 from uap_dist.update import Iterate
@@ -103,8 +103,8 @@ class ComputeConfig:
 class Evaluation:
     """Predictions under the perturbation as it would be delivered now, and their fooling rates."""
 
-    train: FoolingRate
-    val: FoolingRate
+    train: Rate
+    val: Rate
     val_predictions: Predictions
 
 
@@ -129,7 +129,7 @@ class RoundReport:
     round_number: int
     pass_number: int
     num_rounds: int | None
-    fooling: FoolingRate
+    fooling: Rate
     perturbation: Tensor
     state: "State"
     step: float
@@ -241,7 +241,7 @@ def run_round(
         round_number=round_.number,
         pass_number=round_.pass_number,
         num_rounds=planned,
-        fooling=FoolingRate(sum(result.num_fooled for result in results), round_.num_examples),
+        fooling=Rate(sum(result.num_fooled for result in results), round_.num_examples),
         perturbation=_deliver(iterate, config),
         state=state,
         step=step,

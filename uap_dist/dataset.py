@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from uap_dist.errors import ConfigError, ShardError
-from uap_dist.fooling import FoolingRate
+from uap_dist.fooling import Rate
 from uap_dist.worker import Examples, Predictions, ShardListing, Worker
 
 NUM_BAD_SHOWN = 5
@@ -158,20 +158,20 @@ def load_dataset(
     return Dataset(shards, dataset.shape, bad, clean)
 
 
-def classify(workers: Workers, dataset: Dataset, perturbation: np.ndarray) -> Predictions:
-    """Predictions of every example of the dataset under v (C×H×W float32, pixels)."""
+def classify(workers: Workers, dataset: Dataset, perturbation: np.ndarray, *, quantize: bool = False) -> Predictions:
+    """Predictions of every example of the dataset under v (C×H×W float32, pixels), rounded to 8 bits or not."""
     tasks = [
         dataset.examples(shard, range(size)[start : start + CLASSIFY_SIZE])
         for shard, size in enumerate(dataset.sizes)
         for start in range(0, size, CLASSIFY_SIZE)
     ]
-    parts: list[Predictions] = workers.map("classify", tasks, perturbation)
+    parts: list[Predictions] = workers.map("classify", tasks, perturbation, quantize)
     return Predictions(np.concatenate([p.labels for p in parts]), np.concatenate([p.confidences for p in parts]))
 
 
-def fooling_rate(dataset: Dataset, perturbed: Predictions) -> FoolingRate:
+def fooling_rate(dataset: Dataset, perturbed: Predictions) -> Rate:
     """Of predictions under a perturbation against the clean ones."""
-    return FoolingRate(int((perturbed.labels != dataset.clean.labels).sum()), dataset.num_examples)
+    return Rate(int((perturbed.labels != dataset.clean.labels).sum()), dataset.num_examples)
 
 
 def check_disjoint(train: Dataset, val: Dataset) -> None:

@@ -4,6 +4,7 @@ UapDistError
 ├── ConfigError                     an option or argument that cannot be
 ├── ClassifierError                 a network or weights file that cannot be used
 ├── ShardError                      a shard or image that cannot be read
+├── PerturbationError               a perturbation's file that cannot be used
 ├── WorkerLostError                 the fleet cannot be placed, or a block kills its workers
 ├── DeterminismError                two workers gave different bits for one block
 ├── ResumeError                     no checkpoint, or one of another computation
@@ -28,6 +29,10 @@ class ClassifierError(UapDistError):
 
 class ShardError(UapDistError):
     """A shard is missing, empty, cut short, or holds too many images that are none."""
+
+
+class PerturbationError(UapDistError):
+    """A perturbation cannot be read, is not what it says of itself, or does not fit."""
 
 
 class WorkerLostError(UapDistError):

@@ -60,8 +60,13 @@ class FleetConfig:
 class _Actor:
     """A worker behind Ray; it starts in a method so that what goes wrong comes back as it was raised."""
 
+    _worker: Worker | None = None
+
     def start(self, model: str, weights: str | None, cache_bytes: int, num_threads: int) -> str:
-        self._worker: Worker = make_worker(model, weights, cache_bytes=cache_bytes, num_threads=num_threads)
+        worker = make_worker(model, weights, cache_bytes=cache_bytes, num_threads=num_threads)
+        if self._worker is not None:
+            worker.adopt(self._worker)
+        self._worker = worker
         return machine()
 
     def call(self, method: str, task: Examples, *shared: Any) -> Any:
@@ -138,7 +143,7 @@ class Fleet:
         self.num_stragglers = 0
         self._num_rounds = 0
         self.machines: set[str] = set()
-        self._start_args = (model, weights, int(config.cache_gib * 2**30), config.threads_per_worker)
+        self._classifier = (model, weights)
         self._idle: list[_Member] = []
         self._running: dict[ray.ObjectRef, _Call] = {}
         for _ in range(self.num_workers):
@@ -156,6 +161,17 @@ class Fleet:
             if time.monotonic() > deadline:
                 raise WorkerLostError(self._placement_complaint())
             self._collect(None)
+
+    def use(self, model: str, weights: str | None) -> None:
+        """Change to another classifier; decoded shards that serve it as well are kept. To be followed by `wait`."""
+        self._classifier = (model, weights)
+        late = [call.member for call in self._running.values()]
+        idle, self._idle, self._running = self._idle, [], {}
+        for member in idle:
+            self._prepare(member)
+        for member in late:
+            ray.kill(member.actor)
+            self._start_member()
 
     def map(self, method: str, tasks: Sequence[Examples], *shared: Any) -> list[Any]:
         """Worker.method(task, *shared) for each task, in the order of the tasks, through the loss of workers.
@@ -206,8 +222,13 @@ class Fleet:
         actor_class: Any = ray.remote(
             num_cpus=self._config.threads_per_worker, num_gpus=self._num_gpus, max_restarts=0
         )(_Actor)
-        member = _Member(actor_class.remote())
-        self._running[member.actor.start.remote(*self._start_args)] = _Call(member)
+        self._prepare(_Member(actor_class.remote()))
+
+    def _prepare(self, member: _Member) -> None:
+        """Have an actor load the classifier."""
+        config = self._config
+        arguments = (*self._classifier, int(config.cache_gib * 2**30), config.threads_per_worker)
+        self._running[member.actor.start.remote(*arguments)] = _Call(member)
 
     def _call(self, member: _Member, batch: _Batch, task: int) -> None:
         self._idle.remove(member)

@@ -1,4 +1,4 @@
-"""Fooling rates with their intervals."""
+"""Fooling rates, and other shares of examples, with their intervals."""
 
 from dataclasses import dataclass
 from math import sqrt
@@ -25,24 +25,24 @@ def wilson_interval(successes: int, total: int) -> tuple[float, float]:
 
 
 @dataclass(frozen=True)
-class FoolingRate:
-    """Share of examples whose label under clip(x + v, 0, 255) is not their clean label."""
+class Rate:
+    """A share of examples: of those fooled (label of clip(x + v, 0, 255) ≠ clean label), or of those named rightly."""
 
-    num_fooled: int
+    num_hits: int
     num_examples: int
 
     @property
     def rate(self) -> float:
         """Between 0 and 1."""
-        return self.num_fooled / self.num_examples
+        return self.num_hits / self.num_examples
 
     @property
     def interval(self) -> tuple[float, float]:
         """95 % Wilson interval of the rate."""
-        return wilson_interval(self.num_fooled, self.num_examples)
+        return wilson_interval(self.num_hits, self.num_examples)
 
     def metrics(self, name: str) -> dict[str, float]:
-        """Rate, interval and count under the names that MLflow and the curve use."""
+        """A fooling rate, its interval and count under the names that MLflow and the curve use."""
         low, high = self.interval
         return {
             f"fooling_rate/{name}": self.rate,

@@ -1,8 +1,10 @@
 """What a run leaves as files: the perturbation, pictures, the curve, the table of held-out examples."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,11 @@ from torch import Tensor
 
 from uap_dist.compute import RoundReport
 from uap_dist.dataset import Dataset, Workers
-from uap_dist.fooling import FoolingRate
+from uap_dist.errors import ConfigError
+from uap_dist.fooling import Rate
 from uap_dist.history import RoundRecord
 from uap_dist.norms import measure
+from uap_dist.perturbations import PERTURBATION_FILE
 from uap_dist.shards import UNKNOWN_CLASS
 from uap_dist.worker import Predictions
 
@@ -30,7 +34,26 @@ import matplotlib.pyplot as plt
 NUM_PICTURED = 8
 NUM_CSV_ROWS = 100
 PICTURE_SIDE = 224
-PERTURBATION_FILE = "perturbation.safetensors"
+
+
+def output_folder(output: Path | None, name: str, *, may_hold_files: bool = False) -> Path:
+    """The folder for a job's files, made and known to be writable; outputs/<name>-<time> where none is given.
+
+    Raises:
+        ConfigError: a URL, a folder that holds files, or one that cannot be written to.
+    """
+    folder = output or Path("outputs") / f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    if re.match(r"\w+:/", str(folder)):
+        raise ConfigError(f"--output {output} is a URL; give a folder (the same files go to MLflow)")
+    if not may_hold_files and folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty; give another --output")
+    try:  # now, not when hours of work are to be saved
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise ConfigError(f"cannot write to --output {folder}: {error.strerror}") from error
+    return folder.resolve()
 
 
 def save_perturbation(folder: Path, perturbation: Tensor, provenance: Mapping[str, Any]) -> None:
@@ -49,7 +72,7 @@ def save_pictures(folder: Path, perturbation: Tensor) -> None:
         Image.fromarray(picture.repeat(zoom, axis=0).repeat(zoom, axis=1)).save(folder / name)
 
 
-def save_curve(folder: Path, history: Sequence[RoundRecord], random_rate: FoolingRate) -> None:
+def save_curve(folder: Path, history: Sequence[RoundRecord], random_rate: Rate) -> None:
     """Fooling rate against network evaluations: training and held-out with 95 % intervals, each round's, and the baseline."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     rounds = [record.metrics for record in history]
@@ -169,7 +192,7 @@ class FinishedRun:
 
     final: RoundReport
     history: Sequence[RoundRecord]
-    random_rate: FoolingRate
+    random_rate: Rate
     val: Dataset
     provenance: Mapping[str, Any]
     mlflow_run_id: str

@@ -23,7 +23,7 @@ from mlflow.exceptions import MlflowException
 
 from uap_dist.dataset import Dataset
 from uap_dist.errors import ResumeError, TrackingError
-from uap_dist.fooling import FoolingRate
+from uap_dist.fooling import Rate
 from uap_dist.history import RoundRecord
 from uap_dist.outbox import Outbox
 
@@ -108,7 +108,7 @@ class Tracker:
                 f"metrics of {left} rounds are not at the tracking server at {self.uri}; {how_to_deliver}"
             )
 
-    def log_rate(self, name: str, rate: FoolingRate, step: int) -> None:
+    def log_rate(self, name: str, rate: Rate, step: int) -> None:
         """A fooling rate with its interval, measured after so many rounds."""
         mlflow.log_metrics(rate.metrics(name), step=step)
 

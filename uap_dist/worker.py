@@ -129,6 +129,12 @@ class Worker:
         self._seen: set[str] = set()
         self._checked = False
 
+    def adopt(self, predecessor: "Worker") -> None:
+        """Take over what another worker has decoded, if it is what this one would have decoded."""
+        if predecessor.classifier.geometry == self.classifier.geometry:
+            self._shards, self._rows = predecessor._shards, predecessor._rows
+            self._seen, self._room = predecessor._seen, predecessor._room
+
     def load(self, examples: Examples) -> ShardListing:
         """Read and decode a whole shard, keep it if there is room, and say what it holds.
 
@@ -158,10 +164,11 @@ class Worker:
         rows = self._rows.get(url) or {key: row for row, key in enumerate(shard.keys)}
         return shard.images[[rows[key] for key in examples.keys]]
 
-    def classify(self, examples: Examples, perturbation: np.ndarray) -> Predictions:
-        """What the classifier says of clip(x + v, 0, 255); v is C×H×W float32, pixels."""
+    def classify(self, examples: Examples, perturbation: np.ndarray, quantize: bool = False) -> Predictions:
+        """What the classifier says of clip(x + v, 0, 255), rounded to whole pixel values or not; v is C×H×W float32, pixels."""
+        shown = add_perturbation(self._tensor(self.pixels(examples)), self._tensor(perturbation))
         with torch.no_grad():
-            logits = self.classifier(add_perturbation(self._tensor(self.pixels(examples)), self._tensor(perturbation)))
+            logits = self.classifier(shown.round() if quantize else shown)
         top = logits.softmax(1).max(1)
         return Predictions(top.indices.cpu().numpy(), top.values.cpu().numpy())
 

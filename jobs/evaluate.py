@@ -1,0 +1,124 @@
+"""Measure perturbations on classifiers and images: fooling rates, top-1, transfer between networks, beside random baselines."""
+
+import re
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+
+from uap_dist.dataset import load_dataset
+from uap_dist.errors import ConfigError
+from uap_dist.evaluate import baselines, measure_perturbations
+from uap_dist.fleet import Fleet, FleetConfig, connect
+from uap_dist.perturbations import load_perturbations, split_name
+from uap_dist.provenance import git_commit, versions
+from uap_dist.report import output_folder
+from uap_dist.review import markdown, save_evaluation
+from uap_dist.shards import expand_patterns
+from uap_dist.terminal import one_line_errors, raise_on_sigterm, set_up_logging
+from uap_dist.tracking import Tracker
+
+console = Console(soft_wrap=True, highlight=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Measure perturbations on classifiers and images."""
+
+    perturbations: tuple[str, ...] = ()
+    """Folders or files of jobs/compute.py; .npy and .mat of others with their unit, as FILE.mat:255 (pixels 0..255) or
+    FILE.npy:1 (scale 0..1). NAME=FILE names one in the tables. One of another size than a network's input is resized (bilinear)."""
+    models: tuple[str, ...] = ()
+    """Classifiers, as `--model` of jobs/compute.py has them; with a weights file as MODEL=FILE."""
+    shards: tuple[str, ...] = ()
+    """Sets of images: each value is one, NAME=PATTERN or PATTERN; `::` joins patterns within one."""
+    num_images: int | None = None
+    """Images of each set, the first of its shards. Default: all."""
+    radius: float = 10.0
+    """Of the random baselines, pixels (0..255)."""
+    scales: tuple[float, ...] = (1.0,)
+    """What each perturbation and baseline is multiplied with; several give fooling rate against norm."""
+    quantize: bool = False
+    """Round perturbed images to whole pixel values, as saving them does."""
+    seed: int = 0
+    """Of the random baselines."""
+    max_bad_fraction: float = 0.01
+    """Share of images (0..1) that may fail to decode before the job fails."""
+    output: Path | None = None
+    """Folder for the results. Default: outputs/evaluation-<time>."""
+    experiment: str = "uap_dist"
+    """MLflow experiment; the server is taken from MLFLOW_TRACKING_URI, else mlflow.db in the working directory."""
+    debug: bool = False
+    """Show tracebacks of errors."""
+    fleet: FleetConfig = field(default_factory=FleetConfig)
+
+
+def main() -> None:
+    """Parse, then measure inside an MLflow run that ends as the job does."""
+    with one_line_errors(debug="--debug" in sys.argv):
+        raise_on_sigterm()
+        set_up_logging(console, debug="--debug" in sys.argv)
+        options = tyro.cli(Options, config=(tyro.conf.OmitArgPrefixes,))
+        with Tracker(experiment=options.experiment, run_name="evaluation") as tracker:
+            run(options, tracker)
+
+
+def run(options: Options, tracker: Tracker) -> None:
+    """Every perturbation on every classifier and set of images. The workers end with the process."""
+    for name in ("perturbations", "models", "shards"):
+        if not getattr(options, name):
+            raise ConfigError(f"no {name} given (--{name})")
+    perturbations = load_perturbations(options.perturbations)
+    models = [(model, weights or None) for model, _, weights in (text.partition("=") for text in options.models)]
+    sets = [
+        (name or Path(pattern).name.split("-")[0], expand_patterns([pattern]))
+        for name, pattern in map(split_name, options.shards)
+    ]
+    for what, names in (
+        ("models", [_short(model) for model, _ in models]),
+        ("sets of images", [name for name, _ in sets]),
+    ):
+        if len(set(names)) < len(names):
+            raise ConfigError(f"two {what} have one name: {', '.join(names)}")
+    output = output_folder(options.output, "evaluation")
+    settings = {**asdict(options), "git_commit": git_commit(), **{f"version.{k}": v for k, v in versions().items()}}
+    tracker.log_params(settings)
+    connect()
+    raise_on_sigterm()  # again: ray.init installs a handler of its own
+    fleet = Fleet(models[0][0], models[0][1], options.fleet)
+    measurements = []
+    for model, weights in models:
+        if (model, weights) != models[0]:
+            fleet.use(model, weights)
+        console.print(f"{model}: waiting for {fleet.num_workers} workers")
+        fleet.wait()
+        for set_name, urls in sets:
+            dataset = load_dataset(
+                fleet, urls, num_images=options.num_images, max_bad_fraction=options.max_bad_fraction
+            )
+            tracker.log_dataset(dataset, set_name)
+            everything = [*perturbations, *baselines(dataset.shape, options.radius, options.seed)]
+            for measurement in measure_perturbations(
+                fleet, _short(model), set_name, dataset, everything, scales=options.scales, quantize=options.quantize
+            ):
+                measurements.append(measurement)
+                console.print(
+                    f"{model}, {set_name}, {measurement.perturbation} × {measurement.scale:g}: {measurement.fooling}"
+                )
+    save_evaluation(output, measurements)
+    tracker.describe(
+        f"Fooling rates (95 % interval) of {len(perturbations)} perturbations.\n\n{markdown(measurements)}"
+    )
+    tracker.log_folder(output)
+    console.print(f"\nFiles: {output}\nMLflow: {tracker.how_to_open()}", markup=False)
+
+
+def _short(model: str) -> str:
+    """Its name in tables: what follows the last / or :."""
+    return re.split("[/:]", model)[-1]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import TINY, tiny_worker
+from test_job import environment
+
+from uap_dist.classifiers import load_classifier
+from uap_dist.dataset import LocalWorkers, load_dataset
+from uap_dist.evaluate import baselines, measure_perturbations
+from uap_dist.norms import measure
+from uap_dist.perturbations import Perturbation
+from uap_dist.worker import Worker
+
+JOB = Path(__file__).parents[1] / "jobs/evaluate.py"
+
+
+def test_rates_are_what_a_loop_over_the_images_gives(local_workers, tiny_data):
+    _, val = tiny_data
+    v = torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(1)) * 30
+    network = tiny_worker().classifier
+    pixels = torch.tensor(local_workers.map("pixels", [val.examples(0, range(20))])[0].astype(np.float32))
+    for quantize in (False, True):
+        found = list(
+            measure_perturbations(
+                local_workers, "tiny", "val", val, [Perturbation("v", v)], scales=(0.5, 1.0), quantize=quantize
+            )
+        )
+        for m, scale in zip(found, (0.5, 1.0), strict=True):
+            shown = (pixels + scale * v).clamp(0, 255)
+            labels = network(shown.round() if quantize else shown).argmax(1).numpy()
+            assert m.fooling.rate == (labels != val.clean.labels).mean()
+            assert m.top1.rate == (labels == val.truths).mean()
+            assert m.top1_clean.rate == (val.clean.labels == val.truths).mean()
+            assert m.norm_l2 == pytest.approx(scale * measure(v, "l2")) and m.scale == scale
+
+
+def test_baselines_are_as_large_as_they_say(local_workers, tiny_data):
+    zero, signs, uniform, gaussian = baselines((3, 16, 16), 10.0, seed=0)
+    assert not zero.v.any() and set(signs.v.flatten().tolist()) == {-10.0, 10.0}
+    assert 9 < measure(uniform.v, "linf") <= 10
+    assert measure(gaussian.v, "l2") == pytest.approx(measure(signs.v, "l2"))
+    (nothing,) = measure_perturbations(local_workers, "tiny", "val", tiny_data[1], [zero])
+    assert nothing.fooling.num_hits == 0 and nothing.is_baseline and nothing.top1 == nothing.top1_clean
+
+
+def test_a_worker_that_follows_another_does_not_decode_again(shards):
+    first = tiny_worker()
+    load_dataset(LocalWorkers(first), [str(shards / "val-0000.tar")])
+    second = Worker(load_classifier(TINY), cache_bytes=1 << 30, num_threads=1)
+    second.adopt(first)
+    assert second._shards and second._shards == first._shards
+
+
+def test_the_job_leaves_table_matrix_and_run(shards, tmp_path):
+    v = 40 * np.random.default_rng(0).choice([-1.0, 1.0], (8, 8, 3))
+    np.save(tmp_path / "noise.npy", v)
+    command = [
+        sys.executable,
+        str(JOB),
+        "--models",
+        TINY,
+        TINY.replace(":Tiny", ":OwnPerProcess"),
+        "--num-workers",
+        "1",
+    ]
+    options = ["--shards", f"val={shards}/val-*.tar", "--scales", "0.5", "1", "--output", "out", "--radius", "40"]
+    done = subprocess.run(
+        [*command, *options, "--perturbations", "noise.npy:255"],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    table = pq.read_table(tmp_path / "out/evaluation.parquet").to_pylist()
+    assert len(table) == 2 * 5 * 2 and {row["classifier"] for row in table} == {"Tiny", "OwnPerProcess"}
+    assert {row["fooling_rate_num_images"] for row in table} == {20}
+    assert all(row["fooling_rate_low"] <= row["fooling_rate"] <= row["fooling_rate_high"] for row in table)
+    assert {row["fooling_rate"] for row in table if row["perturbation"] == "zero"} == {0.0}
+    with (tmp_path / "out/evaluation.csv").open() as file:
+        assert len(list(csv.reader(file))) == 21
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    names = {a.path for a in client.list_artifacts(run.info.run_id)}
+    assert run.info.status == "FINISHED" and names == {p.name for p in (tmp_path / "out").iterdir()}
+    assert {"transfer-val.png", "fooling-rate-by-norm-val.png"} < names
+
+
+def test_an_evaluation_of_nothing_is_one_line(tmp_path):
+    done = subprocess.run([sys.executable, str(JOB)], cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == "error: no perturbations given (--perturbations)\n"

@@ -1,0 +1,110 @@
+import json
+from hashlib import sha256
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from scipy.io import savemat
+
+from uap_dist.errors import PerturbationError
+from uap_dist.norms import measure
+from uap_dist.perturbations import Perturbation, load_perturbations
+from uap_dist.report import save_perturbation
+
+V = 20 * torch.rand(3, 6, 5, generator=torch.Generator().manual_seed(0)) - 10
+
+
+def save_own(folder, v=V, **changes):
+    folder.mkdir(exist_ok=True)
+    provenance = {"perturbation_sha256": sha256(v.numpy().tobytes()).hexdigest(), "norm": "linf", "radius": 10.0}
+    save_perturbation(folder, v, provenance | changes)
+    return str(folder)
+
+
+def test_own_ones_come_back_under_their_folders_name(tmp_path):
+    folder = save_own(tmp_path / "squeezenet")
+    for location, name in (
+        (folder, "squeezenet"),
+        (f"{folder}/perturbation.safetensors", "squeezenet"),
+        (f"b={folder}", "b"),
+    ):
+        (found,) = load_perturbations([location])
+        assert found.name == name and torch.equal(found.v, V) and found.provenance["radius"] == 10.0
+
+
+def test_published_ones_in_any_layout_and_either_unit_are_the_same(tmp_path):
+    pixels = V.numpy()
+    np.save(tmp_path / "a.npy", pixels / 255)
+    np.save(tmp_path / "b.npy", pixels.transpose(1, 2, 0)[None].astype(np.float64))
+    savemat(tmp_path / "c.mat", {"r": pixels.transpose(1, 2, 0)})
+    found = load_perturbations([f"{tmp_path}/a.npy:1", f"{tmp_path}/b.npy:255", f"x={tmp_path}/c.mat:255"])
+    assert [p.name for p in found] == ["a", "b", "x"]
+    assert all(torch.allclose(p.v, V, atol=1e-5) for p in found)
+
+
+def test_from_s3(tmp_path, s3):
+    from uap_dist.locations import locate
+
+    filesystem, path = locate(f"s3://bucket/v.npy?{s3}")
+    with filesystem.open_output_stream(path) as file:
+        np.save(tmp_path / "v.npy", V.numpy())
+        file.write((tmp_path / "v.npy").read_bytes())
+    (found,) = load_perturbations([f"s3://bucket/v.npy:255?{s3}"])
+    assert found.name == "v" and torch.equal(found.v, V)
+
+
+def test_another_size_keeps_its_pixel_values_and_its_own_size_its_bits():
+    constant = Perturbation("c", torch.full((3, 8, 8), 7.0))
+    assert torch.allclose(constant.resized((3, 20, 13)), torch.full((3, 20, 13), 7.0))
+    assert measure(Perturbation("v", V).resized((3, 60, 50)), "linf") <= 10
+    assert Perturbation("v", V).resized((3, 6, 5)) is V
+
+
+def test_what_is_no_perturbation_gets_one_line(tmp_path):
+    np.save(tmp_path / "grey.npy", np.zeros((5, 5)))
+    np.save(tmp_path / "cube.npy", np.ones((3, 3, 3)))
+    np.save(tmp_path / "unit.npy", 255 * V.numpy())
+    np.save(tmp_path / "small.npy", V.numpy() / 255)
+    np.save(tmp_path / "nan.npy", np.full((3, 4, 4), np.nan))
+    savemat(tmp_path / "two.mat", {"r": V.numpy(), "s": V.numpy()})
+    (tmp_path / "text.mat").write_text("nothing")
+    save_file({"other": V}, tmp_path / "other.safetensors")
+    damaged = save_own(tmp_path / "damaged", perturbation_sha256="0" * 64)
+    for location, message in (
+        ("absent", r"cannot read .*absent/perturbation.safetensors"),
+        ("grey.npy:255", r"3×H×W or H×W×3, but \[\(5, 5\)\]"),
+        ("cube.npy:255", r"3×H×W or H×W×3"),
+        ("unit.npy:255", r"reaches ±2\d\d\d.* pixels of 255; is its unit right\?"),
+        ("small.npy:255", r"reaches ±0.03\d* pixels of 255; is its unit right\?"),
+        ("unit.npy", r"say what its values are in: .*unit.npy:255 for pixels 0..255, or :1 for 0..1"),
+        ("unit.npy:2", r"say what its values are in"),
+        ("nan.npy:1", "reaches ±nan pixels"),
+        ("two.mat:255", r"does not hold one array"),
+        ("text.mat:255", "cannot be read"),
+        ("other.safetensors", "no perturbation that jobs/compute.py has written"),
+    ):
+        with pytest.raises(PerturbationError, match=message):
+            load_perturbations([f"{tmp_path}/{location}"])
+    with pytest.raises(PerturbationError, match="is damaged: its values do not have the digest"):
+        load_perturbations([damaged])
+    with pytest.raises(PerturbationError, match="has linf norm 10, more than the radius 9 that it says"):
+        load_perturbations([save_own(tmp_path / "large", V / V.abs().max() * 10, radius=9.0)])
+    with pytest.raises(PerturbationError, match="two perturbations are named a; name them"):
+        load_perturbations([save_own(tmp_path / "a"), f"a={save_own(tmp_path / 'b')}"])
+
+
+def test_the_published_ones_of_the_papers_authors(shared):
+    folder = shared / "reference"
+    files = [f"{path}:255" for path in sorted((folder / "lts4").iterdir())]
+    files += [f"{path}:1" for path in sorted((folder / "sgd-uap").iterdir())]
+    found = load_perturbations(files)
+    assert len(found) == 9 and {tuple(p.v.shape) for p in found} == {(3, 224, 224)}
+    assert all(measure(p.v, "linf") == pytest.approx(10, rel=1e-5) for p in found)
+
+
+def test_metadata_is_what_safetensors_itself_reads(tmp_path):
+    from safetensors import safe_open
+
+    with safe_open(f"{save_own(tmp_path / 'v')}/perturbation.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["provenance"])["norm"] == "linf"

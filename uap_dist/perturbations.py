@@ -1,0 +1,137 @@
+"""Perturbations as files: this package's own, checked against what they say of themselves, and published ones."""
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load
+from scipy.io import loadmat
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from uap_dist.errors import PerturbationError
+from uap_dist.locations import locate, split_query
+from uap_dist.norms import measure
+
+PERTURBATION_FILE = "perturbation.safetensors"
+UNITS = {"1": 255.0, "255": 1.0}  # what a value of that scale is in pixels
+SMALLEST = 0.1  # pixels; what is smaller comes of a wrong unit
+ROUNDING = 1e-5  # of a norm, relative: v is kept in float32
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """A perturbation and where it comes from.
+
+    Attributes:
+        name: in tables; no two of a job are the same.
+        v: C×H×W float32, pixels (0..255), RGB.
+        provenance: what its file says of it; empty for published ones.
+    """
+
+    name: str
+    v: Tensor
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def resized(self, shape: Sequence[int]) -> Tensor:
+        """V at another input size (C×H×W): bilinear, antialiased; pixel values stay as large as they are, the ℓ2 norm does not."""
+        if tuple(self.v.shape) == tuple(shape):
+            return self.v
+        return interpolate(self.v[None], size=tuple(shape[1:]), mode="bilinear", antialias=True)[0]
+
+
+def load_perturbations(specifications: Sequence[str]) -> list[Perturbation]:
+    """The perturbations of files: `[NAME=]LOCATION`, for .npy and .mat `[NAME=]LOCATION:UNIT`.
+
+    Args:
+        specifications: LOCATION is a perturbation.safetensors or its folder, an .npy, or a .mat with one array (local, s3://, gs://).
+            The arrays of the last two are 3×H×W or H×W×3, RGB, and UNIT says what they are in: 255 for pixels 0..255, 1 for
+            the scale 0..1. NAME is the folder's or file's by default.
+
+    Raises:
+        PerturbationError: a file that is none, is not what it says, or does not say its unit; two of one name.
+    """
+    found = [_load(specification) for specification in specifications]
+    names = [perturbation.name for perturbation in found]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise PerturbationError(f"two perturbations are named {twice[0]}; name them, as NAME=PATH")
+    return found
+
+
+def split_name(text: str) -> tuple[str, str]:
+    """NAME and the rest of NAME=REST; no name where the = belongs to a path or to a URL's options."""
+    name, equals, rest = text.partition("=")
+    return (name, rest) if equals and "/" not in name and "?" not in name else ("", text)
+
+
+def _load(specification: str) -> Perturbation:
+    name, location = split_name(specification)
+    path = PurePosixPath(split_query(location)[0])
+    extension, colon, unit = path.suffix.partition(":")
+    if extension in (".npy", ".mat"):
+        if unit not in UNITS:
+            raise PerturbationError(
+                f"{location}: say what its values are in: {location.removesuffix(colon + unit)}:255 for pixels 0..255, or :1 for 0..1"
+            )
+        location = location.replace(f"{extension}:{unit}", extension, 1)
+        return Perturbation(name or path.name.split(".")[0], _published(location, extension, UNITS[unit]))
+    if extension != ".safetensors":
+        location, query = split_query(location)
+        location = f"{location.rstrip('/')}/{PERTURBATION_FILE}{query}"
+        return _own(name or path.name, location)
+    return _own(name or (path.parent.name if path.name == PERTURBATION_FILE else path.stem), location)
+
+
+def _own(name: str, location: str) -> Perturbation:
+    data = _read(location)
+    try:
+        v = load(data)["perturbation"]
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])  # the format's own, metadata included
+        provenance = json.loads(header["__metadata__"]["provenance"])
+        digest, norm, radius = (provenance[key] for key in ("perturbation_sha256", "norm", "radius"))
+    except Exception as error:
+        raise PerturbationError(f"{location} is no perturbation that jobs/compute.py has written: {error!r}") from error
+    if sha256(v.numpy().tobytes()).hexdigest() != digest:
+        raise PerturbationError(f"{location} is damaged: its values do not have the digest that it says")
+    if not v.isfinite().all():
+        raise PerturbationError(f"{location} holds values that are not finite")
+    if measure(v, norm) > radius * (1 + ROUNDING):
+        raise PerturbationError(
+            f"{location} has {norm} norm {measure(v, norm):g}, more than the radius {radius:g} that it says"
+        )
+    return Perturbation(name, v, provenance)
+
+
+def _published(location: str, extension: str, unit: float) -> Tensor:
+    file = io.BytesIO(_read(location))
+    try:
+        named = {"array": np.load(file)} if extension == ".npy" else loadmat(file)
+    except Exception as error:
+        raise PerturbationError(f"{location} cannot be read: {error}") from error
+    arrays = [value for key, value in named.items() if not key.startswith("__")]
+    array = np.squeeze(arrays[0]) if len(arrays) == 1 else np.zeros(0)
+    places = [axis for axis in (0, 2) if array.ndim == 3 and array.shape[axis] == 3]
+    if len(places) != 1:
+        raise PerturbationError(
+            f"{location} does not hold one array of shape 3×H×W or H×W×3, but {[a.shape for a in arrays]}"
+        )
+    v = unit * torch.tensor(np.moveaxis(array, places[0], 0).astype(np.float32))
+    if not SMALLEST <= measure(v, "linf") <= 255:  # nan as well
+        raise PerturbationError(f"{location} reaches ±{measure(v, 'linf'):g} pixels of 255; is its unit right?")
+    return v
+
+
+def _read(location: str) -> bytes:
+    filesystem, path = locate(location)
+    try:
+        with filesystem.open_input_stream(path, compression=None) as stream:
+            return stream.read()
+    except OSError as error:
+        raise PerturbationError(f"cannot read {location}: {error}") from error
