@@ -13,6 +13,7 @@ from uap_dist.errors import ConfigError
 from uap_dist.evaluate import baselines, measure_perturbations
 from uap_dist.fleet import Fleet, FleetConfig, connect
 from uap_dist.perturbations import load_perturbations, split_name
+from uap_dist.pool import PerturbationPool
 from uap_dist.provenance import git_commit, versions
 from uap_dist.report import output_folder
 from uap_dist.review import markdown, save_evaluation
@@ -30,6 +31,8 @@ class Options:
     perturbations: tuple[str, ...] = ()
     """Folders or files of jobs/compute.py; .npy and .mat of others with their unit, as FILE.mat:255 (pixels 0..255) or
     FILE.npy:1 (scale 0..1). NAME=FILE names one in the tables. One of another size than a network's input is resized (bilinear)."""
+    pools: tuple[str, ...] = ()
+    """Folders of pools; all members are measured."""
     models: tuple[str, ...] = ()
     """Classifiers, as `--model` of jobs/compute.py has them; with a weights file as MODEL=FILE."""
     shards: tuple[str, ...] = ()
@@ -67,10 +70,13 @@ def main() -> None:
 
 def run(options: Options, tracker: Tracker) -> None:
     """Every perturbation on every classifier and set of images. The workers end with the process."""
-    for name in ("perturbations", "models", "shards"):
+    for name in ("models", "shards"):
         if not getattr(options, name):
             raise ConfigError(f"no {name} given (--{name})")
+    if not options.perturbations and not options.pools:
+        raise ConfigError("no perturbations given (--perturbations, --pools)")
     perturbations = load_perturbations(options.perturbations)
+    perturbations += [member for pool in options.pools for member in PerturbationPool.load(pool).to_perturbations()]
     models = [(model, weights or None) for model, _, weights in (text.partition("=") for text in options.models)]
     sets = [
         (name or Path(pattern).name.split("-")[0], expand_patterns([pattern]))
@@ -78,6 +84,7 @@ def run(options: Options, tracker: Tracker) -> None:
     ]
     for what, names in (
         ("models", [_short(model) for model, _ in models]),
+        ("perturbations", [perturbation.name for perturbation in perturbations]),
         ("sets of images", [name for name, _ in sets]),
     ):
         if len(set(names)) < len(names):

@@ -96,4 +96,4 @@ def test_the_job_leaves_table_matrix_and_run(shards, tmp_path):
 
 def test_an_evaluation_of_nothing_is_one_line(tmp_path):
     done = subprocess.run([sys.executable, str(JOB)], cwd=tmp_path, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr == "error: no perturbations given (--perturbations)\n"
+    assert done.returncode == 1 and done.stderr == "error: no models given (--models)\n"

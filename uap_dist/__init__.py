@@ -10,15 +10,19 @@ from uap_dist.deepfool import Increments, deepfool, log_odds_increments
 from uap_dist.errors import UapDistError
 from uap_dist.fooling import Rate
 from uap_dist.norms import measure, project
+from uap_dist.perturbations import load_perturbations
+from uap_dist.pool import AddUniversalPerturbation, PerturbationPool
 from uap_dist.shards import expand_patterns
 from uap_dist.worker import Worker
 
 __all__ = [
+    "AddUniversalPerturbation",
     "Classifier",
     "ComputeConfig",
     "Rate",
     "Increments",
     "LocalWorkers",
+    "PerturbationPool",
     "RoundReport",
     "UapDistError",
     "Worker",
@@ -27,6 +31,7 @@ __all__ = [
     "expand_patterns",
     "load_classifier",
     "load_dataset",
+    "load_perturbations",
     "log_odds_increments",
     "measure",
     "project",

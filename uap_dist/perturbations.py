@@ -17,7 +17,7 @@ from torch.nn.functional import interpolate
 
 from uap_dist.errors import PerturbationError
 from uap_dist.locations import locate, split_query
-from uap_dist.norms import measure
+from uap_dist.norms import Norm, measure
 
 PERTURBATION_FILE = "perturbation.safetensors"
 UNITS = {"1": 255.0, "255": 1.0}  # what a value of that scale is in pixels
@@ -90,27 +90,38 @@ def _load(specification: str) -> Perturbation:
 
 
 def _own(name: str, location: str) -> Perturbation:
-    data = _read(location)
+    data = read(location)
     try:
         v = load(data)["perturbation"]
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])  # the format's own, metadata included
-        provenance = json.loads(header["__metadata__"]["provenance"])
+        provenance = json.loads(metadata_of(data)["provenance"])
         digest, norm, radius = (provenance[key] for key in ("perturbation_sha256", "norm", "radius"))
     except Exception as error:
         raise PerturbationError(f"{location} is no perturbation that jobs/compute.py has written: {error!r}") from error
     if sha256(v.numpy().tobytes()).hexdigest() != digest:
         raise PerturbationError(f"{location} is damaged: its values do not have the digest that it says")
+    check_radius(v, norm, radius, location)
+    return Perturbation(name, v, provenance)
+
+
+def metadata_of(data: bytes) -> dict[str, str]:
+    """What a safetensors file says beside its tensors (safetensors itself reads it from files only)."""
+    length = int.from_bytes(data[:8], "little")
+    metadata: dict[str, str] = json.loads(data[8 : 8 + length])["__metadata__"]
+    return metadata
+
+
+def check_radius(v: Tensor, norm: Norm, radius: float, location: str) -> None:
+    """Raise PerturbationError if v has values that are not finite, or lies outside its ball."""
     if not v.isfinite().all():
         raise PerturbationError(f"{location} holds values that are not finite")
     if measure(v, norm) > radius * (1 + ROUNDING):
         raise PerturbationError(
             f"{location} has {norm} norm {measure(v, norm):g}, more than the radius {radius:g} that it says"
         )
-    return Perturbation(name, v, provenance)
 
 
 def _published(location: str, extension: str, unit: float) -> Tensor:
-    file = io.BytesIO(_read(location))
+    file = io.BytesIO(read(location))
     try:
         named = {"array": np.load(file)} if extension == ".npy" else loadmat(file)
     except Exception as error:
@@ -128,7 +139,8 @@ def _published(location: str, extension: str, unit: float) -> Tensor:
     return v
 
 
-def _read(location: str) -> bytes:
+def read(location: str) -> bytes:
+    """A whole file, local, s3:// or gs://; PerturbationError where that fails."""
     filesystem, path = locate(location)
     try:
         with filesystem.open_input_stream(path, compression=None) as stream:

@@ -1,0 +1,184 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision import tv_tensors
+
+from uap_dist.errors import PerturbationError
+from uap_dist.perturbations import Perturbation
+from uap_dist.pool import POOL_FILE, AddUniversalPerturbation, PerturbationPool
+
+SHARED = {"model": "tiny", "weights_digest": "a" * 64, "norm": "linf", "radius": 10.0}
+
+
+def member(seed, shape=(3, 8, 6), **changes):
+    v = 20 * torch.rand(shape, generator=torch.Generator().manual_seed(seed)) - 10
+    return Perturbation(f"seed-{seed}", v, SHARED | {"seed": seed, "val_fooling_rate": 0.5} | changes)
+
+
+@pytest.fixture
+def pool():
+    return PerturbationPool.of([member(seed) for seed in range(3)])
+
+
+def test_a_pool_comes_back_and_says_what_it_is(pool, tmp_path):
+    pool.save(tmp_path / "p")
+    for location in (tmp_path / "p", tmp_path / "p" / POOL_FILE):
+        again = PerturbationPool.load(location)
+        assert torch.equal(again.perturbations, pool.perturbations) and again.shared == SHARED
+        assert [m["seed"] for m in again.members] == [0, 1, 2]
+    manifest = json.loads((tmp_path / "p/pool.json").read_text())
+    assert manifest["shape"] == [3, 3, 8, 6] and manifest["members"][1]["val_fooling_rate"] == 0.5
+    for before, after in zip([member(seed) for seed in range(3)], again.to_perturbations(), strict=True):
+        assert torch.equal(before.v, after.v) and before.provenance.items() <= after.provenance.items()
+
+
+def test_from_s3(pool, tmp_path, s3):
+    from uap_dist.locations import locate
+
+    pool.save(tmp_path)
+    filesystem, path = locate(f"s3://bucket/pool/pool.safetensors?{s3}")
+    with filesystem.open_output_stream(path) as file:
+        file.write((tmp_path / POOL_FILE).read_bytes())
+    assert torch.equal(PerturbationPool.load(f"s3://bucket/pool?{s3}").perturbations, pool.perturbations)
+
+
+def test_a_pool_that_is_damaged_or_too_large_is_refused(pool, tmp_path):
+    pool.save(tmp_path)
+    data = bytearray((tmp_path / POOL_FILE).read_bytes())
+    data[-1] ^= 1
+    (tmp_path / POOL_FILE).write_bytes(data)
+    with pytest.raises(PerturbationError, match="is damaged"):
+        PerturbationPool.load(tmp_path)
+    (tmp_path / POOL_FILE).write_bytes(b"nothing")
+    with pytest.raises(PerturbationError, match="is no pool"):
+        PerturbationPool.load(tmp_path)
+    PerturbationPool(pool.perturbations, SHARED | {"radius": 5.0}, pool.members).save(tmp_path)
+    with pytest.raises(PerturbationError, match=r"member seed-0, has linf norm 9\.\d+, more than the radius 5"):
+        PerturbationPool.load(tmp_path)
+    with pytest.raises(PerturbationError, match="cannot read .*absent/pool.safetensors"):
+        PerturbationPool.load(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (member(1, weights_digest="b"), "its weights_digest is b, not aaaa"),
+        (member(1, norm="l2"), "its norm is l2, not linf"),
+        (member(1, radius=8.0), "its radius is 8.0, not 10.0"),
+        (member(1, shape=(3, 4, 4)), r"seed-1 is \(3, 4, 4\), seed-0 \(3, 8, 6\): a pool has one size"),
+        (Perturbation("CaffeNet", torch.ones(3, 8, 6)), "CaffeNet does not say its model"),
+    ],
+)
+def test_what_does_not_belong_together_is_no_pool(other, message):
+    with pytest.raises(PerturbationError, match=message):
+        PerturbationPool.of([member(0), other])
+
+
+def test_a_pool_knows_its_network(pool):
+    pool.check_classifier("a" * 64)
+    with pytest.raises(PerturbationError, match="computed for tiny with weights aaaaaaaaaaaa…, this network has cccc"):
+        pool.check_classifier("c" * 64)
+
+
+def test_inner_products_against_numpy_and_the_nearest_pair_by_name():
+    v = member(0).v
+    near = Perturbation("near", v + 0.1 * v.roll(1, 2), SHARED)
+    pool = PerturbationPool.of([member(3), Perturbation("v", v, SHARED), member(4), near])
+    flat = pool.perturbations.flatten(1).double().numpy()
+    flat /= np.linalg.norm(flat, axis=1, keepdims=True)
+    assert np.allclose(pool.inner_products(), flat @ flat.T)
+    largest, names = pool.largest_inner_product()
+    assert names == ("v", "near") and largest == pytest.approx(flat[1] @ flat[3]) and largest > 0.9
+    assert PerturbationPool.of([member(0)]).largest_inner_product()[0] == 0
+
+
+def test_export_is_pixels(pool, tmp_path):
+    pool.export(tmp_path)
+    assert np.array_equal(np.load(tmp_path / "seed-2.npy"), pool.perturbations[2].numpy())
+    picture = np.asarray(Image.open(tmp_path / "seed-1.png")).astype(int) - 128
+    assert np.abs(picture.transpose(2, 0, 1) - pool.perturbations[1].numpy()).max() <= 0.5
+
+
+@given(count=st.integers(1, 5), floats=st.sampled_from([None, 1.0, 255.0]), seed=st.integers(0, 1000))
+def test_each_image_gets_one_member_and_stays_an_image(count, floats, seed):
+    pool = PerturbationPool.of([member(s) for s in range(3)])
+    torch.manual_seed(seed)
+    images = torch.randint(0, 256, (count, 3, 8, 6), dtype=torch.uint8)
+    given = images if floats is None else images * (floats / 255)
+    shown = AddUniversalPerturbation(pool, 1.0, float_range=floats or 255.0)(given)
+    assert shown.dtype == given.dtype and shown.shape == given.shape
+    pixels = shown.float() * (1 if floats is None else 255 / floats)
+    for image, result in zip(images.float(), pixels, strict=True):
+        ways = [(image + v).clamp(0, 255) for v in pool.perturbations]
+        tolerance = 0.5 if floats is None else 1e-3
+        assert min(float((way - result).abs().max()) for way in ways) <= tolerance
+
+
+def test_probability_is_the_share_of_perturbed_images_and_members_are_equally_likely(pool):
+    torch.manual_seed(0)
+    images = torch.full((3000, 3, 8, 6), 128.0)
+    shown = AddUniversalPerturbation(pool, 0.5)(images) - 128
+    counts = [
+        int((shown - v).abs().amax((1, 2, 3)).lt(1e-3).sum()) for v in (torch.zeros(3, 8, 6), *pool.perturbations)
+    ]
+    assert sum(counts) == 3000 and abs(counts[0] - 1500) < 110 and all(abs(c - 500) < 90 for c in counts[1:])
+    assert torch.equal(AddUniversalPerturbation(pool, 0.0)(images), images)
+
+
+def test_labels_boxes_and_images_of_other_sizes(pool):
+    add = AddUniversalPerturbation(pool, 1.0)
+    image = tv_tensors.Image(torch.full((3, 16, 12), 100, dtype=torch.uint8))
+    boxes = tv_tensors.BoundingBoxes([[0, 0, 4, 4]], format="XYXY", canvas_size=(16, 12))
+    shown, same_boxes, label = add(image, boxes, 7)
+    assert isinstance(shown, tv_tensors.Image) and shown.shape == (3, 16, 12) and not torch.equal(shown, image)
+    assert torch.equal(same_boxes, boxes) and label == 7 and (shown.int() - 100).abs().max() <= 10
+    assert add(torch.full((3, 8, 6), 100.0)).shape == (3, 8, 6)
+
+
+class Grey(torch.utils.data.Dataset):
+    def __init__(self, transform):
+        self.transform = transform
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, i):
+        return self.transform(torch.full((3, 8, 6), 128, dtype=torch.uint8)), i
+
+
+def test_data_loaders_workers_draw_for_themselves_and_repeat_with_the_seed(pool):
+    def epoch(seed):
+        generator = torch.Generator().manual_seed(seed)
+        loader = DataLoader(Grey(AddUniversalPerturbation(pool)), batch_size=4, num_workers=2, generator=generator)
+        return torch.cat([images for images, _ in loader])
+
+    first, again, other = epoch(1), epoch(1), epoch(2)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert len(first.unique(dim=0)) > 2
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(1, 8, 6), "not 3×H×W"),
+        (torch.zeros(3, 8, 6, dtype=torch.int64), "give uint8, or floats in 0..255"),
+        (Image.new("RGB", (6, 8)), "images are Image; put v2.PILToTensor"),
+    ],
+)
+def test_what_is_no_image_is_refused(pool, images, message):
+    with pytest.raises(PerturbationError, match=message):
+        AddUniversalPerturbation(pool)(images)
+
+
+def test_options_that_cannot_be_are_refused(pool):
+    for options in ({"probability": 1.5}, {"float_range": 2.0}):
+        with pytest.raises(PerturbationError, match="it must"):
+            AddUniversalPerturbation(pool, **options)
+    with pytest.raises(PerturbationError, match="a pool needs perturbations"):
+        PerturbationPool.of([])

@@ -1,0 +1,207 @@
+"""A pool: perturbations of one classifier as one file, and the transform that adds them to images."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load, save_file
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from uap_dist.errors import PerturbationError
+from uap_dist.locations import join
+from uap_dist.perturbations import Perturbation, check_radius, metadata_of, read
+
+POOL_FILE, MANIFEST_FILE = "pool.safetensors", "pool.json"
+SHARED = ("model", "weights_digest", "norm", "radius")  # what all members have in common
+DIVERSE = 0.1  # the paper's criterion (section 3.2): largest normalised inner product of two members
+
+
+@dataclass(frozen=True)
+class PerturbationPool:
+    """Perturbations of one classifier in one ball.
+
+    Attributes:
+        perturbations: M×C×H×W float32, pixels (0..255).
+        shared: model, weights_digest, norm, radius.
+        members: a mapping for each, with its `name` and its own provenance: seed, digests, fooling rates, versions.
+    """
+
+    perturbations: Tensor
+    shared: Mapping[str, Any]
+    members: Sequence[Mapping[str, Any]]
+
+    @classmethod
+    def of(cls, perturbations: Sequence[Perturbation]) -> "PerturbationPool":
+        """A pool of perturbations that jobs/compute.py has written.
+
+        Raises:
+            PerturbationError: none, published ones, or such as do not belong together.
+        """
+        if not perturbations:
+            raise PerturbationError("a pool needs perturbations")
+        first = perturbations[0]
+        for other in perturbations:
+            for key in SHARED:
+                if key not in other.provenance:
+                    raise PerturbationError(
+                        f"{other.name} does not say its {key}; a pool is made of what jobs/compute.py has written"
+                    )
+                if other.provenance[key] != first.provenance[key]:
+                    raise PerturbationError(
+                        f"{other.name} does not belong to the pool of {first.name}: its {key} is {other.provenance[key]}, "
+                        f"not {first.provenance[key]}"
+                    )
+            if other.v.shape != first.v.shape:
+                raise PerturbationError(
+                    f"{other.name} is {tuple(other.v.shape)}, {first.name} {tuple(first.v.shape)}: a pool has one size"
+                )
+        members = [{"name": p.name} | {k: v for k, v in p.provenance.items() if k not in SHARED} for p in perturbations]
+        return cls(torch.stack([p.v for p in perturbations]), {key: first.provenance[key] for key in SHARED}, members)
+
+    @classmethod
+    def load(cls, location: str | Path) -> "PerturbationPool":
+        """A pool from its folder or file, local, s3:// or gs://; checked against its manifest.
+
+        Raises:
+            PerturbationError: no pool, a damaged one, values that are not finite or leave the ball.
+        """
+        location = str(location)
+        if not location.partition("?")[0].endswith(".safetensors"):
+            location = join(location, POOL_FILE)
+        data = read(location)
+        try:
+            perturbations = load(data)["perturbations"]
+            manifest = json.loads(metadata_of(data)["manifest"])
+            shared, members, digest = (manifest[key] for key in ("shared", "members", "sha256"))
+        except Exception as error:
+            raise PerturbationError(f"{location} is no pool: {error!r}") from error
+        if _digest(perturbations) != digest or len(members) != len(perturbations):
+            raise PerturbationError(f"{location} is damaged: its values do not have the digest that it says")
+        for member, v in zip(members, perturbations, strict=True):
+            check_radius(v, shared["norm"], shared["radius"], f"{location}, member {member['name']},")
+        return cls(perturbations, shared, members)
+
+    def save(self, folder: Path) -> None:
+        """Write pool.safetensors, its manifest in the metadata and, to be read, beside it as pool.json."""
+        folder.mkdir(parents=True, exist_ok=True)
+        manifest = {
+            "shared": self.shared,
+            "members": self.members,
+            "unit": "pixels 0..255, RGB, M×C×H×W float32",
+            "shape": list(self.perturbations.shape),
+            "sha256": _digest(self.perturbations),
+            "largest_inner_product": self.largest_inner_product()[0],
+        }
+        metadata = {"manifest": json.dumps(manifest, sort_keys=True)}
+        save_file({"perturbations": self.perturbations.contiguous()}, folder / POOL_FILE, metadata=metadata)
+        (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
+
+    def export(self, folder: Path) -> None:
+        """Each member as NAME.npy (C×H×W float32, pixels) and NAME.png (128 + v, rounded)."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for member, v in zip(self.members, self.perturbations.numpy(), strict=True):
+            np.save(folder / f"{member['name']}.npy", v)
+            picture = np.clip(np.rint(128 + v.transpose(1, 2, 0)), 0, 255).astype(np.uint8)
+            Image.fromarray(picture).save(folder / f"{member['name']}.png")
+
+    def check_classifier(self, weights_digest: str) -> None:
+        """Raise PerturbationError if the pool was computed for another network."""
+        if weights_digest != self.shared["weights_digest"]:
+            raise PerturbationError(
+                f"the pool was computed for {self.shared['model']} with weights {self.shared['weights_digest'][:12]}…, "
+                f"this network has {weights_digest[:12]}…"
+            )
+
+    def to_perturbations(self) -> list[Perturbation]:
+        """The members one by one."""
+        return [
+            Perturbation(member["name"], v, dict(self.shared) | dict(member))
+            for member, v in zip(self.members, self.perturbations, strict=True)
+        ]
+
+    def inner_products(self) -> Tensor:
+        """M×M float64, v_i · v_j / (‖v_i‖ ‖v_j‖): 1 on the diagonal. Source: the paper, section 3.2."""
+        flat = self.perturbations.flatten(1).double()
+        directions = flat / flat.norm(dim=1, keepdim=True)
+        return directions @ directions.T
+
+    def largest_inner_product(self) -> tuple[float, tuple[str, str]]:
+        """Off the diagonal, and the two members; 0 for a pool of one. Above DIVERSE the pool is not diverse."""
+        products = self.inner_products().triu(1)
+        place = divmod(int(products.argmax()), len(products))
+        return float(products[place]), (self.members[place[0]]["name"], self.members[place[1]]["name"])
+
+
+class AddUniversalPerturbation(v2.Transform):
+    """Add a random member of a pool to an image with some probability: clip(x + v, 0, largest value).
+
+    For any DataLoader: images C×H×W or batches N×C×H×W, where each image draws for itself; labels and other things beside the
+    image pass through, as with every v2 transform. Draws come from torch's generator, which DataLoader seeds for each worker.
+    uint8 images are rounded; float images are in 0..`float_range`. A pool of another size than the images is resized
+    (bilinear, antialiased), pixel values staying as large as they are.
+    """
+
+    def __init__(self, pool: PerturbationPool, probability: float = 0.5, *, float_range: float = 255.0) -> None:
+        """Of a pool.
+
+        Args:
+            pool: perturbations to draw from, all equally likely.
+            probability: that an image is perturbed.
+            float_range: largest value of float images: 255 for pixels as in this package, 1 as in torchvision.
+
+        Raises:
+            PerturbationError: a probability outside [0, 1] or a range that is neither 1 nor 255.
+        """
+        super().__init__()
+        if not 0 <= probability <= 1:
+            raise PerturbationError(f"probability is {probability}; it must lie in [0, 1]")
+        if float_range not in (1, 255):
+            raise PerturbationError(f"float range is {float_range}; it must be 1 or 255")
+        self.perturbations = pool.perturbations
+        self._by_shape: dict[tuple[int, ...], Tensor] = {}
+        self.probability = probability
+        self.float_range = float(float_range)
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """See v2.Transform.
+
+        Raises:
+            PerturbationError: images that are no tensors, not 3×H×W, or integers that are not uint8.
+        """
+        if isinstance(inpt, tv_tensors.TVTensor) and not isinstance(inpt, tv_tensors.Image | tv_tensors.Video):
+            return inpt  # boxes, masks
+        if not isinstance(inpt, Tensor):
+            raise PerturbationError(f"images are {type(inpt).__name__}; put v2.PILToTensor() before this transform")
+        if inpt.ndim < 3 or inpt.shape[-3] != self.perturbations.shape[1]:
+            raise PerturbationError(f"images of shape {tuple(inpt.shape)} are not {self.perturbations.shape[1]}×H×W")
+        if not (inpt.is_floating_point() or inpt.dtype == torch.uint8):
+            raise PerturbationError(f"images are {inpt.dtype}; give uint8, or floats in 0..{self.float_range:g}")
+        images = inpt.reshape(-1, *inpt.shape[-3:])
+        chosen = torch.randint(len(self.perturbations), (len(images),))
+        is_perturbed = torch.rand(len(images)) < self.probability
+        added = self._at_size(tuple(images.shape[-3:]))[chosen].to(images.device)
+        unit = 1.0 if inpt.dtype == torch.uint8 else self.float_range / 255
+        largest = 255.0 if inpt.dtype == torch.uint8 else self.float_range
+        shown = (images.float() + unit * added).clamp(0, largest)
+        if inpt.dtype == torch.uint8:
+            shown = shown.round()
+        mask = is_perturbed.view(-1, 1, 1, 1).to(images.device)
+        result = torch.where(mask, shown.to(inpt.dtype), images).reshape(inpt.shape)
+        return tv_tensors.wrap(result, like=inpt) if isinstance(inpt, tv_tensors.TVTensor) else result
+
+    def _at_size(self, shape: tuple[int, ...]) -> Tensor:
+        if shape not in self._by_shape:
+            self._by_shape[shape] = torch.stack([Perturbation("", v).resized(shape) for v in self.perturbations])
+        return self._by_shape[shape]
+
+
+def _digest(perturbations: Tensor) -> str:
+    return sha256(perturbations.numpy().tobytes()).hexdigest()
