@@ -271,7 +271,7 @@ def real_networks(lab: Lab) -> list[Line]:
         network = NETWORKS[name]
         model, weights = network.locate(lab.data)
         options = (
-            *("--model", model, "--weights", str(weights), "--augment", network.augment),
+            *("--model", model, "--weights", str(weights)),
             *("--train-shards", f"{lab.data / network.train}", "--num-train-images", str(network.num_train_images)),
             *("--val-shards", f"{lab.data / network.val}", "--num-val-images", "500"),
             *("--max-evaluations", str(evaluations), "--evaluate-every", "1000", "--placement-timeout-s", "300"),

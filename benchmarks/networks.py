@@ -15,7 +15,6 @@ class Network:
     num_train_images: int
     num_val_images: int
     tune_shards: int
-    augment: str
 
     def locate(self, data: Path) -> tuple[str, str | None]:
         """Model and weights as `load_classifier` takes them."""
@@ -32,10 +31,8 @@ _IMAGENET = {
 }
 
 NETWORKS = {
-    "squeezenet": Network(
-        model="torchvision/squeezenet1_0", weights="models/squeezenet1_0.safetensors", augment="flip", **_IMAGENET
-    ),
-    "lite0": Network(model="efficientnet_lite0", weights=None, augment="flip-shift", **_IMAGENET),
+    "squeezenet": Network(model="torchvision/squeezenet1_0", weights="models/squeezenet1_0.safetensors", **_IMAGENET),
+    "lite0": Network(model="efficientnet_lite0", weights=None, **_IMAGENET),
     "resnet20": Network(
         model="models/cifar_resnet.py:resnet20",
         weights="models/resnet20.safetensors",
@@ -44,6 +41,5 @@ NETWORKS = {
         num_train_images=1000,
         num_val_images=2000,
         tune_shards=1,
-        augment="none",
     ),
 }
