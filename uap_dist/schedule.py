@@ -48,8 +48,8 @@ def plan_rounds(shard_sizes: Sequence[int], *, seed: int, round_size: int, block
     """Rounds without end: in each pass every example once, in an order of its own.
 
     Each pass shuffles every shard, cuts it into blocks of nearly equal size (at most `block_size`), shuffles the
-    blocks of all shards, and deals them out to as few rounds as can be of at most round_size/block_size blocks, nearly
-    equal ones: a round of a few left-over examples would move v as far as a full one, with their noise.
+    blocks of all shards, and fills each round with round_size/block_size of them; the last round of a pass takes what
+    is left. So no round has more than `round_size` examples.
 
     Args:
         shard_sizes: examples in each shard.
@@ -63,12 +63,13 @@ def plan_rounds(shard_sizes: Sequence[int], *, seed: int, round_size: int, block
     check_sizes(round_size, block_size)
     if sum(shard_sizes) < block_size:
         raise ConfigError(f"{sum(shard_sizes)} training images are fewer than one block of {block_size}")
+    blocks_per_round = round_size // block_size
     number = count()
     for pass_number in count():
         blocks = _cut_pass(shard_sizes, np.random.default_rng([seed, pass_number]), block_size)
-        num_rounds = -(-len(blocks) * block_size // round_size)
-        for i, indices in enumerate(np.array_split(np.arange(len(blocks)), num_rounds), start=1):
-            yield Round(next(number), pass_number, i == num_rounds, tuple(blocks[j] for j in indices))
+        for start in range(0, len(blocks), blocks_per_round):
+            end = start + blocks_per_round
+            yield Round(next(number), pass_number, end >= len(blocks), blocks[start:end])
 
 
 def _cut_pass(shard_sizes: Sequence[int], rng: np.random.Generator, block_size: int) -> tuple[Block, ...]:
