@@ -3,6 +3,8 @@
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from threading import Thread
 
 import numpy as np
@@ -134,6 +136,35 @@ def test_verifying_changes_no_bits_and_survives_a_kill(cluster, shards, undistur
         final = report
     fleet.close()
     assert torch.equal(final.perturbation, undisturbed)
+
+
+def test_callers_share_the_workers_and_each_gets_its_own_answers(cluster, shards, undisturbed):
+    fleet = make_fleet(2)
+    data = load(fleet, shards)
+    configs = [replace(CONFIG, seed=seed) for seed in range(3)]
+    with ThreadPoolExecutor(3) as threads:
+        together = list(threads.map(lambda config: list(compute(fleet, *data, config))[-1].perturbation, configs))
+    with pytest.raises(KeyError):
+        fleet.map("pixels", [replace(data[0].examples(0, [1]), keys=("absent",))])
+    alone = [list(compute(fleet, *data, config))[-1].perturbation for config in configs]
+    fleet.close()
+    assert torch.equal(together[0], undisturbed)
+    assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
+
+
+def test_a_fleet_changes_its_classifier(cluster, shards):
+    fleet = make_fleet(2)
+    _, val = load(fleet, shards)
+    fleet.use(TINY.replace(":Tiny", ":Probabilities"), None)
+    fleet.wait()
+    zero = np.zeros((3, 16, 16), np.float32)
+    (answer,) = fleet.map("classify", [val.examples(0, range(20))], zero)
+    fleet.use(TINY.replace(":Tiny", ":not_a_network"), None)
+    with pytest.raises(ClassifierError, match="not a torch.nn.Module"):
+        fleet.wait()
+    fleet.close()
+    assert np.array_equal(answer.labels, val.clean.labels)
+    assert not np.array_equal(answer.confidences, val.clean.confidences)  # softmax of probabilities
 
 
 def test_what_a_worker_raises_comes_back_as_it_was_raised(cluster, shards):

@@ -7,12 +7,14 @@ if "RAY_ADDRESS" not in os.environ:
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
+import atexit
 import logging
 import time
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
+from threading import Condition, Event, Thread
 from typing import Any
 
 import ray
@@ -91,9 +93,16 @@ class _Batch:
     waiting: list[int]
     unverified: set[int]  # tasks that want a second answer, of another worker
     given: defaultdict[int, set[_Member]] = field(default_factory=lambda: defaultdict(set))
+    error: Exception | None = None
+    done: Event = field(default_factory=Event)
     results: dict[int, Any] = field(default_factory=dict)
     durations: list[float] = field(default_factory=list)
     losses: Counter[int] = field(default_factory=Counter)
+
+    @property
+    def is_complete(self) -> bool:
+        """Nothing more is to be computed."""
+        return self.error is not None or (len(self.results) == len(self.tasks) and not self.unverified)
 
 
 @dataclass(frozen=True)
@@ -126,6 +135,9 @@ def connect() -> None:
 class Fleet:
     """Workers with one classifier on a connected Ray; see dataset.Workers.
 
+    One thread of its own does all the dispatching, so that several callers share the workers: where one's tasks leave some
+    idle, another's fill them.
+
     Attributes:
         num_workers: asked of Ray.
         num_lost: workers that were lost and replaced.
@@ -146,8 +158,18 @@ class Fleet:
         self._classifier = (model, weights)
         self._idle: list[_Member] = []
         self._running: dict[ray.ObjectRef, _Call] = {}
+        self._batches: list[_Batch] = []
+        self._last_call = time.monotonic()
+        self._changes: deque[Callable[[], None]] = deque()  # by callers, made by the thread
+        self._changed = Condition()
+        self._ready = Event()
+        self._error: Exception | None = None  # of a worker that could not load the classifier
+        self._is_closed = False
         for _ in range(self.num_workers):
             self._start_member()
+        self._thread = Thread(target=self._dispatch, name="fleet", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)  # before Ray ends
 
     def wait(self) -> None:
         """Return when every worker has its classifier.
@@ -156,22 +178,15 @@ class Fleet:
             WorkerLostError: Ray cannot place them in time.
             UapDistError: what a worker raised when it loaded the classifier.
         """
-        deadline = time.monotonic() + self._config.placement_timeout_s
-        while self._running:
-            if time.monotonic() > deadline:
-                raise WorkerLostError(self._placement_complaint())
-            self._collect(None)
+        if not self._ready.wait(self._config.placement_timeout_s):
+            raise WorkerLostError(self._placement_complaint())
+        if self._error is not None:
+            raise self._error
 
     def use(self, model: str, weights: str | None) -> None:
         """Change to another classifier; decoded shards that serve it as well are kept. To be followed by `wait`."""
-        self._classifier = (model, weights)
-        late = [call.member for call in self._running.values()]
-        idle, self._idle, self._running = self._idle, [], {}
-        for member in idle:
-            self._prepare(member)
-        for member in late:
-            ray.kill(member.actor)
-            self._start_member()
+        self._ready.clear()
+        self._change(lambda: self._load(model, weights))
 
     def map(self, method: str, tasks: Sequence[Examples], *shared: Any) -> list[Any]:
         """Worker.method(task, *shared) for each task, in the order of the tasks, through the loss of workers.
@@ -185,24 +200,85 @@ class Fleet:
         self._num_rounds += method == "solve"
         waiting = [*range(len(tasks)), *twice]
         batch = _Batch(method, tasks, [ray.put(value) for value in shared], waiting, unverified=twice)
-        last_call = time.monotonic()
-        while len(batch.results) < len(tasks) or batch.unverified:
-            self._grow()
-            for assign in (self._assign, self._assign_again):
-                for member, task in assign(batch):
-                    self._call(member, batch, task)
-            self._collect(batch)
-            if any(call.batch is not None for call in self._running.values()):
-                last_call = time.monotonic()
-            elif time.monotonic() > last_call + self._config.placement_timeout_s:
-                raise WorkerLostError(f"too few workers are left; {self._placement_complaint()}")
+        self._change(lambda: self._accept(batch))
+        batch.done.wait()
+        if batch.error is not None:
+            raise batch.error
         return [batch.results[i] for i in range(len(tasks))]
 
     def close(self) -> None:
         """End all workers."""
-        for member in [*self._idle, *(call.member for call in self._running.values())]:
+        if not self._is_closed:
+            self._is_closed = True
+            self._change(lambda: None)
+            self._thread.join()
+            for member in [*self._idle, *(call.member for call in self._running.values())]:
+                if ray.is_initialized():
+                    ray.kill(member.actor)
+            self._fail(WorkerLostError("the fleet was closed"))
+            atexit.unregister(self.close)
+
+    def _change(self, change: Callable[[], None]) -> None:
+        """Have the thread do something between two looks at the workers."""
+        with self._changed:
+            self._changes.append(change)
+            self._changed.notify()
+
+    def _dispatch(self) -> None:
+        """What the thread does until the fleet is closed."""
+        while not self._is_closed and ray.is_initialized():  # else its calls would start a Ray of their own
+            with self._changed:
+                self._changed.wait_for(lambda: self._changes or self._running, timeout=1.0 if self._batches else None)
+                while self._changes:
+                    self._changes.popleft()()
+            try:
+                self._step()
+            except Exception as error:  # of nobody's task: of a worker's start, or of Ray
+                self._error = error
+                self._fail(error)
+                self._ready.set()
+
+    def _step(self) -> None:
+        """Give tasks to idle workers, wait a moment for answers, and hand over what is complete."""
+        self._grow()
+        for assign in (self._assign, self._assign_again):
+            for batch in self._batches:
+                for member, task in assign(batch):
+                    self._call(member, batch, task)
+        self._collect()
+        for batch in [batch for batch in self._batches if batch.is_complete]:
+            self._batches.remove(batch)
+            batch.done.set()
+        is_computing = [call.batch is not None for call in self._running.values()]
+        if all(is_computing):
+            self._ready.set()
+        if any(is_computing):
+            self._last_call = time.monotonic()
+        elif self._batches and time.monotonic() > self._last_call + self._config.placement_timeout_s:
+            self._fail(WorkerLostError(f"too few workers are left; {self._placement_complaint()}"))
+
+    def _accept(self, batch: _Batch) -> None:
+        self._batches.append(batch)
+        self._last_call = time.monotonic()
+        if self._error is not None:
+            self._fail(self._error)
+
+    def _fail(self, error: Exception) -> None:
+        for batch in self._batches:
+            batch.error = error
+            batch.done.set()
+        self._batches = []
+
+    def _load(self, model: str, weights: str | None) -> None:
+        """Have idle workers load another classifier, and replace those that still compute with the old one."""
+        self._classifier, self._error = (model, weights), None
+        late = [call.member for call in self._running.values()]
+        idle, self._idle, self._running = self._idle, [], {}
+        for member in idle:
+            self._prepare(member)
+        for member in late:
             ray.kill(member.actor)
-        self._idle, self._running = [], {}
+            self._start_member()
 
     def _count_fitting(self) -> int:
         resources = ray.cluster_resources()
@@ -263,9 +339,10 @@ class Fleet:
         self.num_stragglers += len(pairs)
         return pairs
 
-    def _collect(self, batch: _Batch | None) -> None:
+    def _collect(self) -> None:
         """Wait for the next answer; keep it if it is the first to its task, and have tasks of lost workers wait again."""
-        done, _ = ray.wait(list(self._running), num_returns=1, timeout=1.0)
+        # whoever idles may get a task at any time; where nobody does, only an answer matters
+        done, _ = ray.wait(list(self._running), num_returns=1, timeout=0.02 if self._idle else 1.0)
         overdue = [ref for ref, call in self._running.items() if time.monotonic() > call.deadline]
         answered: set[ray.ObjectRef] = {*done, *overdue}
         for ref in answered:
@@ -273,10 +350,12 @@ class Fleet:
             try:
                 result = ray.get(ref, timeout=0)
             except RayTaskError as error:
-                if call.batch is not None:
-                    self._idle.append(call.member)
-                if call.batch is None or call.batch is batch:
-                    raise error.cause if isinstance(error.cause, Exception) else error from None
+                cause = error.cause if isinstance(error.cause, Exception) else error
+                if call.batch is None:
+                    ray.kill(call.member.actor)
+                    raise cause from None
+                self._idle.append(call.member)
+                call.batch.error = cause
             except RayError as error:  # lost, out of memory, or no answer in time
                 self._bury(call, error)
             else:
@@ -303,7 +382,7 @@ class Fleet:
         elif call.task in batch.unverified:
             task = batch.tasks[call.task]
             if result.digest() != batch.results[call.task].digest():
-                raise DeterminismError(
+                batch.error = DeterminismError(
                     f"two workers gave different bits for the same examples of {task.shard}: {_name_some(task.keys)}; "
                     f"look at the network's layers and at the machines ({'; '.join(sorted(self.machines))})"
                 )
@@ -324,7 +403,7 @@ class Fleet:
         )
         batch.losses[call.task] += 1
         if batch.losses[call.task] >= MAX_LOSSES_PER_TASK:
-            raise WorkerLostError(
+            batch.error = WorkerLostError(
                 f"{MAX_LOSSES_PER_TASK} workers were lost over the same examples of {task.shard}: "
                 f"{_name_some(task.keys)}; look at memory (--cache-gib, --block-size) and at these images"
             )
