@@ -32,6 +32,8 @@ import torch
 import tyro
 from torch import Tensor, nn
 
+from uap_dist.provenance import git_commit
+
 JOB = Path(__file__).parents[1] / "jobs/compute.py"
 FLAGS = "UAP_DIST_CHAOS_FLAGS"  # a folder; a file in it makes one worker do what its name says, once
 SECONDS_PER_BLOCK = 0.15
@@ -85,6 +87,7 @@ class Line:
     metrics_complete: bool
     seconds_lost: float
     date: str = field(default_factory=lambda: datetime.now(UTC).date().isoformat())
+    commit: str = field(default_factory=git_commit)
 
 
 class Trial:
