@@ -163,6 +163,8 @@ class Trial:
         assert self.process is not None
         _, self.errors = self.process.communicate(timeout=timeout)
         self.seconds = time.monotonic() - self.started
+        if not (self.folder / "checkpoints").exists():
+            raise RuntimeError(f"the job ended before its first commit: {self.errors}")
         self.endings.append(self.lab.client.get_run(self.run_id).info.status)
         return self.endings[-1]
 

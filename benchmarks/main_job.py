@@ -52,7 +52,7 @@ def _rows() -> dict[str, Row]:
     ):
         config = {"max_evaluations": budget, "augment": augment}
         rows[f"{network}-linf-{budget}"] = Row(network, config, seeds, goal)
-    config = {"norm": "l2", "max_evaluations": 3_000, "augment": "flip"}
+    config = {"norm": "l2", "max_evaluations": 3_000, "augment": "flip-shift"}
     rows["squeezenet-l2-3000"] = Row("squeezenet", config, four, 0.66)
     for network, budget, seeds in (("squeezenet", 3_000, (0, 1)), ("lite0", 4_000, (0, 1)), ("resnet20", 8_000, five)):
         rows[f"{network}-paper-{budget}"] = Row(network, {"rule": "paper", "max_evaluations": budget}, seeds)

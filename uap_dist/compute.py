@@ -50,7 +50,7 @@ class ComputeConfig:
     """Log-odds rule: how far beyond the boundary a step aims, in logits. Default 500."""
     step_size: float | None = None
     """Log-odds rule: size of the first step, in pixels (root mean square for l2). Default: 0.8 of the
-    radius for linf, 0.4 of what fills the ball for l2; beyond 125 rounds less, as 125/rounds."""
+    radius for linf, 1.2 of what fills the ball for l2; beyond 125 rounds less, as 125/rounds."""
     augment: Augmentation | None = None
     """Log-odds rule: random views of the training images, drawn per image. Default flip-shift."""
     round_size: int = 24

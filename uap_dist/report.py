@@ -23,6 +23,7 @@ from uap_dist.dataset import Dataset, Workers
 from uap_dist.errors import ConfigError
 from uap_dist.fooling import Rate
 from uap_dist.history import RoundRecord
+from uap_dist.label_graph import label_graph, save_label_graph
 from uap_dist.norms import measure
 from uap_dist.perturbations import PERTURBATION_FILE
 from uap_dist.shards import UNKNOWN_CLASS
@@ -167,6 +168,7 @@ def save_run(folder: Path, run: "FinishedRun", workers: Workers, class_names: Se
     save_pictures(folder, final.perturbation)
     save_curve(folder, run.history, run.random_rate)
     save_table(folder, val, perturbed, class_names)
+    save_label_graph(folder, label_graph(val.clean.labels, perturbed.labels, class_names))
     shown = np.unique(
         np.linspace(0, val.num_examples - 1, NUM_PICTURED).astype(int)
     )  # evenly spread: nobody chose them

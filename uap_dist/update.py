@@ -13,7 +13,7 @@ from uap_dist.norms import Norm, project, spread
 
 MARGIN = 500.0  # logits; so far beyond the boundary that no example is ever done and weights 1/(f + margin) stay even
 MOMENTUM = 0.9
-FIRST_STEP = {"linf": 0.8, "l2": 0.4}  # of the radius, as root mean square of a perturbation that fills the ball
+FIRST_STEP = {"linf": 0.8, "l2": 1.2}  # of the radius, as root mean square of a perturbation that fills the ball
 FULL_STEP_ROUNDS = 125  # beyond them the first step falls as 1/rounds: all steps together stay as long
 CORNER = 4.0  # P(4 v): a v in the corner of the ℓ∞ ball fools more
 

@@ -1,0 +1,99 @@
+"""Where labels go: for each clean label the label that most of its fooled images get (the paper's figure 7)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import networkx as nx
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+NUM_COMPONENTS_DRAWN = 3
+NUM_NAMED = 15
+
+
+def label_graph(clean: np.ndarray, perturbed: np.ndarray, class_names: Sequence[str] = ()) -> nx.DiGraph:
+    """A node for each label that occurs, an edge from each clean label of a fooled image.
+
+    Args:
+        clean: N labels before.
+        perturbed: N labels after.
+        class_names: names of the nodes; their indices where not known.
+
+    Returns:
+        Nodes (indices) with `name` and `num_images` (clean images that have the label); edges to the label that most of
+        the label's fooled images get (of equally many the smallest index), with `num_images` that take it and their `share` of all.
+
+    Source: Moosavi-Dezfooli et al., "Universal adversarial perturbations", CVPR 2017, section 3.1.
+    """
+    graph = nx.DiGraph()
+    for label in np.union1d(clean, perturbed).tolist():
+        name = class_names[label] if class_names else str(label)
+        graph.add_node(label, name=name, num_images=int((clean == label).sum()))
+    for label in np.unique(clean[clean != perturbed]).tolist():
+        targets, counts = np.unique(perturbed[(clean == label) & (perturbed != label)], return_counts=True)
+        count = int(counts.max())
+        share = count / graph.nodes[label]["num_images"]
+        graph.add_edge(label, int(targets[counts.argmax()]), num_images=count, share=share)
+    return graph
+
+
+def dominant_labels(perturbed: np.ndarray, clean: np.ndarray) -> list[tuple[int, int]]:
+    """Labels that fooled images get, and how many get each, the most frequent first."""
+    labels, counts = np.unique(perturbed[perturbed != clean], return_counts=True)
+    order = np.lexsort((labels, -counts))
+    return [(int(labels[i]), int(counts[i])) for i in order]
+
+
+def save_label_graph(folder: Path, graph: nx.DiGraph) -> None:
+    """Write label-graph.parquet (an edge a row), .graphml, and .png: the largest components."""
+    names, sizes = graph.nodes(data="name"), graph.nodes(data="num_images")
+    rows = [
+        {
+            "clean_label": source,
+            "clean_name": names[source],
+            "perturbed_label": target,
+            "perturbed_name": names[target],
+            "num_images": edge["num_images"],
+            "share": edge["share"],
+            "num_clean_images": sizes[source],
+        }
+        for source, target, edge in graph.edges(data=True)
+    ]
+    types = [("clean_label", pa.int64()), ("clean_name", pa.string()), ("perturbed_label", pa.int64())]
+    types += [("perturbed_name", pa.string()), ("num_images", pa.int64()), ("share", pa.float64())]
+    schema = pa.schema([*types, ("num_clean_images", pa.int64())])
+    pq.write_table(pa.Table.from_pylist(rows, schema), folder / "label-graph.parquet")
+    nx.write_graphml(graph, folder / "label-graph.graphml")
+    _draw(folder / "label-graph.png", graph)
+
+
+def _draw(path: Path, graph: nx.DiGraph) -> None:
+    """Every node of the largest components as a dot; those that most edges lead to by name."""
+    components = sorted(nx.weakly_connected_components(graph), key=len, reverse=True)
+    shown = graph.subgraph(set().union(*components[:NUM_COMPONENTS_DRAWN]))
+    shown = shown.subgraph([node for node in shown if shown.degree(node)])
+    figure, axes = plt.subplots(figsize=(9, 7), layout="constrained")
+    if len(shown):
+        places = nx.kamada_kawai_layout(shown.to_undirected())
+        incoming = dict(shown.in_degree())
+        hubs = sorted((n for n in shown if incoming[n]), key=lambda n: -incoming[n])[:NUM_NAMED]
+        sizes = [12 + 14 * incoming[node] for node in shown]
+        colours = ["tab:red" if node in hubs else "0.6" for node in shown]
+        nx.draw_networkx_edges(shown, places, ax=axes, edge_color="0.8", arrowsize=6, node_size=sizes, width=0.6)
+        nx.draw_networkx_nodes(shown, places, ax=axes, node_size=sizes, node_color=colours, linewidths=0)
+        labels = {node: f"{shown.nodes[node]['name']} ({incoming[node]})" for node in hubs}
+        nx.draw_networkx_labels(shown, places, labels, ax=axes, font_size=8, verticalalignment="bottom")
+    images = [count for _, count in graph.nodes(data="num_images") if count]
+    axes.set_title(
+        f"where labels go: {shown.number_of_nodes()} of {graph.number_of_nodes()} labels, the {min(len(components), NUM_COMPONENTS_DRAWN)} "
+        f"largest components;\nin brackets, labels sent there; {np.mean(images):.1f} images a label (median {np.median(images):.0f})",
+        fontsize=10,
+    )
+    axes.set_axis_off()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
