@@ -1,4 +1,4 @@
-"""Compute one universal adversarial perturbation for a classifier from WebDataset shards, on Ray, logged to MLflow.
+"""Compute universal adversarial perturbations of a classifier from WebDataset shards, on Ray, logged to MLflow: one, or a pool.
 
 Without arguments: EfficientNet-Lite0 on the photographs that packages of the `demo` extra carry.
 """
@@ -7,8 +7,10 @@ import json
 import re
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +20,26 @@ from rich.console import Console
 from uap_dist.checkpoint import Checkpoint, CheckpointStore, JobRecord, check_identity
 from uap_dist.classifiers import Classifier, load_classifier
 from uap_dist.compute import ComputeConfig, State, compute
-from uap_dist.dataset import Dataset, Workers, check_disjoint, classify, fooling_rate, load_dataset
+from uap_dist.dataset import Dataset, check_disjoint, load_dataset
 from uap_dist.demo import write_demo_shards
-from uap_dist.errors import ConfigError
+from uap_dist.errors import ConfigError, TrackingError
 from uap_dist.fleet import Fleet, FleetConfig, connect
-from uap_dist.fooling import Rate
-from uap_dist.history import RoundRecord
 from uap_dist.locations import join
-from uap_dist.norms import random_perturbation
+from uap_dist.member import Member
+from uap_dist.pool_report import MEMBERS_FOLDER, POOL_FOLDER, FinishedPool, save_pool
 from uap_dist.provenance import git_commit, versions
-from uap_dist.report import FinishedRun, output_folder, save_run
+from uap_dist.report import RESULT_FILE, FinishedRun, output_folder
 from uap_dist.shards import expand_patterns
 from uap_dist.terminal import RoundProgress, one_line_errors, raise_on_sigterm, set_up_logging
-from uap_dist.tracking import CHECKPOINTS_TAG, Tracker, checkpoints_of
+from uap_dist.together import compute_together
+from uap_dist.tracking import CHECKPOINTS_TAG, DELIVERY_TIMEOUT_S, Tracker, checkpoints_of, is_finished
 
 console = Console(soft_wrap=True, highlight=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Compute one universal adversarial perturbation.
+    """Compute a universal adversarial perturbation, or a pool of them.
 
     Pixels are RGB values 0..255 at the classifier's input size; every norm, radius and step is in these units.
     """
@@ -55,6 +57,8 @@ class Options:
     """Images to compute from, the first of the shards. Default: all."""
     num_val_images: int | None = None
     """Held-out images, the first of the shards. Default: all."""
+    num_perturbations: int = 1
+    """Perturbations to compute, with seeds from --seed on; several make a pool, and share the workers and what they decoded."""
     max_bad_fraction: float = 0.01
     """Share of images (0..1) that may fail to decode before the job fails."""
     output: Path | None = None
@@ -65,6 +69,8 @@ class Options:
     resume: str | None = None
     """MLflow run, or its folder of checkpoints, to go on with after its last committed round. All other options are
     then those of that run; of those given anew, only such that do not change the result are accepted."""
+    register_as: str | None = None
+    """Model in MLflow's registry that the finished pool becomes a version of. Default: it is not registered."""
     experiment: str = "uap_dist"
     """MLflow experiment; the server is taken from MLFLOW_TRACKING_URI, else mlflow.db in the working directory."""
     debug: bool = False
@@ -72,11 +78,30 @@ class Options:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     fleet: FleetConfig = field(default_factory=FleetConfig)
 
+    def __post_init__(self) -> None:
+        """Refuse what cannot be."""
+        if self.num_perturbations < 1:
+            raise ConfigError(f"num perturbations is {self.num_perturbations}; it must be positive")
+        if self.register_as is not None and self.num_perturbations == 1:
+            raise ConfigError("only a pool is registered (--register-as); give --num-perturbations 2 or more")
+
     @property
     def name(self) -> str:
         """Of the MLflow run and, with the time, of the output folder."""
         model = "-".join(Path(self.model).parts[-2:]) if ".py:" not in self.model else Path(self.model).name
-        return f"{model.replace(':', '-')}-{self.compute.norm}-seed{self.compute.seed}"
+        seed = self.compute.seed
+        which = (
+            f"seed{seed}" if self.num_perturbations == 1 else f"pool-seeds{seed}-{seed + self.num_perturbations - 1}"
+        )
+        return f"{model.replace(':', '-')}-{self.compute.norm}-{which}"
+
+    def of_members(self, output: Path) -> dict[str, "Options"]:
+        """Those with which each member of the pool could be computed alone, by its name."""
+        members = {}
+        for seed in range(self.compute.seed, self.compute.seed + self.num_perturbations):
+            config, folder = replace(self.compute, seed=seed), output / MEMBERS_FOLDER / f"seed-{seed}"
+            members[folder.name] = replace(self, num_perturbations=1, register_as=None, compute=config, output=folder)
+        return members
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for the checkpoint."""
@@ -97,28 +122,68 @@ class Options:
         )
 
 
+@dataclass(frozen=True)
+class Resumed:
+    """What --resume has found: the newest checkpoint, and where it lies."""
+
+    checkpoint: Checkpoint
+    storage: str
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all perturbations of a job share."""
+
+    options: Options
+    output: Path
+    classifier: Classifier
+    fleet: Fleet
+    train: Dataset
+    val: Dataset
+    provenance: Mapping[str, Any]
+
+
 def main() -> None:
     """Parse, then run inside an MLflow run that ends as the job does."""
     with one_line_errors(debug="--debug" in sys.argv):
         raise_on_sigterm()
         set_up_logging(console, debug="--debug" in sys.argv)
-        checkpoint = _checkpoint_to_resume()
-        options, refusal = _parse(checkpoint)
-        run_id = checkpoint.job.run_id if checkpoint else None
+        resumed = _checkpoint_to_resume()
+        options, refusal = _parse(resumed)
+        run_id = resumed.checkpoint.job.run_id if resumed else None
         name = "refused" if refusal else options.name
         with Tracker(experiment=options.experiment, run_name=name, run_id=run_id) as tracker:
             if refusal is not None:
                 raise refusal
-            run(options, tracker, checkpoint)
+            run(options, tracker, resumed)
 
 
-def run(options: Options, tracker: Tracker, checkpoint: Checkpoint | None) -> None:
+def run(options: Options, tracker: Tracker, resumed: Resumed | None) -> None:
     """The whole job: connect, load, compute, save, say so. Its workers end with its process."""
-    config = options.compute
-    output = output_folder(options.output, options.name, may_hold_files=options.resume is not None)
+    setting = _set_up(options, tracker, resumed)
+    storage, checkpoint = _start(setting, tracker, resumed)
+    finished: FinishedRun | FinishedPool | None
+    with ExitStack() as stack:
+        store = stack.enter_context(CheckpointStore(storage))
+        if options.num_perturbations == 1:
+            alone = Member(options.compute, checkpoint, store=store, folder=setting.output, tracker=tracker)
+            _compute(setting, {"": alone}, storage)
+            finished = alone.finished
+        else:
+            store.start(checkpoint)  # says what the pool is; the members' own say how far they are
+            tracker.set_tag(CHECKPOINTS_TAG, storage)
+            _compute(setting, _start_members(setting, storage, checkpoint.job, tracker, stack), storage)
+            finished = _finish_pool(setting, tracker)
+    assert finished is not None
+    console.print(f"\n{finished.summary()}\n\nFiles: {setting.output}\nMLflow: {tracker.how_to_open()}", markup=False)
+
+
+def _set_up(options: Options, tracker: Tracker, resumed: Resumed | None) -> Setting:
+    """Folder, network, fleet and data; the run says what they are."""
+    output = output_folder(options.output, options.name, may_hold_files=resumed is not None)
     classifier = load_classifier(options.model, options.weights)
     settings = _describe_settings(options, classifier)
-    if checkpoint is None:
+    if resumed is None:
         tracker.log_params(settings)
     train_urls, val_urls = _shards(options, output)
     connect()
@@ -131,59 +196,108 @@ def run(options: Options, tracker: Tracker, checkpoint: Checkpoint | None) -> No
     train = load_dataset(fleet, train_urls, num_images=options.num_train_images, **load)
     val = load_dataset(fleet, val_urls, num_images=options.num_val_images, **load)
     check_disjoint(train, val)
-    provenance = settings | _describe_data(train, val)
-    storage = join(options.storage or str(output.parent / "checkpoints"), tracker.run_id)
-    job = _describe_job(replace(options, output=output), tracker.run_id, provenance, train, fleet)
-    if checkpoint is None:
-        tracker.log_params(_describe_data(train, val))
-        tracker.log_dataset(train, "training")
-        tracker.log_dataset(val, "held-out")
-        checkpoint = Checkpoint(job, State.start(train), ())
-    else:
-        check_identity(checkpoint.job, job)
-        console.print(f"resuming after round {checkpoint.state.num_rounds}")
-    history = list(checkpoint.history)
-    for record in history:  # what the run has already is not sent again
-        tracker.log_round(record)
-    console.print(
-        f"{options.model}, {config.norm} {config.ball_radius:g}, {train.num_examples} training and {val.num_examples} held-out images"
-    )
-    with CheckpointStore(storage) as store, RoundProgress(console, config.max_evaluations) as progress:
-        store.start(Checkpoint(job, checkpoint.state, history))
-        tracker.set_tag(CHECKPOINTS_TAG, storage)
-        for report in compute(fleet, train, val, config, checkpoint.state):
-            history.append(RoundRecord.of(report))
-            if not report.is_last:  # the last one is committed as the result
-                store.commit(Checkpoint(job, report.state, tuple(history)))
-            tracker.log_round(history[-1])
-            progress.show(report)
-    random_rate = _random_rate(fleet, val, config)
-    finished = FinishedRun(report, history, random_rate, val, provenance | _describe_fleet(fleet), tracker.run_id)
-    save_run(output, finished, fleet, classifier.class_names)
-    tracker.wait_for_delivery(
-        f"the perturbation is complete in {output}; when the server answers again: python jobs/compute.py --resume {storage}"
-    )
-    tracker.log_params(_describe_fleet(fleet))
-    tracker.log_rate("random", random_rate, step=report.state.num_rounds)
+    ball = f"{options.compute.norm} {options.compute.ball_radius:g}"
+    console.print(f"{options.model}, {ball}, {train.num_examples} training and {val.num_examples} held-out images")
+    return Setting(options, output, classifier, fleet, train, val, settings | _describe_data(train, val))
+
+
+def _start(setting: Setting, tracker: Tracker, resumed: Resumed | None) -> tuple[str, Checkpoint]:
+    """Where the run is committed, and what it goes on from."""
+    job = _describe_job(setting, tracker.run_id)
+    if resumed is not None:
+        check_identity(resumed.checkpoint.job, job)
+        return resumed.storage, resumed.checkpoint
+    tracker.log_params(_describe_data(setting.train, setting.val))
+    tracker.log_dataset(setting.train, "training")
+    tracker.log_dataset(setting.val, "held-out")
+    storage = join(setting.options.storage or str(setting.output.parent / "checkpoints"), tracker.run_id)
+    return storage, Checkpoint(job, State.start(setting.train), ())
+
+
+def _start_members(
+    setting: Setting, storage: str, job: JobRecord, tracker: Tracker, stack: ExitStack
+) -> dict[str, Member]:
+    """Those members of a pool that are not finished, each in an MLflow run below the pool's."""
+    members = {}
+    for name, options in setting.options.of_members(setting.output).items():
+        store, folder = (
+            stack.enter_context(CheckpointStore(join(storage, name))),
+            setting.output / MEMBERS_FOLDER / name,
+        )
+        found = None if store.is_empty() else store.newest()
+        if found is not None and (folder / RESULT_FILE).exists() and is_finished(found.job.run_id):
+            console.print(f"{name} is finished")
+            continue
+        run_id = found.job.run_id if found else None
+        own = Tracker(experiment=options.experiment, run_name=options.name, run_id=run_id, parent=tracker)
+        stack.enter_context(own)
+        if found is None:
+            differing = {"seed": options.compute.seed, "num_perturbations": 1}
+            own.log_params(dict(setting.provenance) | differing)
+            identity = dict(job.identity) | differing
+            own_job = replace(job, run_id=own.run_id, options=options.to_json(), identity=identity)
+            found = Checkpoint(own_job, State.start(setting.train), ())
+        members[name] = Member(options.compute, found, store=store, folder=folder, tracker=own)
+    return members
+
+
+def _compute(setting: Setting, members: Mapping[str, Member], storage: str) -> None:
+    """All rounds that are left; each perturbation is saved, and its run completed, as soon as it is done."""
+    config, fleet = setting.options.compute, setting.fleet
+    for name, member in members.items():
+        if member.state.num_rounds:
+            console.print(f"{name} resuming after round {member.state.num_rounds}".strip())
+    rounds = {name: compute(fleet, setting.train, setting.val, m.config, m.state) for name, m in members.items()}
+    at_once = 1 + ceil(fleet.num_workers * config.block_size / config.round_size)  # one more than keep all workers busy
+    with RoundProgress(console, config.max_evaluations, len(members)) as progress:
+        for name, report in compute_together(rounds, at_once=at_once):
+            members[name].take(report)
+            progress.show(report, name)
+            if report.is_last:
+                provenance = dict(setting.provenance) | fleet.describe()
+                members[name].finish(report, fleet, setting.val, provenance, setting.classifier.class_names)
+                with suppress(TrackingError):  # tried again when all is computed
+                    members[name].deliver(1.0, fleet.describe())
+    try:
+        for member in members.values():
+            if not member.is_delivered:
+                member.deliver(DELIVERY_TIMEOUT_S, fleet.describe())
+    except TrackingError as error:
+        raise TrackingError(
+            f"{error}; all is computed and lies in {setting.output}; when the server answers again: "
+            f"python jobs/compute.py --resume {storage}"
+        ) from error
+
+
+def _finish_pool(setting: Setting, tracker: Tracker) -> FinishedPool:
+    """The pool's own files, in its folder and its run; the members' are in theirs."""
+    names = setting.options.of_members(setting.output)
+    finished = FinishedPool.of({name: setting.output / MEMBERS_FOLDER / name for name in names}, tracker.run_id)
+    save_pool(setting.output, finished)
+    tracker.log_params(setting.fleet.describe())
+    tracker.log_metrics(finished.metrics(), step=0)
     tracker.describe(finished.summary())
-    tracker.log_folder(output)
-    console.print(f"\n{finished.summary()}\n\nFiles: {output}\nMLflow: {tracker.how_to_open()}", markup=False)
+    tracker.log_folder(setting.output, leave_out=(MEMBERS_FOLDER,))
+    if setting.options.register_as is not None:
+        console.print(f"registered as {tracker.register(POOL_FOLDER, setting.options.register_as)}")
+    return finished
 
 
-def _checkpoint_to_resume() -> Checkpoint | None:
+def _checkpoint_to_resume() -> Resumed | None:
     """The newest checkpoint of the run that --resume names; its options are needed before the others are parsed."""
     for number, word in enumerate(sys.argv[1:], start=1):
         option, _, value = word.partition("=")
         if option == "--resume":
             target = value or "".join(sys.argv[number + 1 : number + 2])
-            return CheckpointStore(checkpoints_of(target) if re.fullmatch("[0-9a-f]{32}", target) else target).newest()
+            storage = checkpoints_of(target) if re.fullmatch("[0-9a-f]{32}", target) else target
+            return Resumed(CheckpointStore(storage).newest(), storage)
     return None
 
 
-def _parse(checkpoint: Checkpoint | None) -> tuple[Options, ConfigError | None]:
+def _parse(resumed: Resumed | None) -> tuple[Options, ConfigError | None]:
     """Options; those that cannot be are reported inside an MLflow run, as whoever watches scheduled jobs expects."""
     try:
-        default = Options() if checkpoint is None else Options.from_json(checkpoint.job.options)
+        default = Options() if resumed is None else Options.from_json(resumed.checkpoint.job.options)
         return tyro.cli(Options, default=default, config=(tyro.conf.OmitArgPrefixes,)), None
     except ConfigError as error:
         words = sys.argv
@@ -207,17 +321,13 @@ def _shards(options: Options, output: Path) -> tuple[list[str], list[str]]:
     return train, val
 
 
-def _random_rate(workers: Workers, val: Dataset, config: ComputeConfig) -> Rate:
-    baseline = random_perturbation(val.shape, norm=config.norm, radius=config.ball_radius, seed=config.seed)
-    return fooling_rate(val, classify(workers, val, baseline.numpy()))
-
-
 def _describe_settings(options: Options, classifier: Classifier) -> dict[str, Any]:
     return {
         "model": options.model,
         "weights": options.weights or "published",
         "weights_digest": classifier.weights_digest,
         "demo": not options.train_shards,
+        "num_perturbations": options.num_perturbations,
         **asdict(options.compute),
         "radius": options.compute.ball_radius,
         **{f"solver.{key}": value for key, value in asdict(options.compute.solver).items()},
@@ -227,29 +337,20 @@ def _describe_settings(options: Options, classifier: Classifier) -> dict[str, An
     }
 
 
-def _describe_job(options: Options, run_id: str, provenance: dict[str, Any], train: Dataset, fleet: Fleet) -> JobRecord:
+def _describe_job(setting: Setting, run_id: str) -> JobRecord:
     """What a resumed run is held against. The clean labels stand for the network's code, which no digest of weights covers."""
-    decisive = ("weights_digest", "train_digest", "val_digest", "fleet.threads_per_worker")
+    options, provenance = setting.options, setting.provenance
+    decisive = ("weights_digest", "train_digest", "val_digest", "fleet.threads_per_worker", "num_perturbations")
     config = {key: provenance[key] for key in provenance if key in asdict(options.compute) or key.startswith("solver.")}
     environment = {key: provenance[f"version.{key}"] for key in ("torch", "torchvision", "uap_dist")}
     return JobRecord(
         run_id=run_id,
-        options=options.to_json(),
+        options=replace(options, output=setting.output).to_json(),
         identity={key: provenance[key] for key in decisive}
         | config
-        | {"clean labels": sha256(train.clean.labels.tobytes()).hexdigest()},
-        environment=environment | {"git_commit": provenance["git_commit"], "machines": sorted(fleet.machines)},
+        | {"clean labels": sha256(setting.train.clean.labels.tobytes()).hexdigest()},
+        environment=environment | {"git_commit": provenance["git_commit"], "machines": sorted(setting.fleet.machines)},
     )
-
-
-def _describe_fleet(fleet: Fleet) -> dict[str, Any]:
-    """After the run, which may have taken in new workers."""
-    return {
-        "machines": "; ".join(sorted(fleet.machines)),
-        "num_workers_at_end": fleet.num_workers,
-        "num_workers_lost": fleet.num_lost,
-        "num_stragglers": fleet.num_stragglers,
-    }
 
 
 def _describe_data(train: Dataset, val: Dataset) -> dict[str, Any]:

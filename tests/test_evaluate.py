@@ -80,18 +80,24 @@ def test_the_job_leaves_table_matrix_and_run(shards, tmp_path):
         timeout=200,
     )
     assert done.returncode == 0, done.stderr
-    table = pq.read_table(tmp_path / "out/evaluation.parquet").to_pylist()
+    table = pq.read_table(tmp_path / "out/tables/evaluation.parquet").to_pylist()
     assert len(table) == 2 * 5 * 2 and {row["classifier"] for row in table} == {"Tiny", "OwnPerProcess"}
     assert {row["fooling_rate_num_images"] for row in table} == {20}
     assert all(row["fooling_rate_low"] <= row["fooling_rate"] <= row["fooling_rate_high"] for row in table)
     assert {row["fooling_rate"] for row in table if row["perturbation"] == "zero"} == {0.0}
-    with (tmp_path / "out/evaluation.csv").open() as file:
+    with (tmp_path / "out/tables/evaluation.csv").open() as file:
         assert len(list(csv.reader(file))) == 21
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
-    names = {a.path for a in client.list_artifacts(run.info.run_id)}
-    assert run.info.status == "FINISHED" and names == {p.name for p in (tmp_path / "out").iterdir()}
-    assert {"transfer-val.png", "fooling-rate-by-norm-val.png"} < names
+    pictures = {a.path for a in client.list_artifacts(run.info.run_id, "pictures")}
+    assert run.info.status == "FINISHED"
+    assert pictures == {"pictures/1-transfer-val.png", "pictures/2-fooling-rate-by-norm-val.png"}
+    with (tmp_path / "out/tables/transfer-val.csv").open() as file:
+        transfer = {row["perturbation"]: float(row["Tiny"]) for row in csv.DictReader(file)}
+    full = {
+        row["perturbation"]: row["fooling_rate"] for row in table if row["classifier"] == "Tiny" and row["scale"] == 1
+    }
+    assert transfer == full
 
 
 def test_an_evaluation_of_nothing_is_one_line(tmp_path):

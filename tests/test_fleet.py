@@ -197,6 +197,16 @@ def test_results_come_in_the_order_of_the_tasks(cluster, shards):
     assert all(np.array_equal(a, b) for a, b in zip(pixels, again, strict=True))
 
 
+def test_a_single_worker_gets_its_next_task_at_once(cluster, shards):
+    fleet = make_fleet(1)
+    train, _ = load(fleet, shards)
+    started = time.monotonic()
+    fleet.map("pixels", [train.examples(0, [i]) for i in range(20)])
+    seconds = time.monotonic() - started
+    fleet.close()
+    assert seconds < 10  # a wait of one second between two tasks would be twice that
+
+
 def test_a_fleet_that_cannot_be_is_refused():
     with pytest.raises(ConfigError, match="num workers is 0; it must be positive"):
         FleetConfig(num_workers=0)

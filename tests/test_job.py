@@ -73,7 +73,7 @@ def test_the_result_is_what_the_file_holds(finished):
 
 def test_the_table_gives_the_fooling_rate(finished):
     folder, _ = finished
-    table = pq.read_table(folder / "out/held-out-examples.parquet").to_pydict()
+    table = pq.read_table(folder / "out/tables/held-out-examples.parquet").to_pydict()
     fooled = [a != b for a, b in zip(table["clean_label"], table["perturbed_label"], strict=True)]
     assert fooled == table["is_fooled"]
     assert sum(fooled) / 20 == json.loads((folder / "out/result.json").read_text())["val_fooling_rate"]

@@ -4,6 +4,7 @@ import pyarrow.parquet as pq
 from hypothesis import given
 from hypothesis import strategies as st
 
+from uap_dist import pictures
 from uap_dist.label_graph import dominant_labels, label_graph, save_label_graph
 
 LABELS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=60)
@@ -16,6 +17,7 @@ def test_an_example_by_hand(tmp_path):
     assert dict(graph.nodes(data="num_images")) == {0: 3, 1: 1, 2: 2, 3: 1, 4: 0, 5: 0}
     assert dominant_labels(perturbed, clean) == [(5, 3), (0, 1), (4, 1)]
     save_label_graph(tmp_path, graph)
+    pictures.save_label_graph(tmp_path / "graph.png", graph)
     rows = pq.read_table(tmp_path / "label-graph.parquet").to_pylist()
     assert [(r["clean_name"], r["perturbed_name"], r["num_images"], r["num_clean_images"]) for r in rows] == [
         ("a", "f", 2, 3),
@@ -23,7 +25,7 @@ def test_an_example_by_hand(tmp_path):
         ("c", "a", 1, 2),
     ]
     assert nx.read_graphml(tmp_path / "label-graph.graphml").number_of_edges() == 3
-    assert (tmp_path / "label-graph.png").stat().st_size > 1000
+    assert (tmp_path / "graph.png").stat().st_size > 1000
 
 
 @given(LABELS)
@@ -41,4 +43,5 @@ def test_every_fooled_label_has_one_edge_to_what_most_of_its_images_became(pairs
 def test_nobody_fooled(tmp_path):
     labels = np.array([1, 2, 3])
     save_label_graph(tmp_path, label_graph(labels, labels))
+    pictures.save_label_graph(tmp_path / "graph.png", label_graph(labels, labels))
     assert pq.read_table(tmp_path / "label-graph.parquet").num_rows == 0

@@ -9,8 +9,7 @@ from scipy.io import savemat
 
 from uap_dist.errors import PerturbationError
 from uap_dist.norms import measure
-from uap_dist.perturbations import Perturbation, load_perturbations
-from uap_dist.report import save_perturbation
+from uap_dist.perturbations import PERTURBATION_FILE, Perturbation, load_perturbations, save_perturbation
 
 V = 20 * torch.rand(3, 6, 5, generator=torch.Generator().manual_seed(0)) - 10
 
@@ -18,7 +17,7 @@ V = 20 * torch.rand(3, 6, 5, generator=torch.Generator().manual_seed(0)) - 10
 def save_own(folder, v=V, **changes):
     folder.mkdir(exist_ok=True)
     provenance = {"perturbation_sha256": sha256(v.numpy().tobytes()).hexdigest(), "norm": "linf", "radius": 10.0}
-    save_perturbation(folder, v, provenance | changes)
+    save_perturbation(folder / PERTURBATION_FILE, v, provenance | changes)
     return str(folder)
 
 

@@ -93,9 +93,10 @@ def test_inner_products_against_numpy_and_the_nearest_pair_by_name():
     flat = pool.perturbations.flatten(1).double().numpy()
     flat /= np.linalg.norm(flat, axis=1, keepdims=True)
     assert np.allclose(pool.inner_products(), flat @ flat.T)
-    largest, names = pool.largest_inner_product()
+    (largest, names), *others = pool.nearest_pairs()
+    assert len(others) == 5 and others == sorted(others, reverse=True)
     assert names == ("v", "near") and largest == pytest.approx(flat[1] @ flat[3]) and largest > 0.9
-    assert PerturbationPool.of([member(0)]).largest_inner_product()[0] == 0
+    assert PerturbationPool.of([member(0)]).nearest_pairs() == []
 
 
 def test_export_is_pixels(pool, tmp_path):

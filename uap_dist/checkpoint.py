@@ -102,6 +102,10 @@ class CheckpointStore:
     def __exit__(self, *error: object) -> None:
         self._thread.shutdown(wait=True)
 
+    def is_empty(self) -> bool:
+        """Whether nothing was ever committed here."""
+        return not self._paths()
+
     def start(self, checkpoint: Checkpoint) -> None:
         """Commit now, so that a storage that cannot be written to is known before hours of work.
 

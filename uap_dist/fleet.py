@@ -27,6 +27,7 @@ from uap_dist.worker import Examples, Worker, make_worker
 
 MAX_LOSSES_PER_TASK = 3
 SECONDS_BETWEEN_LOOKS = 5.0
+SECONDS_WITHOUT_WORKERS = 0.1
 STRAGGLER_FACTOR, STRAGGLER_MIN_S = 3.0, 2.0  # of the median task, and never before so many seconds
 
 logger = logging.getLogger(__name__)
@@ -206,6 +207,15 @@ class Fleet:
             raise batch.error
         return [batch.results[i] for i in range(len(tasks))]
 
+    def describe(self) -> dict[str, Any]:
+        """What it was made of, and what became of it so far."""
+        return {
+            "machines": "; ".join(sorted(self.machines)),
+            "num_workers_at_end": self.num_workers,
+            "num_workers_lost": self.num_lost,
+            "num_stragglers": self.num_stragglers,
+        }
+
     def close(self) -> None:
         """End all workers."""
         if not self._is_closed:
@@ -228,7 +238,7 @@ class Fleet:
         """What the thread does until the fleet is closed."""
         while not self._is_closed and ray.is_initialized():  # else its calls would start a Ray of their own
             with self._changed:
-                self._changed.wait_for(lambda: self._changes or self._running, timeout=1.0 if self._batches else None)
+                self._changed.wait_for(lambda: self._changes or self._running or self._batches)
                 while self._changes:
                     self._changes.popleft()()
             try:
@@ -341,6 +351,9 @@ class Fleet:
 
     def _collect(self) -> None:
         """Wait for the next answer; keep it if it is the first to its task, and have tasks of lost workers wait again."""
+        if not self._running:  # every worker is lost and none could be asked for
+            time.sleep(SECONDS_WITHOUT_WORKERS)
+            return
         # whoever idles may get a task at any time; where nobody does, only an answer matters
         done, _ = ray.wait(list(self._running), num_returns=1, timeout=0.02 if self._idle else 1.0)
         overdue = [ref for ref, call in self._running.items() if time.monotonic() > call.deadline]

@@ -3,17 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import networkx as nx
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-NUM_COMPONENTS_DRAWN = 3
-NUM_NAMED = 15
 
 
 def label_graph(clean: np.ndarray, perturbed: np.ndarray, class_names: Sequence[str] = ()) -> nx.DiGraph:
@@ -50,7 +43,7 @@ def dominant_labels(perturbed: np.ndarray, clean: np.ndarray) -> list[tuple[int,
 
 
 def save_label_graph(folder: Path, graph: nx.DiGraph) -> None:
-    """Write label-graph.parquet (an edge a row), .graphml, and .png: the largest components."""
+    """Write label-graph.parquet (an edge a row) and label-graph.graphml."""
     names, sizes = graph.nodes(data="name"), graph.nodes(data="num_images")
     rows = [
         {
@@ -69,31 +62,3 @@ def save_label_graph(folder: Path, graph: nx.DiGraph) -> None:
     schema = pa.schema([*types, ("num_clean_images", pa.int64())])
     pq.write_table(pa.Table.from_pylist(rows, schema), folder / "label-graph.parquet")
     nx.write_graphml(graph, folder / "label-graph.graphml")
-    _draw(folder / "label-graph.png", graph)
-
-
-def _draw(path: Path, graph: nx.DiGraph) -> None:
-    """Every node of the largest components as a dot; those that most edges lead to by name."""
-    components = sorted(nx.weakly_connected_components(graph), key=len, reverse=True)
-    shown = graph.subgraph(set().union(*components[:NUM_COMPONENTS_DRAWN]))
-    shown = shown.subgraph([node for node in shown if shown.degree(node)])
-    figure, axes = plt.subplots(figsize=(9, 7), layout="constrained")
-    if len(shown):
-        places = nx.kamada_kawai_layout(shown.to_undirected())
-        incoming = dict(shown.in_degree())
-        hubs = sorted((n for n in shown if incoming[n]), key=lambda n: -incoming[n])[:NUM_NAMED]
-        sizes = [12 + 14 * incoming[node] for node in shown]
-        colours = ["tab:red" if node in hubs else "0.6" for node in shown]
-        nx.draw_networkx_edges(shown, places, ax=axes, edge_color="0.8", arrowsize=6, node_size=sizes, width=0.6)
-        nx.draw_networkx_nodes(shown, places, ax=axes, node_size=sizes, node_color=colours, linewidths=0)
-        labels = {node: f"{shown.nodes[node]['name']} ({incoming[node]})" for node in hubs}
-        nx.draw_networkx_labels(shown, places, labels, ax=axes, font_size=8, verticalalignment="bottom")
-    images = [count for _, count in graph.nodes(data="num_images") if count]
-    axes.set_title(
-        f"where labels go: {shown.number_of_nodes()} of {graph.number_of_nodes()} labels, the {min(len(components), NUM_COMPONENTS_DRAWN)} "
-        f"largest components;\nin brackets, labels sent there; {np.mean(images):.1f} images a label (median {np.median(images):.0f})",
-        fontsize=10,
-    )
-    axes.set_axis_off()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)

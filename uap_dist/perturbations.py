@@ -5,12 +5,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load
+from safetensors.torch import load, save_file
 from scipy.io import loadmat
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -21,6 +21,7 @@ from uap_dist.norms import Norm, measure
 
 PERTURBATION_FILE = "perturbation.safetensors"
 UNITS = {"1": 255.0, "255": 1.0}  # what a value of that scale is in pixels
+MLFLOW_SCHEMES = ("runs:/", "models:/")
 SMALLEST = 0.1  # pixels; what is smaller comes of a wrong unit
 ROUNDING = 1e-5  # of a norm, relative: v is kept in float32
 
@@ -50,7 +51,8 @@ def load_perturbations(specifications: Sequence[str]) -> list[Perturbation]:
     """The perturbations of files: `[NAME=]LOCATION`, for .npy and .mat `[NAME=]LOCATION:UNIT`.
 
     Args:
-        specifications: LOCATION is a perturbation.safetensors or its folder, an .npy, or a .mat with one array (local, s3://, gs://).
+        specifications: LOCATION is a perturbation.safetensors or its folder, an .npy, or a .mat with one array (local, s3://, gs://,
+            runs:/RUN/PATH of MLflow).
             The arrays of the last two are 3×H×W or H×W×3, RGB, and UNIT says what they are in: 255 for pixels 0..255, 1 for
             the scale 0..1. NAME is the folder's or file's by default.
 
@@ -63,6 +65,18 @@ def load_perturbations(specifications: Sequence[str]) -> list[Perturbation]:
     if twice:
         raise PerturbationError(f"two perturbations are named {twice[0]}; name them, as NAME=PATH")
     return found
+
+
+def save_perturbation(path: Path, v: Tensor, provenance: Mapping[str, Any]) -> None:
+    """Write v (C×H×W float32, pixels) as the tensor "perturbation", its provenance as JSON in the file's metadata.
+
+    Args:
+        path: of the .safetensors file.
+        v: the perturbation.
+        provenance: where it comes from; what is read back wants its perturbation_sha256, norm and radius.
+    """
+    metadata = {"provenance": json.dumps(provenance, sort_keys=True), "unit": "pixels 0..255, RGB, C×H×W"}
+    save_file({"perturbation": v.contiguous()}, path, metadata=metadata)
 
 
 def split_name(text: str) -> tuple[str, str]:
@@ -140,7 +154,11 @@ def _published(location: str, extension: str, unit: float) -> Tensor:
 
 
 def read(location: str) -> bytes:
-    """A whole file, local, s3:// or gs://; PerturbationError where that fails."""
+    """A whole file, local, s3://, gs:// or in MLflow (runs:/, models:/); PerturbationError or TrackingError where that fails."""
+    if location.startswith(MLFLOW_SCHEMES):
+        from uap_dist.tracking import fetch  # here, because MLflow is needed for these only
+
+        location = fetch(location)
     filesystem, path = locate(location)
     try:
         with filesystem.open_input_stream(path, compression=None) as stream:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ class PerturbationPool:
 
     @classmethod
     def load(cls, location: str | Path) -> "PerturbationPool":
-        """A pool from its folder or file, local, s3:// or gs://; checked against its manifest.
+        """A pool from its folder or file, local, s3://, gs:// or in MLflow (runs:/RUN/pool); checked against its manifest.
 
         Raises:
             PerturbationError: no pool, a damaged one, values that are not finite or leave the ball.
@@ -98,7 +99,7 @@ class PerturbationPool:
             "unit": "pixels 0..255, RGB, M×C×H×W float32",
             "shape": list(self.perturbations.shape),
             "sha256": _digest(self.perturbations),
-            "largest_inner_product": self.largest_inner_product()[0],
+            "largest_inner_product": max((product for product, _ in self.nearest_pairs()), default=0.0),
         }
         metadata = {"manifest": json.dumps(manifest, sort_keys=True)}
         save_file({"perturbations": self.perturbations.contiguous()}, folder / POOL_FILE, metadata=metadata)
@@ -133,11 +134,12 @@ class PerturbationPool:
         directions = flat / flat.norm(dim=1, keepdim=True)
         return directions @ directions.T
 
-    def largest_inner_product(self) -> tuple[float, tuple[str, str]]:
-        """Off the diagonal, and the two members; 0 for a pool of one. Above DIVERSE the pool is not diverse."""
-        products = self.inner_products().triu(1)
-        place = divmod(int(products.argmax()), len(products))
-        return float(products[place]), (self.members[place[0]]["name"], self.members[place[1]]["name"])
+    def nearest_pairs(self) -> list[tuple[float, tuple[str, str]]]:
+        """Inner products off the diagonal with the names of the two members, the largest first; above DIVERSE the pool is not diverse."""
+        products = self.inner_products()
+        names = [member["name"] for member in self.members]
+        pairs = [(float(products[i, j]), (names[i], names[j])) for i, j in combinations(range(len(names)), 2)]
+        return sorted(pairs, reverse=True)
 
 
 class AddUniversalPerturbation(v2.Transform):

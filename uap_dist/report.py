@@ -1,4 +1,4 @@
-"""What a run leaves as files: the perturbation, pictures, the curve, the table of held-out examples."""
+"""What a computation leaves as files: the perturbation, its numbers, pictures/ and tables/."""
 
 import json
 import re
@@ -9,32 +9,28 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
-from PIL import Image
-from safetensors.torch import save_file
-from torch import Tensor
 
+from uap_dist import pictures
 from uap_dist.compute import RoundReport
 from uap_dist.dataset import Dataset, Workers
 from uap_dist.errors import ConfigError
 from uap_dist.fooling import Rate
 from uap_dist.history import RoundRecord
-from uap_dist.label_graph import label_graph, save_label_graph
+from uap_dist.label_graph import dominant_labels, label_graph, save_label_graph
 from uap_dist.norms import measure
-from uap_dist.perturbations import PERTURBATION_FILE
+from uap_dist.perturbations import PERTURBATION_FILE, save_perturbation
 from uap_dist.shards import UNKNOWN_CLASS
 from uap_dist.worker import Predictions
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
+RESULT_FILE = "result.json"
+ROUNDS_FILE = "rounds.parquet"
 NUM_PICTURED = 8
 NUM_CSV_ROWS = 100
-PICTURE_SIDE = 224
+NUM_DOMINANT_LABELS = 5
 
 
 def output_folder(output: Path | None, name: str, *, may_hold_files: bool = False) -> Path:
@@ -57,131 +53,9 @@ def output_folder(output: Path | None, name: str, *, may_hold_files: bool = Fals
     return folder.resolve()
 
 
-def save_perturbation(folder: Path, perturbation: Tensor, provenance: Mapping[str, Any]) -> None:
-    """Write v (C×H×W float32, pixels) under the name "perturbation", its provenance as JSON in the file's metadata."""
-    metadata = {"provenance": json.dumps(provenance, sort_keys=True), "unit": "pixels 0..255, RGB, C×H×W"}
-    save_file({"perturbation": perturbation.contiguous()}, folder / PERTURBATION_FILE, metadata=metadata)
-
-
-def save_pictures(folder: Path, perturbation: Tensor) -> None:
-    """V as pictures: stretched to the full range, and at true scale on grey."""
-    v = perturbation.numpy().transpose(1, 2, 0)
-    largest = max(float(np.abs(v).max()), 1e-12)
-    zoom = -(-PICTURE_SIDE // v.shape[0])  # whole pixels, so that a small perturbation stays crisp
-    for name, scale in (("perturbation-stretched.png", 127 / largest), ("perturbation-true-scale.png", 1.0)):
-        picture = np.clip(np.rint(128 + scale * v), 0, 255).astype(np.uint8)
-        Image.fromarray(picture.repeat(zoom, axis=0).repeat(zoom, axis=1)).save(folder / name)
-
-
-def save_curve(folder: Path, history: Sequence[RoundRecord], random_rate: Rate) -> None:
-    """Fooling rate against network evaluations: training and held-out with 95 % intervals, each round's, and the baseline."""
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    rounds = [record.metrics for record in history]
-    measured = [metrics for metrics in rounds if "fooling_rate/val" in metrics]
-
-    def column(metrics: Sequence[Mapping[str, float]], name: str) -> list[float]:
-        return [one[name] for one in metrics]
-
-    axes.plot(
-        column(rounds, "total/evaluations"),
-        column(rounds, "fooling_rate/round"),
-        ".",
-        ms=4,
-        color="0.75",
-        label="images of each round, before it",
-    )
-    evaluations = column(measured, "total/evaluations")
-    for name, label, colour in (("train", "training", "tab:gray"), ("val", "held-out", "tab:blue")):
-        rate = f"fooling_rate/{name}"
-        count = measured[-1][f"num_images/{name}"]
-        axes.plot(evaluations, column(measured, rate), marker="o", color=colour, label=f"{label} ({count:.0f} images)")
-        low, high = column(measured, f"{rate}_low"), column(measured, f"{rate}_high")
-        axes.fill_between(evaluations, low, high, color=colour, alpha=0.2, lw=0)
-    axes.axhline(
-        random_rate.rate,
-        color="tab:red",
-        ls="--",
-        label=f"random, same norm ({random_rate.num_examples} held-out images)",
-    )
-    axes.set(
-        xlabel="network evaluations", ylabel="fooling rate", ylim=(0, 1), title="Fooling rate, 95 % Wilson intervals"
-    )
-    axes.set_xlim(left=0)
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
-    figure.savefig(folder / "fooling-rate.png", dpi=130)
-    plt.close(figure)
-
-
-def save_table(folder: Path, dataset: Dataset, perturbed: Predictions, class_names: Sequence[str]) -> None:
-    """One row for each held-out example as Parquet (and the first as CSV): key, truth, labels and confidences before and after."""
-    truths = [None if truth == UNKNOWN_CLASS else int(truth) for truth in dataset.truths]
-    columns = {
-        "key": dataset.keys,
-        "truth": pa.array(truths, pa.int64()),
-        "clean_label": dataset.clean.labels,
-        "perturbed_label": perturbed.labels,
-        "clean_confidence": dataset.clean.confidences,
-        "perturbed_confidence": perturbed.confidences,
-        "is_fooled": dataset.clean.labels != perturbed.labels,
-        "clean_name": [label_name(label, class_names) for label in dataset.clean.labels],
-        "perturbed_name": [label_name(label, class_names) for label in perturbed.labels],
-    }
-    table = pa.table(columns)
-    pq.write_table(table, folder / "held-out-examples.parquet")
-    # MLflow's page shows CSV but not Parquet
-    pyarrow.csv.write_csv(table.slice(0, NUM_CSV_ROWS), folder / "held-out-examples-first-rows.csv")
-
-
-def save_grid(
-    folder: Path, pixels: np.ndarray, perturbation: Tensor, clean: Sequence[str], perturbed: Sequence[str]
-) -> None:
-    """Images (N×C×H×W uint8) above themselves perturbed, with the labels before and after."""
-    shown = np.clip(np.rint(pixels + perturbation.numpy()), 0, 255).astype(np.uint8)
-    figure, axes = plt.subplots(2, len(pixels), figsize=(1.9 * len(pixels), 4.6), layout="constrained", squeeze=False)
-    for row, (images, names) in enumerate(((pixels, clean), (shown, perturbed))):
-        for axis, image, name, before in zip(axes[row], images, names, clean, strict=True):
-            axis.imshow(image.transpose(1, 2, 0))
-            axis.set_title(_shorten(name), fontsize=9, color="black" if name == before else "tab:red")
-            axis.set_axis_off()
-    figure.suptitle("held-out images: clean above, perturbed below (red: label changed)", fontsize=10)
-    figure.savefig(folder / "examples.png", dpi=130)
-    plt.close(figure)
-
-
-def label_name(label: int, class_names: Sequence[str]) -> str:
-    """The class's name, or its index where names are not known."""
-    return class_names[label] if class_names else str(label)
-
-
-def _shorten(name: str) -> str:
-    return name if len(name) <= 22 else name[:21] + "…"
-
-
-def save_run(folder: Path, run: "FinishedRun", workers: Workers, class_names: Sequence[str]) -> None:
-    """Every file of a finished run, result.json last."""
-    final, val = run.final, run.val
-    assert final.evaluation is not None
-    perturbed = final.evaluation.val_predictions
-    result = run.result()
-    save_perturbation(folder, final.perturbation, dict(run.provenance) | result)
-    save_pictures(folder, final.perturbation)
-    save_curve(folder, run.history, run.random_rate)
-    save_table(folder, val, perturbed, class_names)
-    save_label_graph(folder, label_graph(val.clean.labels, perturbed.labels, class_names))
-    shown = np.unique(
-        np.linspace(0, val.num_examples - 1, NUM_PICTURED).astype(int)
-    )  # evenly spread: nobody chose them
-    places = [(shard, i) for shard, size in enumerate(val.sizes) for i in range(size)]
-    pixels = np.concatenate(workers.map("pixels", [val.examples(places[n][0], [places[n][1]]) for n in shown]))
-    before, after = ([label_name(p.labels[i], class_names) for i in shown] for p in (val.clean, perturbed))
-    save_grid(folder, pixels, final.perturbation, before, after)
-    (folder / "result.json").write_text(json.dumps(result | {"provenance": run.provenance}, indent=2) + "\n")
-
-
 @dataclass(frozen=True)
 class FinishedRun:
-    """What a run has measured.
+    """What the computation of one perturbation has measured.
 
     Attributes:
         final: report of the last round, with its evaluation.
@@ -189,6 +63,7 @@ class FinishedRun:
         random_rate: held-out fooling rate of a random perturbation of the same norm.
         val: the held-out examples.
         provenance: network, data, config, seed, versions.
+        class_names: of the network's labels; empty where not known.
         mlflow_run_id: where it is logged.
     """
 
@@ -197,31 +72,55 @@ class FinishedRun:
     random_rate: Rate
     val: Dataset
     provenance: Mapping[str, Any]
+    class_names: Sequence[str]
     mlflow_run_id: str
+
+    @property
+    def train_rate(self) -> Rate:
+        """Training images fooled by what is delivered."""
+        assert self.final.evaluation is not None
+        return self.final.evaluation.train
+
+    @property
+    def val_rate(self) -> Rate:
+        """Held-out images fooled by what is delivered."""
+        assert self.final.evaluation is not None
+        return self.final.evaluation.val
+
+    @property
+    def perturbed(self) -> Predictions:
+        """What the network says of the held-out images under it."""
+        assert self.final.evaluation is not None
+        return self.final.evaluation.val_predictions
 
     @property
     def seconds(self) -> float:
         """Spent in rounds, measurements for the report not counted."""
         return sum(record.metrics["round/seconds"] for record in self.history)
 
+    @property
+    def dominant_labels(self) -> list[tuple[str, int]]:
+        """Labels that most fooled held-out images get, by name, and how many get each."""
+        found = dominant_labels(self.perturbed.labels, self.val.clean.labels)[:NUM_DOMINANT_LABELS]
+        return [(label_name(label, self.class_names), count) for label, count in found]
+
     def result(self) -> dict[str, Any]:
         """The numbers that scripts read."""
         final = self.final
-        assert final.evaluation is not None
-        train, val = final.evaluation.train, final.evaluation.val
         return {
-            "val_fooling_rate": val.rate,
-            "val_fooling_rate_interval": val.interval,
-            "num_val_images": val.num_examples,
+            "val_fooling_rate": self.val_rate.rate,
+            "val_fooling_rate_interval": self.val_rate.interval,
+            "num_val_images": self.val_rate.num_examples,
             "val_fooling_rate_random": self.random_rate.rate,
-            "train_fooling_rate": train.rate,
-            "train_fooling_rate_interval": train.interval,
-            "num_train_images": train.num_examples,
+            "train_fooling_rate": self.train_rate.rate,
+            "train_fooling_rate_interval": self.train_rate.interval,
+            "num_train_images": self.train_rate.num_examples,
             "num_solves": final.num_solves,
             "num_evaluations": final.num_evaluations,
             "num_rounds": final.round_number + 1,
             "norm_linf": measure(final.perturbation, "linf"),
             "norm_l2": measure(final.perturbation, "l2"),
+            "dominant_labels": self.dominant_labels,
             "perturbation": PERTURBATION_FILE,
             "perturbation_sha256": sha256(final.perturbation.numpy().tobytes()).hexdigest(),
             "seconds": round(self.seconds, 1),
@@ -231,17 +130,82 @@ class FinishedRun:
     def summary(self) -> str:
         """A few lines of Markdown: what was computed, how well it fools, against what."""
         p, final = self.provenance, self.final
-        assert final.evaluation is not None
         demo = (
             "\n\nThe images are crops of a few photographs from Python packages: a demonstration, not a measurement."
             if p["demo"]
             else ""
         )
+        taken = ", ".join(f"{name} ({count})" for name, count in self.dominant_labels)
         return (
             f"Universal perturbation of **{p['model']}**, {p['norm']} ≤ {p['radius']:g} pixels, rule {p['rule']}, seed {p['seed']}.\n\n"
-            f"Fooling rate on held-out images: **{final.evaluation.val}** (95 % interval); "
-            f"a random perturbation of the same norm: {self.random_rate}; on training images: {final.evaluation.train}.\n\n"
+            f"Fooling rate on held-out images: **{self.val_rate}** (95 % interval); "
+            f"a random perturbation of the same norm: {self.random_rate}; on training images: {self.train_rate}.\n\n"
+            f"Most of the {self.val_rate.num_hits} fooled held-out images are called: {taken or 'nothing'}.\n\n"
             f"{final.num_evaluations} network evaluations in {final.round_number + 1} rounds of {self.seconds:.0f} s together.{demo}\n\n"
-            "Look at `fooling-rate.png` (curve), `examples.png` (some held-out images), `perturbation-stretched.png`, "
-            "`held-out-examples.parquet` (one row an image; the first rows as .csv)."
+            "Look at the pictures in the order of their names (curve, held-out images clean and perturbed, the perturbation stretched "
+            "and at true scale, where labels go) and at `tables/held-out-examples.parquet` (one row an image; the first rows as .csv)."
         )
+
+
+def save_run(folder: Path, run: FinishedRun, workers: Workers) -> None:
+    """Every file of a finished run, result.json last."""
+    for name in ("pictures", "tables"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    result = run.result()
+    save_perturbation(folder / PERTURBATION_FILE, run.final.perturbation, dict(run.provenance) | result)
+    graph = label_graph(run.val.clean.labels, run.perturbed.labels, run.class_names)
+    _save_tables(folder / "tables", run)
+    save_label_graph(folder / "tables", graph)
+    _save_pictures(folder / "pictures", run, workers)
+    pictures.save_label_graph(folder / "pictures/5-label-graph.png", graph)
+    (folder / RESULT_FILE).write_text(json.dumps(result | {"provenance": run.provenance}, indent=2) + "\n")
+
+
+def label_name(label: int, class_names: Sequence[str]) -> str:
+    """The class's name, or its index where names are not known."""
+    return class_names[label] if class_names else str(label)
+
+
+def _save_pictures(folder: Path, run: FinishedRun, workers: Workers) -> None:
+    """Their names sort in the order in which one looks at them."""
+    val, v = run.val, run.final.perturbation
+    pictures.save_curve(folder / "1-fooling-rate.png", run.history, run.random_rate)
+    chosen = np.unique(
+        np.linspace(0, val.num_examples - 1, NUM_PICTURED).astype(int)
+    )  # evenly spread: nobody chose them
+    places = [(shard, i) for shard, size in enumerate(val.sizes) for i in range(size)]
+    pixels = np.concatenate(workers.map("pixels", [val.examples(places[n][0], [places[n][1]]) for n in chosen]))
+    names = [[label_name(p.labels[i], run.class_names) for i in chosen] for p in (val.clean, run.perturbed)]
+    pictures.save_grid(folder / "2-examples.png", pixels, v, *names)
+    pictures.save_perturbation(folder / "3-perturbation-stretched.png", v, stretch=True)
+    pictures.save_perturbation(folder / "4-perturbation-true-scale.png", v, stretch=False)
+
+
+def _save_tables(folder: Path, run: FinishedRun) -> None:
+    """A row for each held-out example, and one for each round."""
+    examples = _table_of_examples(run)
+    pq.write_table(examples, folder / "held-out-examples.parquet")
+    # MLflow's page shows CSV but not Parquet
+    pyarrow.csv.write_csv(examples.slice(0, NUM_CSV_ROWS), folder / "held-out-examples-first-rows.csv")
+    names = list(dict.fromkeys(name for record in run.history for name in record.metrics))
+    rounds = [{"round": record.step} | {name: record.metrics.get(name) for name in names} for record in run.history]
+    pq.write_table(pa.Table.from_pylist(rounds), folder / ROUNDS_FILE)
+
+
+def _table_of_examples(run: FinishedRun) -> pa.Table:
+    """Of each held-out example key, truth, labels and confidences before and after."""
+    clean, perturbed = run.val.clean, run.perturbed
+    truths = [None if truth == UNKNOWN_CLASS else int(truth) for truth in run.val.truths]
+    return pa.table(
+        {
+            "key": run.val.keys,
+            "truth": pa.array(truths, pa.int64()),
+            "clean_label": clean.labels,
+            "perturbed_label": perturbed.labels,
+            "clean_confidence": clean.confidences,
+            "perturbed_confidence": perturbed.confidences,
+            "is_fooled": clean.labels != perturbed.labels,
+            "clean_name": [label_name(label, run.class_names) for label in clean.labels],
+            "perturbed_name": [label_name(label, run.class_names) for label in perturbed.labels],
+        }
+    )

@@ -19,11 +19,14 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class RoundProgress:
-    """Shows rounds as they are done; a context manager."""
+    """Shows rounds of one computation, or of several by name, as they are done; a context manager."""
 
-    def __init__(self, console: Console, max_evaluations: int | None) -> None:
+    def __init__(self, console: Console, max_evaluations: int | None, num_computations: int = 1) -> None:
         self._console = console
         self._max_evaluations = max_evaluations
+        self._num_computations = num_computations
+        self._shares: dict[str, float] = {}
+        self._done_before = 0.0  # by the runs that are resumed here
         self._started = self._last_line = time.monotonic()
         self._bar = Progress(TextColumn("rounds"), BarColumn(), TextColumn("{task.description}"), console=console)
         self._task = self._bar.add_task("the first round", total=1.0)
@@ -39,20 +42,26 @@ class RoundProgress:
         if self._console.is_terminal:
             self._bar.stop()
 
-    def show(self, report: RoundReport) -> None:
+    def show(self, report: RoundReport, name: str = "") -> None:
         """Move the bar, or write a line where none was written for a while; evaluations always get their line."""
-        share, elapsed = self._share(report), time.monotonic() - self._started
+        if name not in self._shares and report.num_rounds:
+            self._done_before += report.round_number / report.num_rounds / self._num_computations
+        self._shares[name] = self._share(report)
+        done = sum(self._shares.values()) / self._num_computations
+        left = (time.monotonic() - self._started) * (1 - done) / max(done - self._done_before, 1e-9)
         of = f"/{report.num_rounds}" if report.num_rounds else ""
+        prefix = f"{name}: " if name else ""
         status = (
-            f"round {report.round_number + 1}{of}, pass {report.pass_number + 1}, fooled {report.fooling.rate:.2f} of the round, "
-            f"{report.fooling.num_examples / report.seconds:.1f} images/s, {_duration(elapsed * (1 / share - 1))} left"
+            f"{prefix}round {report.round_number + 1}{of}, pass {report.pass_number + 1}, fooled {report.fooling.rate:.2f} of the "
+            f"round, {report.fooling.num_examples / report.seconds:.1f} images/s, {_duration(left)} left"
         )
-        self._bar.update(self._task, completed=share, description=status)
+        self._bar.update(self._task, completed=done, description=status)
         if not self._console.is_terminal and time.monotonic() > self._last_line + SECONDS_BETWEEN_LINES:
             self._line(status)
         if report.evaluation is not None:
             self._line(
-                f"after {report.num_evaluations} network evaluations: training {report.evaluation.train}, held-out {report.evaluation.val}"
+                f"{prefix}after {report.num_evaluations} network evaluations: training {report.evaluation.train}, "
+                f"held-out {report.evaluation.val}"
             )
 
     def _share(self, report: RoundReport) -> float:

@@ -4,6 +4,7 @@ import logging
 import os
 import shlex
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,17 +19,17 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "8")
 import mlflow
 from mlflow.data.dataset_source_registry import resolve_dataset_source
 from mlflow.data.meta_dataset import MetaDataset
-from mlflow.entities import Metric
+from mlflow.entities import Metric, Param, Run
 from mlflow.exceptions import MlflowException
 
 from uap_dist.dataset import Dataset
 from uap_dist.errors import ResumeError, TrackingError
-from uap_dist.fooling import Rate
 from uap_dist.history import RoundRecord
 from uap_dist.outbox import Outbox
 
 SQLITE = "sqlite:///"
 CHECKPOINTS_TAG = "checkpoints"
+PARENT_TAG = "mlflow.parentRunId"
 DELIVERY_TIMEOUT_S = 20.0
 
 logger = logging.getLogger(__name__)
@@ -37,26 +38,39 @@ logger = logging.getLogger(__name__)
 class Tracker:
     """One MLflow run; a context manager. Metrics of rounds reach it through an outbox, so that a server may be away meanwhile."""
 
-    def __init__(self, *, experiment: str, run_name: str, run_id: str | None = None) -> None:
+    def __init__(
+        self, *, experiment: str, run_name: str, run_id: str | None = None, parent: "Tracker | None" = None
+    ) -> None:
         """Start a run where MLFLOW_TRACKING_URI says, else in mlflow.db of the working directory; or go on with `run_id`.
+
+        Args:
+            experiment: its name.
+            run_name: of a new run.
+            run_id: of the run to go on with.
+            parent: run that the new one belongs to; system metrics are the parent's.
 
         Raises:
             TrackingError: the server does not answer.
             ResumeError: the run to go on with is finished, or not there.
         """
         self.uri = _tracking_uri()
+        self._is_child, self._is_ended = parent is not None, False
         self._delivered: set[int] = set()
         with _one_line_mlflow(self.uri):
-            if run_id is None:
-                _set_experiment(experiment, self.uri)
-                tags = {"command": shlex.join(sys.argv)}
-                run = mlflow.start_run(run_name=run_name, tags=tags, log_system_metrics=True)
-            else:
-                run = _reopen(run_id)
-                steps = mlflow.MlflowClient().get_metric_history(run_id, "total/evaluations")
+            self._client = mlflow.MlflowClient()
+            tags = {"command": shlex.join(sys.argv)}
+            if run_id is not None:
+                run = _reopen(run_id) if parent is None else _reopen_child(self._client, run_id)
+                steps = self._client.get_metric_history(run_id, "total/evaluations")
                 self._delivered = {metric.step for metric in steps}
-        self.run_id = run.info.run_id
-        self.experiment_id = run.info.experiment_id
+            elif parent is not None:
+                tags |= {PARENT_TAG: parent.run_id}
+                run = self._client.create_run(parent.experiment_id, run_name=run_name, tags=tags)
+            else:
+                _set_experiment(experiment, self.uri)
+                run = mlflow.start_run(run_name=run_name, tags=tags, log_system_metrics=True)
+        self.run_id: str = run.info.run_id
+        self.experiment_id: str = run.info.experiment_id
         self._outbox = Outbox(self._send)
 
     def __enter__(self) -> "Tracker":
@@ -66,17 +80,25 @@ class Tracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """End the run as its block ended: KILLED when interrupted, FAILED with the error in tag `reason`."""
+        if self._is_ended:
+            return
         self._outbox.close(0.5 if error else 0)
         if error is None:
-            self._end("FINISHED", None)
+            self.finish()
         elif isinstance(error, Exception):
             self._end("FAILED", str(error))
         else:
             self._end("KILLED", type(error).__name__)
 
+    def finish(self) -> None:
+        """End the run as FINISHED."""
+        self._end("FINISHED", None)
+        self._is_ended = True
+
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Parameters; None is written as "none"."""
-        mlflow.log_params({key: "none" if value is None else value for key, value in params.items()})
+        texts = {key: "none" if value is None else str(value) for key, value in params.items()}
+        self._client.log_batch(self.run_id, params=[Param(key, text) for key, text in texts.items()])
 
     def log_dataset(self, dataset: Dataset, context: str) -> None:
         """A dataset by its first shard's URL, its digest and its size."""
@@ -96,33 +118,41 @@ class Tracker:
         if record.step not in self._delivered:
             self._outbox.put(record)
 
-    def wait_for_delivery(self, how_to_deliver: str) -> None:
+    def wait_for_delivery(self, timeout_s: float = DELIVERY_TIMEOUT_S) -> None:
         """Return when every round's metrics have arrived.
 
         Raises:
-            TrackingError: the server does not take them; ends with `how_to_deliver`.
+            TrackingError: the server does not take them in time.
         """
-        left = self._outbox.close(DELIVERY_TIMEOUT_S)
+        left = self._outbox.close(timeout_s)
         if left:
-            raise TrackingError(
-                f"metrics of {left} rounds are not at the tracking server at {self.uri}; {how_to_deliver}"
-            )
+            raise TrackingError(f"metrics of {left} rounds are not at the tracking server at {self.uri}")
 
-    def log_rate(self, name: str, rate: Rate, step: int) -> None:
-        """A fooling rate with its interval, measured after so many rounds."""
-        mlflow.log_metrics(rate.metrics(name), step=step)
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Metrics after so many rounds, at once."""
+        now = time.time_ns() // 1_000_000
+        self._client.log_batch(self.run_id, metrics=[Metric(key, value, now, step) for key, value in metrics.items()])
 
-    def log_folder(self, folder: Path) -> None:
-        """Every file of the folder as an artifact."""
-        mlflow.log_artifacts(str(folder))
+    def log_folder(self, folder: Path, *, leave_out: Sequence[str] = ()) -> None:
+        """Every file and folder in the folder as an artifact, but for those of the given names."""
+        for path in sorted(folder.iterdir()):
+            if path.name not in leave_out:
+                self._client.log_artifact(self.run_id, str(path))
 
     def describe(self, markdown: str) -> None:
         """What the run's page says at its top."""
-        mlflow.set_tag("mlflow.note.content", markdown)
+        self.set_tag("mlflow.note.content", markdown)
 
     def set_tag(self, key: str, value: str) -> None:
         """A tag of the run."""
-        mlflow.set_tag(key, value)
+        self._client.set_tag(self.run_id, key, value)
+
+    def register(self, artifact: str, name: str) -> str:
+        """Make an artifact (file or folder) the next version of a model in MLflow's registry; its address there."""
+        if not self._client.search_registered_models(f"name = '{name}'"):
+            self._client.create_registered_model(name)
+        version = self._client.create_model_version(name, f"runs:/{self.run_id}/{artifact}", run_id=self.run_id)
+        return f"models:/{name}/{version.version}"
 
     def _send(self, records: Sequence[RoundRecord]) -> None:
         metrics = [
@@ -130,13 +160,16 @@ class Tracker:
             for record in records
             for key, value in record.metrics.items()
         ]
-        mlflow.MlflowClient().log_batch(self.run_id, metrics=metrics)
+        self._client.log_batch(self.run_id, metrics=metrics)
 
     def _end(self, status: Literal["FINISHED", "FAILED", "KILLED"], reason: str | None) -> None:
         try:
             if reason is not None:
-                mlflow.set_tag("reason", reason[:5000])
-            mlflow.end_run(status)
+                self.set_tag("reason", reason[:5000])
+            if self._is_child:
+                self._client.set_terminated(self.run_id, status)
+            else:
+                mlflow.end_run(status)
         except (MlflowException, OSError) as error:
             if status == "FINISHED":
                 raise
@@ -172,6 +205,25 @@ def checkpoints_of(run_id: str) -> str:
     return str(tags[CHECKPOINTS_TAG])
 
 
+def is_finished(run_id: str) -> bool:
+    """Whether a run has ended as FINISHED."""
+    return bool(mlflow.get_run(run_id).info.status == "FINISHED")
+
+
+def fetch(address: str) -> str:
+    """Local path of an artifact that MLflow names as runs:/RUN/PATH or models:/NAME/VERSION.
+
+    Raises:
+        TrackingError: there is none, or the server does not answer.
+    """
+    uri = _tracking_uri()
+    try:
+        return str(mlflow.artifacts.download_artifacts(address))
+    except (MlflowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise TrackingError(f"cannot fetch {address} from {uri} (MLFLOW_TRACKING_URI): {reason}") from error
+
+
 def _tracking_uri() -> str:
     if "MLFLOW_TRACKING_URI" not in os.environ:
         mlflow.set_tracking_uri(f"{SQLITE}{Path.cwd() / 'mlflow.db'}")
@@ -198,9 +250,14 @@ def _set_experiment(name: str, uri: str) -> None:
     mlflow.set_experiment_tag("mlflow.experimentKind", "custom_model_development")  # else shown as a chat application
 
 
-def _reopen(run_id: str) -> mlflow.ActiveRun:
+def _reopen(run_id: str) -> Run:
     info = mlflow.get_run(run_id).info
     if info.status == "FINISHED":
         raise ResumeError(f"run {run_id} is finished; there is nothing to resume")
     mlflow.set_experiment(experiment_id=info.experiment_id)
     return mlflow.start_run(run_id=run_id, log_system_metrics=True)
+
+
+def _reopen_child(client: mlflow.MlflowClient, run_id: str) -> Run:
+    client.update_run(run_id, status="RUNNING")
+    return client.get_run(run_id)

@@ -1,0 +1,105 @@
+"""One perturbation on its way through a job: its rounds committed and tracked, in the end its files in the folder and in MLflow."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from uap_dist.checkpoint import Checkpoint, CheckpointStore
+from uap_dist.compute import ComputeConfig, RoundReport
+from uap_dist.dataset import Dataset, Workers, classify, fooling_rate
+from uap_dist.history import RoundRecord
+from uap_dist.norms import random_perturbation
+from uap_dist.report import FinishedRun, save_run
+from uap_dist.tracking import CHECKPOINTS_TAG, Tracker
+
+
+class Member:
+    """A perturbation of one seed.
+
+    Attributes:
+        config: of its computation, the seed among it.
+        state: what its computation goes on from.
+        folder: of its files.
+        finished: what was measured, once it is.
+        is_delivered: whether MLflow has all of it.
+    """
+
+    def __init__(
+        self, config: ComputeConfig, checkpoint: Checkpoint, *, store: CheckpointStore, folder: Path, tracker: Tracker
+    ) -> None:
+        """Commit where it stands, so that it can be resumed from now on; send what MLflow may lack of the rounds before.
+
+        Args:
+            config: of the computation.
+            checkpoint: what it goes on from.
+            store: of its commits.
+            folder: of its files.
+            tracker: of its MLflow run.
+
+        Raises:
+            ConfigError: the storage cannot be written to.
+        """
+        self.config, self.state, self.folder, self.is_delivered = config, checkpoint.state, folder, False
+        self._job, self._history = checkpoint.job, list(checkpoint.history)
+        self._store, self._tracker = store, tracker
+        self.finished: FinishedRun | None = None
+        store.start(checkpoint)
+        tracker.set_tag(CHECKPOINTS_TAG, store.location)
+        for record in self._history:
+            tracker.log_round(record)
+
+    def take(self, report: RoundReport) -> None:
+        """Commit a round and track it. The last one is committed as the result."""
+        self._history.append(RoundRecord.of(report))
+        if not report.is_last:
+            self._store.commit(Checkpoint(self._job, report.state, tuple(self._history)))
+        self._tracker.log_round(self._history[-1])
+
+    def finish(
+        self,
+        report: RoundReport,
+        workers: Workers,
+        val: Dataset,
+        provenance: Mapping[str, Any],
+        class_names: Sequence[str],
+    ) -> None:
+        """Write its files, from its last report and what led there.
+
+        Args:
+            report: of the last round.
+            workers: with the images.
+            val: the held-out ones.
+            provenance: network, data, config, versions; the seed is the member's own.
+            class_names: of the network's labels; empty where not known.
+        """
+        config = self.config
+        noise = random_perturbation(val.shape, norm=config.norm, radius=config.ball_radius, seed=config.seed)
+        self.finished = FinishedRun(
+            final=report,
+            history=self._history,
+            random_rate=fooling_rate(val, classify(workers, val, noise.numpy())),
+            val=val,
+            provenance=dict(provenance) | {"seed": config.seed, "num_perturbations": 1},
+            class_names=class_names,
+            mlflow_run_id=self._tracker.run_id,
+        )
+        save_run(self.folder, self.finished, workers)
+
+    def deliver(self, timeout_s: float, params: Mapping[str, Any]) -> None:
+        """Complete the MLflow run and end it: the rest of its metrics, its description, its files.
+
+        Args:
+            timeout_s: how long to wait for a server that does not answer.
+            params: that are known only now.
+
+        Raises:
+            TrackingError: the server does not answer.
+        """
+        assert self.finished is not None
+        self._tracker.wait_for_delivery(timeout_s)
+        self._tracker.log_params(params)
+        self._tracker.log_metrics(self.finished.random_rate.metrics("random"), self.finished.final.state.num_rounds)
+        self._tracker.describe(self.finished.summary())
+        self._tracker.log_folder(self.folder)
+        self._tracker.finish()
+        self.is_delivered = True

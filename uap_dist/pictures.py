@@ -1,0 +1,193 @@
+"""Everything that is drawn: perturbations, images under them, curves, heat maps."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import networkx as nx
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from uap_dist.evaluate import Measurement
+from uap_dist.fooling import Rate
+from uap_dist.history import RoundRecord
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+PICTURE_SIDE = 224
+MAX_NAME = 22
+MAX_COLUMNS = 5
+NUM_COMPONENTS_DRAWN, NUM_NODES_NAMED = 3, 15
+
+
+def save_perturbation(path: Path, perturbation: Tensor, *, stretch: bool) -> None:
+    """V as a picture on grey: at true scale, or stretched to the full range to be seen."""
+    Image.fromarray(_to_picture(perturbation, stretch=stretch)).save(path)
+
+
+def save_perturbations(path: Path, perturbations: Tensor, names: Sequence[str]) -> None:
+    """Several perturbations (M×C×H×W), each stretched to the full range."""
+    columns = min(MAX_COLUMNS, len(names))
+    rows = -(-len(names) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(2.2 * columns, 2.5 * rows), layout="constrained", squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, v, name in zip(axes.flat, perturbations, names, strict=False):
+        axis.imshow(_to_picture(v, stretch=True))
+        axis.set_title(name, fontsize=9)
+    _save(figure, path)
+
+
+def save_curve(path: Path, history: Sequence[RoundRecord], random_rate: Rate) -> None:
+    """Fooling rate against network evaluations: training and held-out with 95 % intervals, each round's, and the baseline."""
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    rounds = [record.metrics for record in history]
+    axes.plot(
+        _column(rounds, "total/evaluations"),
+        _column(rounds, "fooling_rate/round"),
+        ".",
+        ms=4,
+        color="0.75",
+        label="images of each round, before it",
+    )
+    measured = [metrics for metrics in rounds if "fooling_rate/val" in metrics]
+    evaluations = _column(measured, "total/evaluations")
+    for name, label, colour in (("train", "training", "tab:gray"), ("val", "held-out", "tab:blue")):
+        rate = f"fooling_rate/{name}"
+        count = measured[-1][f"num_images/{name}"]
+        axes.plot(evaluations, _column(measured, rate), marker="o", color=colour, label=f"{label} ({count:.0f} images)")
+        low, high = _column(measured, f"{rate}_low"), _column(measured, f"{rate}_high")
+        axes.fill_between(evaluations, low, high, color=colour, alpha=0.2, lw=0)
+    _finish_curves(axes, "Fooling rate, 95 % Wilson intervals", random_rate)
+    _save(figure, path)
+
+
+def save_curves(path: Path, histories: Mapping[str, Sequence[Mapping[str, float]]], random_rate: Rate) -> None:
+    """Held-out fooling rate of several computations against network evaluations, from their measured rounds' metrics."""
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for name, rounds in histories.items():
+        evaluations, rates = _column(rounds, "total/evaluations"), _column(rounds, "fooling_rate/val")
+        axes.plot(evaluations, rates, marker="o", ms=3, lw=1, label=f"{name}: {rates[-1]:.3f}")
+    _finish_curves(axes, "Held-out fooling rate of each member", random_rate)
+    _save(figure, path)
+
+
+def save_grid(
+    path: Path, pixels: np.ndarray, perturbation: Tensor, clean: Sequence[str], perturbed: Sequence[str]
+) -> None:
+    """Images (N×C×H×W uint8) above themselves perturbed, with the labels before and after."""
+    shown = np.clip(np.rint(pixels + perturbation.numpy()), 0, 255).astype(np.uint8)
+    figure, axes = plt.subplots(2, len(pixels), figsize=(1.9 * len(pixels), 4.6), layout="constrained", squeeze=False)
+    for row, (images, names) in enumerate(((pixels, clean), (shown, perturbed))):
+        for axis, image, name, before in zip(axes[row], images, names, clean, strict=True):
+            axis.imshow(image.transpose(1, 2, 0))
+            axis.set_title(_shorten(name), fontsize=9, color="black" if name == before else "tab:red")
+            axis.set_axis_off()
+    figure.suptitle("held-out images: clean above, perturbed below (red: label changed)", fontsize=10)
+    _save(figure, path)
+
+
+def save_matrix(
+    path: Path,
+    values: np.ndarray,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    title: str,
+    limits: tuple[float, float],
+) -> None:
+    """A heat map with its numbers; `limits` are the values of the darkest and the lightest colour, NaN stays empty."""
+    figure, axes = plt.subplots(figsize=(2.6 + 1.1 * len(columns), 1.4 + 0.36 * len(rows)), layout="constrained")
+    axes.imshow(values, vmin=limits[0], vmax=limits[1], cmap="viridis", aspect="auto")
+    middle = limits[0] + 0.6 * (limits[1] - limits[0])
+    for (row, column), value in np.ndenumerate(values):
+        if not np.isnan(value):
+            colour = "white" if value < middle else "black"
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=9)
+    axes.set_xticks(range(len(columns)), columns, rotation=20, ha="right")
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_title(title, fontsize=10)
+    _save(figure, path)
+
+
+def save_rates_by_norm(path: Path, measurements: Sequence[Measurement]) -> None:
+    """Fooling rate against the ℓ∞ norm, a panel for each classifier."""
+    classifiers = list(dict.fromkeys(m.classifier for m in measurements))
+    figure, panels = plt.subplots(
+        1, len(classifiers), figsize=(4.5 * len(classifiers), 4), layout="constrained", squeeze=False, sharey=True
+    )
+    for axes, classifier in zip(panels[0], classifiers, strict=True):
+        own = [m for m in measurements if m.classifier == classifier]
+        for name in dict.fromkeys(m.perturbation for m in own):
+            points = sorted((m.norm_linf, m.fooling.rate) for m in own if m.perturbation == name)
+            baseline = next(m.is_baseline for m in own if m.perturbation == name)
+            axes.plot(*zip(*points, strict=True), marker="o", ls="--" if baseline else "-", label=name)
+        axes.set(title=classifier, xlabel="ℓ∞ norm, pixels", ylim=(0, 1))
+        axes.grid(alpha=0.3)
+    panels[0][0].set_ylabel("fooling rate")
+    panels[0][0].legend(fontsize=8)
+    _save(figure, path)
+
+
+def save_label_graph(path: Path, graph: nx.DiGraph) -> None:
+    """Every node of the largest components as a dot; those that most edges lead to by name."""
+    components = sorted(nx.weakly_connected_components(graph), key=len, reverse=True)
+    shown = graph.subgraph(set().union(*components[:NUM_COMPONENTS_DRAWN]))
+    shown = shown.subgraph([node for node in shown if shown.degree(node)])
+    figure, axes = plt.subplots(figsize=(9, 7), layout="constrained")
+    if len(shown):
+        _draw_graph(axes, shown)
+    images = [count for _, count in graph.nodes(data="num_images") if count]
+    axes.set_title(
+        f"where labels go: {shown.number_of_nodes()} of {graph.number_of_nodes()} labels, the {min(len(components), NUM_COMPONENTS_DRAWN)} "
+        f"largest components;\nin brackets, labels sent there; {np.mean(images):.1f} images a label (median {np.median(images):.0f})",
+        fontsize=10,
+    )
+    axes.set_axis_off()
+    _save(figure, path)
+
+
+def _to_picture(perturbation: Tensor, *, stretch: bool) -> np.ndarray:
+    v = perturbation.numpy().transpose(1, 2, 0)
+    scale = 127 / max(float(np.abs(v).max()), 1e-12) if stretch else 1.0
+    zoom = -(-PICTURE_SIDE // v.shape[0])  # whole pixels, so that a small perturbation stays crisp
+    picture = np.clip(np.rint(128 + scale * v), 0, 255).astype(np.uint8)
+    return picture.repeat(zoom, axis=0).repeat(zoom, axis=1)
+
+
+def _column(metrics: Sequence[Mapping[str, float]], name: str) -> list[float]:
+    return [one[name] for one in metrics]
+
+
+def _finish_curves(axes: Axes, title: str, random_rate: Rate) -> None:
+    label = f"random, same norm ({random_rate.num_examples} held-out images)"
+    axes.axhline(random_rate.rate, color="tab:red", ls="--", label=label)
+    axes.set(xlabel="network evaluations", ylabel="fooling rate", ylim=(0, 1), title=title)
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", fontsize=9)
+
+
+def _draw_graph(axes: Axes, graph: nx.DiGraph) -> None:
+    places = nx.kamada_kawai_layout(graph.to_undirected())
+    incoming = dict(graph.in_degree())
+    hubs = sorted((n for n in graph if incoming[n]), key=lambda n: -incoming[n])[:NUM_NODES_NAMED]
+    sizes = [12 + 14 * incoming[node] for node in graph]
+    colours = ["tab:red" if node in hubs else "0.6" for node in graph]
+    nx.draw_networkx_edges(graph, places, ax=axes, edge_color="0.8", arrowsize=6, node_size=sizes, width=0.6)
+    nx.draw_networkx_nodes(graph, places, ax=axes, node_size=sizes, node_color=colours, linewidths=0)
+    labels = {node: f"{graph.nodes[node]['name']} ({incoming[node]})" for node in hubs}
+    nx.draw_networkx_labels(graph, places, labels, ax=axes, font_size=8, verticalalignment="bottom")
+
+
+def _shorten(name: str) -> str:
+    return name if len(name) <= MAX_NAME else name[: MAX_NAME - 1] + "…"
+
+
+def _save(figure: Figure, path: Path) -> None:
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

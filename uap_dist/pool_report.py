@@ -1,0 +1,137 @@
+"""What a pool leaves as files beside its members' own: the pool, how diverse and how good it is."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from uap_dist import pictures
+from uap_dist.fooling import Rate
+from uap_dist.perturbations import load_perturbations
+from uap_dist.pool import DIVERSE, PerturbationPool
+from uap_dist.report import RESULT_FILE, ROUNDS_FILE
+
+POOL_FOLDER = "pool"
+MEMBERS_FOLDER = "members"
+NUM_PAIRS_NAMED = 3
+
+
+@dataclass(frozen=True)
+class FinishedPool:
+    """A pool whose members are computed, each in a folder of its own.
+
+    Attributes:
+        pool: of all members.
+        results: of each member, what its result.json says.
+        rounds: metrics of each member's measured rounds.
+        mlflow_run_id: where the pool is logged.
+    """
+
+    pool: PerturbationPool
+    results: Mapping[str, Mapping[str, Any]]
+    rounds: Mapping[str, Sequence[Mapping[str, float]]]
+    mlflow_run_id: str
+
+    @classmethod
+    def of(cls, folders: Mapping[str, Path], mlflow_run_id: str) -> "FinishedPool":
+        """The members, by name, that lie in those folders."""
+        pool = PerturbationPool.of(load_perturbations([f"{name}={folder}" for name, folder in folders.items()]))
+        results = {name: json.loads((folder / RESULT_FILE).read_text()) for name, folder in folders.items()}
+        rounds = {
+            name: [row for row in pq.read_table(folder / "tables" / ROUNDS_FILE).to_pylist() if row["fooling_rate/val"]]
+            for name, folder in folders.items()
+        }
+        return cls(pool, results, rounds, mlflow_run_id)
+
+    @property
+    def mean_rate(self) -> float:
+        """Mean held-out fooling rate of the members."""
+        return sum(result["val_fooling_rate"] for result in self.results.values()) / len(self.results)
+
+    @property
+    def random_rate(self) -> Rate:
+        """Held-out fooling rate of a random perturbation of the same norm: that of the first member's seed."""
+        first = next(iter(self.results.values()))
+        return Rate(round(first["val_fooling_rate_random"] * first["num_val_images"]), first["num_val_images"])
+
+    def result(self) -> dict[str, Any]:
+        """The numbers that scripts read."""
+        value, pair = self.pool.nearest_pairs()[0]
+        return {
+            "num_perturbations": len(self.results),
+            "mean_val_fooling_rate": self.mean_rate,
+            "val_fooling_rate_random": self.random_rate.rate,
+            "num_val_images": self.random_rate.num_examples,
+            "largest_inner_product": value,
+            "nearest_pair": pair,
+            "is_diverse": value <= DIVERSE,
+            "pool": POOL_FOLDER,
+            "members": self.results,
+            "mlflow_run_id": self.mlflow_run_id,
+        }
+
+    def metrics(self) -> dict[str, float]:
+        """The pool in numbers, under the names that MLflow uses."""
+        return {
+            "pool/mean_val_fooling_rate": self.mean_rate,
+            "pool/largest_inner_product": self.pool.nearest_pairs()[0][0],
+            "pool/num_perturbations": float(len(self.results)),
+        }
+
+    def summary(self) -> str:
+        """A few lines of Markdown: what was computed, how well it fools, how diverse it is."""
+        p = self.pool.shared
+        pairs = self.pool.nearest_pairs()[:NUM_PAIRS_NAMED]
+        value = pairs[0][0]
+        named = ", ".join(f"{a} and {b} ({product:.2f})" for product, (a, b) in pairs)
+        verdict = "diverse" if value <= DIVERSE else "**not diverse**"
+        return (
+            f"Pool of {len(self.results)} universal perturbations of **{p['model']}**, {p['norm']} ≤ {p['radius']:g} pixels.\n\n"
+            f"{self.markdown()}\n\n"
+            f"Mean held-out fooling rate **{self.mean_rate:.3f}**; a random perturbation of the same norm: {self.random_rate}.\n\n"
+            f"By the paper's criterion (normalised inner products of at most {DIVERSE:g}) the pool is {verdict}: "
+            f"the largest is {value:.2f}. Nearest: {named}.\n\n"
+            "Look at the pictures in the order of their names (curves, inner products, the members); each member's run lies below this one."
+        )
+
+    def markdown(self) -> str:
+        """A line for each member."""
+        lines = [
+            "| member | held-out fooling rate | training | norm ℓ2 | label of most fooled images |",
+            "| --- " * 5 + "|",
+        ]
+        for name, result in self.results.items():
+            rates = [
+                Rate(round(result[f"{part}_fooling_rate"] * result[f"num_{part}_images"]), result[f"num_{part}_images"])
+                for part in ("val", "train")
+            ]
+            label, count = result["dominant_labels"][0] if result["dominant_labels"] else ("–", 0)
+            lines.append(f"| {name} | {rates[0]} | {rates[1]} | {result['norm_l2']:.0f} | {label} ({count}) |")
+        return "\n".join(lines)
+
+
+def save_pool(folder: Path, finished: FinishedPool) -> None:
+    """Every file of a finished pool beside the members' own, result.json last."""
+    for name in ("pictures", "tables"):
+        (folder / name).mkdir(exist_ok=True)
+    pool = finished.pool
+    pool.save(folder / POOL_FOLDER)
+    names = [member["name"] for member in pool.members]
+    products = pool.inner_products().numpy()
+    pictures.save_curves(folder / "pictures/1-fooling-rates.png", finished.rounds, finished.random_rate)
+    title = "normalised inner products of members"
+    pictures.save_matrix(folder / "pictures/2-inner-products.png", products, names, names, title=title, limits=(0, 1))
+    pictures.save_perturbations(folder / "pictures/3-members.png", pool.perturbations, names)
+    table = pa.table({"member": names, **dict(zip(names, products.T, strict=True))})
+    pyarrow.csv.write_csv(table, folder / "tables/inner-products.csv")
+    members: list[dict[str, Any]] = [
+        {"member": name} | {key: value for key, value in result.items() if isinstance(value, str | int | float)}
+        for name, result in finished.results.items()
+    ]
+    pyarrow.csv.write_csv(pa.Table.from_pylist(members), folder / "tables/members.csv")
+    (folder / RESULT_FILE).write_text(json.dumps(finished.result(), indent=2) + "\n")
