@@ -30,16 +30,21 @@ _IMAGENET = {
     "tune_shards": 4,
 }
 
+_CIFAR = {
+    "train": "data/cifar10/train-*.tar",
+    "val": "data/cifar10/test-*.tar",
+    "num_train_images": 1000,
+    "num_val_images": 2000,
+    "tune_shards": 1,
+}
+
 NETWORKS = {
     "squeezenet": Network(model="torchvision/squeezenet1_0", weights="models/squeezenet1_0.safetensors", **_IMAGENET),
-    "lite0": Network(model="efficientnet_lite0", weights=None, **_IMAGENET),
-    "resnet20": Network(
-        model="models/cifar_resnet.py:resnet20",
-        weights="models/resnet20.safetensors",
-        train="data/cifar10/train-*.tar",
-        val="data/cifar10/test-*.tar",
-        num_train_images=1000,
-        num_val_images=2000,
-        tune_shards=1,
-    ),
+    **{f"lite{n}": Network(model=f"efficientnet_lite{n}", weights=None, **_IMAGENET) for n in range(3)},
+    **{
+        f"resnet{n}": Network(
+            model=f"models/cifar_resnet.py:resnet{n}", weights=f"models/resnet{n}.safetensors", **_CIFAR
+        )
+        for n in (20, 32, 44, 56)
+    },
 }

