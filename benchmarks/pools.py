@@ -27,13 +27,11 @@ import tyro
 from networks import NETWORKS
 from torch import Tensor
 
-from uap_dist.compute import ComputeConfig, State, compute
+from uap_dist.compute import POOL_RANDOM_START, ComputeConfig, compute
 from uap_dist.dataset import load_dataset
 from uap_dist.fleet import Fleet, FleetConfig, connect
-from uap_dist.norms import random_perturbation
 from uap_dist.provenance import git_commit
 from uap_dist.shards import expand_patterns
-from uap_dist.update import Iterate
 
 JOBS = Path(__file__).parents[1] / "jobs"
 POOLS = {  # members, and the options of the main job's rows
@@ -43,8 +41,15 @@ POOLS = {  # members, and the options of the main job's rows
 CIFAR = ("resnet20", "resnet32", "resnet44", "resnet56")
 IMAGENET = ("squeezenet", "lite0", "lite1", "lite2")
 LITE0 = ("--max-evaluations", "4000")
-START_SHARE = 0.5  # of the radius, in the measurement of random starts
-NUM_MEMBERS = 5
+WAYS = {  # in which members differ
+    "resnet20": ("order", "order, images", "order, start", "order, images, start"),
+    "squeezenet": ("order", "order, start"),
+}
+DIVERSITY_CONFIGS: dict[str, dict[str, Any]] = {
+    "resnet20": {"max_evaluations": 8_000, "augment": "none"},
+    "squeezenet": {"max_evaluations": 2_900},  # 100 fewer images
+}
+NUM_MEMBERS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,41 +120,35 @@ def imagenet(options: Options) -> Iterator[dict[str, Any]]:
 
 
 def diversity(options: Options) -> Iterator[dict[str, Any]]:
-    """What makes members differ, at what cost in fooling rate: the order of images, other images, another start."""
+    """What makes members differ, at what cost in fooling rate, on held-in images: the order of images, other images, another start."""
     connect()
-    network = NETWORKS["resnet20"]
-    fleet = Fleet(*network.locate(options.data), FleetConfig(num_workers=2))
-    fleet.wait()
-    shards = expand_patterns([str(options.data / network.train)])
-    val = load_dataset(fleet, expand_patterns([str(options.data / network.val)]), num_images=network.num_val_images)
-    same = load_dataset(fleet, shards[:1])
-    for way in ("order", "images", "start", "images and start"):
-        rates, found = [], []
-        for seed in range(NUM_MEMBERS):
-            train = load_dataset(fleet, shards[seed : seed + 1]) if "images" in way else same
-            config = ComputeConfig(seed=seed, max_evaluations=8_000, augment="none", evaluate_every=10**6)
-            *_, final = compute(fleet, train, val, config, _start(train.shape, train.num_examples, seed, way))
-            assert final.evaluation is not None
-            rates.append(final.evaluation.val.rate)
-            found.append(final.perturbation)
-        products = [_inner_product(a, b) for a, b in combinations(found, 2)]
-        yield {
-            "way": way,
-            "rates": rates,
-            "num_val_images": val.num_examples,
-            "mean_inner_product": mean(products),
-            "largest_inner_product": max(products),
-        }
-    fleet.close()
-
-
-def _start(shape: tuple[int, ...], num_examples: int, seed: int, way: str) -> State:
-    """Zero, or half of the radius with random signs."""
-    iterate = Iterate.zero(shape)
-    if "start" in way:
-        noise = random_perturbation(shape, norm="linf", radius=10 * START_SHARE, seed=seed)
-        iterate = Iterate(noise.double(), iterate.momentum)
-    return State(iterate, num_evaluations=num_examples)
+    for name, ways in WAYS.items():
+        network, words = NETWORKS[name], DIVERSITY_CONFIGS[name]
+        fleet = Fleet(*network.locate(options.data), FleetConfig(num_workers=2))
+        fleet.wait()
+        *shards, last = expand_patterns([str(options.data / network.train)])
+        held_in = load_dataset(fleet, [last])
+        same = load_dataset(fleet, shards[: network.tune_shards])
+        for way in ways:
+            rates, found = [], []
+            for seed in range(NUM_MEMBERS):
+                train = load_dataset(fleet, shards[seed : seed + 1]) if "images" in way else same
+                start = POOL_RANDOM_START if "start" in way else None
+                config = ComputeConfig(seed=seed, random_start=start, evaluate_every=10**6, **words)
+                *_, final = compute(fleet, train, held_in, config)
+                assert final.evaluation is not None
+                rates.append(final.evaluation.val.rate)
+                found.append(final.perturbation)
+            products = [_inner_product(a, b) for a, b in combinations(found, 2)]
+            yield {
+                "network": name,
+                "way": way,
+                "rates": rates,
+                "num_held_in": held_in.num_examples,
+                "mean_inner_product": mean(products),
+                "largest_inner_product": max(products),
+            }
+        fleet.close()
 
 
 def _inner_product(a: Tensor, b: Tensor) -> float:
@@ -225,7 +224,7 @@ def _tables(path: Path) -> Iterator[str]:
     for line in (line for line in lines if line["part"] == "diversity"):
         rates = " ".join(f"{rate:.3f}" for rate in line["rates"])
         products = f"{line['mean_inner_product']:.2f} | {line['largest_inner_product']:.2f}"
-        yield f"| {line['way']} | {rates} | {mean(line['rates']):.3f} | {products} |"
+        yield f"| {line['network']} | {line['way']} | {rates} | {mean(line['rates']):.3f} | {products} |"
     for part in ("cifar", "imagenet"):
         own = [line for line in lines if line["part"] == part]
         columns = tuple(dict.fromkeys(line["classifier"] for line in own))

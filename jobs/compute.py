@@ -19,13 +19,13 @@ from rich.console import Console
 
 from uap_dist.checkpoint import Checkpoint, CheckpointStore, JobRecord, check_identity
 from uap_dist.classifiers import Classifier, load_classifier
-from uap_dist.compute import ComputeConfig, State, compute
+from uap_dist.compute import POOL_RANDOM_START, ComputeConfig, State, compute
 from uap_dist.dataset import Dataset, check_disjoint, load_dataset
 from uap_dist.demo import write_demo_shards
 from uap_dist.errors import ConfigError, TrackingError
 from uap_dist.fleet import Fleet, FleetConfig, connect
 from uap_dist.locations import join
-from uap_dist.member import Member
+from uap_dist.member import Member, own_provenance
 from uap_dist.pool_report import MEMBERS_FOLDER, POOL_FOLDER, FinishedPool, save_pool
 from uap_dist.provenance import git_commit, versions
 from uap_dist.report import RESULT_FILE, FinishedRun, output_folder
@@ -100,6 +100,8 @@ class Options:
         members = {}
         for seed in range(self.compute.seed, self.compute.seed + self.num_perturbations):
             config, folder = replace(self.compute, seed=seed), output / MEMBERS_FOLDER / f"seed-{seed}"
+            if config.random_start is None:
+                config = replace(config, random_start=POOL_RANDOM_START)
             members[folder.name] = replace(self, num_perturbations=1, register_as=None, compute=config, output=folder)
         return members
 
@@ -211,7 +213,7 @@ def _start(setting: Setting, tracker: Tracker, resumed: Resumed | None) -> tuple
     tracker.log_dataset(setting.train, "training")
     tracker.log_dataset(setting.val, "held-out")
     storage = join(setting.options.storage or str(setting.output.parent / "checkpoints"), tracker.run_id)
-    return storage, Checkpoint(job, State.start(setting.train), ())
+    return storage, Checkpoint(job, State.start(setting.train, setting.options.compute), ())
 
 
 def _start_members(
@@ -232,11 +234,10 @@ def _start_members(
         own = Tracker(experiment=options.experiment, run_name=options.name, run_id=run_id, parent=tracker)
         stack.enter_context(own)
         if found is None:
-            differing = {"seed": options.compute.seed, "num_perturbations": 1}
-            own.log_params(dict(setting.provenance) | differing)
-            identity = dict(job.identity) | differing
+            own.log_params(dict(setting.provenance) | own_provenance(options.compute))
+            identity = dict(job.identity) | own_provenance(options.compute)
             own_job = replace(job, run_id=own.run_id, options=options.to_json(), identity=identity)
-            found = Checkpoint(own_job, State.start(setting.train), ())
+            found = Checkpoint(own_job, State.start(setting.train, options.compute), ())
         members[name] = Member(options.compute, found, store=store, folder=folder, tracker=own)
     return members
 

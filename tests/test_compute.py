@@ -3,7 +3,7 @@ import pytest
 import torch
 from conftest import random_samples, tiny_worker
 
-from uap_dist.compute import ComputeConfig, compute, count_rounds
+from uap_dist.compute import ComputeConfig, State, compute, count_rounds
 from uap_dist.dataset import LocalWorkers, check_disjoint, load_dataset
 from uap_dist.errors import ConfigError, ShardError
 from uap_dist.norms import measure
@@ -102,6 +102,27 @@ def test_evaluate_every_spares_evaluations_but_not_the_last(local_workers, tiny_
     assert [r.pass_number for r in reports if r.evaluation] == [1, 3, 4]
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_random_start_is_that_share_of_the_radius_in_a_direction_of_the_seed(tiny_data, norm):
+    def start(**options):
+        return State.start(tiny_data[0], ComputeConfig(norm=norm, radius=20.0, **options))
+
+    first, second = (start(random_start=0.5, seed=seed) for seed in (0, 1))
+    for state in (first, second):
+        assert measure(state.iterate.v, norm) == pytest.approx(10, rel=1e-6)
+        assert state.num_evaluations == 47 and not state.iterate.momentum.any()
+    assert abs(torch.cosine_similarity(first.iterate.v.flatten(), second.iterate.v.flatten(), dim=0)) < 0.2
+    assert not start().iterate.v.any() and not start(random_start=0.0).iterate.v.any()
+
+
+def test_a_random_start_lies_under_the_first_round(local_workers, tiny_data):
+    plain, moved = (
+        run(local_workers, tiny_data, max_passes=1, augment="none", random_start=share) for share in (None, 0.5)
+    )
+    assert not torch.equal(plain[0].perturbation, moved[0].perturbation)
+    assert plain[0].fooling.rate == 0 and moved[0].num_evaluations == plain[0].num_evaluations
+
+
 def test_passes_default_to_ten_unless_evaluations_bound_them():
     assert count_rounds([50], ComputeConfig(round_size=25, block_size=25)) == 20
     assert count_rounds([50], ComputeConfig(round_size=25, block_size=25, max_evaluations=10_050)) == 200
@@ -119,6 +140,7 @@ def test_passes_default_to_ten_unless_evaluations_bound_them():
         ({"max_passes": 0}, "max passes is 0; it must be positive"),
         ({"candidates": 5}, "candidates does not belong to rule log-odds"),
         ({"rule": "paper", "margin": 5.0}, "margin does not belong to rule paper"),
+        ({"random_start": 1.5}, "random start is 1.5; it must lie in"),
         ({"seed": -1}, "seed is -1"),
         ({"margin": -1.0}, "margin is -1.0"),
         ({"rule": "paper", "candidates": 1}, "candidates is 1; it must be at least 2"),

@@ -70,13 +70,20 @@ def test_each_member_has_the_bits_of_its_seed_alone(resumed, shards):
     pool = PerturbationPool.load(folder / "out/pool")
     for seed, v in zip(SEEDS, pool.perturbations, strict=True):
         config = ComputeConfig(
-            max_passes=NUM_PASSES, round_size=10, block_size=5, radius=20.0, seed=seed, evaluate_every=20
+            max_passes=NUM_PASSES,
+            round_size=10,
+            block_size=5,
+            radius=20.0,
+            seed=seed,
+            random_start=0.5,
+            evaluate_every=NUM_PASSES,
         )
         *_, final = compute(workers, train, val, config)
         assert torch.equal(v, final.perturbation)
         assert result(folder, seed)["perturbation_sha256"] == sha256(v.numpy().tobytes()).hexdigest()
         assert result(folder, seed)["val_fooling_rate"] == final.evaluation.val.rate
-        assert result(folder, seed)["provenance"]["seed"] == seed
+        provenance = result(folder, seed)["provenance"]
+        assert (provenance["seed"], provenance["random_start"], provenance["num_perturbations"]) == (seed, 0.5, 1)
 
 
 def test_finished_members_are_left_alone_and_every_metric_is_there_once(resumed):

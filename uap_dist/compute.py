@@ -14,12 +14,13 @@ from uap_dist.augment import Augmentation
 from uap_dist.dataset import Dataset, Workers, classify, fooling_rate
 from uap_dist.errors import ConfigError
 from uap_dist.fooling import Rate
-from uap_dist.norms import Norm, check_ball, measure
+from uap_dist.norms import Norm, check_ball, measure, random_perturbation
 from uap_dist.schedule import Round, check_sizes, plan_rounds
 from uap_dist.update import Iterate
 from uap_dist.worker import BlockResult, Predictions, Rule, Solver
 
 DEFAULT_PASSES = 10
+POOL_RANDOM_START = 0.5  # share of the radius; benchmarks/pools.md says why
 EVALUATIONS_PER_LOG_ODDS_SOLVE = 2
 
 
@@ -57,8 +58,11 @@ class ComputeConfig:
     """Training images in a round: solved against one v, reduced once. Part of the result; never derived from the fleet."""
     block_size: int = 6
     """Training images solved together by one worker; divides the round size. Part of the result."""
+    random_start: float | None = None
+    """Share of the radius (0..1) that v starts with: random signs (linf) or a random direction (l2) of the seed.
+    Default: 0 for one perturbation, 0.5 for the members of a pool, which are more diverse then."""
     seed: int = 0
-    """Of the order of images and of their random views."""
+    """Of the order of images, of their random views and of a random start."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be, and say what to give instead."""
@@ -75,6 +79,8 @@ class ComputeConfig:
             raise ConfigError(f"margin is {self.margin}; it must not be negative")
         if self.candidates is not None and self.candidates < 2:
             raise ConfigError(f"candidates is {self.candidates}; it must be at least 2, the clean label included")
+        if self.random_start is not None and not 0 <= self.random_start <= 1:
+            raise ConfigError(f"random start is {self.random_start}; it must lie in [0, 1], a share of the radius")
         check_sizes(self.round_size, self.block_size)
         foreign = ("candidates", "gain") if self.rule == "log-odds" else ("margin", "step_size", "augment")
         for name in foreign:
@@ -179,9 +185,14 @@ class State:
     num_evaluations: int = 0
 
     @classmethod
-    def start(cls, train: Dataset) -> "State":
+    def start(cls, train: Dataset, config: ComputeConfig) -> "State":
         """Before the first round; the clean labels are paid for."""
-        return cls(Iterate.zero(train.shape), num_evaluations=train.num_examples)
+        iterate = Iterate.zero(train.shape)
+        if config.random_start:
+            radius = config.random_start * config.ball_radius
+            noise = random_perturbation(train.shape, norm=config.norm, radius=radius, seed=config.seed)
+            iterate = replace(iterate, v=noise.double())
+        return cls(iterate, num_evaluations=train.num_examples)
 
 
 def compute(
@@ -203,7 +214,7 @@ def compute(
             f"{config.max_evaluations} evaluations (--max-evaluations) do not pay for more than the clean labels of "
             f"{train.num_examples} training images"
         )
-    state = state or State.start(train)
+    state = state or State.start(train, config)
     for round_ in islice(_plan(train.sizes, config), state.num_rounds, None):
         state, report = run_round(workers, train, round_, state, config, planned)
         ends = state.num_rounds == planned or _is_spent(state, config)

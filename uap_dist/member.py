@@ -79,7 +79,7 @@ class Member:
             history=self._history,
             random_rate=fooling_rate(val, classify(workers, val, noise.numpy())),
             val=val,
-            provenance=dict(provenance) | {"seed": config.seed, "num_perturbations": 1},
+            provenance=dict(provenance) | own_provenance(config),
             class_names=class_names,
             mlflow_run_id=self._tracker.run_id,
         )
@@ -103,3 +103,8 @@ class Member:
         self._tracker.log_folder(self.folder)
         self._tracker.finish()
         self.is_delivered = True
+
+
+def own_provenance(config: ComputeConfig) -> dict[str, Any]:
+    """In what the provenance of a pool's member differs from the pool's."""
+    return {"seed": config.seed, "random_start": config.random_start, "num_perturbations": 1}
