@@ -131,9 +131,9 @@ class Trial:
         return self.checkpoints.name
 
     @property
-    def params(self) -> dict[str, str]:
+    def tags(self) -> dict[str, str]:
         """Of the MLflow run."""
-        return self.lab.client.get_run(self.run_id).data.params
+        return self.lab.client.get_run(self.run_id).data.tags
 
     @property
     def rounds(self) -> int:
@@ -141,6 +141,14 @@ class Trial:
         with suppress(OSError, ValueError):
             return max(int(path.name.split("-")[1]) for path in self.checkpoints.iterdir())
         return 0
+
+    @property
+    def num_pool_rounds(self) -> int:
+        """Committed so far by all members of a pool."""
+        newest: dict[Path, int] = {}
+        for path in (self.folder / "checkpoints").glob("*/seed-*/round-*"):
+            newest[path.parent] = max(newest.get(path.parent, 0), int(path.name.split("-")[1]))
+        return sum(newest.values())
 
     def wait_for_round(self, number: int) -> bool:
         """Return when so many rounds are committed; False if the job ended before."""
@@ -183,10 +191,10 @@ class Trial:
         lost = round(self.seconds - reference.seconds, 1)
         return Line(row, fault, times, ", then ".join(endings), same, complete, lost)
 
-    def has_all_metrics(self, num_rounds: int) -> bool:
-        """Every metric of every round once."""
+    def has_all_metrics(self, num_rounds: int, run_id: str | None = None) -> bool:
+        """Every metric of every round once, in the trial's MLflow run or in another."""
         names = ("fooling_rate/round", "round/step", "iterate/norm_l2", "total/solves", "total/evaluations")
-        steps = [[m.step for m in self.lab.client.get_metric_history(self.run_id, name)] for name in names]
+        steps = [[m.step for m in self.lab.client.get_metric_history(run_id or self.run_id, name)] for name in names]
         return all(sorted(found) == list(range(1, num_rounds + 1)) for found in steps)
 
 
@@ -315,7 +323,7 @@ def worker_flags(lab: Lab) -> list[Line]:
         trial.wait_for_round(5)
         lab.flag(flag)
         trial.finish()
-        assert trial.params["num_workers_lost"] == "1"
+        assert trial.tags["num_workers_lost"] == "1"
         lines.append(trial.line("worker-flags", fault, 1))
     return lines
 
@@ -371,7 +379,7 @@ def node_added(lab: Lab) -> list[Line]:
     node = lab.cluster.add_node(num_cpus=2)
     trial.finish()
     lab.cluster.remove_node(node, allow_graceful=False)
-    return [trial.line("node-added", f"a node joins: 5 workers before, {trial.params['num_workers_at_end']} after", 1)]
+    return [trial.line("node-added", f"a node joins: 5 workers before, {trial.tags['num_workers_at_end']} after", 1)]
 
 
 def driver_kills(lab: Lab) -> list[Line]:
@@ -392,6 +400,45 @@ def driver_kills(lab: Lab) -> list[Line]:
         return [
             trial.line("driver-kills", "SIGKILL of the driver at a random point, resumed with 1 to 3 workers", times)
         ]
+
+
+def pool_kills(lab: Lab) -> list[Line]:
+    """SIGKILL to the driver of a pool at random points; each member must have the bits that its seed has alone."""
+    rng, options = random.Random(1), ("--num-perturbations", "3", "--random-start", "0.5")
+    alone = [Trial(lab, f"pool-alone-{seed}", "--seed", str(seed), *options[2:]) for seed in range(3)]
+    for trial in alone:
+        trial.start()
+        assert trial.finish() == "FINISHED", trial.errors
+    trial, times = Trial(lab, "pool-kills", *options), 0
+    trial.start()
+    while times < 5:
+        while trial.num_pool_rounds < times * 35 + 10 and trial.process is not None and trial.process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.6))
+        trial.kill()
+        times += 1
+        trial.resume("--num-workers", rng.choice("123"))
+    trial.finish()
+    same = [member["perturbation_sha256"] for member in trial.result["members"].values()] == [
+        other.result["perturbation_sha256"] for other in alone
+    ]
+    ids = [member["mlflow_run_id"] for member in trial.result["members"].values()]
+    complete = all(
+        trial.has_all_metrics(other.result["num_rounds"], run_id) for run_id, other in zip(ids, alone, strict=True)
+    )
+    endings = f"driver killed × {times}, then {trial.endings[-1]}"
+    lost = round(trial.seconds - sum(other.seconds for other in alone), 1)
+    return [
+        Line(
+            "pool-kills",
+            "a pool of 3: SIGKILL of the driver at a random point, resumed",
+            times,
+            endings,
+            same,
+            complete,
+            lost,
+        )
+    ]
 
 
 def job_stop(lab: Lab) -> list[Line]:
@@ -565,6 +612,7 @@ ROWS: dict[str, Callable[[Lab], list[Line]]] = {
         node_kills,
         node_added,
         driver_kills,
+        pool_kills,
         job_stop,
         storage_fails,
         checkpoint_cut,

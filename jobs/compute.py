@@ -90,9 +90,7 @@ class Options:
         """Of the MLflow run and, with the time, of the output folder."""
         model = "-".join(Path(self.model).parts[-2:]) if ".py:" not in self.model else Path(self.model).name
         seed = self.compute.seed
-        which = (
-            f"seed{seed}" if self.num_perturbations == 1 else f"pool-seeds{seed}-{seed + self.num_perturbations - 1}"
-        )
+        which = f"seed{seed}" if self.num_perturbations == 1 else f"pool{self.num_perturbations}-seed{seed}"
         return f"{model.replace(':', '-')}-{self.compute.norm}-{which}"
 
     def of_members(self, output: Path) -> dict[str, "Options"]:
@@ -222,10 +220,8 @@ def _start_members(
     """Those members of a pool that are not finished, each in an MLflow run below the pool's."""
     members = {}
     for name, options in setting.options.of_members(setting.output).items():
-        store, folder = (
-            stack.enter_context(CheckpointStore(join(storage, name))),
-            setting.output / MEMBERS_FOLDER / name,
-        )
+        folder = setting.output / MEMBERS_FOLDER / name
+        store = stack.enter_context(CheckpointStore(join(storage, name)))
         found = None if store.is_empty() else store.newest()
         if found is not None and (folder / RESULT_FILE).exists() and is_finished(found.job.run_id):
             console.print(f"{name} is finished")
@@ -275,10 +271,14 @@ def _finish_pool(setting: Setting, tracker: Tracker) -> FinishedPool:
     names = setting.options.of_members(setting.output)
     finished = FinishedPool.of({name: setting.output / MEMBERS_FOLDER / name for name in names}, tracker.run_id)
     save_pool(setting.output, finished)
-    tracker.log_params(setting.fleet.describe())
-    tracker.log_metrics(finished.metrics(), step=0)
-    tracker.describe(finished.summary())
-    tracker.log_folder(setting.output, leave_out=(MEMBERS_FOLDER,))
+    tracker.complete(
+        tags=setting.fleet.describe(),
+        metrics=finished.metrics(),
+        step=0,
+        markdown=finished.summary(),
+        folder=setting.output,
+        leave_out=(MEMBERS_FOLDER,),
+    )
     if setting.options.register_as is not None:
         console.print(f"registered as {tracker.register(POOL_FOLDER, setting.options.register_as)}")
     return finished

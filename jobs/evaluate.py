@@ -2,21 +2,23 @@
 
 import re
 import sys
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import tyro
 from rich.console import Console
 
+from uap_dist.classifiers import load_classifier
 from uap_dist.dataset import load_dataset
 from uap_dist.errors import ConfigError
-from uap_dist.evaluate import baselines, measure_perturbations
+from uap_dist.evaluate import Measurement, baselines, measure_perturbations
 from uap_dist.fleet import Fleet, FleetConfig, connect
-from uap_dist.perturbations import load_perturbations, split_name
+from uap_dist.perturbations import Perturbation, load_perturbations, split_name
 from uap_dist.pool import PerturbationPool
 from uap_dist.provenance import git_commit, versions
 from uap_dist.report import output_folder
-from uap_dist.review import markdown, save_evaluation
+from uap_dist.review import save_evaluation, summary
 from uap_dist.shards import expand_patterns
 from uap_dist.terminal import one_line_errors, raise_on_sigterm, set_up_logging
 from uap_dist.tracking import Tracker
@@ -77,49 +79,58 @@ def run(options: Options, tracker: Tracker) -> None:
         raise ConfigError("no perturbations given (--perturbations, --pools)")
     perturbations = load_perturbations(options.perturbations)
     perturbations += [member for pool in options.pools for member in PerturbationPool.load(pool).to_perturbations()]
-    models = [(model, weights or None) for model, _, weights in (text.partition("=") for text in options.models)]
-    sets = [
-        (name or Path(pattern).name.split("-")[0], expand_patterns([pattern]))
-        for name, pattern in map(split_name, options.shards)
-    ]
-    for what, names in (
-        ("models", [_short(model) for model, _ in models]),
-        ("perturbations", [perturbation.name for perturbation in perturbations]),
-        ("sets of images", [name for name, _ in sets]),
-    ):
-        if len(set(names)) < len(names):
-            raise ConfigError(f"two {what} have one name: {', '.join(names)}")
+    pairs = [(model, weights or None) for model, _, weights in (text.partition("=") for text in options.models)]
+    models = {_short(model): (model, weights) for model, weights in pairs}
+    sets = {name or Path(pattern).name.split("-")[0]: pattern for name, pattern in map(split_name, options.shards)}
+    _refuse_twins("models", len(options.models), models)
+    _refuse_twins("perturbations", len(perturbations), [perturbation.name for perturbation in perturbations])
+    _refuse_twins("sets of images", len(options.shards), sets)
+    urls = {name: expand_patterns([pattern]) for name, pattern in sets.items()}
     output = output_folder(options.output, "evaluation")
+    classifiers = {name: load_classifier(*model) for name, model in models.items()}
     settings = {**asdict(options), "git_commit": git_commit(), **{f"version.{k}": v for k, v in versions().items()}}
-    tracker.log_params(settings)
+    tracker.log_params(settings | {f"weights_digest.{name}": c.weights_digest for name, c in classifiers.items()})
     connect()
     raise_on_sigterm()  # again: ray.init installs a handler of its own
-    fleet = Fleet(models[0][0], models[0][1], options.fleet)
-    measurements = []
-    for model, weights in models:
-        if (model, weights) != models[0]:
-            fleet.use(model, weights)
-        console.print(f"{model}: waiting for {fleet.num_workers} workers")
+    # networks that see images alike follow each other, so that each image is decoded once for all of them
+    first, *others = sorted(models, key=lambda name: repr(classifiers[name].geometry))
+    fleet = Fleet(*models[first], options.fleet)
+    found: dict[str, list[Measurement]] = {}
+    for name in (first, *others):
+        if name != first:
+            fleet.use(*models[name])
+        console.print(f"{name}: waiting for {fleet.num_workers} workers")
         fleet.wait()
-        for set_name, urls in sets:
-            dataset = load_dataset(
-                fleet, urls, num_images=options.num_images, max_bad_fraction=options.max_bad_fraction
-            )
-            tracker.log_dataset(dataset, set_name)
-            everything = [*perturbations, *baselines(dataset.shape, options.radius, options.seed)]
-            for measurement in measure_perturbations(
-                fleet, _short(model), set_name, dataset, everything, scales=options.scales, quantize=options.quantize
-            ):
-                measurements.append(measurement)
-                console.print(
-                    f"{model}, {set_name}, {measurement.perturbation} × {measurement.scale:g}: {measurement.fooling}"
-                )
+        found[name] = [m for each in urls.items() for m in _measure(options, fleet, name, each, perturbations, tracker)]
+    measurements = [measurement for name in models for measurement in found[name]]
     save_evaluation(output, measurements)
-    tracker.describe(
-        f"Fooling rates (95 % interval) of {len(perturbations)} perturbations.\n\n{markdown(measurements)}"
-    )
-    tracker.log_folder(output)
+    tracker.complete(tags=fleet.describe(), metrics={}, step=0, markdown=summary(measurements), folder=output)
     console.print(f"\nFiles: {output}\nMLflow: {tracker.how_to_open()}", markup=False)
+
+
+def _measure(
+    options: Options,
+    fleet: Fleet,
+    model: str,
+    images: tuple[str, list[str]],
+    perturbations: list[Perturbation],
+    tracker: Tracker,
+) -> Iterator[Measurement]:
+    """All perturbations, and the baselines, on one classifier and one set of images."""
+    set_name, urls = images
+    dataset = load_dataset(fleet, urls, num_images=options.num_images, max_bad_fraction=options.max_bad_fraction)
+    tracker.log_dataset(dataset, set_name)
+    everything = [*perturbations, *baselines(dataset.shape, options.radius, options.seed)]
+    for measurement in measure_perturbations(
+        fleet, model, set_name, dataset, everything, scales=options.scales, quantize=options.quantize
+    ):
+        console.print(f"{model}, {set_name}, {measurement.perturbation} × {measurement.scale:g}: {measurement.fooling}")
+        yield measurement
+
+
+def _refuse_twins(what: str, count: int, names: Collection[str]) -> None:
+    if len(set(names)) < count:
+        raise ConfigError(f"two {what} have one name: {', '.join(names)}")
 
 
 def _short(model: str) -> str:

@@ -69,7 +69,7 @@ class Member:
             report: of the last round.
             workers: with the images.
             val: the held-out ones.
-            provenance: network, data, config, versions; the seed is the member's own.
+            provenance: network, data, config, versions; what is the member's own is added.
             class_names: of the network's labels; empty where not known.
         """
         config = self.config
@@ -85,22 +85,25 @@ class Member:
         )
         save_run(self.folder, self.finished, workers)
 
-    def deliver(self, timeout_s: float, params: Mapping[str, Any]) -> None:
+    def deliver(self, timeout_s: float, tags: Mapping[str, Any]) -> None:
         """Complete the MLflow run and end it: the rest of its metrics, its description, its files.
 
         Args:
             timeout_s: how long to wait for a server that does not answer.
-            params: that are known only now.
+            tags: that are known only now.
 
         Raises:
-            TrackingError: the server does not answer.
+            TrackingError: the server does not answer; to be tried again.
         """
         assert self.finished is not None
         self._tracker.wait_for_delivery(timeout_s)
-        self._tracker.log_params(params)
-        self._tracker.log_metrics(self.finished.random_rate.metrics("random"), self.finished.final.state.num_rounds)
-        self._tracker.describe(self.finished.summary())
-        self._tracker.log_folder(self.folder)
+        self._tracker.complete(
+            tags=tags,
+            metrics=self.finished.random_rate.metrics("random"),
+            step=self.finished.final.state.num_rounds,
+            markdown=self.finished.summary(),
+            folder=self.folder,
+        )
         self._tracker.finish()
         self.is_delivered = True
 

@@ -31,6 +31,17 @@ def save_evaluation(folder: Path, measurements: Sequence[Measurement]) -> None:
             pictures.save_rates_by_norm(folder / f"pictures/2-fooling-rate-by-norm-{dataset}.png", own)
 
 
+def summary(measurements: Sequence[Measurement]) -> str:
+    """What a run's page says of an evaluation."""
+    perturbations = {m.perturbation for m in measurements if not m.is_baseline}
+    classifiers = {m.classifier for m in measurements}
+    return (
+        f"Fooling rates and top-1 (95 % Wilson intervals) of {len(perturbations)} perturbations, beside zero and random ones, on "
+        f"{len(classifiers)} classifiers.\n\nLook at `pictures/1-transfer-….png` (perturbations down, classifiers across) and "
+        f"`tables/evaluation.csv`.\n\n{markdown(measurements)}"
+    )
+
+
 def markdown(measurements: Sequence[Measurement]) -> str:
     """A line for each measurement."""
     lines = [

@@ -19,7 +19,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "8")
 import mlflow
 from mlflow.data.dataset_source_registry import resolve_dataset_source
 from mlflow.data.meta_dataset import MetaDataset
-from mlflow.entities import Metric, Param, Run
+from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 
 from uap_dist.dataset import Dataset
@@ -91,7 +91,7 @@ class Tracker:
             self._end("KILLED", type(error).__name__)
 
     def finish(self) -> None:
-        """End the run as FINISHED."""
+        """End the run as FINISHED, before the block ends."""
         self._end("FINISHED", None)
         self._is_ended = True
 
@@ -128,20 +128,40 @@ class Tracker:
         if left:
             raise TrackingError(f"metrics of {left} rounds are not at the tracking server at {self.uri}")
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Metrics after so many rounds, at once."""
+    def complete(
+        self,
+        *,
+        tags: Mapping[str, Any],
+        metrics: Mapping[str, float],
+        step: int,
+        markdown: str,
+        folder: Path,
+        leave_out: Sequence[str] = (),
+    ) -> None:
+        """What is known only at the end; may be said again.
+
+        Args:
+            tags: of the run.
+            metrics: measured after `step` rounds.
+            step: rounds.
+            markdown: what the run's page says at its top.
+            folder: every file and folder in it becomes an artifact,
+            leave_out: but for those of these names.
+
+        Raises:
+            TrackingError: the server does not answer.
+        """
         now = time.time_ns() // 1_000_000
-        self._client.log_batch(self.run_id, metrics=[Metric(key, value, now, step) for key, value in metrics.items()])
-
-    def log_folder(self, folder: Path, *, leave_out: Sequence[str] = ()) -> None:
-        """Every file and folder in the folder as an artifact, but for those of the given names."""
-        for path in sorted(folder.iterdir()):
-            if path.name not in leave_out:
-                self._client.log_artifact(self.run_id, str(path))
-
-    def describe(self, markdown: str) -> None:
-        """What the run's page says at its top."""
-        self.set_tag("mlflow.note.content", markdown)
+        with _one_line_mlflow(self.uri):
+            self._client.log_batch(
+                self.run_id,
+                metrics=[Metric(key, value, now, step) for key, value in metrics.items()],
+                tags=[RunTag(key, str(value)) for key, value in tags.items()],
+            )
+            self.set_tag("mlflow.note.content", markdown)
+            for path in sorted(folder.iterdir()):
+                if path.name not in leave_out:
+                    self._client.log_artifact(self.run_id, str(path))
 
     def set_tag(self, key: str, value: str) -> None:
         """A tag of the run."""
