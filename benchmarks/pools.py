@@ -84,6 +84,7 @@ def pools(options: Options) -> Iterator[dict[str, Any]]:
     """Wall time of a pool, and of as many separate runs after it; both start their own Ray."""
     for name, (count, words) in POOLS.items():
         pool = _compute(options, name, f"{name}-pool", *words, "--num-perturbations", str(count))
+        words += ("--random-start", str(POOL_RANDOM_START))
         alone = [_compute(options, name, f"{name}-alone-{seed}", *words, "--seed", str(seed)) for seed in range(count)]
         members = list(pool["members"].values())
         yield {
@@ -100,20 +101,20 @@ def pools(options: Options) -> Iterator[dict[str, Any]]:
 
 
 def cifar(options: Options) -> Iterator[dict[str, Any]]:
-    """Each ResNet's perturbation on each ResNet, all 10,000 test images."""
+    """Each ResNet's perturbation on each ResNet."""
     words = POOLS["resnet20"][1]
     for name in CIFAR:
-        _compute(options, name, f"{name}-alone-0", *words)
-    perturbations = [f"{name}={options.folder / f'{name}-alone-0'}" for name in CIFAR]
+        _compute(options, name, f"{name}-single", *words)
+    perturbations = [f"{name}={options.folder / f'{name}-single'}" for name in CIFAR]
     yield from _transfer(options, "cifar", perturbations, CIFAR)
 
 
 def imagenet(options: Options) -> Iterator[dict[str, Any]]:
     """Our perturbations of SqueezeNet and EfficientNet-Lite0, and the nine published ones, on four networks."""
-    _compute(options, "squeezenet", "squeezenet-alone-0", *POOLS["squeezenet"][1])
-    _compute(options, "lite0", "lite0-alone-0", *LITE0)
+    _compute(options, "squeezenet", "squeezenet-single", *POOLS["squeezenet"][1])
+    _compute(options, "lite0", "lite0-single", *LITE0)
     published = options.data / "reference"
-    perturbations = [f"ours-{name}={options.folder / f'{name}-alone-0'}" for name in ("squeezenet", "lite0")]
+    perturbations = [f"ours-{name}={options.folder / f'{name}-single'}" for name in ("squeezenet", "lite0")]
     perturbations += [f"{path}:255" for path in sorted((published / "lts4").iterdir())]
     perturbations += [f"{path}:1" for path in sorted((published / "sgd-uap").iterdir())]
     yield from _transfer(options, "imagenet", perturbations, IMAGENET)
@@ -178,7 +179,9 @@ def _transfer(
     if not (output / "tables").exists():
         models = [NETWORKS[name].locate(options.data) for name in networks]
         words = ["--models", *(f"{model}={weights}" if weights else model for model, weights in models)]
-        words += ["--shards", f"heldout={options.data / NETWORKS[networks[0]].val}", "--num-workers", "2"]
+        first = NETWORKS[networks[0]]
+        words += ["--shards", f"heldout={options.data / first.val}", "--num-images", str(first.num_val_images)]
+        words += ["--num-workers", "2"]
         shutil.rmtree(output, ignore_errors=True)
         _run("evaluate.py", "--perturbations", *perturbations, *words, "--output", str(output))
     shutil.copy(output / "pictures/1-transfer-heldout.png", options.output.with_name(f"transfer-{part}.png"))
@@ -228,7 +231,9 @@ def _tables(path: Path) -> Iterator[str]:
     for part in ("cifar", "imagenet"):
         own = [line for line in lines if line["part"] == part]
         columns = tuple(dict.fromkeys(line["classifier"] for line in own))
-        yield "\n" + _header("perturbation", *columns)
+        if own:
+            yield f"\n{part}, {own[0]['num_images']:,} held-out images:\n"
+            yield _header("perturbation", *columns)
         for row in dict.fromkeys(line["perturbation"] for line in own):
             rates = {line["classifier"]: line["fooling_rate"] for line in own if line["perturbation"] == row}
             yield f"| {row} | {' | '.join(f'{rates[column]:.3f}' for column in columns)} |"
