@@ -415,6 +415,9 @@ def pool_kills(lab: Lab) -> list[Line]:
         while trial.num_pool_rounds < times * 35 + 10 and trial.process is not None and trial.process.poll() is None:
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.6))
+        assert trial.process is not None
+        if trial.process.poll() is not None:
+            break
         trial.kill()
         times += 1
         trial.resume("--num-workers", rng.choice("123"))

@@ -19,16 +19,16 @@ from rich.console import Console
 
 from uap_dist.checkpoint import Checkpoint, CheckpointStore, JobRecord, check_identity
 from uap_dist.classifiers import Classifier, load_classifier
-from uap_dist.compute import POOL_RANDOM_START, ComputeConfig, State, compute
+from uap_dist.compute import POOL_RANDOM_START, ComputeConfig, State
 from uap_dist.dataset import Dataset, check_disjoint, load_dataset
 from uap_dist.demo import write_demo_shards
 from uap_dist.errors import ConfigError, TrackingError
 from uap_dist.fleet import Fleet, FleetConfig, connect
-from uap_dist.locations import join
+from uap_dist.locations import is_url, join
 from uap_dist.member import Member, own_provenance
 from uap_dist.pool_report import MEMBERS_FOLDER, POOL_FOLDER, FinishedPool, save_pool
 from uap_dist.provenance import git_commit, versions
-from uap_dist.report import RESULT_FILE, FinishedRun, output_folder
+from uap_dist.report import RESULT_FILE, output_folder
 from uap_dist.shards import expand_patterns
 from uap_dist.terminal import RoundProgress, one_line_errors, raise_on_sigterm, set_up_logging
 from uap_dist.together import compute_together
@@ -84,6 +84,10 @@ class Options:
             raise ConfigError(f"num perturbations is {self.num_perturbations}; it must be positive")
         if self.register_as is not None and self.num_perturbations == 1:
             raise ConfigError("only a pool is registered (--register-as); give --num-perturbations 2 or more")
+        if self.register_as is not None and not re.fullmatch("[^/:'\"]+", self.register_as):
+            raise ConfigError(
+                f"--register-as {self.register_as!r} is no name for a model: it must not hold / : ' or \""
+            )
 
     @property
     def name(self) -> str:
@@ -98,8 +102,6 @@ class Options:
         members = {}
         for seed in range(self.compute.seed, self.compute.seed + self.num_perturbations):
             config, folder = replace(self.compute, seed=seed), output / MEMBERS_FOLDER / f"seed-{seed}"
-            if config.random_start is None:
-                config = replace(config, random_start=POOL_RANDOM_START)
             members[folder.name] = replace(self, num_perturbations=1, register_as=None, compute=config, output=folder)
         return members
 
@@ -142,6 +144,11 @@ class Setting:
     val: Dataset
     provenance: Mapping[str, Any]
 
+    @property
+    def member_folders(self) -> dict[str, Path]:
+        """Of a pool's members, by name."""
+        return {name: self.output / MEMBERS_FOLDER / name for name in self.options.of_members(self.output)}
+
 
 def main() -> None:
     """Parse, then run inside an MLflow run that ends as the job does."""
@@ -162,18 +169,27 @@ def run(options: Options, tracker: Tracker, resumed: Resumed | None) -> None:
     """The whole job: connect, load, compute, save, say so. Its workers end with its process."""
     setting = _set_up(options, tracker, resumed)
     storage, checkpoint = _start(setting, tracker, resumed)
-    finished: FinishedRun | FinishedPool | None
     with ExitStack() as stack:
         store = stack.enter_context(CheckpointStore(storage))
         if options.num_perturbations == 1:
-            alone = Member(options.compute, checkpoint, store=store, folder=setting.output, tracker=tracker)
-            _compute(setting, {"": alone}, storage)
-            finished = alone.finished
+            member = Member(options.compute, checkpoint, store=store, folder=setting.output, tracker=tracker)
+            members, pool = {"": member}, None
+            _compute(setting, members)
         else:
             store.start(checkpoint)  # says what the pool is; the members' own say how far they are
             tracker.set_tag(CHECKPOINTS_TAG, storage)
-            _compute(setting, _start_members(setting, storage, checkpoint.job, tracker, stack), storage)
-            finished = _finish_pool(setting, tracker)
+            members = _start_members(setting, storage, checkpoint.job, tracker, stack)
+            _compute(setting, members)
+            pool = FinishedPool.of(setting.member_folders, tracker.run_id)
+            save_pool(setting.output, pool)
+        try:
+            _deliver(setting, members, pool, tracker)
+        except TrackingError as error:
+            raise TrackingError(
+                f"{error}; all is computed and lies in {setting.output}; when the server answers again: "
+                f"python jobs/compute.py --resume {storage}"
+            ) from error
+    finished = pool or members[""].finished
     assert finished is not None
     console.print(f"\n{finished.summary()}\n\nFiles: {setting.output}\nMLflow: {tracker.how_to_open()}", markup=False)
 
@@ -206,6 +222,8 @@ def _start(setting: Setting, tracker: Tracker, resumed: Resumed | None) -> tuple
     job = _describe_job(setting, tracker.run_id)
     if resumed is not None:
         check_identity(resumed.checkpoint.job, job)
+        if job.options["storage"] != resumed.checkpoint.job.options["storage"]:
+            raise ConfigError(f"a resumed run is committed where it was, in {resumed.storage}; leave out --storage")
         return resumed.storage, resumed.checkpoint
     tracker.log_params(_describe_data(setting.train, setting.val))
     tracker.log_dataset(setting.train, "training")
@@ -220,68 +238,63 @@ def _start_members(
     """Those members of a pool that are not finished, each in an MLflow run below the pool's."""
     members = {}
     for name, options in setting.options.of_members(setting.output).items():
-        folder = setting.output / MEMBERS_FOLDER / name
+        folder = setting.member_folders[name]
         store = stack.enter_context(CheckpointStore(join(storage, name)))
-        found = None if store.is_empty() else store.newest()
+        found = store.find_newest()
         if found is not None and (folder / RESULT_FILE).exists() and is_finished(found.job.run_id):
             console.print(f"{name} is finished")
             continue
         run_id = found.job.run_id if found else None
         own = Tracker(experiment=options.experiment, run_name=options.name, run_id=run_id, parent=tracker)
         stack.enter_context(own)
+        identity = dict(job.identity) | own_provenance(options.compute)
+        own_job = replace(job, run_id=own.run_id, options=options.to_json(), identity=identity)
         if found is None:
             own.log_params(dict(setting.provenance) | own_provenance(options.compute))
-            identity = dict(job.identity) | own_provenance(options.compute)
-            own_job = replace(job, run_id=own.run_id, options=options.to_json(), identity=identity)
             found = Checkpoint(own_job, State.start(setting.train, options.compute), ())
+        else:
+            check_identity(found.job, own_job)
         members[name] = Member(options.compute, found, store=store, folder=folder, tracker=own)
     return members
 
 
-def _compute(setting: Setting, members: Mapping[str, Member], storage: str) -> None:
+def _compute(setting: Setting, members: Mapping[str, Member]) -> None:
     """All rounds that are left; each perturbation is saved, and its run completed, as soon as it is done."""
     config, fleet = setting.options.compute, setting.fleet
     for name, member in members.items():
         if member.state.num_rounds:
             console.print(f"{name} resuming after round {member.state.num_rounds}".strip())
-    rounds = {name: compute(fleet, setting.train, setting.val, m.config, m.state) for name, m in members.items()}
-    at_once = 1 + ceil(fleet.num_workers * config.block_size / config.round_size)  # one more than keep all workers busy
+
+    def at_once() -> int:  # one more than keep all workers busy
+        return 1 + ceil(fleet.num_workers * config.block_size / config.round_size)
+
+    rounds = {name: member.rounds(fleet, setting.train, setting.val) for name, member in members.items()}
     with RoundProgress(console, config.max_evaluations, len(members)) as progress:
         for name, report in compute_together(rounds, at_once=at_once):
-            members[name].take(report)
             progress.show(report, name)
             if report.is_last:
                 provenance = dict(setting.provenance) | fleet.describe()
                 members[name].finish(report, fleet, setting.val, provenance, setting.classifier.class_names)
                 with suppress(TrackingError):  # tried again when all is computed
                     members[name].deliver(1.0, fleet.describe())
-    try:
-        for member in members.values():
-            if not member.is_delivered:
-                member.deliver(DELIVERY_TIMEOUT_S, fleet.describe())
-    except TrackingError as error:
-        raise TrackingError(
-            f"{error}; all is computed and lies in {setting.output}; when the server answers again: "
-            f"python jobs/compute.py --resume {storage}"
-        ) from error
 
 
-def _finish_pool(setting: Setting, tracker: Tracker) -> FinishedPool:
-    """The pool's own files, in its folder and its run; the members' are in theirs."""
-    names = setting.options.of_members(setting.output)
-    finished = FinishedPool.of({name: setting.output / MEMBERS_FOLDER / name for name in names}, tracker.run_id)
-    save_pool(setting.output, finished)
-    tracker.complete(
-        tags=setting.fleet.describe(),
-        metrics=finished.metrics(),
-        step=0,
-        markdown=finished.summary(),
-        folder=setting.output,
-        leave_out=(MEMBERS_FOLDER,),
-    )
-    if setting.options.register_as is not None:
-        console.print(f"registered as {tracker.register(POOL_FOLDER, setting.options.register_as)}")
-    return finished
+def _deliver(setting: Setting, members: Mapping[str, Member], pool: FinishedPool | None, tracker: Tracker) -> None:
+    """Complete the MLflow runs that are not yet complete: members' that the server did not take before, the pool's."""
+    for member in members.values():
+        if not member.is_delivered:
+            member.deliver(DELIVERY_TIMEOUT_S, setting.fleet.describe())
+    if pool is not None:
+        tracker.complete(
+            tags=setting.fleet.describe(),
+            metrics=pool.metrics(),
+            step=0,
+            markdown=pool.summary(),
+            folder=setting.output,
+            leave_out=(MEMBERS_FOLDER,),
+        )
+        if setting.options.register_as is not None:
+            console.print(f"registered as {tracker.register(POOL_FOLDER, setting.options.register_as)}")
 
 
 def _checkpoint_to_resume() -> Resumed | None:
@@ -290,7 +303,10 @@ def _checkpoint_to_resume() -> Resumed | None:
         option, _, value = word.partition("=")
         if option == "--resume":
             target = value or "".join(sys.argv[number + 1 : number + 2])
-            storage = checkpoints_of(target) if re.fullmatch("[0-9a-f]{32}", target) else target
+            if re.fullmatch("[0-9a-f]{32}", target):
+                storage = checkpoints_of(target)
+            else:
+                storage = target if is_url(target) else str(Path(target).resolve())
             return Resumed(CheckpointStore(storage).newest(), storage)
     return None
 
@@ -299,7 +315,10 @@ def _parse(resumed: Resumed | None) -> tuple[Options, ConfigError | None]:
     """Options; those that cannot be are reported inside an MLflow run, as whoever watches scheduled jobs expects."""
     try:
         default = Options() if resumed is None else Options.from_json(resumed.checkpoint.job.options)
-        return tyro.cli(Options, default=default, config=(tyro.conf.OmitArgPrefixes,)), None
+        options = tyro.cli(Options, default=default, config=(tyro.conf.OmitArgPrefixes,))
+        if options.num_perturbations > 1 and options.compute.random_start is None:
+            options = replace(options, compute=replace(options.compute, random_start=POOL_RANDOM_START))
+        return options, None
     except ConfigError as error:
         words = sys.argv
         experiment = words[words.index("--experiment") + 1] if "--experiment" in words[:-1] else Options.experiment

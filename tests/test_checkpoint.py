@@ -59,6 +59,19 @@ def test_without_a_whole_one_there_is_nothing_to_resume(tmp_path):
     for path in ("absent", "."):
         with pytest.raises(ResumeError, match="no checkpoint in"):
             CheckpointStore(str(tmp_path / path)).newest()
+        assert CheckpointStore(str(tmp_path / path)).find_newest() is None
+
+
+def test_committing_the_same_again_never_leaves_less(tmp_path):
+    """A resumed run begins so; a full disk or a kill at that moment must not cost the only checkpoint."""
+    store = committed(tmp_path, 0)
+    (path,) = tmp_path.iterdir()
+    path.chmod(0o444)
+    inode = path.stat().st_ino
+    store.start(checkpoint(0))
+    (again,) = tmp_path.iterdir()
+    assert again == path and again.stat().st_ino != inode  # another file took its place, whole
+    assert same(store.newest(), checkpoint(0))
 
 
 def test_commits_to_s3(s3):

@@ -1,4 +1,5 @@
 import csv
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +67,7 @@ def test_the_job_leaves_table_matrix_and_run(shards, tmp_path):
         str(JOB),
         "--models",
         TINY,
+        TINY.replace(":Tiny", ":Resized"),
         TINY.replace(":Tiny", ":OwnPerProcess"),
         "--num-workers",
         "1",
@@ -81,16 +83,21 @@ def test_the_job_leaves_table_matrix_and_run(shards, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     table = pq.read_table(tmp_path / "out/tables/evaluation.parquet").to_pylist()
-    assert len(table) == 2 * 5 * 2 and {row["classifier"] for row in table} == {"Tiny", "OwnPerProcess"}
+    assert len(table) == 3 * 5 * 2
+    assert list(dict.fromkeys(row["classifier"] for row in table)) == ["Tiny", "Resized", "OwnPerProcess"]
+    # but those that see images alike were measured one after another, so that images were decoded twice, not three times
+    order = re.findall("(.*): waiting for", done.stdout)
+    assert abs(order.index("Tiny") - order.index("OwnPerProcess")) == 1
     assert {row["fooling_rate_num_images"] for row in table} == {20}
     assert all(row["fooling_rate_low"] <= row["fooling_rate"] <= row["fooling_rate_high"] for row in table)
     assert {row["fooling_rate"] for row in table if row["perturbation"] == "zero"} == {0.0}
     with (tmp_path / "out/tables/evaluation.csv").open() as file:
-        assert len(list(csv.reader(file))) == 21
+        assert len(list(csv.reader(file))) == 31
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
     pictures = {a.path for a in client.list_artifacts(run.info.run_id, "pictures")}
-    assert run.info.status == "FINISHED"
+    assert run.info.status == "FINISHED" and len(run.data.params["weights_digest.Tiny"]) == 64
+    assert "| noise × 0.5 | " in run.data.tags["mlflow.note.content"]
     assert pictures == {"pictures/1-transfer-val.png", "pictures/2-fooling-rate-by-norm-val.png"}
     with (tmp_path / "out/tables/transfer-val.csv").open() as file:
         transfer = {row["perturbation"]: float(row["Tiny"]) for row in csv.DictReader(file)}
@@ -100,6 +107,18 @@ def test_the_job_leaves_table_matrix_and_run(shards, tmp_path):
     assert transfer == full
 
 
-def test_an_evaluation_of_nothing_is_one_line(tmp_path):
-    done = subprocess.run([sys.executable, str(JOB)], cwd=tmp_path, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr == "error: no models given (--models)\n"
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "no models given (--models)"),
+        (
+            ("--models", TINY, TINY, "--shards", "a.tar", "--perturbations", "v.npy:255"),
+            "two models have one name: Tiny",
+        ),
+    ],
+)
+def test_an_evaluation_that_cannot_be_is_one_line(tmp_path, options, message):
+    np.save(tmp_path / "v.npy", np.ones((3, 8, 8)))
+    command = [sys.executable, str(JOB), *options]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == f"error: {message}\n"

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from uap_dist.errors import ConfigError
-from uap_dist.norms import measure, project, random_perturbation
+from uap_dist.norms import mean_absolute, measure, project, random_perturbation, root_mean_square
 
 NORMS = st.sampled_from(["linf", "l2"])
 
@@ -35,3 +35,16 @@ def test_random_perturbation_fills_the_ball_and_repeats(norm):
 def test_a_ball_that_cannot_be_is_refused(norm, radius):
     with pytest.raises(ConfigError, match="norm is 'l1'" if norm == "l1" else "radius is"):
         project(torch.zeros(1), norm=norm, radius=radius)
+
+
+def test_the_drivers_sums_do_not_depend_on_the_number_of_threads():
+    values = torch.randn(20, 3, 224, 224, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    threads, found = torch.get_num_threads(), []
+    for count in (1, 2, 4):
+        torch.set_num_threads(count)
+        found.append([(measure(v, "l2"), mean_absolute(v), root_mean_square(v)) for v in values])
+    torch.set_num_threads(threads)
+    assert found[0] == found[1] == found[2]
+    for v, (norm, mean, rms) in zip(values, found[0], strict=True):
+        expected = [v.norm().item(), v.abs().mean().item(), v.square().mean().sqrt().item()]
+        assert [norm, mean, rms] == pytest.approx(expected, rel=1e-12)

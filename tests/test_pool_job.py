@@ -97,6 +97,7 @@ def test_finished_members_are_left_alone_and_every_metric_is_there_once(resumed)
         for name in ("fooling_rate/round", "total/evaluations"):
             history = client.get_metric_history(run.info.run_id, name)
             assert [m.step for m in history] == list(range(1, NUM_ROUNDS + 1))
+        assert len(client.get_metric_history(run.info.run_id, "fooling_rate/random")) == 1
         assert {a.path for a in client.list_artifacts(run.info.run_id)} >= {"pictures", "tables", "result.json"}
     assert out.count(" is finished") == len(before)
 
@@ -107,6 +108,7 @@ def test_the_pool_says_how_good_and_how_diverse_it_is(resumed):
     said = json.loads((folder / "out/result.json").read_text())
     nearest, pair = pool.nearest_pairs()[0]
     assert said["largest_inner_product"] == nearest and tuple(said["nearest_pair"]) == pair
+    assert json.loads((folder / "out/pool/pool.json").read_text())["members"][0]["random_start"] == 0.5
     assert said["is_diverse"] == (nearest <= 0.1)
     assert said["mean_val_fooling_rate"] == sum(result(folder, seed)["val_fooling_rate"] for seed in SEEDS) / 4
     with (folder / "out/tables/inner-products.csv").open() as file:

@@ -1,3 +1,4 @@
+import time
 from threading import Event
 
 import pytest
@@ -22,7 +23,7 @@ def test_each_gives_what_it_gives_alone_and_no_report_is_lost(tiny_data, local_w
         return {name: compute(local_workers, *tiny_data, config) for name, config in configs(3).items()}
 
     alone = {name: list(reports) for name, reports in begin().items()}
-    together = list(compute_together(begin(), at_once=at_once))
+    together = list(compute_together(begin(), at_once=lambda: at_once))
     for name, reports in alone.items():
         own = [report for other, report in together if other == name]
         assert [r.round_number for r in own] == [r.round_number for r in reports] and own[-1].is_last
@@ -47,17 +48,50 @@ def test_no_more_than_so_many_share_the_workers(tiny_data):
 
     ended = [
         name
-        for name, report in compute_together({n: watched(n, c) for n, c in configs(5).items()}, at_once=2)
+        for name, report in compute_together({n: watched(n, c) for n, c in configs(5).items()}, at_once=lambda: 2)
         if report.is_last
     ]
     assert sorted(ended) == sorted(configs(5)) and max(largest) == 2
 
 
 def test_what_one_raises_reaches_the_caller(tiny_data, local_workers):
+    others_rounds, failed = [], Event()
+
     def failing():
         yield next(compute(local_workers, *tiny_data, configs(1)["seed-0"]))
+        failed.set()
         raise WorkerLostError("no more")
 
+    def endless():
+        while True:
+            yield next(compute(local_workers, *tiny_data, configs(1)["seed-0"]))
+            others_rounds.append(time.monotonic())
+
     with pytest.raises(WorkerLostError, match="no more"):
-        list(compute_together({"a": failing()}, at_once=2))
-    assert list(compute_together({}, at_once=2)) == []
+        for _ in compute_together({"a": failing(), "b": endless()}, at_once=lambda: 2):
+            assert failed.wait(20)
+    ended = time.monotonic()
+    time.sleep(1)
+    assert not others_rounds or max(others_rounds) < ended + 0.5  # it ends after the round that it is in
+
+
+def test_one_that_has_nothing_left_and_none_at_all_just_end(tiny_data, local_workers):
+    config = configs(1)["seed-0"]
+    rest = compute(local_workers, *tiny_data, config)
+    found = list(compute_together({"empty": iter(()), "a": rest}, at_once=lambda: 1))
+    assert [report.round_number for _, report in found] == list(range(10))
+    assert list(compute_together({}, at_once=lambda: 2)) == []
+
+
+def test_more_begin_when_more_workers_come(tiny_data, local_workers):
+    allowed, begun = [1], []
+
+    def watched(name, config):
+        begun.append(name)
+        yield from compute(local_workers, *tiny_data, config)
+
+    for _ in compute_together({n: watched(n, c) for n, c in configs(3).items()}, at_once=lambda: allowed[0]):
+        if allowed == [1]:
+            assert begun == ["seed-0"]
+            allowed[0] = 3
+    assert len(begun) == 3

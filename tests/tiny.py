@@ -37,6 +37,10 @@ class Random(Tiny):
         return super().forward(pixels) + torch.rand(1)
 
 
+class Resized(Tiny):
+    input_size = 16
+
+
 class OwnPerProcess(Tiny):
     def forward(self, pixels):
         return super().forward(pixels) * (1 + os.getpid() * 1e-6)

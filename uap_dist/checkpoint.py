@@ -25,6 +25,7 @@ from uap_dist.update import Iterate
 
 KEPT = 3
 DIGEST_LENGTH = 16
+UNFINISHED = "unfinished"  # name of a local file that is being written
 
 logger = logging.getLogger(__name__)
 
@@ -102,10 +103,6 @@ class CheckpointStore:
     def __exit__(self, *error: object) -> None:
         self._thread.shutdown(wait=True)
 
-    def is_empty(self) -> bool:
-        """Whether nothing was ever committed here."""
-        return not self._paths()
-
     def start(self, checkpoint: Checkpoint) -> None:
         """Commit now, so that a storage that cannot be written to is known before hours of work.
 
@@ -134,6 +131,19 @@ class CheckpointStore:
         Raises:
             ResumeError: there is none.
         """
+        found = self.find_newest()
+        if found is None:
+            raise ResumeError(
+                f"no checkpoint in {self.location}; give an MLflow run, or the folder that its tag `checkpoints` names"
+            )
+        return found
+
+    def find_newest(self) -> Checkpoint | None:
+        """The last commit that is whole, if there is one.
+
+        Raises:
+            ResumeError: the storage cannot be read.
+        """
         try:
             for path in reversed(self._paths()):
                 with self._filesystem.open_input_stream(path, compression=None) as stream:
@@ -143,9 +153,7 @@ class CheckpointStore:
                 logger.warning("checkpoint %s is not whole; taking the one before", path)
         except OSError as error:
             raise ResumeError(f"cannot read checkpoints in {self.location}: {error}") from error
-        raise ResumeError(
-            f"no checkpoint in {self.location}; give an MLflow run, or the folder that its tag `checkpoints` names"
-        )
+        return None
 
     def _try_to_write(self, checkpoint: Checkpoint) -> None:
         try:
@@ -156,8 +164,13 @@ class CheckpointStore:
     def _write(self, checkpoint: Checkpoint) -> None:
         data = checkpoint.to_bytes()
         path = f"{self._folder}/round-{checkpoint.state.num_rounds:08d}-{_digest(data)}.npz"
-        with self._filesystem.open_output_stream(path) as file:
+        # an object store shows an object when it is whole; on a local disk that takes a rename
+        is_local = isinstance(self._filesystem, fs.LocalFileSystem)
+        target = f"{self._folder}/{UNFINISHED}" if is_local else path
+        with self._filesystem.open_output_stream(target) as file:
             file.write(data)
+        if is_local:
+            self._filesystem.move(target, path)
         for path in self._paths()[:-KEPT]:
             self._filesystem.delete_file(path)
 

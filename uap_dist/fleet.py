@@ -197,6 +197,8 @@ class Fleet:
             DeterminismError: two workers gave different bits (`verify_determinism`).
             Exception: what a worker raised; that is no lost worker, and not tried again.
         """
+        if self._is_closed:
+            raise WorkerLostError("the fleet was closed")
         twice = {self._num_rounds % len(tasks)} if self._config.verify_determinism and method == "solve" else set()
         self._num_rounds += method == "solve"
         waiting = [*range(len(tasks)), *twice]

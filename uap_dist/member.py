@@ -1,11 +1,11 @@
 """One perturbation on its way through a job: its rounds committed and tracked, in the end its files in the folder and in MLflow."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from uap_dist.checkpoint import Checkpoint, CheckpointStore
-from uap_dist.compute import ComputeConfig, RoundReport
+from uap_dist.compute import ComputeConfig, RoundReport, compute
 from uap_dist.dataset import Dataset, Workers, classify, fooling_rate
 from uap_dist.history import RoundRecord
 from uap_dist.norms import random_perturbation
@@ -48,12 +48,14 @@ class Member:
         for record in self._history:
             tracker.log_round(record)
 
-    def take(self, report: RoundReport) -> None:
-        """Commit a round and track it. The last one is committed as the result."""
-        self._history.append(RoundRecord.of(report))
-        if not report.is_last:
-            self._store.commit(Checkpoint(self._job, report.state, tuple(self._history)))
-        self._tracker.log_round(self._history[-1])
+    def rounds(self, workers: Workers, train: Dataset, val: Dataset) -> Iterator[RoundReport]:
+        """Compute what is left, commit and track each round before the next one. The last one is committed as the result."""
+        for report in compute(workers, train, val, self.config, self.state):
+            self._history.append(RoundRecord.of(report))
+            if not report.is_last:
+                self._store.commit(Checkpoint(self._job, report.state, tuple(self._history)))
+            self._tracker.log_round(self._history[-1])
+            yield report
 
     def finish(
         self,

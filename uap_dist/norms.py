@@ -2,6 +2,7 @@
 
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,9 +20,19 @@ def check_ball(norm: str, radius: float) -> None:
 
 
 def measure(v: Tensor, norm: Norm) -> float:
-    """‖v‖ of the whole tensor in pixels, in float64."""
-    flat = v.double().flatten()
-    return float(flat.abs().max() if norm == "linf" else flat.norm())
+    """‖v‖ of the whole tensor in pixels, in float64; the same bits for any number of threads."""
+    values = _values(v)
+    return float(np.abs(values).max() if norm == "linf" else np.sqrt(np.square(values).sum()))
+
+
+def mean_absolute(v: Tensor) -> float:
+    """Mean of |v| over all entries, in float64; the same bits for any number of threads."""
+    return float(np.abs(_values(v)).mean())
+
+
+def root_mean_square(v: Tensor) -> float:
+    """√(mean of v²) over all entries, in float64; the same bits for any number of threads."""
+    return float(np.sqrt(np.square(_values(v)).mean()))
 
 
 def project(v: Tensor, *, norm: Norm, radius: float) -> Tensor:
@@ -53,3 +64,8 @@ def random_perturbation(shape: tuple[int, ...], *, norm: Norm, radius: float, se
         return radius * (2.0 * torch.randint(0, 2, shape, generator=generator) - 1)
     direction = torch.randn(shape, generator=generator)
     return direction * (radius / measure(direction, "l2"))
+
+
+def _values(v: Tensor) -> np.ndarray:
+    """For sums by numpy, which unlike torch's do not depend on the number of threads."""
+    return v.detach().cpu().double().numpy()

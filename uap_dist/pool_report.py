@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
@@ -43,7 +44,9 @@ class FinishedPool:
         pool = PerturbationPool.of(load_perturbations([f"{name}={folder}" for name, folder in folders.items()]))
         results = {name: json.loads((folder / RESULT_FILE).read_text()) for name, folder in folders.items()}
         rounds = {
-            name: [row for row in pq.read_table(folder / "tables" / ROUNDS_FILE).to_pylist() if row["fooling_rate/val"]]
+            name: pq.read_table(
+                folder / "tables" / ROUNDS_FILE, filters=pc.field("fooling_rate/val").is_valid()
+            ).to_pylist()
             for name, folder in folders.items()
         }
         return cls(pool, results, rounds, mlflow_run_id)

@@ -13,6 +13,8 @@ from uap_dist import pictures
 from uap_dist.evaluate import Measurement
 from uap_dist.fooling import Rate
 
+MAX_ROWS_IN_SUMMARY = 40  # MLflow cuts a description at 8,000 characters
+
 
 def save_evaluation(folder: Path, measurements: Sequence[Measurement]) -> None:
     """All files of an evaluation: tables/, pictures/."""
@@ -32,14 +34,42 @@ def save_evaluation(folder: Path, measurements: Sequence[Measurement]) -> None:
 
 
 def summary(measurements: Sequence[Measurement]) -> str:
-    """What a run's page says of an evaluation."""
-    perturbations = {m.perturbation for m in measurements if not m.is_baseline}
-    classifiers = {m.classifier for m in measurements}
-    return (
-        f"Fooling rates and top-1 (95 % Wilson intervals) of {len(perturbations)} perturbations, beside zero and random ones, on "
-        f"{len(classifiers)} classifiers.\n\nLook at `pictures/1-transfer-….png` (perturbations down, classifiers across) and "
-        f"`tables/evaluation.csv`.\n\n{markdown(measurements)}"
+    """What a run's page says of an evaluation: the fooling rates, perturbations down, classifiers across, and which is best."""
+    lines = []
+    for dataset in dict.fromkeys(m.dataset for m in measurements):
+        own = [m for m in measurements if m.dataset == dataset]
+        classifiers = list(dict.fromkeys(m.classifier for m in own))
+        count = own[0].fooling.num_examples
+        lines += [
+            f"Fooling rates on {count:,} images of {dataset} (95 % intervals up to ±{_largest_half_interval(own):.3f}):",
+            "",
+        ]
+        lines += [f"| perturbation | {' | '.join(classifiers)} |", "| --- " * (1 + len(classifiers)) + "|"]
+        rows = list(dict.fromkeys((m.perturbation, m.scale) for m in own))
+        for name, scale in rows[:MAX_ROWS_IN_SUMMARY]:
+            rates = {m.classifier: m.fooling.rate for m in own if (m.perturbation, m.scale) == (name, scale)}
+            label = name if scale == 1 else f"{name} × {scale:g}"
+            lines.append(f"| {label} | {' | '.join(f'{rates[classifier]:.3f}' for classifier in classifiers)} |")
+        if len(rows) > MAX_ROWS_IN_SUMMARY:
+            lines.append(f"\n{len(rows) - MAX_ROWS_IN_SUMMARY} more in `tables/evaluation.md`.")
+        lines += ["", *(_best(classifier, own) for classifier in classifiers), ""]
+    return "\n".join(
+        [
+            *lines,
+            "Look at `pictures/1-transfer-….png`; `tables/evaluation.csv` has intervals, norms and top-1 before and after.",
+        ]
     )
+
+
+def _best(classifier: str, measurements: Sequence[Measurement]) -> str:
+    """The most fooling perturbation of a classifier beside the most fooling noise."""
+    own = [m for m in measurements if m.classifier == classifier]
+    best, noise = (max((m for m in own if m.is_baseline == b), key=lambda m: m.fooling.rate) for b in (False, True))
+    return f"* {classifier}: **{best.perturbation}** fools {best.fooling}; {noise.perturbation}: {noise.fooling}"
+
+
+def _largest_half_interval(measurements: Sequence[Measurement]) -> float:
+    return max((high - low) / 2 for low, high in (m.fooling.interval for m in measurements))
 
 
 def markdown(measurements: Sequence[Measurement]) -> str:

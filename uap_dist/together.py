@@ -1,52 +1,57 @@
 """Several computations at once on the same workers, so that none idles while one of them reduces its round."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from queue import SimpleQueue
-from threading import Thread
+from threading import Event, Thread
 
 from uap_dist.compute import RoundReport
 
-Answer = tuple[str, RoundReport | BaseException]
+Answer = tuple[str, RoundReport | BaseException | None]  # of a computation by name: a round, its failure, or its end
 
 
 def compute_together(
-    computations: Mapping[str, Iterator[RoundReport]], *, at_once: int
+    computations: Mapping[str, Iterator[RoundReport]], *, at_once: Callable[[], int]
 ) -> Iterator[tuple[str, RoundReport]]:
     """Reports of all computations as their rounds are done, each with the name of its computation.
 
-    Each is advanced by a thread of its own; who iterates over the reports stays in one thread, and no round waits for it.
+    Each is advanced by a thread of its own, and waits for nobody who iterates over the reports: what is to be done
+    before its next round belongs into the computation.
 
     Args:
-        computations: by name, as `compute` gives them; begun in this order, the next one when another ends.
-        at_once: how many share the workers.
+        computations: by name; begun in this order, the next one when another ends.
+        at_once: how many shall share the workers; asked again after every round.
 
     Raises:
-        BaseException: the first that a computation raises; the others are then left where they are.
+        BaseException: the first that a computation raises. Then, and when nobody iterates any more, the others end
+            after the round that they are in.
     """
     answers: SimpleQueue[Answer] = SimpleQueue()
+    is_over = Event()
 
     def advance(name: str) -> None:
         try:
             for report in computations[name]:
                 answers.put((name, report))
+                if is_over.is_set():
+                    return
+            answers.put((name, None))
         except BaseException as error:
             answers.put((name, error))
 
-    def begin(name: str) -> None:
-        # no one waits for these threads when the job is interrupted
-        Thread(target=advance, args=(name,), name=f"compute-{name}", daemon=True).start()
-
-    waiting = iter(computations)
-    for name in islice(waiting, at_once):
-        begin(name)
-    num_left = len(computations)
-    while num_left:
-        name, answer = answers.get()
-        if isinstance(answer, BaseException):
-            raise answer
-        if answer.is_last:
-            num_left -= 1
-            for successor in islice(waiting, 1):
-                begin(successor)
-        yield name, answer
+    waiting, num_active, num_left = iter(computations), 0, len(computations)
+    try:
+        while num_left:
+            for name in islice(waiting, max(0, at_once() - num_active)):
+                # daemons, because nobody waits for them when the job is interrupted
+                Thread(target=advance, args=(name,), name=f"compute-{name}", daemon=True).start()
+                num_active += 1
+            name, answer = answers.get()
+            if isinstance(answer, BaseException):
+                raise answer
+            if answer is None:
+                num_active, num_left = num_active - 1, num_left - 1
+            else:
+                yield name, answer
+    finally:
+        is_over.set()

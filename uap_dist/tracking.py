@@ -23,7 +23,7 @@ from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 
 from uap_dist.dataset import Dataset
-from uap_dist.errors import ResumeError, TrackingError
+from uap_dist.errors import ResumeError, TrackingError, UapDistError
 from uap_dist.history import RoundRecord
 from uap_dist.outbox import Outbox
 
@@ -56,7 +56,7 @@ class Tracker:
         self.uri = _tracking_uri()
         self._is_child, self._is_ended = parent is not None, False
         self._delivered: set[int] = set()
-        with _one_line_mlflow(self.uri):
+        with _answering(self.uri):
             self._client = mlflow.MlflowClient()
             tags = {"command": shlex.join(sys.argv)}
             if run_id is not None:
@@ -64,8 +64,9 @@ class Tracker:
                 steps = self._client.get_metric_history(run_id, "total/evaluations")
                 self._delivered = {metric.step for metric in steps}
             elif parent is not None:
-                tags |= {PARENT_TAG: parent.run_id}
-                run = self._client.create_run(parent.experiment_id, run_name=run_name, tags=tags)
+                run = _find_child(self._client, parent, run_name) or self._client.create_run(
+                    parent.experiment_id, run_name=run_name, tags=tags | {PARENT_TAG: parent.run_id}
+                )
             else:
                 _set_experiment(experiment, self.uri)
                 run = mlflow.start_run(run_name=run_name, tags=tags, log_system_metrics=True)
@@ -91,14 +92,16 @@ class Tracker:
             self._end("KILLED", type(error).__name__)
 
     def finish(self) -> None:
-        """End the run as FINISHED, before the block ends."""
-        self._end("FINISHED", None)
+        """End the run as FINISHED, before the block ends; TrackingError where the server does not answer."""
+        with _answering(self.uri):
+            self._end("FINISHED", None)
         self._is_ended = True
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Parameters; None is written as "none"."""
         texts = {key: "none" if value is None else str(value) for key, value in params.items()}
-        self._client.log_batch(self.run_id, params=[Param(key, text) for key, text in texts.items()])
+        with _answering(self.uri):
+            self._client.log_batch(self.run_id, params=[Param(key, text) for key, text in texts.items()])
 
     def log_dataset(self, dataset: Dataset, context: str) -> None:
         """A dataset by its first shard's URL, its digest and its size."""
@@ -138,7 +141,7 @@ class Tracker:
         folder: Path,
         leave_out: Sequence[str] = (),
     ) -> None:
-        """What is known only at the end; may be said again.
+        """What is known only at the end. May be said again: a metric that the run has already is left as it is.
 
         Args:
             tags: of the run.
@@ -152,10 +155,11 @@ class Tracker:
             TrackingError: the server does not answer.
         """
         now = time.time_ns() // 1_000_000
-        with _one_line_mlflow(self.uri):
+        with _answering(self.uri):
+            known = self._client.get_run(self.run_id).data.metrics
             self._client.log_batch(
                 self.run_id,
-                metrics=[Metric(key, value, now, step) for key, value in metrics.items()],
+                metrics=[Metric(key, value, now, step) for key, value in metrics.items() if key not in known],
                 tags=[RunTag(key, str(value)) for key, value in tags.items()],
             )
             self.set_tag("mlflow.note.content", markdown)
@@ -165,13 +169,20 @@ class Tracker:
 
     def set_tag(self, key: str, value: str) -> None:
         """A tag of the run."""
-        self._client.set_tag(self.run_id, key, value)
+        with _answering(self.uri):
+            self._client.set_tag(self.run_id, key, value)
 
     def register(self, artifact: str, name: str) -> str:
-        """Make an artifact (file or folder) the next version of a model in MLflow's registry; its address there."""
-        if not self._client.search_registered_models(f"name = '{name}'"):
-            self._client.create_registered_model(name)
-        version = self._client.create_model_version(name, f"runs:/{self.run_id}/{artifact}", run_id=self.run_id)
+        """Make an artifact (file or folder) a version of a model in MLflow's registry, unless it is one; its address there."""
+        with _answering(self.uri):
+            if not self._client.search_registered_models(f"name = '{name}'"):
+                self._client.create_registered_model(name)
+            found = self._client.search_model_versions(f"name = '{name}' and run_id = '{self.run_id}'")
+            version = (
+                found[0]
+                if found
+                else self._client.create_model_version(name, f"runs:/{self.run_id}/{artifact}", run_id=self.run_id)
+            )
         return f"models:/{name}/{version.version}"
 
     def _send(self, records: Sequence[RoundRecord]) -> None:
@@ -190,7 +201,7 @@ class Tracker:
                 self._client.set_terminated(self.run_id, status)
             else:
                 mlflow.end_run(status)
-        except (MlflowException, OSError) as error:
+        except Exception as error:  # as in _answering
             if status == "FINISHED":
                 raise
             logger.warning("the run could not be marked %s at %s: %s", status, self.uri, error)
@@ -213,7 +224,7 @@ def checkpoints_of(run_id: str) -> str:
         ResumeError: no such run, or one without checkpoints.
     """
     uri = _tracking_uri()
-    with _one_line_mlflow(uri):
+    with _answering(uri):
         try:
             tags = mlflow.get_run(run_id).data.tags
         except MlflowException as error:
@@ -227,7 +238,8 @@ def checkpoints_of(run_id: str) -> str:
 
 def is_finished(run_id: str) -> bool:
     """Whether a run has ended as FINISHED."""
-    return bool(mlflow.get_run(run_id).info.status == "FINISHED")
+    with _answering(mlflow.get_tracking_uri()):
+        return bool(mlflow.get_run(run_id).info.status == "FINISHED")
 
 
 def fetch(address: str) -> str:
@@ -253,12 +265,16 @@ def _tracking_uri() -> str:
 
 
 @contextmanager
-def _one_line_mlflow(uri: str) -> Iterator[None]:
+def _answering(uri: str) -> Iterator[None]:
     try:
         yield
-    except (MlflowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise TrackingError(f"the tracking server at {uri} (MLFLOW_TRACKING_URI) does not answer: {reason}") from error
+    except UapDistError:
+        raise
+    except Exception as error:  # MLflow's, and those of whatever store its artifacts go to
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TrackingError(
+            f"the tracking server at {uri} (MLFLOW_TRACKING_URI) does not answer as it should: {reason}"
+        ) from error
 
 
 def _set_experiment(name: str, uri: str) -> None:
@@ -276,6 +292,13 @@ def _reopen(run_id: str) -> Run:
         raise ResumeError(f"run {run_id} is finished; there is nothing to resume")
     mlflow.set_experiment(experiment_id=info.experiment_id)
     return mlflow.start_run(run_id=run_id, log_system_metrics=True)
+
+
+def _find_child(client: mlflow.MlflowClient, parent: Tracker, run_name: str) -> Run | None:
+    """The parent's run of that name, which a job made that was killed before its first commit."""
+    tags = f"tags.`{PARENT_TAG}` = '{parent.run_id}' and tags.`mlflow.runName` = '{run_name}'"
+    found = client.search_runs([parent.experiment_id], tags, max_results=1)
+    return _reopen_child(client, found[0].info.run_id) if found else None
 
 
 def _reopen_child(client: mlflow.MlflowClient, run_id: str) -> Run:

@@ -9,7 +9,7 @@ from math import cos, pi
 import torch
 from torch import Tensor
 
-from uap_dist.norms import Norm, project, spread
+from uap_dist.norms import Norm, mean_absolute, project, root_mean_square, spread
 
 MARGIN = 500.0  # logits; so far beyond the boundary that no example is ever done and weights 1/(f + margin) stay even
 MOMENTUM = 0.9
@@ -57,8 +57,8 @@ def log_odds_update(iterate: Iterate, total: Tensor, *, step_size: float, norm: 
         norm: of the ball.
         radius: of the ball, pixels.
     """
-    momentum = MOMENTUM * iterate.momentum + total / total.abs().mean().clamp(min=1e-300)
-    direction = momentum.sign() if norm == "linf" else momentum / momentum.square().mean().sqrt().clamp(min=1e-300)
+    momentum = MOMENTUM * iterate.momentum + total / max(mean_absolute(total), 1e-300)
+    direction = momentum.sign() if norm == "linf" else momentum / max(root_mean_square(momentum), 1e-300)
     return Iterate(project(iterate.v + step_size * direction, norm=norm, radius=radius), momentum)
 
 
