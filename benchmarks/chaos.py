@@ -150,14 +150,18 @@ class Trial:
             newest[path.parent] = max(newest.get(path.parent, 0), int(path.name.split("-")[1]))
         return sum(newest.values())
 
-    def wait_for_round(self, number: int) -> bool:
-        """Return when so many rounds are committed; False if the job ended before."""
+    def wait(self, is_so: Callable[[], bool]) -> bool:
+        """Return when it is so; False if the job ended before."""
         assert self.process is not None
-        while self.rounds < number:
+        while not is_so():
             if self.process.poll() is not None:
                 return False
             time.sleep(0.01)
         return True
+
+    def wait_for_round(self, number: int) -> bool:
+        """Return when so many rounds are committed; False if the job ended before."""
+        return self.wait(lambda: self.rounds >= number)
 
     def kill(self) -> None:
         """SIGKILL to the driver."""
@@ -177,6 +181,13 @@ class Trial:
         return self.endings[-1]
 
     @property
+    def ending(self) -> str:
+        """How its processes ended, one after another."""
+        return ", then ".join(
+            f"{e} × {self.endings.count(e)}".removesuffix(" × 1") for e in dict.fromkeys(self.endings)
+        )
+
+    @property
     def result(self) -> dict[str, Any]:
         """What the run has written of its perturbation; empty if nothing."""
         path = self.folder / "out/result.json"
@@ -186,10 +197,9 @@ class Trial:
         """Compare the end with that of the undisturbed run."""
         reference = undisturbed or self.lab.undisturbed
         same = self.result.get("perturbation_sha256") == reference.result["perturbation_sha256"]
-        endings = [f"{e} × {self.endings.count(e)}".removesuffix(" × 1") for e in dict.fromkeys(self.endings)]
         complete = self.has_all_metrics(reference.result["num_rounds"])
         lost = round(self.seconds - reference.seconds, 1)
-        return Line(row, fault, times, ", then ".join(endings), same, complete, lost)
+        return Line(row, fault, times, self.ending, same, complete, lost)
 
     def has_all_metrics(self, num_rounds: int, run_id: str | None = None) -> bool:
         """Every metric of every round once, in the trial's MLflow run or in another."""
@@ -402,46 +412,46 @@ def driver_kills(lab: Lab) -> list[Line]:
         ]
 
 
-def pool_kills(lab: Lab) -> list[Line]:
-    """SIGKILL to the driver of a pool at random points; each member must have the bits that its seed has alone."""
-    rng, options = random.Random(1), ("--num-perturbations", "3", "--random-start", "0.5")
-    alone = [Trial(lab, f"pool-alone-{seed}", "--seed", str(seed), *options[2:]) for seed in range(3)]
+def pools(lab: Lab) -> list[Line]:
+    """Faults to a pool; each member must have the bits that its seed has alone."""
+    alone = [Trial(lab, f"pool-alone-{seed}", "--seed", str(seed), "--random-start", "0.5") for seed in range(3)]
     for trial in alone:
         trial.start()
         assert trial.finish() == "FINISHED", trial.errors
-    trial, times = Trial(lab, "pool-kills", *options), 0
+
+    def line(trial: Trial, fault: str, times: int) -> Line:
+        members = list(trial.result["members"].values())
+        pairs = list(zip(members, alone, strict=True))
+        same = all(m["perturbation_sha256"] == other.result["perturbation_sha256"] for m, other in pairs)
+        complete = all(trial.has_all_metrics(other.result["num_rounds"], m["mlflow_run_id"]) for m, other in pairs)
+        lost = round(trial.seconds - sum(other.seconds for other in alone), 1)
+        return Line("pools", f"a pool of 3: {fault}", times, trial.ending, same, complete, lost)
+
+    rng, trial, times = random.Random(1), Trial(lab, "pool-kills", "--num-perturbations", "3"), 0
     trial.start()
-    while times < 5:
-        while trial.num_pool_rounds < times * 35 + 10 and trial.process is not None and trial.process.poll() is None:
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0, 0.6))
-        assert trial.process is not None
-        if trial.process.poll() is not None:
+    for target in (10, 45, 80, 115, 150):  # of 180 rounds of all members
+        if not trial.wait(lambda target=target: trial.num_pool_rounds >= target):
             break
+        time.sleep(rng.uniform(0, 0.6))
         trial.kill()
         times += 1
         trial.resume("--num-workers", rng.choice("123"))
     trial.finish()
-    same = [member["perturbation_sha256"] for member in trial.result["members"].values()] == [
-        other.result["perturbation_sha256"] for other in alone
-    ]
-    ids = [member["mlflow_run_id"] for member in trial.result["members"].values()]
-    complete = all(
-        trial.has_all_metrics(other.result["num_rounds"], run_id) for run_id, other in zip(ids, alone, strict=True)
-    )
-    endings = f"driver killed × {times}, then {trial.endings[-1]}"
-    lost = round(trial.seconds - sum(other.seconds for other in alone), 1)
-    return [
-        Line(
-            "pool-kills",
-            "a pool of 3: SIGKILL of the driver at a random point, resumed",
-            times,
-            endings,
-            same,
-            complete,
-            lost,
-        )
-    ]
+    lines = [line(trial, "SIGKILL of the driver at a random point, resumed", times)]
+
+    server = _Server(lab)
+    server.start()
+    trial = Trial(lab, "pool-outage", "--num-perturbations", "3", MLFLOW_TRACKING_URI=server.uri)
+    trial.start()
+    trial.wait(lambda: trial.num_pool_rounds >= 20)
+    server.stop()
+    trial.finish()
+    assert "--resume" in trial.errors and (trial.folder / "out/pool/pool.safetensors").exists(), trial.errors
+    server.start()
+    trial.resume()
+    trial.finish()
+    server.stop()
+    return [*lines, line(trial, "MLflow server killed, back after the end; resumed", 1)]
 
 
 def job_stop(lab: Lab) -> list[Line]:
@@ -615,7 +625,7 @@ ROWS: dict[str, Callable[[Lab], list[Line]]] = {
         node_kills,
         node_added,
         driver_kills,
-        pool_kills,
+        pools,
         job_stop,
         storage_fails,
         checkpoint_cut,

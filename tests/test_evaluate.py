@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import TINY, tiny_worker
-from test_job import environment
+from test_job import empty_store, environment
 
 from uap_dist.classifiers import load_classifier
 from uap_dist.dataset import LocalWorkers, load_dataset
@@ -72,6 +72,7 @@ def test_the_job_leaves_table_matrix_and_run(shards, tmp_path):
         "--num-workers",
         "1",
     ]
+    (tmp_path / "mlflow.db").write_bytes(empty_store())
     options = ["--shards", f"val={shards}/val-*.tar", "--scales", "0.5", "1", "--output", "out", "--radius", "40"]
     done = subprocess.run(
         [*command, *options, "--perturbations", "noise.npy:255"],
@@ -119,6 +120,7 @@ def test_the_job_leaves_table_matrix_and_run(shards, tmp_path):
 )
 def test_an_evaluation_that_cannot_be_is_one_line(tmp_path, options, message):
     np.save(tmp_path / "v.npy", np.ones((3, 8, 8)))
+    (tmp_path / "mlflow.db").write_bytes(empty_store())
     command = [sys.executable, str(JOB), *options]
     done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr == f"error: {message}\n"
