@@ -21,7 +21,8 @@ from matplotlib.figure import Figure
 PICTURE_SIDE = 224
 MAX_NAME = 22
 MAX_COLUMNS = 5
-NUM_COMPONENTS_DRAWN, NUM_NODES_NAMED = 3, 15
+ROUNDS_AVERAGED = 10
+NUM_COMPONENTS_DRAWN, NUM_NODES_NAMED = 3, 8  # a component
 
 
 def save_perturbation(path: Path, perturbation: Tensor, *, stretch: bool) -> None:
@@ -67,12 +68,20 @@ def save_curve(path: Path, history: Sequence[RoundRecord], random_rate: Rate) ->
 
 
 def save_curves(path: Path, histories: Mapping[str, Sequence[Mapping[str, float]]], random_rate: Rate) -> None:
-    """Held-out fooling rate of several computations against network evaluations, from their measured rounds' metrics."""
+    """Several computations against network evaluations, from all their rounds' metrics: held-out fooling rate, and that of the rounds."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for name, rounds in histories.items():
-        evaluations, rates = _column(rounds, "total/evaluations"), _column(rounds, "fooling_rate/val")
-        axes.plot(evaluations, rates, marker="o", ms=3, lw=1, label=f"{name}: {rates[-1]:.3f}")
-    _finish_curves(axes, "Held-out fooling rate of each member", random_rate)
+    for number, (name, rounds) in enumerate(histories.items()):
+        colour = f"C{number % 10}"
+        window = max(1, len(rounds) // ROUNDS_AVERAGED)
+        means = np.convolve(_column(rounds, "fooling_rate/round"), np.full(window, 1 / window), "valid")
+        axes.plot(_column(rounds, "total/evaluations")[window - 1 :], means, lw=0.8, alpha=0.5, color=colour)
+        measured = [metrics for metrics in rounds if metrics.get("fooling_rate/val") is not None]
+        rates = _column(measured, "fooling_rate/val")
+        label = f"{name}: {rates[-1]:.3f}"
+        axes.plot(_column(measured, "total/evaluations"), rates, marker="o", ms=5, lw=1.5, color=colour, label=label)
+    _finish_curves(
+        axes, "Held-out fooling rate of each member; thin: on the images of its rounds, averaged", random_rate
+    )
     _save(figure, path)
 
 
@@ -134,20 +143,23 @@ def save_rates_by_norm(path: Path, measurements: Sequence[Measurement]) -> None:
 
 
 def save_label_graph(path: Path, graph: nx.DiGraph) -> None:
-    """Every node of the largest components as a dot; those that most edges lead to by name."""
+    """The largest components side by side, each label a dot; those that most others are sent to by name."""
     components = sorted(nx.weakly_connected_components(graph), key=len, reverse=True)
-    shown = graph.subgraph(set().union(*components[:NUM_COMPONENTS_DRAWN]))
-    shown = shown.subgraph([node for node in shown if shown.degree(node)])
-    figure, axes = plt.subplots(figsize=(9, 7), layout="constrained")
-    if len(shown):
-        _draw_graph(axes, shown)
+    shown = [graph.subgraph(component) for component in components[:NUM_COMPONENTS_DRAWN] if len(component) > 1]
+    widths = [len(component) ** 0.5 for component in shown] or [1.0]
+    figure, axes = plt.subplots(
+        1, len(widths), figsize=(13, 7), layout="constrained", squeeze=False, width_ratios=widths
+    )
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, component in zip(axes.flat, shown, strict=False):
+        _draw_component(axis, component)
     images = [count for _, count in graph.nodes(data="num_images") if count]
-    axes.set_title(
-        f"where labels go: {shown.number_of_nodes()} of {graph.number_of_nodes()} labels, the {min(len(components), NUM_COMPONENTS_DRAWN)} "
-        f"largest components;\nin brackets, labels sent there; {np.mean(images):.1f} images a label (median {np.median(images):.0f})",
+    figure.suptitle(
+        f"where labels go: {sum(map(len, shown))} of {graph.number_of_nodes()} labels, the {len(shown)} largest components; "
+        f"in brackets, labels sent there\nit rests on {np.mean(images):.1f} images a label (median {np.median(images):.0f})",
         fontsize=10,
     )
-    axes.set_axis_off()
     _save(figure, path)
 
 
@@ -166,22 +178,28 @@ def _column(metrics: Sequence[Mapping[str, float]], name: str) -> list[float]:
 def _finish_curves(axes: Axes, title: str, random_rate: Rate) -> None:
     label = f"random, same norm ({random_rate.num_examples} held-out images)"
     axes.axhline(random_rate.rate, color="tab:red", ls="--", label=label)
-    axes.set(xlabel="network evaluations", ylabel="fooling rate", ylim=(0, 1), title=title)
+    axes.set(xlabel="network evaluations", ylabel="fooling rate", ylim=(0, 1))
+    axes.set_title(title, fontsize=10)
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", fontsize=9)
 
 
-def _draw_graph(axes: Axes, graph: nx.DiGraph) -> None:
+def _draw_component(axes: Axes, graph: nx.DiGraph) -> None:
     places = nx.kamada_kawai_layout(graph.to_undirected())
     incoming = dict(graph.in_degree())
-    hubs = sorted((n for n in graph if incoming[n]), key=lambda n: -incoming[n])[:NUM_NODES_NAMED]
-    sizes = [12 + 14 * incoming[node] for node in graph]
+    hubs = sorted(graph, key=lambda node: -incoming[node])[:NUM_NODES_NAMED]
+    hubs = [node for node in hubs if node == hubs[0] or incoming[node] > 1]
+    sizes = [12 + 5 * incoming[node] for node in graph]
     colours = ["tab:red" if node in hubs else "0.6" for node in graph]
     nx.draw_networkx_edges(graph, places, ax=axes, edge_color="0.8", arrowsize=6, node_size=sizes, width=0.6)
     nx.draw_networkx_nodes(graph, places, ax=axes, node_size=sizes, node_color=colours, linewidths=0)
-    labels = {node: f"{graph.nodes[node]['name']} ({incoming[node]})" for node in hubs}
-    nx.draw_networkx_labels(graph, places, labels, ax=axes, font_size=8, verticalalignment="bottom")
+    for node in hubs:
+        name = f"{graph.nodes[node]['name']} ({incoming[node]})"
+        box = {"facecolor": "white", "alpha": 0.7, "lw": 0, "pad": 1}
+        above = 2 + (12 + 5 * incoming[node]) ** 0.5 / 2
+        axes.annotate(name, places[node], (0, above), textcoords="offset points", ha="center", fontsize=9, bbox=box)
+    axes.margins(0.15)
 
 
 def _shorten(name: str) -> str:

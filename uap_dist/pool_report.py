@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
@@ -29,7 +28,7 @@ class FinishedPool:
     Attributes:
         pool: of all members.
         results: of each member, what its result.json says.
-        rounds: metrics of each member's measured rounds.
+        rounds: metrics of each member's rounds.
         mlflow_run_id: where the pool is logged.
     """
 
@@ -43,12 +42,7 @@ class FinishedPool:
         """The members, by name, that lie in those folders."""
         pool = PerturbationPool.of(load_perturbations([f"{name}={folder}" for name, folder in folders.items()]))
         results = {name: json.loads((folder / RESULT_FILE).read_text()) for name, folder in folders.items()}
-        rounds = {
-            name: pq.read_table(
-                folder / "tables" / ROUNDS_FILE, filters=pc.field("fooling_rate/val").is_valid()
-            ).to_pylist()
-            for name, folder in folders.items()
-        }
+        rounds = {name: pq.read_table(folder / "tables" / ROUNDS_FILE).to_pylist() for name, folder in folders.items()}
         return cls(pool, results, rounds, mlflow_run_id)
 
     @property
