@@ -88,11 +88,11 @@ class FinishedPool:
         named = ", ".join(f"{a} and {b} ({product:.2f})" for product, (a, b) in pairs)
         verdict = "diverse" if value <= DIVERSE else "**not diverse**"
         return (
-            f"Pool of {len(self.results)} universal perturbations of **{p['model']}**, {p['norm']} ≤ {p['radius']:g} pixels.\n\n"
-            f"{self.markdown()}\n\n"
-            f"Mean held-out fooling rate **{self.mean_rate:.3f}**; a random perturbation of the same norm: {self.random_rate}.\n\n"
+            f"Pool of {len(self.results)} universal perturbations of **{p['model']}**, {p['norm']} ≤ {p['radius']:g} pixels. "
+            f"Mean held-out fooling rate **{self.mean_rate:.3f}**; a random perturbation of the same norm: {self.random_rate}. "
             f"By the paper's criterion (normalised inner products of at most {DIVERSE:g}) the pool is {verdict}: "
             f"the largest is {value:.2f}. Nearest: {named}.\n\n"
+            f"{self.markdown()}\n\n"
             "Look at the pictures in the order of their names (curves, inner products, the members); each member's run lies below this one."
         )
 
