@@ -213,7 +213,8 @@ class Tracker:
         return f"{self.uri.rstrip('/')}/{self._page()}" if self.uri.startswith("http") else self.uri
 
     def _page(self) -> str:
-        return f"#/experiments/{self.experiment_id}/runs/{self.run_id}"
+        # without the option MLflow shows its pages for language models
+        return f"#/experiments/{self.experiment_id}/runs/{self.run_id}?workflowType=machine_learning"
 
 
 def checkpoints_of(run_id: str) -> str:
