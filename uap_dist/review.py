@@ -1,6 +1,6 @@
 """What an evaluation leaves as files: the table of all measurements, the transfer matrix, fooling rate against norm."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,31 +34,32 @@ def save_evaluation(folder: Path, measurements: Sequence[Measurement]) -> None:
 
 
 def summary(measurements: Sequence[Measurement]) -> str:
-    """What a run's page says of an evaluation: the fooling rates, perturbations down, classifiers across, and which is best."""
+    """What a run's page says of an evaluation: what is best on which classifier, and all fooling rates."""
     lines = []
     for dataset in dict.fromkeys(m.dataset for m in measurements):
         own = [m for m in measurements if m.dataset == dataset]
-        classifiers = list(dict.fromkeys(m.classifier for m in own))
+        half = max((high - low) / 2 for low, high in (m.fooling.interval for m in own))
         count = own[0].fooling.num_examples
-        lines += [
-            f"Fooling rates on {count:,} images of {dataset} (95 % intervals up to ±{_largest_half_interval(own):.3f}):",
-            "",
-        ]
-        lines += [f"| perturbation | {' | '.join(classifiers)} |", "| --- " * (1 + len(classifiers)) + "|"]
-        rows = list(dict.fromkeys((m.perturbation, m.scale) for m in own))
-        for name, scale in rows[:MAX_ROWS_IN_SUMMARY]:
-            rates = {m.classifier: m.fooling.rate for m in own if (m.perturbation, m.scale) == (name, scale)}
-            label = name if scale == 1 else f"{name} × {scale:g}"
-            lines.append(f"| {label} | {' | '.join(f'{rates[classifier]:.3f}' for classifier in classifiers)} |")
-        if len(rows) > MAX_ROWS_IN_SUMMARY:
-            lines.append(f"\n{len(rows) - MAX_ROWS_IN_SUMMARY} more in `tables/evaluation.md`.")
-        lines += ["", *(_best(classifier, own) for classifier in classifiers), ""]
+        lines += [f"Fooling rates on {count:,} images of {dataset} (95 % intervals up to ±{half:.3f}).", ""]
+        lines += [_best(classifier, own) for classifier in dict.fromkeys(m.classifier for m in own)]
+        lines += ["", *_matrix(own), ""]
     return "\n".join(
-        [
-            *lines,
-            "Look at `pictures/1-transfer-….png`; `tables/evaluation.csv` has intervals, norms and top-1 before and after.",
-        ]
+        [*lines, "Look at `pictures/1-transfer-….png`; `tables/evaluation.csv` has norms, and top-1 before and after."]
     )
+
+
+def _matrix(measurements: Sequence[Measurement]) -> Iterator[str]:
+    """Perturbations down, classifiers across."""
+    classifiers = list(dict.fromkeys(m.classifier for m in measurements))
+    rates = {(m.perturbation, m.scale, m.classifier): m.fooling.rate for m in measurements}
+    rows = list(dict.fromkeys((m.perturbation, m.scale) for m in measurements))
+    yield f"| perturbation | {' | '.join(classifiers)} |"
+    yield "| --- " * (1 + len(classifiers)) + "|"
+    for name, scale in rows[:MAX_ROWS_IN_SUMMARY]:
+        label = name if scale == 1 else f"{name} × {scale:g}"
+        yield f"| {label} | {' | '.join(f'{rates[name, scale, classifier]:.3f}' for classifier in classifiers)} |"
+    if len(rows) > MAX_ROWS_IN_SUMMARY:
+        yield f"\n{len(rows) - MAX_ROWS_IN_SUMMARY} more in `tables/evaluation.md`."
 
 
 def _best(classifier: str, measurements: Sequence[Measurement]) -> str:
@@ -66,10 +67,6 @@ def _best(classifier: str, measurements: Sequence[Measurement]) -> str:
     own = [m for m in measurements if m.classifier == classifier]
     best, noise = (max((m for m in own if m.is_baseline == b), key=lambda m: m.fooling.rate) for b in (False, True))
     return f"* {classifier}: **{best.perturbation}** fools {best.fooling}; {noise.perturbation}: {noise.fooling}"
-
-
-def _largest_half_interval(measurements: Sequence[Measurement]) -> float:
-    return max((high - low) / 2 for low, high in (m.fooling.interval for m in measurements))
 
 
 def markdown(measurements: Sequence[Measurement]) -> str:
