@@ -643,7 +643,7 @@ class Options:
     """Rows to do."""
     table: bool = False
     """Print the table, and do nothing."""
-    folder: Path = Path("chaos")
+    folder: Path = Path("outputs/chaos")
     """Where the jobs run; emptied first."""
     data: Path = Path("../shared")
     """Folder of the real images and networks, for row real-networks."""

