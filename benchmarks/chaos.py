@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -86,8 +86,8 @@ class Line:
     same_bits: bool
     metrics_complete: bool
     seconds_lost: float
-    date: str = field(default_factory=lambda: datetime.now(UTC).date().isoformat())
-    commit: str = field(default_factory=git_commit)
+    date: str = ""
+    commit: str = ""
 
 
 class Trial:
@@ -139,7 +139,7 @@ class Trial:
     def rounds(self) -> int:
         """Committed so far."""
         with suppress(OSError, ValueError):
-            return max(int(path.name.split("-")[1]) for path in self.checkpoints.iterdir())
+            return max(int(path.name.split("-")[1]) for path in self.checkpoints.glob("round-*"))
         return 0
 
     @property
@@ -500,7 +500,7 @@ def checkpoint_cut(lab: Lab) -> list[Line]:
     trial.start()
     trial.wait_for_round(10)
     trial.kill()
-    newest = max(trial.checkpoints.iterdir())
+    newest = max(trial.checkpoints.glob("round-*"))
     newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
     trial.resume()
     trial.finish()
@@ -660,6 +660,8 @@ def main() -> None:
             for name in options.only:
                 lines = ROWS[name](lab)
                 kept = [line for line in _read(options.output) if line.row != name]
+                done = {"date": datetime.now(UTC).date().isoformat(), "commit": git_commit()}
+                lines = [replace(line, **done) for line in lines]
                 text = [json.dumps(asdict(line), ensure_ascii=False) for line in [*kept, *lines]]
                 options.output.write_text("\n".join(text) + "\n")
                 print("\n".join(text[-len(lines) :]), flush=True)
