@@ -333,8 +333,9 @@ def worker_flags(lab: Lab) -> list[Line]:
         trial.wait_for_round(5)
         lab.flag(flag)
         trial.finish()
-        assert trial.tags["num_workers_lost"] == "1"
-        lines.append(trial.line("worker-flags", fault, 1))
+        lost = int(trial.tags["num_workers_lost"])  # Ray's memory monitor may take another one before the right one
+        assert lost >= 1
+        lines.append(trial.line("worker-flags", f"{fault} ({lost} lost)", 1))
     return lines
 
 
