@@ -21,7 +21,7 @@ from uap_dist.pool import PerturbationPool
 from uap_dist.shards import expand_patterns
 
 SEEDS = range(4, 8)
-NUM_PASSES, NUM_ROUNDS = 20, 100
+NUM_PASSES, NUM_ROUNDS = 10, 50
 OPTIONS = ("--num-perturbations", "4", "--seed", "4", "--max-passes", str(NUM_PASSES), "--evaluate-every", "5")
 OPTIONS += (
     "--round-size",
