@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import combinations
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -25,11 +24,11 @@ from typing import Any
 import torch
 import tyro
 from networks import NETWORKS
-from torch import Tensor
 
 from uap_dist.compute import POOL_RANDOM_START, ComputeConfig, compute
 from uap_dist.dataset import load_dataset
 from uap_dist.fleet import Fleet, FleetConfig, connect
+from uap_dist.pool import PerturbationPool
 from uap_dist.provenance import git_commit
 from uap_dist.shards import expand_patterns
 
@@ -140,7 +139,8 @@ def diversity(options: Options) -> Iterator[dict[str, Any]]:
                 assert final.evaluation is not None
                 rates.append(final.evaluation.val.rate)
                 found.append(final.perturbation)
-            products = [_inner_product(a, b) for a, b in combinations(found, 2)]
+            pool = PerturbationPool(torch.stack(found), {}, [{"name": str(seed)} for seed in range(NUM_MEMBERS)])
+            products = [product for product, _ in pool.nearest_pairs()]
             yield {
                 "network": name,
                 "way": way,
@@ -150,10 +150,6 @@ def diversity(options: Options) -> Iterator[dict[str, Any]]:
                 "largest_inner_product": max(products),
             }
         fleet.close()
-
-
-def _inner_product(a: Tensor, b: Tensor) -> float:
-    return float(torch.nn.functional.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0))
 
 
 def _compute(options: Options, network_name: str, name: str, *words: str) -> dict[str, Any]:

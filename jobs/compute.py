@@ -32,9 +32,10 @@ from uap_dist.report import RESULT_FILE, output_folder
 from uap_dist.shards import expand_patterns
 from uap_dist.terminal import RoundProgress, one_line_errors, raise_on_sigterm, set_up_logging
 from uap_dist.together import compute_together
-from uap_dist.tracking import CHECKPOINTS_TAG, DELIVERY_TIMEOUT_S, Tracker, checkpoints_of, is_finished
+from uap_dist.tracking import CHECKPOINTS_TAG, Tracker, checkpoints_of, is_finished
 
 console = Console(soft_wrap=True, highlight=False)
+DELIVERY_TIMEOUT_S, LAST_DELIVERY_TIMEOUT_S = 1.0, 20.0  # while others compute, and when nothing else is to be done
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,14 +277,14 @@ def _compute(setting: Setting, members: Mapping[str, Member]) -> None:
                 provenance = dict(setting.provenance) | fleet.describe()
                 members[name].finish(report, fleet, setting.val, provenance, setting.classifier.class_names)
                 with suppress(TrackingError):  # tried again when all is computed
-                    members[name].deliver(1.0, fleet.describe())
+                    members[name].deliver(DELIVERY_TIMEOUT_S, fleet.describe())
 
 
 def _deliver(setting: Setting, members: Mapping[str, Member], pool: FinishedPool | None, tracker: Tracker) -> None:
     """Complete the MLflow runs that are not yet complete: members' that the server did not take before, the pool's."""
     for member in members.values():
         if not member.is_delivered:
-            member.deliver(DELIVERY_TIMEOUT_S, setting.fleet.describe())
+            member.deliver(LAST_DELIVERY_TIMEOUT_S, setting.fleet.describe())
     if pool is not None:
         tracker.complete(
             tags=setting.fleet.describe(),

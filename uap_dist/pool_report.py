@@ -54,7 +54,7 @@ class FinishedPool:
     def random_rate(self) -> Rate:
         """Held-out fooling rate of a random perturbation of the same norm: that of the first member's seed."""
         first = next(iter(self.results.values()))
-        return Rate(round(first["val_fooling_rate_random"] * first["num_val_images"]), first["num_val_images"])
+        return _rate(first["val_fooling_rate_random"], first["num_val_images"])
 
     def result(self) -> dict[str, Any]:
         """The numbers that scripts read."""
@@ -103,13 +103,15 @@ class FinishedPool:
             "| --- " * 5 + "|",
         ]
         for name, result in self.results.items():
-            rates = [
-                Rate(round(result[f"{part}_fooling_rate"] * result[f"num_{part}_images"]), result[f"num_{part}_images"])
-                for part in ("val", "train")
-            ]
+            rates = [_rate(result[f"{part}_fooling_rate"], result[f"num_{part}_images"]) for part in ("val", "train")]
             label, count = result["dominant_labels"][0] if result["dominant_labels"] else ("–", 0)
             lines.append(f"| {name} | {rates[0]} | {rates[1]} | {result['norm_l2']:.0f} | {label} ({count}) |")
         return "\n".join(lines)
+
+
+def _rate(share: float, num_examples: int) -> Rate:
+    """The rate that a result.json has as a share and a count."""
+    return Rate(round(share * num_examples), num_examples)
 
 
 def save_pool(folder: Path, finished: FinishedPool) -> None:

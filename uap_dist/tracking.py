@@ -30,7 +30,6 @@ from uap_dist.outbox import Outbox
 SQLITE = "sqlite:///"
 CHECKPOINTS_TAG = "checkpoints"
 PARENT_TAG = "mlflow.parentRunId"
-DELIVERY_TIMEOUT_S = 20.0
 
 logger = logging.getLogger(__name__)
 
@@ -108,20 +107,19 @@ class Tracker:
         with warnings.catch_warnings():  # MLflow finds two names for a local file, both right
             warnings.simplefilter("ignore", UserWarning)
             source = resolve_dataset_source(dataset.shards[0].url)
-        mlflow.log_input(
-            MetaDataset(  # type: ignore[abstract]  # MLflow's own class, whose abstract method nobody needs
-                source, name=f"{context}-{dataset.num_examples}", digest=dataset.digest[:32]
-            ),
-            context=context,
-            tags={"num_examples": str(dataset.num_examples), "num_shards": str(len(dataset.shards))},
+        entry = MetaDataset(  # type: ignore[abstract]  # MLflow's own class, whose abstract method nobody needs
+            source, name=f"{context}-{dataset.num_examples}", digest=dataset.digest[:32]
         )
+        tags = {"num_examples": str(dataset.num_examples), "num_shards": str(len(dataset.shards))}
+        with _answering(self.uri):
+            mlflow.log_input(entry, context=context, tags=tags)
 
     def log_round(self, record: RoundRecord) -> None:
         """All metrics of a round, unless the run has them already; returns at once."""
         if record.step not in self._delivered:
             self._outbox.put(record)
 
-    def wait_for_delivery(self, timeout_s: float = DELIVERY_TIMEOUT_S) -> None:
+    def wait_for_delivery(self, timeout_s: float) -> None:
         """Return when every round's metrics have arrived.
 
         Raises:
