@@ -55,6 +55,12 @@ def test_a_pool_that_is_damaged_or_too_large_is_refused(pool, tmp_path):
     (tmp_path / POOL_FILE).write_bytes(data)
     with pytest.raises(PerturbationError, match="is damaged"):
         PerturbationPool.load(tmp_path)
+    pool.save(tmp_path)
+    data = (tmp_path / POOL_FILE).read_bytes()
+    assert data.count(b'val_fooling_rate\\": 0.5') == 3
+    (tmp_path / POOL_FILE).write_bytes(data.replace(b'val_fooling_rate\\": 0.5', b'val_fooling_rate\\": 0.9', 1))
+    with pytest.raises(PerturbationError, match="is damaged: its manifest"):
+        PerturbationPool.load(tmp_path)
     (tmp_path / POOL_FILE).write_bytes(b"nothing")
     with pytest.raises(PerturbationError, match="is no pool"):
         PerturbationPool.load(tmp_path)

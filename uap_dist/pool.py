@@ -81,11 +81,15 @@ class PerturbationPool:
         try:
             perturbations = load(data)["perturbations"]
             manifest = json.loads(metadata_of(data)["manifest"])
-            shared, members, digest = (manifest[key] for key in ("shared", "members", "sha256"))
+            shared, members, digest, said = (
+                manifest[key] for key in ("shared", "members", "sha256", "manifest_sha256")
+            )
         except Exception as error:
             raise PerturbationError(f"{location} is no pool: {error!r}") from error
         if _digest(perturbations) != digest or len(members) != len(perturbations):
             raise PerturbationError(f"{location} is damaged: its values do not have the digest that it says")
+        if _digest_text(shared, members) != said:
+            raise PerturbationError(f"{location} is damaged: its manifest does not have the digest that it says")
         for member, v in zip(members, perturbations, strict=True):
             check_radius(v, shared["norm"], shared["radius"], f"{location}, member {member['name']},")
         return cls(perturbations, shared, members)
@@ -99,6 +103,7 @@ class PerturbationPool:
             "unit": "pixels 0..255, RGB, M×C×H×W float32",
             "shape": list(self.perturbations.shape),
             "sha256": _digest(self.perturbations),
+            "manifest_sha256": _digest_text(self.shared, self.members),
             "largest_inner_product": max((product for product, _ in self.nearest_pairs()), default=0.0),
         }
         metadata = {"manifest": json.dumps(manifest, sort_keys=True)}
@@ -207,3 +212,8 @@ class AddUniversalPerturbation(v2.Transform):
 
 def _digest(perturbations: Tensor) -> str:
     return sha256(perturbations.numpy().tobytes()).hexdigest()
+
+
+def _digest_text(shared: Mapping[str, Any], members: Sequence[Mapping[str, Any]]) -> str:
+    """Of what a manifest says of the network and of each member."""
+    return sha256(json.dumps([dict(shared), [dict(m) for m in members]], sort_keys=True).encode()).hexdigest()
