@@ -88,7 +88,7 @@ def test_a_budget_is_never_exceeded_and_counts_the_clean_labels(local_workers, t
 def test_the_papers_rule_stops_once_its_evaluations_are_spent(local_workers, tiny_data):
     reports = run(local_workers, tiny_data, rule="paper", max_evaluations=300)
     assert reports[-2].num_evaluations < 300 <= reports[-1].num_evaluations
-    assert reports[-1].evaluation is not None and reports[0].solved_share == 1
+    assert reports[-1].evaluation is not None and reports[0].means["deepfool_success"] == 1
 
 
 def test_target_on_the_training_images_ends_the_run_after_a_pass(local_workers, tiny_data):

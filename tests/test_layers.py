@@ -15,12 +15,23 @@ def test_the_package_needs_neither_ray_nor_mlflow():
 
 
 def test_the_core_imports_of_ours_only_what_lies_below_it():
-    for module in ("norms", "deepfool", "update", "schedule", "fooling", "classifiers", "errors", "augment", "weights"):
+    for module in (
+        "norms",
+        "deepfool",
+        "update",
+        "schedule",
+        "fooling",
+        "classifiers",
+        "errors",
+        "augment",
+        "weights",
+        "accelerate",
+    ):
         source = (Path(uap_dist.__file__).parent / f"{module}.py").read_text()
         imported = [
             line.split()[1] for line in source.splitlines() if line.startswith(("from uap_dist", "import uap_dist"))
         ]
-        assert set(imported) <= {"uap_dist.errors", "uap_dist.norms", "uap_dist.weights"}, module
+        assert set(imported) <= {f"uap_dist.{name}" for name in ("errors", "norms", "weights", "classifiers")}, module
 
 
 def test_public_names_are_what_the_package_lists():

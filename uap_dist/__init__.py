@@ -3,10 +3,11 @@
 The names here need neither Ray nor MLflow.
 """
 
+from uap_dist.accelerate import accelerate
 from uap_dist.classifiers import Classifier, load_classifier
 from uap_dist.compute import ComputeConfig, RoundReport, compute
 from uap_dist.dataset import LocalWorkers, load_dataset
-from uap_dist.deepfool import Increments, deepfool, log_odds_increments
+from uap_dist.deepfool import Increments, deepfool, log_odds_sum
 from uap_dist.errors import UapDistError
 from uap_dist.fooling import Rate
 from uap_dist.norms import measure, project
@@ -26,13 +27,14 @@ __all__ = [
     "RoundReport",
     "UapDistError",
     "Worker",
+    "accelerate",
     "compute",
     "deepfool",
     "expand_patterns",
     "load_classifier",
     "load_dataset",
     "load_perturbations",
-    "log_odds_increments",
+    "log_odds_sum",
     "measure",
     "project",
 ]

@@ -11,6 +11,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from uap_dist.errors import ClassifierError
 from uap_dist.weights import digest_weights, fill, read_weights
@@ -40,11 +41,13 @@ class Classifier(nn.Module):
         name: as given to `load_classifier`.
         geometry: how images are brought to the input size.
         class_names: K names, or none where they are not known.
-        weights_digest: SHA-256 over the names, shapes and bytes of parameters and buffers.
+        weights_digest: SHA-256 over the names, shapes and bytes of parameters and buffers, as they were loaded.
+        first_layer: name of the convolution through which alone the network sees the pixels, where `accelerate` found it.
     """
 
     mean: Tensor
     std: Tensor
+    first_layer: str | None = None
 
     def __init__(
         self,
@@ -69,7 +72,36 @@ class Classifier(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Logits, N×K, of N×3×H×W pixels."""
-        return self.network((pixels - self.mean) / self.std)
+        return self.network(self.normalise(pixels))
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """What the network itself takes."""
+        return (pixels - self.mean) / self.std
+
+    def linearise(self, pixels: Tensor) -> tuple[Tensor, Sequence[Tensor] | Sequence[GradientEdge]]:
+        """Logits, N×K, and where to take gradients (a list of one) whose sum over images `pull_back` brings to the pixels.
+
+        This is behind the first layer where that is known, whose backward is linear: it need not be done for each image.
+        """
+        x = pixels.detach().requires_grad_()
+        if self.first_layer is None:
+            return self(x), [x]
+        edges: list[GradientEdge] = []
+        layer = self.get_submodule(self.first_layer)
+        hook = layer.register_forward_hook(lambda _, __, output: edges.append(get_gradient_edge(output)))
+        try:
+            return self(x), edges
+        finally:
+            hook.remove()
+
+    def pull_back(self, slope: Tensor, shape: Sequence[int]) -> Tensor:
+        """The gradient to the pixels, C×H×W, of one where `linearise` takes it (1×…), for an input of C×H×W = `shape`."""
+        if self.first_layer is None:
+            return slope[0]
+        x = torch.zeros(1, *shape, device=slope.device, requires_grad=True)
+        with torch.enable_grad():
+            output = self.get_submodule(self.first_layer)(self.normalise(x))
+        return torch.autograd.grad(output, x, slope)[0][0]
 
 
 def load_classifier(name: str, weights: str | None = None) -> Classifier:

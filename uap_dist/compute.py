@@ -12,6 +12,7 @@ from torch import Tensor
 from uap_dist import update
 from uap_dist.augment import Augmentation
 from uap_dist.dataset import Dataset, Workers, classify, fooling_rate
+from uap_dist.deepfool import SLOPE_RATIO
 from uap_dist.errors import ConfigError
 from uap_dist.fooling import Rate
 from uap_dist.norms import Norm, check_ball, measure, random_perturbation
@@ -45,6 +46,9 @@ class ComputeConfig:
     """Passes between two measurements of the fooling rates on all training and held-out images; the end is always measured."""
     candidates: int | None = None
     """Paper's rule: classes that DeepFool looks at, the clean label included. Default 10."""
+    slope_ratio: float | None = None
+    """Paper's rule: by which the slopes of an image's candidates are taken to differ at most; candidates that cannot be the
+    nearest then are left out. Default 1.5; inf leaves none out."""
     gain: float | None = None
     """Paper's rule: factor on the summed increments of a round. Default 1, the paper."""
     margin: float | None = None
@@ -79,10 +83,14 @@ class ComputeConfig:
             raise ConfigError(f"margin is {self.margin}; it must not be negative")
         if self.candidates is not None and self.candidates < 2:
             raise ConfigError(f"candidates is {self.candidates}; it must be at least 2, the clean label included")
+        if self.slope_ratio is not None and not self.slope_ratio >= 1:
+            raise ConfigError(f"slope ratio is {self.slope_ratio}; it must be at least 1")
         if self.random_start is not None and not 0 <= self.random_start <= 1:
             raise ConfigError(f"random start is {self.random_start}; it must lie in [0, 1], a share of the radius")
         check_sizes(self.round_size, self.block_size)
-        foreign = ("candidates", "gain") if self.rule == "log-odds" else ("margin", "step_size", "augment")
+        foreign = (
+            ("candidates", "slope_ratio", "gain") if self.rule == "log-odds" else ("margin", "step_size", "augment")
+        )
         for name in foreign:
             if getattr(self, name) is not None:
                 raise ConfigError(f"{name.replace('_', ' ')} does not belong to rule {self.rule}; leave it out")
@@ -102,6 +110,7 @@ class ComputeConfig:
             augmentation="none" if self.rule == "paper" else self.augment or "flip-shift",
             margin=self.margin if self.margin is not None else update.MARGIN,
             candidates=self.candidates or 10,
+            slope_ratio=self.slope_ratio or SLOPE_RATIO,
         )
 
 
@@ -125,8 +134,8 @@ class RoundReport:
         perturbation: C×H×W float32, pixels: what would be delivered now.
         state: what the next round starts from.
         step: step size in pixels, or the paper's gain.
-        mean_increment_norm: mean ‖Δ‖2 over the images that got an increment, pixels; 0 where none did.
-        solved_share: fooled after their increment, of the round's images; None where nobody looked.
+        means: log-odds rule: of the log-odds of the round's clean labels. Paper's rule: of ‖Δ‖2 in pixels over the images that
+            got an increment (0 where none did), and the share of the images that are fooled after theirs.
         seconds: this round took, without evaluation.
         evaluation: after a pass and at the end.
         is_last: whether the run ends with it.
@@ -139,8 +148,7 @@ class RoundReport:
     perturbation: Tensor
     state: "State"
     step: float
-    mean_increment_norm: float
-    solved_share: float | None
+    means: dict[str, float]
     seconds: float
     evaluation: Evaluation | None = None
     is_last: bool = False
@@ -160,7 +168,7 @@ class RoundReport:
         metrics = {
             "fooling_rate/round": self.fooling.rate,
             "round/step": self.step,
-            "round/mean_increment_norm": self.mean_increment_norm,
+            **{f"round/{name}": value for name, value in self.means.items()},
             "round/seconds": self.seconds,
             "round/images_per_second": self.fooling.num_examples / self.seconds,
             "iterate/norm_l2": measure(self.state.iterate.v, "l2"),
@@ -168,8 +176,6 @@ class RoundReport:
             "total/solves": float(self.num_solves),
             "total/evaluations": float(self.num_evaluations),
         }
-        if self.solved_share is not None:
-            metrics["round/deepfool_success"] = self.solved_share
         if self.evaluation is not None:
             metrics |= self.evaluation.train.metrics("train") | self.evaluation.val.metrics("val")
         return metrics
@@ -246,8 +252,7 @@ def run_round(
         num_solves=state.num_solves + round_.num_examples,
         num_evaluations=state.num_evaluations + sum(result.num_evaluations for result in results),
     )
-    num_increments = sum(result.num_increments for result in results)
-    solved = [result.num_solved for result in results if result.num_solved is not None]
+    parts = {name: [result.sums[name] for result in results] for name in results[0].sums}
     return state, RoundReport(
         round_number=round_.number,
         pass_number=round_.pass_number,
@@ -256,8 +261,7 @@ def run_round(
         perturbation=_deliver(iterate, config),
         state=state,
         step=step,
-        mean_increment_norm=sum(result.sum_increment_norms for result in results) / max(1, num_increments),
-        solved_share=sum(solved) / round_.num_examples if solved else None,
+        means={name: sum(s for s, _ in some) / max(1, sum(n for _, n in some)) for name, some in parts.items()},
         seconds=time.perf_counter() - started,
     )
 

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from uap_dist.accelerate import accelerate
 from uap_dist.augment import Augmentation, augment
 from uap_dist.classifiers import Classifier, check_classifier, load_classifier
-from uap_dist.deepfool import Increments, add_perturbation, deepfool, log_odds_increments
+from uap_dist.deepfool import add_perturbation, deepfool, log_odds_sum
 from uap_dist.errors import ShardError
 from uap_dist.shards import DecodedShard, load_shard
 
@@ -70,6 +71,7 @@ class Solver:
     augmentation: Augmentation
     margin: float
     candidates: int
+    slope_ratio: float
 
 
 @dataclass(frozen=True)
@@ -80,19 +82,15 @@ class BlockResult:
         total: C×H×W float64, summed over the block: increments in pixels under the paper's rule, increments divided by their
             squared length under the log-odds rule.
         num_examples, num_fooled: of the block, fooled by v before any step.
-        num_solved: fooled after its step; None where nobody looked.
         num_evaluations: network evaluations spent.
-        sum_increment_norms: ‖Δ‖2 in pixels, over the block's examples with a step.
-        num_increments: those examples.
+        sums: what a round reports the mean of, by name: the sum over the block, and over how many examples.
     """
 
     total: np.ndarray
     num_examples: int
     num_fooled: int
-    num_solved: int | None
     num_evaluations: int
-    sum_increment_norms: float
-    num_increments: int
+    sums: dict[str, tuple[float, int]]
 
     def digest(self) -> str:
         """SHA-256 over every bit of it."""
@@ -127,7 +125,7 @@ class Worker:
         self._shards: dict[str, DecodedShard] = {}
         self._rows: dict[str, dict[str, int]] = {}
         self._seen: set[str] = set()
-        self._checked = False
+        self._is_fast = False
 
     def adopt(self, predecessor: "Worker") -> None:
         """Take over what another worker has decoded, if it is what this one would have decoded."""
@@ -143,9 +141,8 @@ class Worker:
             ClassifierError: the network cannot be used on these images, see `check_classifier`.
         """
         shard = self._shards.get(examples.shard) or self._keep(examples.shard)
-        if shard.keys and not self._checked:
-            check_classifier(self.classifier, shard.images.shape[1:])
-            self._checked = True
+        if shard.keys:
+            self._accelerate(shard)
         return ShardListing(shard.keys, shard.truths, shard.bad, shard.digest, shard.images.shape[1:])
 
     def pixels(self, examples: Examples) -> np.ndarray:
@@ -161,6 +158,7 @@ class Worker:
             shard = load_shard(url, self.classifier.geometry, set(examples.keys)) if too_large else self._keep(url)
         if shard.digest != examples.digest:
             raise ShardError(f"shard {url} changed during the run; start again with shards that stay as they are")
+        self._accelerate(shard)
         rows = self._rows.get(url) or {key: row for row, key in enumerate(shard.keys)}
         return shard.images[[rows[key] for key in examples.keys]]
 
@@ -173,30 +171,49 @@ class Worker:
         return Predictions(top.indices.cpu().numpy(), top.values.cpu().numpy())
 
     def solve(self, examples: Examples, perturbation: np.ndarray, solver: Solver) -> BlockResult:
-        """Increments of the examples against v (C×H×W float32, pixels), summed in float64."""
+        """Increments of the examples against v (C×H×W float32, pixels), in one sum."""
         views = augment(self.pixels(examples), solver.augmentation, np.random.default_rng(examples.seed))
-        increments = self._increments(
-            self._tensor(views), self._tensor(perturbation), torch.tensor(examples.labels, device=self.device), solver
-        )
-        lengths = increments.steps.flatten(1).double().norm(dim=1)
-        weights = (
-            torch.ones_like(lengths) if solver.rule == "paper" else lengths.square().clamp(min=1e-300).reciprocal()
-        )
-        solved = increments.is_solved
+        solve = self._solve_log_odds if solver.rule == "log-odds" else self._solve_paper
+        labels = torch.tensor(examples.labels, device=self.device)
+        return solve(self._tensor(views), self._tensor(perturbation), labels, solver)
+
+    def _solve_log_odds(self, pixels: Tensor, perturbation: Tensor, labels: Tensor, solver: Solver) -> BlockResult:
+        found = log_odds_sum(self.classifier, pixels, perturbation, labels, margin=solver.margin)
         return BlockResult(
-            total=(weights.view(-1, 1, 1, 1) * increments.steps).sum(0).cpu().numpy(),
-            num_examples=len(views),
-            num_fooled=int(increments.is_fooled.sum()),
-            num_solved=None if solved is None else int(solved.sum()),
-            num_evaluations=increments.num_evaluations,
-            sum_increment_norms=float(lengths.sum()),
-            num_increments=int((lengths > 0).sum()),
+            total=found.total.double().cpu().numpy(),
+            num_examples=len(pixels),
+            num_fooled=int(found.is_fooled.sum()),
+            num_evaluations=found.num_evaluations,
+            sums={"mean_log_odds": (float(found.log_odds.double().sum()), len(pixels))},
         )
 
-    def _increments(self, pixels: Tensor, perturbation: Tensor, labels: Tensor, solver: Solver) -> Increments:
-        if solver.rule == "log-odds":
-            return log_odds_increments(self.classifier, pixels, perturbation, labels, margin=solver.margin)
-        return deepfool(self.classifier, pixels, perturbation, labels, candidates=solver.candidates)
+    def _solve_paper(self, pixels: Tensor, perturbation: Tensor, labels: Tensor, solver: Solver) -> BlockResult:
+        found = deepfool(
+            self.classifier,
+            pixels,
+            perturbation,
+            labels,
+            candidates=solver.candidates,
+            slope_ratio=solver.slope_ratio,
+        )
+        lengths = found.steps.flatten(1).double().norm(dim=1)
+        return BlockResult(
+            total=found.steps.double().sum(0).cpu().numpy(),
+            num_examples=len(pixels),
+            num_fooled=int(found.is_fooled.sum()),
+            num_evaluations=found.num_evaluations,
+            sums={
+                "mean_increment_norm": (float(lengths.sum()), int((lengths > 0).sum())),
+                "deepfool_success": (float(found.is_solved.sum()), len(pixels)),
+            },
+        )
+
+    def _accelerate(self, shard: DecodedShard) -> None:
+        """When the size of the images is known; every image that the classifier sees comes after this, here and on other workers."""
+        if not self._is_fast:
+            check_classifier(self.classifier, shard.images.shape[1:])
+            self.classifier = accelerate(self.classifier, shard.images.shape[1:])
+            self._is_fast = True
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.tensor(array, dtype=torch.float32, device=self.device)
