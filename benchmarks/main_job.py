@@ -108,7 +108,7 @@ def measure(network_name: str, names: list[str], options: Options) -> None:
     )
     val = load_dataset(fleet, expand_patterns([str(options.data / network.val)]), num_images=network.num_val_images)
     for name, seed in missing:
-        config, started = ComputeConfig(seed=seed, evaluate_every=10**6, **ROWS[name].config), time.perf_counter()
+        config, started = ComputeConfig(seed=seed, **ROWS[name].config), time.perf_counter()
         *_, final = compute(fleet, train, val, config)
         assert final.evaluation is not None
         noise = random_perturbation(val.shape, norm=config.norm, radius=config.ball_radius, seed=seed)

@@ -134,7 +134,7 @@ def diversity(options: Options) -> Iterator[dict[str, Any]]:
             for seed in range(NUM_MEMBERS):
                 train = load_dataset(fleet, shards[seed : seed + 1]) if "images" in way else same
                 start = POOL_RANDOM_START if "start" in way else None
-                config = ComputeConfig(seed=seed, random_start=start, evaluate_every=10**6, **words)
+                config = ComputeConfig(seed=seed, random_start=start, **words)
                 *_, final = compute(fleet, train, held_in, config)
                 assert final.evaluation is not None
                 rates.append(final.evaluation.val.rate)

@@ -64,7 +64,7 @@ def measure(workers: LocalWorkers, urls: list[str], entry: dict[str, Any], optio
             load_dataset(workers, part) for part in (rotated[:num_train_shards], rotated[num_train_shards:])
         )
         budget = train.num_examples + 50 * options.num_rounds
-        config = ComputeConfig(seed=seed, max_evaluations=budget, evaluate_every=10**6, **entry)
+        config = ComputeConfig(seed=seed, max_evaluations=budget, **entry)
         *_, final = compute(workers, train, held_in, config)
         assert final.evaluation is not None
         rates.append(round(final.evaluation.val.rate, 4))

@@ -4,7 +4,7 @@ import torch
 from conftest import random_samples, tiny_worker
 
 from uap_dist.compute import ComputeConfig, State, compute, count_rounds
-from uap_dist.dataset import LocalWorkers, check_disjoint, load_dataset
+from uap_dist.dataset import LocalWorkers, check_disjoint, classify, load_dataset
 from uap_dist.errors import ConfigError, ShardError
 from uap_dist.norms import measure
 from uap_dist.shards import write_shards
@@ -100,6 +100,26 @@ def test_target_on_the_training_images_ends_the_run_after_a_pass(local_workers, 
 def test_evaluate_every_spares_evaluations_but_not_the_last(local_workers, tiny_data):
     reports = run(local_workers, tiny_data, max_passes=5, evaluate_every=2)
     assert [r.pass_number for r in reports if r.evaluation] == [1, 3, 4]
+
+
+def test_what_is_measured_before_the_end_costs_a_twentieth_of_the_run(local_workers, tiny_data):
+    reports = run(local_workers, tiny_data, max_passes=30)
+    *glances, final = [r.evaluation for r in reports if r.evaluation]
+    assert len(glances) >= 2
+    assert all(g.train is None and g.val.num_examples == len(g.val_predictions.labels) for g in glances)
+    assert sum(g.val.num_examples for g in glances) <= 0.05 * 2 * reports[-1].num_solves
+    assert (final.train.num_examples, final.val.num_examples) == tuple(data.num_examples for data in tiny_data)
+
+
+def test_a_thinned_dataset_is_evenly_spread_and_keeps_its_labels(local_workers, tiny_data):
+    train, _ = tiny_data
+    assert train.thin(train.num_examples).digest == train.digest
+    some = train.thin(7)
+    assert some.num_examples == 7 and some.keys == [train.keys[i * train.num_examples // 7] for i in range(7)]
+    labels = dict(zip(train.keys, train.clean.labels, strict=True))
+    assert [labels[key] for key in some.keys] == some.clean.labels.tolist()
+    again = classify(local_workers, some, np.zeros(train.shape, np.float32))
+    assert again.labels.tolist() == some.clean.labels.tolist()
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])

@@ -155,7 +155,7 @@ def test_callers_share_the_workers_and_each_gets_its_own_answers(cluster, shards
 def test_a_fleet_changes_its_classifier(cluster, shards):
     fleet = make_fleet(2)
     _, val = load(fleet, shards)
-    fleet.use(TINY.replace(":Tiny", ":Probabilities"), None)
+    fleet.use(TINY.replace(":Tiny", ":Sharper"), None)
     fleet.wait()
     zero = np.zeros((3, 16, 16), np.float32)
     (answer,) = fleet.map("classify", [val.examples(0, range(20))], zero)
@@ -164,7 +164,7 @@ def test_a_fleet_changes_its_classifier(cluster, shards):
         fleet.wait()
     fleet.close()
     assert np.array_equal(answer.labels, val.clean.labels)
-    assert not np.array_equal(answer.confidences, val.clean.confidences)  # softmax of probabilities
+    assert not np.array_equal(answer.confidences, val.clean.confidences)
 
 
 def test_what_a_worker_raises_comes_back_as_it_was_raised(cluster, shards):

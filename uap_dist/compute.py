@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from math import ceil
 from typing import get_args
 
 import torch
@@ -23,6 +24,8 @@ from uap_dist.worker import BlockResult, Predictions, Rule, Solver
 DEFAULT_PASSES = 10
 POOL_RANDOM_START = 0.5  # share of the radius; benchmarks/pools.md says why
 EVALUATIONS_PER_LOG_ODDS_SOLVE = 2
+GLANCE_SHARE = 0.05  # of the network evaluations of the solves: what measurements before the end may cost
+GLANCE_IMAGES = 100  # held-out ones that are worth a measurement
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +45,10 @@ class ComputeConfig:
     max_evaluations: int | None = None
     """Network evaluations at most (one image once forward or backward; clean labels of the training images count,
     reports do not). The paper's rule, whose costs are not known beforehand, starts no round once they are spent."""
-    evaluate_every: int = 1
-    """Passes between two measurements of the fooling rates on all training and held-out images; the end is always measured."""
+    evaluate_every: int | None = None
+    """Passes between two measurements of the fooling rates on all training and held-out images; the end is always measured.
+    Default: 1 where --target-fooling-rate needs it; else some of the held-out images (100 or more, if there are as many) as
+    often as costs a twentieth of the run."""
     candidates: int | None = None
     """Paper's rule: classes that DeepFool looks at, the clean label included. Default 10."""
     slope_ratio: float | None = None
@@ -116,9 +121,12 @@ class ComputeConfig:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Predictions under the perturbation as it would be delivered now, and their fooling rates."""
+    """Fooling rates of the perturbation as it would be delivered now, and what the network says of held-out images under it.
 
-    train: Rate
+    `train` is None where only some of the held-out images were looked at.
+    """
+
+    train: Rate | None
     val: Rate
     val_predictions: Predictions
 
@@ -137,7 +145,7 @@ class RoundReport:
         means: log-odds rule: of the log-odds of the round's clean labels. Paper's rule: of ‖Δ‖2 in pixels over the images that
             got an increment (0 where none did), and the share of the images that are fooled after theirs.
         seconds: this round took, without evaluation.
-        evaluation: after a pass and at the end.
+        evaluation: at the end, of all images, and after passes (see `ComputeConfig.evaluate_every`).
         is_last: whether the run ends with it.
     """
 
@@ -177,7 +185,9 @@ class RoundReport:
             "total/evaluations": float(self.num_evaluations),
         }
         if self.evaluation is not None:
-            metrics |= self.evaluation.train.metrics("train") | self.evaluation.val.metrics("val")
+            metrics |= self.evaluation.val.metrics("val")
+            if self.evaluation.train is not None:
+                metrics |= self.evaluation.train.metrics("train")
         return metrics
 
 
@@ -221,12 +231,16 @@ def compute(
             f"{train.num_examples} training images"
         )
     state = state or State.start(train, config)
+    every, some = _plan_measurements(train, val, config)
     for round_ in islice(_plan(train.sizes, config), state.num_rounds, None):
         state, report = run_round(workers, train, round_, state, config, planned)
         ends = state.num_rounds == planned or _is_spent(state, config)
-        if ends or (round_.ends_pass and (round_.pass_number + 1) % config.evaluate_every == 0):
+        if ends or (some is None and _is_due(round_, every)):
             report = replace(report, evaluation=evaluate(workers, train, val, report.perturbation))
-        reached = report.evaluation is not None and report.evaluation.train.rate >= config.target_fooling_rate
+        elif some is not None and _is_due(round_, every):
+            report = replace(report, evaluation=evaluate(workers, None, some, report.perturbation))
+        train_rate = report.evaluation.train if report.evaluation is not None else None
+        reached = train_rate is not None and train_rate.rate >= config.target_fooling_rate
         yield replace(report, is_last=ends or reached)
         if ends or reached:
             return
@@ -266,11 +280,25 @@ def run_round(
     )
 
 
-def evaluate(workers: Workers, train: Dataset, val: Dataset, perturbation: Tensor) -> Evaluation:
-    """Fooling rates of v (C×H×W, pixels) on all training and held-out images."""
+def evaluate(workers: Workers, train: Dataset | None, val: Dataset, perturbation: Tensor) -> Evaluation:
+    """Fooling rates of v (C×H×W, pixels) on training images, if any, and held-out ones."""
     v = perturbation.numpy()
+    train_rate = None if train is None else fooling_rate(train, classify(workers, train, v))
     predictions = classify(workers, val, v)
-    return Evaluation(fooling_rate(train, classify(workers, train, v)), fooling_rate(val, predictions), predictions)
+    return Evaluation(train_rate, fooling_rate(val, predictions), predictions)
+
+
+def _plan_measurements(train: Dataset, val: Dataset, config: ComputeConfig) -> tuple[int, Dataset | None]:
+    """After how many passes the fooling rates are measured each time, and on which held-out images; None: on all images."""
+    if config.evaluate_every is not None or config.target_fooling_rate < 1:
+        return config.evaluate_every or 1, None
+    affordable = GLANCE_SHARE * EVALUATIONS_PER_LOG_ODDS_SOLVE * train.num_examples  # in a pass
+    every = ceil(min(GLANCE_IMAGES, val.num_examples) / affordable)
+    return every, val.thin(min(val.num_examples, int(every * affordable)))
+
+
+def _is_due(round_: Round, every: int) -> bool:
+    return round_.ends_pass and (round_.pass_number + 1) % every == 0
 
 
 def count_rounds(shard_sizes: Sequence[int], config: ComputeConfig) -> int | None:

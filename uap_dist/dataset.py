@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, Protocol
@@ -101,6 +101,17 @@ class Dataset:
         for shard in self.shards:
             digest.update(f"{shard.digest} {' '.join(shard.keys)}\n".encode())
         return digest.hexdigest()
+
+    def thin(self, num_examples: int) -> "Dataset":
+        """So many of its examples, evenly spread."""
+        chosen = np.arange(num_examples) * self.num_examples // num_examples
+        shards = []
+        for start, shard in zip(self.starts, self.shards, strict=False):
+            rows = chosen[(chosen >= start) & (chosen < start + len(shard.keys))] - start
+            if len(rows):
+                shards.append(replace(shard, keys=tuple(shard.keys[i] for i in rows), truths=shard.truths[rows]))
+        clean = Predictions(self.clean.labels[chosen], self.clean.confidences[chosen])
+        return replace(self, shards=tuple(shards), clean=clean)
 
     def examples(self, shard: int, indices: Sequence[int], seed: tuple[int, ...] = ()) -> Examples:
         """A task for those examples of a shard, with their clean labels."""

@@ -55,14 +55,16 @@ def save_curve(path: Path, history: Sequence[RoundRecord], random_rate: Rate) ->
         color="0.75",
         label="images of each round, before it",
     )
-    measured = [metrics for metrics in rounds if "fooling_rate/val" in metrics]
-    evaluations = _column(measured, "total/evaluations")
     for name, label, colour in (("train", "training", "tab:gray"), ("val", "held-out", "tab:blue")):
         rate = f"fooling_rate/{name}"
-        count = measured[-1][f"num_images/{name}"]
-        axes.plot(evaluations, _column(measured, rate), marker="o", color=colour, label=f"{label} ({count:.0f} images)")
+        measured = [metrics for metrics in rounds if rate in metrics]
+        evaluations = _column(measured, "total/evaluations")
+        counts = sorted({int(metrics[f"num_images/{name}"]) for metrics in measured})
+        label = f"{label} ({', '.join(f'{count:,}' for count in counts)} images)"
         low, high = _column(measured, f"{rate}_low"), _column(measured, f"{rate}_high")
+        axes.plot(evaluations, _column(measured, rate), marker="o", color=colour, label=label)
         axes.fill_between(evaluations, low, high, color=colour, alpha=0.2, lw=0)
+        axes.vlines(evaluations, low, high, color=colour, alpha=0.4)
     _finish_curves(axes, "Fooling rate, 95 % Wilson intervals", random_rate)
     _save(figure, path)
 

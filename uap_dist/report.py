@@ -78,7 +78,7 @@ class FinishedRun:
     @property
     def train_rate(self) -> Rate:
         """Training images fooled by what is delivered."""
-        assert self.final.evaluation is not None
+        assert self.final.evaluation is not None and self.final.evaluation.train is not None
         return self.final.evaluation.train
 
     @property

@@ -59,9 +59,9 @@ class RoundProgress:
         if not self._console.is_terminal and time.monotonic() > self._last_line + SECONDS_BETWEEN_LINES:
             self._line(status)
         if report.evaluation is not None:
+            training = f"training {report.evaluation.train}, " if report.evaluation.train else ""
             self._line(
-                f"{prefix}after {report.num_evaluations} network evaluations: training {report.evaluation.train}, "
-                f"held-out {report.evaluation.val}"
+                f"{prefix}after {report.num_evaluations} network evaluations: {training}held-out {report.evaluation.val}"
             )
 
     def _share(self, report: RoundReport) -> float:
