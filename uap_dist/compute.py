@@ -7,6 +7,7 @@ from itertools import islice
 from math import ceil
 from typing import get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -256,10 +257,10 @@ def run_round(
         for number, block in enumerate(round_.blocks)
     ]
     results: list[BlockResult] = workers.map("solve", tasks, state.iterate.v.float().numpy(), config.solver)
-    total = torch.zeros_like(state.iterate.v)
+    total = np.zeros(train.shape)
     for result in results:
-        total += torch.tensor(result.total)  # a copy: Ray's arrays are read-only
-    iterate, step = _update(state.iterate, total, round_.number, planned, config)
+        total += result.total
+    iterate, step = _update(state.iterate, torch.from_numpy(total), round_.number, planned, config)
     state = State(
         iterate,
         num_rounds=round_.number + 1,

@@ -357,7 +357,10 @@ class Fleet:
             time.sleep(SECONDS_WITHOUT_WORKERS)
             return
         # whoever idles may get a task at any time; where nobody does, only an answer matters
-        done, _ = ray.wait(list(self._running), num_returns=1, timeout=0.02 if self._idle else 1.0)
+        running = list(self._running)
+        done, _ = ray.wait(running, num_returns=1, timeout=0.02 if self._idle else 1.0)
+        if done:  # and whatever else has come, in one look
+            done, _ = ray.wait(running, num_returns=len(running), timeout=0)
         overdue = [ref for ref, call in self._running.items() if time.monotonic() > call.deadline]
         answered: set[ray.ObjectRef] = {*done, *overdue}
         for ref in answered:

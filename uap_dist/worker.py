@@ -79,8 +79,8 @@ class BlockResult:
     """One array for the driver's reduce, and counts.
 
     Attributes:
-        total: C×H×W float64, summed over the block: increments in pixels under the paper's rule, increments divided by their
-            squared length under the log-odds rule.
+        total: C×H×W, summed over the block: increments in pixels under the paper's rule (float64), increments divided by their
+            squared length under the log-odds rule (float32).
         num_examples, num_fooled: of the block, fooled by v before any step.
         num_evaluations: network evaluations spent.
         sums: what a round reports the mean of, by name: the sum over the block, and over how many examples.
@@ -180,7 +180,7 @@ class Worker:
     def _solve_log_odds(self, pixels: Tensor, perturbation: Tensor, labels: Tensor, solver: Solver) -> BlockResult:
         found = log_odds_sum(self.classifier, pixels, perturbation, labels, margin=solver.margin)
         return BlockResult(
-            total=found.total.double().cpu().numpy(),
+            total=found.total.cpu().numpy(),
             num_examples=len(pixels),
             num_fooled=int(found.is_fooled.sum()),
             num_evaluations=found.num_evaluations,

@@ -1,0 +1,118 @@
+"""What a round costs the driver, with 1 to 1,024 logical workers that only sleep: benchmarks/overhead.md.
+
+    python benchmarks/driver.py
+
+A few actors with many threads stand for the workers (so many processes do not fit on one machine): this measures dispatch,
+the way of v and of the sums, and the reduce; not the start of processes, nor a network between machines.
+"""
+
+import resource
+import time
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+import tyro
+
+from uap_dist.compute import ComputeConfig, State, run_round
+from uap_dist.dataset import Dataset, Shard
+from uap_dist.fleet import Fleet, FleetConfig, _Member, connect
+from uap_dist.schedule import Block, Round
+from uap_dist.update import Iterate
+from uap_dist.worker import BlockResult, Predictions
+
+NUM_ACTORS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Measure the driver."""
+
+    num_workers: tuple[int, ...] = (1, 4, 16, 64, 256, 1024)
+    """Logical workers."""
+    blocks_per_worker: int = 1
+    """In a round."""
+    side: int = 224
+    """Of the perturbation, pixels."""
+    sleep_s: float = 0.05
+    """A block."""
+    num_rounds: int = 5
+    """The median is printed."""
+
+
+class Sleeper:
+    """Stands for many workers."""
+
+    def __init__(self, sleep_s: float, side: int) -> None:
+        self._sleep_s = sleep_s
+        self._total = np.ones((3, side, side), np.float32)
+
+    def start(self, *_: Any) -> str:
+        """As fleet._Actor."""
+        return "sleeper"
+
+    def call(self, method: str, task: Any, perturbation: np.ndarray, solver: Any) -> BlockResult:
+        """As fleet._Actor, after a while."""
+        time.sleep(self._sleep_s)
+        return BlockResult(self._total, len(task.keys), 0, 2, {"mean_log_odds": (0.0, 1)})
+
+
+@dataclass
+class SleepingFleet(Fleet):
+    """A fleet whose workers are threads of a few actors."""
+
+    sleepers: list[Any] = field(default_factory=list)
+
+    def __init__(self, num_workers: int, sleepers: list[Any]) -> None:
+        self.sleepers = sleepers
+        super().__init__("sleeper", None, FleetConfig(num_workers=num_workers))
+
+    def _start_member(self) -> None:
+        self._prepare(_Member(self.sleepers[len(self._running) % len(self.sleepers)]))
+
+    def close(self) -> None:
+        """Leave the actors to the next fleet."""
+        self._is_closed = True
+        self._change(lambda: None)
+        self._thread.join()
+
+
+def main() -> None:
+    """One line for each number of workers."""
+    options = tyro.cli(Options)
+    connect()
+    actor = ray.remote(num_cpus=0, max_concurrency=max(1, max(options.num_workers) // NUM_ACTORS))(Sleeper)
+    sleepers = [actor.remote(options.sleep_s, options.side) for _ in range(NUM_ACTORS)]
+    print("| workers | blocks | round, ms | of it sleep, ms | driver, ms | driver, ms a block | driver's memory, MB |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for num_workers in options.num_workers:
+        fleet = SleepingFleet(num_workers, sleepers)
+        fleet.wait()
+        num_blocks = options.blocks_per_worker * num_workers
+        keys = tuple(map(str, range(num_blocks)))
+        labels = Predictions(np.zeros(num_blocks, np.int64), np.zeros(num_blocks, np.float32))
+        data = Dataset((Shard("shard", "digest", keys, labels.labels),), (3, options.side, options.side), (), labels)
+        round_ = Round(
+            number=0, pass_number=0, blocks=tuple(Block(0, (i,)) for i in range(num_blocks)), ends_pass=False
+        )
+        seconds = []
+        for _ in range(options.num_rounds + 1):  # the first one warms up
+            started = time.perf_counter()
+            run_round(fleet, data, round_, State(Iterate.zero(data.shape)), ComputeConfig(), planned=1)
+            seconds.append(time.perf_counter() - started)
+        fleet.close()
+        whole, asleep = 1e3 * median(seconds[1:]), 1e3 * options.sleep_s * options.blocks_per_worker
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(
+            f"| {num_workers:,} | {num_blocks:,} | {whole:.0f} | {asleep:.0f} | {whole - asleep:.0f} "
+            f"| {(whole - asleep) / num_blocks:.2f} | {memory:.0f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
