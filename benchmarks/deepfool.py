@@ -1,62 +1,297 @@
-"""Our `deepfool` beside foolbox's L2DeepFoolAttack: success, median norm and seconds on the first 24 sample images.
+"""Our DeepFool beside other libraries', the bound, and what leaving candidates out changes: benchmarks/deepfool.md.
 
-python benchmarks/deepfool.py --data ../shared
+    pip install -e '.[bench]'
+    pip install --no-deps torchattacks adv-lib      # they pin or need what others cannot live with
+    python benchmarks/deepfool.py                   # about a quarter of an hour on one core
+
+One thread, the same images, ten candidates, at most ten iterations, overshoot 0.02. Libraries that look at all classes are
+shown a network of the ten candidates of each image, image by image. A library that is not installed is left out.
 """
 
+import sys
 import time
+import types
 import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
-import foolbox
+import numpy as np
 import torch
 import tyro
 from networks import NETWORKS
+from torch import Tensor, nn
 
-from uap_dist.classifiers import load_classifier
-from uap_dist.deepfool import deepfool
-from uap_dist.shards import load_shard
+from uap_dist.accelerate import accelerate
+from uap_dist.classifiers import Classifier, load_classifier
+from uap_dist.deepfool import SLOPE_RATIO, Nearest, deepfool, find_nearest, log_odds_sum
+from uap_dist.shards import expand_patterns, load_shard
+from uap_dist.worker import Worker
 
-NUM_IMAGES = 24
+BLOCK = 6  # images together, as jobs/compute.py has them by default
+BATCHES = (1, 2, 6, 12, 24)  # of which the best makes the bound
+Attack = Callable[[Classifier, Tensor, Tensor], Tensor]  # network, images, labels → images of other labels, pixels
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Compare on these networks."""
+    """Compare."""
 
-    networks: tuple[str, ...] = ("squeezenet", "lite0")
+    networks: tuple[str, ...] = ("squeezenet", "lite0", "resnet20")
     """Of benchmarks/networks.py."""
+    num_images: int = 24
+    """For all but the slow ones."""
+    num_slow_images: int = 4
+    """For ART, the first of them."""
+    num_choices: int = 96
+    """Images whose every step is taken with and without leaving candidates out."""
     data: Path = Path("../shared")
     """Folder of the images and networks."""
 
 
 def main() -> None:
-    """One line for each network."""
+    """A table for each network."""
     options = tyro.cli(Options)
-    warnings.simplefilter("ignore", UserWarning)
-    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
     for name in options.networks:
-        classifier = load_classifier(*NETWORKS[name].locate(options.data))
-        shard = load_shard(str(options.data / "data/imagenet-sample/train-0000.tar"), classifier.geometry)
-        pixels = torch.tensor(shard.images[:NUM_IMAGES], dtype=torch.float32)
-        labels = classifier(pixels).argmax(1)
+        plain = load_classifier(*NETWORKS[name].locate(options.data))
+        pixels = load_pixels(NETWORKS[name].train, plain, options.data, max(options.num_images, options.num_choices))
+        Worker(plain, cache_bytes=0, num_threads=1)  # sets up torch and memory, for all
+        fast = accelerate(plain, pixels.shape[1:])
+        labels = torch.cat([plain(x).argmax(1) for x in pixels.split(24)])
+        few = slice(options.num_images)
+        print(f"\n{name}:\n")
+        forward, backward = time_network(fast, pixels[few])
+        compare_attacks(plain, fast, pixels[few], labels[few], options.num_slow_images, forward, backward)
+        report_default_rule(plain, fast, pixels[few], labels[few], forward + backward)
+        report_choices(fast, pixels, labels)
 
+
+def load_pixels(pattern: str, classifier: Classifier, data: Path, count: int) -> Tensor:
+    """The first images of the shards, N×3×H×W."""
+    urls = expand_patterns([str(data / pattern)])
+    images: list[np.ndarray] = []
+    for url in urls:
+        if sum(map(len, images)) < count:
+            images.append(load_shard(url, classifier.geometry).images)
+    return torch.tensor(np.concatenate(images)[:count], dtype=torch.float32)
+
+
+def time_network(classifier: Classifier, pixels: Tensor) -> tuple[float, float]:
+    """Seconds an image of a forward and of a backward alone, each at its best batch."""
+    forward, backward = [], []
+    for size in BATCHES:
+        for x in [pixels[:size]] * 3:
+            x = x.clone().requires_grad_()
+            started = time.perf_counter()
+            loss = classifier(x).logsumexp(1).sum()
+            between = time.perf_counter()
+            torch.autograd.grad(loss, x)
+            forward.append((between - started) / len(x))
+            backward.append((time.perf_counter() - between) / len(x))
+    return min(forward), min(backward)
+
+
+def compare_attacks(
+    plain: Classifier,
+    fast: Classifier,
+    pixels: Tensor,
+    labels: Tensor,
+    num_slow: int,
+    forward: float,
+    backward: float,
+) -> None:
+    """Ours and the other libraries', each on the network as its users have it."""
+    print(
+        "| | images | s an image | success | median norm | evaluations an image | bound, s | of the bound | ours is faster |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    reference = 0.0
+    for name, attack, count in attacks(num_slow, len(pixels)):
+        counting = Counting(fast if name.startswith("ours") else plain)
         started = time.perf_counter()
-        ours = deepfool(classifier, pixels, torch.zeros_like(pixels[0]), labels)
-        between = time.perf_counter()
-        attack = foolbox.attacks.L2DeepFoolAttack(steps=10, candidates=10, overshoot=0.02)
-        _, (theirs,), success = attack(
-            foolbox.PyTorchModel(classifier, bounds=(0, 255)), pixels, labels, epsilons=[None]
-        )
-        ended = time.perf_counter()
-
-        assert ours.is_solved is not None
-        norms = [x.flatten(1).norm(dim=1).median().item() for x in (ours.steps, theirs - pixels)]
+        found = attack(counting, pixels[:count], labels[:count])
+        seconds = (time.perf_counter() - started) / count
+        reference = reference or seconds
+        with torch.no_grad():
+            success = (plain(found).argmax(1) != labels[:count]).float().mean()
+        norm = (found - pixels[:count]).flatten(1).norm(dim=1).median()
+        bound = (counting.num_forward * forward + counting.num_backward * backward) / count
+        evaluations = (counting.num_forward + counting.num_backward) / count
         print(
-            f"{name}: success {ours.is_solved.float().mean():.3f} (foolbox {success.float().mean():.3f}), median norm {norms[0]:.3f} "
-            f"({norms[1]:.3f}, ratio {norms[0] / norms[1]:.4f}), {ours.num_evaluations / NUM_IMAGES:.1f} evaluations an image, "
-            f"foolbox takes {(ended - between) / (between - started):.1f} times as long"
+            f"| {name} | {count} | {seconds:.2f} | {success:.3f} | {norm:.1f} | {evaluations:.1f} | {bound:.2f} "
+            f"| {seconds / bound:.2f} | {seconds / reference:.1f} |",
+            flush=True,
         )
+
+
+def attacks(num_slow: int, count: int) -> Iterator[tuple[str, Attack, int]]:
+    """Those that are installed; ours first."""
+    yield "ours", ours, count
+    yield "ours, all candidates", partial(ours, slope_ratio=torch.inf), count
+    for name, attack, number in (
+        ("foolbox", by_foolbox, count),
+        ("torchattacks", one_by_one(by_torchattacks), count),
+        ("adv-lib", one_by_one(by_adv_lib), count),
+        ("ART", by_art, num_slow),
+    ):
+        try:
+            attack(TOY, torch.rand(1, 3, 4, 4), torch.tensor([0]))
+        except ImportError as error:
+            print(f"| {name} | not installed ({error}) |")
+        else:
+            yield name, attack, number
+
+
+class Counting(nn.Module):
+    """A network that counts the images that go through it."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network, self.num_forward, self.num_backward = network, 0, 0
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """As the network."""
+        self.num_forward += len(pixels)
+        if pixels.requires_grad:
+            pixels = pixels.view_as(pixels)
+            pixels.register_hook(self._count)
+        return self.network(pixels)
+
+    def _count(self, slope: Tensor) -> None:
+        self.num_backward += len(slope)
+
+
+class Narrow(nn.Module):
+    """Ten of a network's classes, for images in 0..1."""
+
+    def __init__(self, network: nn.Module, classes: Tensor) -> None:
+        super().__init__()
+        self.network, self.classes = network, classes
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of these classes."""
+        return self.network(255 * images)[:, self.classes]
+
+
+TOY = nn.Sequential(nn.Flatten(), nn.Linear(48, 12))
+
+
+def ours(network: nn.Module, pixels: Tensor, labels: Tensor, **options: float) -> Tensor:
+    """In blocks, as a worker has them."""
+    zero = torch.zeros_like(pixels[0])
+    blocks = zip(pixels.split(BLOCK), labels.split(BLOCK), strict=True)
+    return torch.cat([(x + deepfool(network, x, zero, y, **options).steps).clamp(0, 255) for x, y in blocks])
+
+
+def by_foolbox(network: nn.Module, pixels: Tensor, labels: Tensor) -> Tensor:
+    """L2DeepFoolAttack."""
+    import foolbox
+
+    attack = foolbox.attacks.L2DeepFoolAttack(steps=10, candidates=10, overshoot=0.02)
+    _, (found,), _ = attack(foolbox.PyTorchModel(network.eval(), (0, 255)), pixels, labels, epsilons=[None])
+    return found
+
+
+def by_art(network: nn.Module, pixels: Tensor, labels: Tensor) -> Tensor:
+    """DeepFool of the Adversarial Robustness Toolbox."""
+    from art.attacks.evasion import DeepFool
+    from art.estimators.classification import PyTorchClassifier
+
+    scaled = nn.Sequential(Scale(), network)
+    count = network(pixels[:1]).shape[1]
+    shape = tuple(pixels.shape[1:])
+    estimator = PyTorchClassifier(scaled, nn.CrossEntropyLoss(), shape, count, clip_values=(0, 1), device_type="cpu")
+    attack = DeepFool(estimator, max_iter=10, epsilon=0.02, nb_grads=10, verbose=False)
+    return 255 * torch.tensor(attack.generate((pixels / 255).numpy()))
+
+
+class Scale(nn.Module):
+    """0..1 to pixels."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Times 255."""
+        return 255 * images
+
+
+def by_torchattacks(network: nn.Module, image: Tensor, label: Tensor) -> Tensor:
+    """DeepFool of torchattacks."""
+    import torchattacks
+
+    return torchattacks.DeepFool(network, steps=10, overshoot=0.02)(image, label)
+
+
+def by_adv_lib(network: nn.Module, image: Tensor, label: Tensor) -> Tensor:
+    """Df of adv-lib, whose package imports a plotting server that nothing here needs."""
+    sys.modules.setdefault("visdom", types.ModuleType("visdom"))
+    from adv_lib.attacks.deepfool import df
+
+    return df(network, image, label, steps=10, overshoot=0.02, return_unsuccessful=True)
+
+
+def one_by_one(attack: Attack) -> Attack:
+    """Each image by itself, with its ten candidates as the only classes."""
+
+    def run(network: nn.Module, pixels: Tensor, labels: Tensor) -> Tensor:
+        found = []
+        for x in pixels.split(1):
+            with torch.no_grad():
+                classes = network(x)[0].topk(10).indices
+            found.append(255 * attack(Narrow(network, classes).eval(), x / 255, torch.tensor([0])).detach())
+        return torch.cat(found)
+
+    return run
+
+
+def report_default_rule(
+    plain: Classifier, fast: Classifier, pixels: Tensor, labels: Tensor, evaluations_s: float
+) -> None:
+    """One log-odds step an image in blocks, beside a forward and a backward alone."""
+    zero, seconds = torch.zeros_like(pixels[0]), {}
+    for name, network in (("accelerated", fast), ("as loaded", plain)):
+        repeats = []
+        for _ in range(3):
+            started = time.perf_counter()
+            for x, y in zip(pixels.split(BLOCK), labels.split(BLOCK), strict=True):
+                log_odds_sum(network, x, zero, y, margin=500.0)
+            repeats.append((time.perf_counter() - started) / len(pixels))
+        seconds[name] = min(repeats)
+    print(
+        f"\nOne log-odds step: {1e3 * seconds['accelerated']:.1f} ms an image, {seconds['accelerated'] / evaluations_s:.2f} of one forward "
+        f"and one backward alone; {seconds['as loaded'] / seconds['accelerated']:.2f} times as fast as on the network as it was loaded."
+    )
+
+
+def report_choices(classifier: Classifier, pixels: Tensor, labels: Tensor) -> None:
+    """How often leaving candidates out changes which boundary is the nearest, and what that does to the norms."""
+    same: list[Tensor] = []
+    costs = {"few": 0, "all": 0}
+
+    def both(*arguments: object) -> Nearest:
+        few, whole = find_nearest(*arguments), find_nearest(*arguments[:-1], torch.inf)  # type: ignore[arg-type]
+        same.append((few.rivals == whole.rivals)[whole.rivals >= 0])
+        costs["few"] += few.num_evaluations
+        costs["all"] += whole.num_evaluations
+        return Nearest(whole.steps, whole.rivals, few.slopes, few.num_evaluations)  # on along the exact path
+
+    blocks = [(x, y) for x, y in zip(pixels.split(BLOCK), labels.split(BLOCK), strict=True)]
+    zero = torch.zeros_like(pixels[0])
+    norms = [
+        torch.cat([deepfool(classifier, x, zero, y, slope_ratio=r).steps.flatten(1).norm(dim=1) for x, y in blocks])
+        for r in (SLOPE_RATIO, torch.inf)
+    ]
+    with patch.object(sys.modules[deepfool.__module__], "find_nearest", both):
+        for x, y in blocks:
+            deepfool(classifier, x, zero, y)
+    chosen = torch.cat(same)
+    print(
+        f"Leaving candidates out, {len(pixels)} images: the same boundary in {int(chosen.sum())} of {len(chosen)} steps, "
+        f"{costs['all'] / costs['few']:.1f} times fewer evaluations in them; median norm {norms[0].median():.3f} against "
+        f"{norms[1].median():.3f} (ratio {norms[0].median() / norms[1].median():.4f}).",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

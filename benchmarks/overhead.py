@@ -1,0 +1,147 @@
+"""What a job costs beside its solves: start, rounds, measurements; and two workers against one. See benchmarks/overhead.md.
+
+    python benchmarks/overhead.py        # about a quarter of an hour on two cores
+
+The same SqueezeNet run by jobs/compute.py with one worker, with two, and its solves alone in this process on one thread.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import mlflow
+import tyro
+from networks import NETWORKS
+
+from uap_dist.classifiers import load_classifier
+from uap_dist.compute import ComputeConfig, compute
+from uap_dist.dataset import LocalWorkers, load_dataset
+from uap_dist.shards import expand_patterns
+from uap_dist.worker import Worker
+
+JOB = Path(__file__).parents[1] / "jobs/compute.py"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Measure."""
+
+    network: str = "squeezenet"
+    """Of benchmarks/networks.py."""
+    max_evaluations: int = 10_000
+    """Of the run."""
+    round_size: int = 24
+    """Images in a round."""
+    data: Path = Path("../shared")
+    """Folder of the images and networks."""
+
+
+@dataclass(frozen=True)
+class JobTimes:
+    """Of a job, seconds: to its first round; from there to the end of the last one; in its rounds; the whole process."""
+
+    start: float
+    loop: float
+    rounds: float
+    whole: float
+    num_rounds: int
+    rate: float
+
+
+def main() -> None:
+    """Run all three and print how they compare."""
+    options = tyro.cli(Options)
+    alone = solve_alone(options)
+    one, two = (run_job(options, num_workers) for num_workers in (1, 2))
+    print("| | to the first round | rounds and glances | of it rounds | the rest | solves alone |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for name, job in (("1 worker", one), ("2 workers", two)):
+        rest = job.whole - job.start - job.loop
+        print(f"| {name} | {job.start:.1f} | {job.loop:.1f} | {job.rounds:.1f} | {rest:.1f} | {alone:.1f} |")
+    print(
+        f"\n{options.network}, {one.num_rounds} rounds of {options.round_size} images, seconds: one worker's rounds take "
+        f"{one.rounds / alone - 1:+.1%} beside their solves alone, with glances at held-out images {one.loop / alone - 1:+.1%}; "
+        f"two workers' rounds are {one.rounds / two.rounds:.2f} times as fast as one's. Rates {one.rate:.3f}, {two.rate:.3f}."
+    )
+
+
+def job_arguments(options: Options) -> list[str]:
+    """Of the run."""
+    network = NETWORKS[options.network]
+    model, weights = network.locate(options.data.resolve())
+    return [
+        *("--model", model, *(("--weights", weights) if weights else ())),
+        *(
+            "--train-shards",
+            str(options.data.resolve() / network.train),
+            "--num-train-images",
+            str(network.num_train_images),
+        ),
+        *("--val-shards", str(options.data.resolve() / network.val), "--num-val-images", str(network.num_val_images)),
+        *("--max-evaluations", str(options.max_evaluations), "--round-size", str(options.round_size)),
+    ]
+
+
+def run_job(options: Options, num_workers: int) -> JobTimes:
+    """Its times, from what MLflow was told and when."""
+    with TemporaryDirectory() as folder:
+        words = [
+            sys.executable,
+            str(JOB),
+            *job_arguments(options),
+            "--num-workers",
+            str(num_workers),
+            "--output",
+            "out",
+        ]
+        started = time.time()
+        subprocess.run(words, cwd=folder, check=True, capture_output=True, env=os.environ | {"MLFLOW_TRACKING_URI": ""})
+        whole = time.time() - started
+        client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
+        (run,) = client.search_runs([client.get_experiment_by_name("uap_dist").experiment_id])  # type: ignore[union-attr]
+        rounds = client.get_metric_history(run.info.run_id, "round/seconds")
+        begin = rounds[0].timestamp / 1000 - rounds[0].value
+        return JobTimes(
+            start=begin - started,
+            loop=rounds[-1].timestamp / 1000 - begin,
+            rounds=sum(metric.value for metric in rounds),
+            whole=whole,
+            num_rounds=len(rounds),
+            rate=run.data.metrics["fooling_rate/val"],
+        )
+
+
+def solve_alone(options: Options) -> float:
+    """Seconds in Worker.solve, for the same rounds."""
+    network = NETWORKS[options.network]
+    worker = TimedWorker(load_classifier(*network.locate(options.data)), cache_bytes=8 << 30, num_threads=1)
+    workers = LocalWorkers(worker)
+    train, val = (
+        load_dataset(workers, expand_patterns([str(options.data / pattern)]), num_images=number)
+        for pattern, number in ((network.train, network.num_train_images), (network.val, 24))
+    )
+    config = ComputeConfig(max_evaluations=options.max_evaluations, round_size=options.round_size)
+    for _ in compute(workers, train, val, config):
+        pass
+    return worker.seconds
+
+
+class TimedWorker(Worker):
+    """A worker that adds up how long it solves."""
+
+    seconds = 0.0
+
+    def solve(self, *arguments):  # type: ignore[no-untyped-def]
+        """As a worker."""
+        started = time.perf_counter()
+        result = super().solve(*arguments)
+        self.seconds += time.perf_counter() - started
+        return result
+
+
+if __name__ == "__main__":
+    main()
