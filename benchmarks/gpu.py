@@ -3,9 +3,9 @@
     python benchmarks/gpu.py                                                    # a GPU
     python benchmarks/gpu.py --networks squeezenet1_0 --batches 1 2 --side 64   # a toy, on the CPU
 
-Random weights: speed only. A step is one forward and one backward of `log_odds_sum` on the accelerated network. The share of the peak counts
-2 · MACs for a forward and as many for the backward (to the pixels, not to weights). `precision` float32 has TF32 off, as workers
-do; tf32 has it on; bfloat16 is torch.autocast.
+Random weights: speed only. A step is one forward and one backward of `log_odds_sum` on the accelerated network. The share of the
+peak counts 2 · MACs for a forward and as many for the backward (to the pixels, not to weights). Precision float32 has TF32 off, as workers
+have it; tf32 has it on; bfloat16 is torch.autocast.
 """
 
 import platform

@@ -1,0 +1,25 @@
+"""Benchmarks that need another machine than this one, at toy size: they must run when somebody has it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def run(script, *words):
+    done = subprocess.run([sys.executable, BENCHMARKS / script, *words], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| ")]
+
+
+def test_speed_of_a_gpu_by_network_batch_and_precision():
+    words = ("--networks", "squeezenet1_0", "--batches", "1", "2", "--side", "64", "--min-seconds", "0.01")
+    header, _, *rows = run("gpu.py", *words)
+    assert len(rows) == 2 * 3 and "images/s" in header[3]
+    assert all(float(row[3]) > 0 and 0 < float(row[4].strip(" %")) for row in rows)
+
+
+def test_cost_of_a_round_to_the_driver():
+    _, _, *rows = run("driver.py", "--num-workers", "1", "8", "--side", "8", "--sleep-s", "0.01", "--num-rounds", "2")
+    assert [int(row[0]) for row in rows] == [1, 8] and all(float(row[4]) >= 0 for row in rows)
