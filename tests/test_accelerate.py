@@ -82,6 +82,12 @@ def test_a_network_that_cannot_be_copied_is_left_as_it_was():
     assert accelerate(plain, SHAPE) is plain
 
 
+def test_a_network_whose_weights_are_computed_gives_what_it_gave():
+    network = Normed()
+    torch.nn.utils.parametrizations.weight_norm(network.second)
+    check_same(wrap(network))
+
+
 @pytest.mark.parametrize("padding", [0, "same", (2, 1)])
 def test_first_layers_of_all_kinds(padding):
     torch.manual_seed(0)

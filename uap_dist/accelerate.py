@@ -1,6 +1,7 @@
 """The same classifier, faster: batch norms folded into convolutions, a layout that they like, the first layer by itself."""
 
 import copy
+import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,6 +13,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from uap_dist.classifiers import Classifier
 
+logger = logging.getLogger(__name__)
+
 TOLERANCE = 1e-2  # relative; rounding moves logits by 1e-6, gradients at the kinks of ReLUs by 1e-3
 
 
@@ -21,29 +24,34 @@ def accelerate(classifier: Classifier, shape: Sequence[int]) -> Classifier:
     A batch norm that alone follows a convolution is folded into it. On the CPU convolutions work on channels-last memory. The
     first layer, where it is a convolution that alone sees the pixels, is remembered (`Classifier.first_layer`), so that the
     gradient of a sum over images passes it once; on the CPU it goes backward by one matrix product, where torch's
-    kernels are slow for three channels. All this is tried on random pixels: a network that answers otherwise then is returned as it
-    was, and so is one that cannot be copied.
+    kernels are slow for three channels. All this is tried on random pixels: a network that answers otherwise then, or that does not take
+    it, is returned as it was.
 
     Args:
         classifier: as `load_classifier` gives it, on its device.
         shape: C×H×W of its input.
     """
-    device = classifier.mean.device
-    pixels = 255 * torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+    pixels = 255 * torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)).to(classifier.mean.device)
     try:
-        fast = copy.deepcopy(classifier)
-    except Exception:  # a network of one's own that holds what cannot be copied
-        return classifier
+        fast = _rebuild(classifier, pixels)
+        responses = zip(_respond(fast, pixels), _respond(classifier, pixels), strict=True)
+        if all(_is_close(ours, theirs) for ours, theirs in responses):
+            return fast
+        reason = "it gives other logits or gradients"
+    except Exception as error:  # whatever a network of one's own does not take
+        reason = f"{type(error).__name__}: {error}"
+    logger.info("%s is used as it was loaded; made faster: %s", classifier.name, reason)
+    return classifier
+
+
+def _rebuild(classifier: Classifier, pixels: Tensor) -> Classifier:
+    fast = copy.deepcopy(classifier)
     _fold_batch_norms(fast, pixels)
     fast.first_layer = _find_first_layer(fast, pixels)
-    if device.type == "cpu":
+    if pixels.device.type == "cpu":
         fast.to(memory_format=torch.channels_last)
         _take_backward_by_product(fast)
-    is_same = all(
-        _is_close(ours, theirs)
-        for ours, theirs in zip(_respond(fast, pixels), _respond(classifier, pixels), strict=True)
-    )
-    return fast if is_same else classifier
+    return fast
 
 
 def _fold_batch_norms(classifier: Classifier, pixels: Tensor) -> None:
@@ -55,7 +63,7 @@ def _fold_batch_norms(classifier: Classifier, pixels: Tensor) -> None:
         calls[module] += 1
         if isinstance(module, nn.Conv2d):
             producers[id(output)] = (module, output)
-        elif isinstance(module, nn.BatchNorm2d) and id(inputs[0]) in producers:
+        elif isinstance(module, nn.BatchNorm2d) and inputs and id(inputs[0]) in producers:
             pairs.append((producers[id(inputs[0])][0], module))
 
     _watch(classifier, pixels, (nn.Conv2d, nn.BatchNorm2d), after)
@@ -76,7 +84,7 @@ def _find_first_layer(classifier: Classifier, pixels: Tensor) -> str | None:
     found: list[nn.Module] = []
 
     def after(module: nn.Module, inputs: Any, output: Tensor) -> None:
-        if torch.equal(inputs[0], normalised):
+        if inputs and torch.equal(inputs[0], normalised):
             found.append(module)
 
     _watch(classifier, pixels, (nn.Conv2d,), after)
