@@ -1,7 +1,7 @@
 """A whole universal perturbation to one held-out fooling rate: ours, SGD-UAP as published, and ART's: benchmarks/deepfool.md.
 
     pip install -e '.[bench]'
-    python benchmarks/universal.py        # about half an hour on one core, most of it ART's
+    python benchmarks/universal.py        # about twenty minutes on one core
 
 SqueezeNet 1.0, ℓ∞ 10, 500 training and 500 held-out photographs, one process, one thread. Counted are clean labels and whatever the
 method itself does; measuring held-out rates on the way is not.
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
-from deepfool import Counting, Scale
+from deepfool import Counting
 from networks import NETWORKS
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -41,13 +41,13 @@ class Options:
 
     rate: float = 0.6
     """Held-out fooling rate to be reached."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1)
     """Of the order of images (ours, SGD-UAP)."""
-    budgets: tuple[int, ...] = (600, 700, 800, 1000, 1200, 1500, 2000)
+    budgets: tuple[int, ...] = (700, 800, 1000, 1200, 1500, 2000)
     """Of ours, network evaluations, the clean labels of 500 training images among them."""
-    max_passes: int = 20
+    max_passes: int = 6
     """Of SGD-UAP."""
-    num_art_images: int = 12
+    num_art_images: int = 6
     """That ART's perturbation is computed from."""
     data: Path = Path("../shared")
     """Folder of the images and networks."""
@@ -126,14 +126,14 @@ def by_sgd(
     seed: int,
     options: Options,
 ) -> Outcome:
-    """Until the rate is reached, looked at after every step."""
+    """Until the rate is reached, looked at after every pass."""
     started = time.perf_counter()
     with torch.no_grad():
         for x in pixels.split(BATCH):
             classifier(x)  # the clean labels
     seconds, num_evaluations = time.perf_counter() - started, len(pixels)
     v = torch.zeros_like(pixels[0])
-    for rows in batches(len(pixels), seed, options.max_passes):
+    for number, rows in enumerate(batches(len(pixels), seed, options.max_passes), start=1):
         started = time.perf_counter()
         delta = v.expand(len(rows), -1, -1, -1).clone().requires_grad_()
         losses = F.cross_entropy(classifier((pixels[rows] + delta).clamp(0, 255)), labels[rows], reduction="none")
@@ -141,6 +141,8 @@ def by_sgd(
         v = (v + STEP_DECAY * RADIUS * slope.mean(0).sign()).clamp(-RADIUS, RADIUS)
         seconds += time.perf_counter() - started
         num_evaluations += 2 * len(rows)
+        if number % (len(pixels) // BATCH):
+            continue
         rate = fooling_rate(val, classify(workers, val, v.numpy()))
         if rate.rate >= options.rate:
             break
@@ -185,6 +187,14 @@ def by_art(classifier: nn.Module, workers: LocalWorkers, val: Dataset, pixels: T
     assert attack.noise is not None
     rate = fooling_rate(val, classify(workers, val, (255 * attack.noise[0]).astype(np.float32)))
     return Outcome(rate, seconds, counting.num_forward + counting.num_backward)
+
+
+class Scale(nn.Module):
+    """0..1 to pixels."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Times 255."""
+        return 255 * images
 
 
 if __name__ == "__main__":
