@@ -162,7 +162,7 @@ def test_a_killed_driver_resumes_to_the_same_bits_with_every_metric_once(shards,
     assert result["perturbation_sha256"] == sha256(final.perturbation.numpy().tobytes()).hexdigest()
     for name in ("fooling_rate/round", "round/step", "total/evaluations"):
         assert [m.step for m in client.get_metric_history(run.info.run_id, name)] == list(range(1, 101))
-    assert len(client.get_metric_history(run.info.run_id, "fooling_rate/val")) == 4  # of 20 passes
+    assert len(client.get_metric_history(run.info.run_id, "fooling_rate/val")) == 2  # of 20 passes
 
 
 @pytest.mark.parametrize(

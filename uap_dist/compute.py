@@ -25,7 +25,7 @@ from uap_dist.worker import BlockResult, Predictions, Rule, Solver
 DEFAULT_PASSES = 10
 POOL_RANDOM_START = 0.5  # share of the radius; benchmarks/pools.md says why
 EVALUATIONS_PER_LOG_ODDS_SOLVE = 2
-GLANCE_SHARE = 0.05  # of the network evaluations of the solves: what measurements before the end may cost
+GLANCE_SHARE = 0.02  # of the network evaluations of the solves: what measurements before the end may cost
 GLANCE_IMAGES = 100  # held-out ones that are worth a measurement
 
 
@@ -49,7 +49,7 @@ class ComputeConfig:
     evaluate_every: int | None = None
     """Passes between two measurements of the fooling rates on all training and held-out images; the end is always measured.
     Default: 1 where --target-fooling-rate needs it; else some of the held-out images (100 or more, if there are as many) as
-    often as costs a twentieth of the run."""
+    often as costs a fiftieth of the run."""
     candidates: int | None = None
     """Paper's rule: classes that DeepFool looks at, the clean label included. Default 10."""
     slope_ratio: float | None = None
