@@ -155,8 +155,8 @@ def deepfool(
 
 
 @dataclass(frozen=True)
-class _Graph:
-    """A forward pass of some rows of a batch, to be differentiated at `x`."""
+class Graph:
+    """A forward pass of some rows (M indices) of a batch, to be differentiated at `x` (M×C×H×W pixels, clipped); logits are M×K."""
 
     rows: Tensor
     x: Tensor
@@ -165,7 +165,7 @@ class _Graph:
 
 @dataclass(frozen=True)
 class Nearest:
-    """For each image the step onto the nearest linearised boundary, which rival's it is, slopes as last seen, and the cost."""
+    """Steps (N×C×H×W, pixels) onto each nearest linearised boundary, whose it is (N, −1: none), slopes as last seen (N×R), the cost."""
 
     steps: Tensor
     rivals: Tensor
@@ -176,7 +176,7 @@ class Nearest:
 def find_nearest(
     classifier: Logits,
     points: Tensor,
-    graph: _Graph,
+    graph: Graph,
     wanted: Tensor,
     labels: Tensor,
     rivals: Tensor,
@@ -241,11 +241,11 @@ def _sum_finite(slopes: Tensor) -> Tensor:
     return total[None]
 
 
-def _forward(classifier: Logits, points: Tensor, which: Tensor, *, with_graph: bool) -> _Graph:
+def _forward(classifier: Logits, points: Tensor, which: Tensor, *, with_graph: bool) -> Graph:
     rows = which.nonzero().squeeze(1)
     x = points[rows].clamp(0, 255).requires_grad_(with_graph)
     with torch.set_grad_enabled(with_graph):
-        return _Graph(rows, x, classifier(x))
+        return Graph(rows, x, classifier(x))
 
 
 def _rivals(logits: Tensor, labels: Tensor, count: int) -> Tensor:
@@ -253,7 +253,7 @@ def _rivals(logits: Tensor, labels: Tensor, count: int) -> Tensor:
     return others.topk(min(count, logits.shape[1] - 1), dim=1).indices
 
 
-def _gaps(graph: _Graph, labels: Tensor, rivals: Tensor) -> Tensor:
+def _gaps(graph: Graph, labels: Tensor, rivals: Tensor) -> Tensor:
     return graph.logits.gather(1, labels[graph.rows, None]) - graph.logits.gather(1, rivals[graph.rows])
 
 
