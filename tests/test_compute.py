@@ -1,3 +1,5 @@
+from dataclasses import asdict, replace
+
 import numpy as np
 import pytest
 import torch
@@ -5,7 +7,7 @@ from conftest import random_samples, tiny_worker
 
 from uap_dist.compute import ComputeConfig, State, compute, count_rounds
 from uap_dist.dataset import LocalWorkers, check_disjoint, classify, load_dataset
-from uap_dist.errors import ConfigError, ShardError
+from uap_dist.errors import ConfigError, PerturbationError, ShardError
 from uap_dist.norms import measure
 from uap_dist.shards import write_shards
 
@@ -207,3 +209,11 @@ def test_bad_images_are_counted_and_too_many_end_it(local_workers, tmp_path, cap
     assert dataset.num_examples == 19 and len(dataset.bad) == 1 and "s3-004" in caplog.text
     with pytest.raises(ShardError, match="1 of 20 images cannot be decoded, more than the allowed share 0.01"):
         load_dataset(local_workers, [url])
+
+
+def test_a_config_is_read_back_from_what_a_perturbation_says_of_itself():
+    config = ComputeConfig(norm="l2", max_evaluations=900, augment="flip", seed=3, random_start=0.5)
+    provenance = asdict(config) | {"radius": config.ball_radius, "model": "x"}
+    assert ComputeConfig.from_provenance(provenance, "v") == replace(config, radius=2000.0)
+    with pytest.raises(PerturbationError, match="v does not say how it was computed"):
+        ComputeConfig.from_provenance({}, "v")

@@ -1,11 +1,11 @@
 """The loop over rounds: increments against v on any workers, one reduce, one update, one report."""
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from math import ceil
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from uap_dist import update
 from uap_dist.augment import Augmentation
 from uap_dist.dataset import Dataset, Workers, classify, fooling_rate
 from uap_dist.deepfool import SLOPE_RATIO
-from uap_dist.errors import ConfigError
+from uap_dist.errors import ConfigError, PerturbationError
 from uap_dist.fooling import Rate
 from uap_dist.norms import Norm, check_ball, measure, random_perturbation
 from uap_dist.schedule import Round, check_sizes, plan_rounds
@@ -102,6 +102,23 @@ class ComputeConfig:
                 raise ConfigError(f"{name.replace('_', ' ')} does not belong to rule {self.rule}; leave it out")
         if self.seed < 0:
             raise ConfigError(f"seed is {self.seed}; it must not be negative")
+
+    @classmethod
+    def from_provenance(cls, provenance: Mapping[str, Any], name: str) -> "ComputeConfig":
+        """That of a perturbation which jobs/compute.py has written: to compute another one likewise.
+
+        Args:
+            provenance: what its file says of it.
+            name: of the perturbation, for the complaint.
+
+        Raises:
+            PerturbationError: it does not say how it was computed.
+        """
+        if "rule" not in provenance:
+            raise PerturbationError(
+                f"{name} does not say how it was computed; give one that jobs/compute.py has written"
+            )
+        return cls(**{field.name: provenance[field.name] for field in fields(cls) if field.name in provenance})
 
     @property
     def ball_radius(self) -> float:
