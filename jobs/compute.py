@@ -7,35 +7,43 @@ import json
 import re
 import sys
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
-from hashlib import sha256
-from math import ceil
 from pathlib import Path
 from typing import Any
 
 import tyro
 from rich.console import Console
 
-from uap_dist.checkpoint import Checkpoint, CheckpointStore, JobRecord, check_identity
-from uap_dist.classifiers import Classifier, load_classifier
+from uap_dist.checkpoint import Checkpoint, CheckpointStore, check_identity
+from uap_dist.classifiers import load_classifier
 from uap_dist.compute import POOL_RANDOM_START, ComputeConfig, State
-from uap_dist.dataset import Dataset, check_disjoint, load_dataset
+from uap_dist.dataset import check_disjoint, load_dataset
 from uap_dist.demo import write_demo_shards
 from uap_dist.errors import ConfigError, TrackingError
 from uap_dist.fleet import Fleet, FleetConfig, connect
-from uap_dist.locations import is_url, join
-from uap_dist.member import Member, own_provenance
-from uap_dist.pool_report import MEMBERS_FOLDER, POOL_FOLDER, FinishedPool, save_pool
-from uap_dist.provenance import git_commit, versions
-from uap_dist.report import RESULT_FILE, output_folder
+from uap_dist.locations import join
+from uap_dist.member import Member
+from uap_dist.pool_report import POOL_FOLDER, FinishedPool, save_pool
+from uap_dist.pool_run import (
+    MemberPlan,
+    Setting,
+    compute_members,
+    deliver_members,
+    deliver_pool,
+    describe_data,
+    describe_job,
+    describe_settings,
+    member_folder,
+    open_members,
+)
+from uap_dist.report import output_folder
+from uap_dist.resume import Resumed, find_resumed
 from uap_dist.shards import expand_patterns
-from uap_dist.terminal import RoundProgress, one_line_errors, raise_on_sigterm, set_up_logging
-from uap_dist.together import compute_together
-from uap_dist.tracking import CHECKPOINTS_TAG, Tracker, checkpoints_of, is_finished
+from uap_dist.terminal import one_line_errors, raise_on_sigterm, set_up_logging
+from uap_dist.tracking import CHECKPOINTS_TAG, Tracker
 
 console = Console(soft_wrap=True, highlight=False)
-DELIVERY_TIMEOUT_S, LAST_DELIVERY_TIMEOUT_S = 1.0, 20.0  # while others compute, and when nothing else is to be done
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,14 +106,6 @@ class Options:
         which = f"seed{seed}" if self.num_perturbations == 1 else f"pool{self.num_perturbations}-seed{seed}"
         return f"{model.replace(':', '-')}-{self.compute.norm}-{which}"
 
-    def of_members(self, output: Path) -> dict[str, "Options"]:
-        """Those with which each member of the pool could be computed alone, by its name."""
-        members = {}
-        for seed in range(self.compute.seed, self.compute.seed + self.num_perturbations):
-            config, folder = replace(self.compute, seed=seed), output / MEMBERS_FOLDER / f"seed-{seed}"
-            members[folder.name] = replace(self, num_perturbations=1, register_as=None, compute=config, output=folder)
-        return members
-
     def to_json(self) -> dict[str, Any]:
         """Plain values, for the checkpoint."""
         return json.loads(json.dumps(asdict(self), default=str))
@@ -125,38 +125,12 @@ class Options:
         )
 
 
-@dataclass(frozen=True)
-class Resumed:
-    """What --resume has found: the newest checkpoint, and where it lies."""
-
-    checkpoint: Checkpoint
-    storage: str
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What all perturbations of a job share."""
-
-    options: Options
-    output: Path
-    classifier: Classifier
-    fleet: Fleet
-    train: Dataset
-    val: Dataset
-    provenance: Mapping[str, Any]
-
-    @property
-    def member_folders(self) -> dict[str, Path]:
-        """Of a pool's members, by name."""
-        return {name: self.output / MEMBERS_FOLDER / name for name in self.options.of_members(self.output)}
-
-
 def main() -> None:
     """Parse, then run inside an MLflow run that ends as the job does."""
     with one_line_errors(debug="--debug" in sys.argv):
         raise_on_sigterm()
         set_up_logging(console, debug="--debug" in sys.argv)
-        resumed = _checkpoint_to_resume()
+        resumed = find_resumed()
         options, refusal = _parse(resumed)
         run_id = resumed.checkpoint.job.run_id if resumed else None
         name = "refused" if refusal else options.name
@@ -168,38 +142,44 @@ def main() -> None:
 
 def run(options: Options, tracker: Tracker, resumed: Resumed | None) -> None:
     """The whole job: connect, load, compute, save, say so. Its workers end with its process."""
-    setting = _set_up(options, tracker, resumed)
-    storage, checkpoint = _start(setting, tracker, resumed)
+    output = output_folder(options.output, options.name, may_hold_files=resumed is not None)
+    setting = _set_up(options, output, tracker, resumed)
+    storage, checkpoint = _start(setting, replace(options, output=output), tracker, resumed)
     with ExitStack() as stack:
         store = stack.enter_context(CheckpointStore(storage))
         if options.num_perturbations == 1:
-            member = Member(options.compute, checkpoint, store=store, folder=setting.output, tracker=tracker)
+            member = Member(options.compute, checkpoint, store=store, folder=output, tracker=tracker)
             members, pool = {"": member}, None
-            _compute(setting, members)
+            compute_members(setting, members)
         else:
             store.start(checkpoint)  # says what the pool is; the members' own say how far they are
             tracker.set_tag(CHECKPOINTS_TAG, storage)
-            members = _start_members(setting, storage, checkpoint.job, tracker, stack)
-            _compute(setting, members)
-            pool = FinishedPool.of(setting.member_folders, tracker.run_id)
-            save_pool(setting.output, pool)
+            plans = _plan_members(options, output)
+            members = open_members(setting, plans, storage, checkpoint.job, tracker, stack)
+            compute_members(setting, members)
+            pool = FinishedPool.of({name: plan.folder for name, plan in plans.items()}, tracker.run_id)
+            save_pool(output, pool)
         try:
-            _deliver(setting, members, pool, tracker)
+            deliver_members(setting, members)
+            if pool is not None:
+                deliver_pool(tracker, setting, pool, output)
+                if options.register_as is not None:
+                    console.print(f"registered as {tracker.register(POOL_FOLDER, options.register_as)}")
         except TrackingError as error:
             raise TrackingError(
-                f"{error}; all is computed and lies in {setting.output}; when the server answers again: "
+                f"{error}; all is computed and lies in {output}; when the server answers again: "
                 f"python jobs/compute.py --resume {storage}"
             ) from error
     finished = pool or members[""].finished
     assert finished is not None
-    console.print(f"\n{finished.summary()}\n\nFiles: {setting.output}\nMLflow: {tracker.how_to_open()}", markup=False)
+    console.print(f"\n{finished.summary()}\n\nFiles: {output}\nMLflow: {tracker.how_to_open()}", markup=False)
 
 
-def _set_up(options: Options, tracker: Tracker, resumed: Resumed | None) -> Setting:
-    """Folder, network, fleet and data; the run says what they are."""
-    output = output_folder(options.output, options.name, may_hold_files=resumed is not None)
+def _set_up(options: Options, output: Path, tracker: Tracker, resumed: Resumed | None) -> Setting:
+    """Network, fleet and data; the run says what they are."""
     classifier = load_classifier(options.model, options.weights)
-    settings = _describe_settings(options, classifier)
+    settings = describe_settings(classifier, options.weights, options.compute, options.fleet)
+    settings |= {"demo": not options.train_shards, "num_perturbations": options.num_perturbations}
     if resumed is None:
         tracker.log_params(settings)
     train_urls, val_urls = _shards(options, output)
@@ -215,101 +195,33 @@ def _set_up(options: Options, tracker: Tracker, resumed: Resumed | None) -> Sett
     check_disjoint(train, val)
     ball = f"{options.compute.norm} {options.compute.ball_radius:g}"
     console.print(f"{options.model}, {ball}, {train.num_examples} training and {val.num_examples} held-out images")
-    return Setting(options, output, classifier, fleet, train, val, settings | _describe_data(train, val))
+    return Setting(classifier, fleet, train, val, settings | describe_data(train, val), console)
 
 
-def _start(setting: Setting, tracker: Tracker, resumed: Resumed | None) -> tuple[str, Checkpoint]:
+def _start(setting: Setting, options: Options, tracker: Tracker, resumed: Resumed | None) -> tuple[str, Checkpoint]:
     """Where the run is committed, and what it goes on from."""
-    job = _describe_job(setting, tracker.run_id)
+    job = describe_job(setting, options.compute, tracker.run_id, options.to_json())
     if resumed is not None:
         check_identity(resumed.checkpoint.job, job)
         if job.options["storage"] != resumed.checkpoint.job.options["storage"]:
             raise ConfigError(f"a resumed run is committed where it was, in {resumed.storage}; leave out --storage")
         return resumed.storage, resumed.checkpoint
-    tracker.log_params(_describe_data(setting.train, setting.val))
+    tracker.log_params(describe_data(setting.train, setting.val))
     tracker.log_dataset(setting.train, "training")
     tracker.log_dataset(setting.val, "held-out")
-    storage = join(setting.options.storage or str(setting.output.parent / "checkpoints"), tracker.run_id)
-    return storage, Checkpoint(job, State.start(setting.train, setting.options.compute), ())
+    assert options.output is not None
+    storage = join(options.storage or str(options.output.parent / "checkpoints"), tracker.run_id)
+    return storage, Checkpoint(job, State.start(setting.train, options.compute), ())
 
 
-def _start_members(
-    setting: Setting, storage: str, job: JobRecord, tracker: Tracker, stack: ExitStack
-) -> dict[str, Member]:
-    """Those members of a pool that are not finished, each in an MLflow run below the pool's."""
-    members = {}
-    for name, options in setting.options.of_members(setting.output).items():
-        folder = setting.member_folders[name]
-        store = stack.enter_context(CheckpointStore(join(storage, name)))
-        found = store.find_newest()
-        if found is not None and (folder / RESULT_FILE).exists() and is_finished(found.job.run_id):
-            console.print(f"{name} is finished")
-            continue
-        run_id = found.job.run_id if found else None
-        own = Tracker(experiment=options.experiment, run_name=options.name, run_id=run_id, parent=tracker)
-        stack.enter_context(own)
-        identity = dict(job.identity) | own_provenance(options.compute)
-        own_job = replace(job, run_id=own.run_id, options=options.to_json(), identity=identity)
-        if found is None:
-            own.log_params(dict(setting.provenance) | own_provenance(options.compute))
-            found = Checkpoint(own_job, State.start(setting.train, options.compute), ())
-        else:
-            check_identity(found.job, own_job)
-        members[name] = Member(options.compute, found, store=store, folder=folder, tracker=own)
-    return members
-
-
-def _compute(setting: Setting, members: Mapping[str, Member]) -> None:
-    """All rounds that are left; each perturbation is saved, and its run completed, as soon as it is done."""
-    config, fleet = setting.options.compute, setting.fleet
-    for name, member in members.items():
-        if member.state.num_rounds:
-            console.print(f"{name} resuming after round {member.state.num_rounds}".strip())
-
-    def at_once() -> int:  # one more than keep all workers busy
-        return 1 + ceil(fleet.num_workers * config.block_size / config.round_size)
-
-    rounds = {name: member.rounds(fleet, setting.train, setting.val) for name, member in members.items()}
-    with RoundProgress(console, config.max_evaluations, len(members)) as progress:
-        for name, report in compute_together(rounds, at_once=at_once):
-            progress.show(report, name)
-            if report.is_last:
-                provenance = dict(setting.provenance) | fleet.describe()
-                members[name].finish(report, fleet, setting.val, provenance, setting.classifier.class_names)
-                with suppress(TrackingError):  # tried again when all is computed
-                    members[name].deliver(DELIVERY_TIMEOUT_S, fleet.describe())
-
-
-def _deliver(setting: Setting, members: Mapping[str, Member], pool: FinishedPool | None, tracker: Tracker) -> None:
-    """Complete the MLflow runs that are not yet complete: members' that the server did not take before, the pool's."""
-    for member in members.values():
-        if not member.is_delivered:
-            member.deliver(LAST_DELIVERY_TIMEOUT_S, setting.fleet.describe())
-    if pool is not None:
-        tracker.complete(
-            tags=setting.fleet.describe(),
-            metrics=pool.metrics(),
-            step=0,
-            markdown=pool.summary(),
-            folder=setting.output,
-            leave_out=(MEMBERS_FOLDER,),
-        )
-        if setting.options.register_as is not None:
-            console.print(f"registered as {tracker.register(POOL_FOLDER, setting.options.register_as)}")
-
-
-def _checkpoint_to_resume() -> Resumed | None:
-    """The newest checkpoint of the run that --resume names; its options are needed before the others are parsed."""
-    for number, word in enumerate(sys.argv[1:], start=1):
-        option, _, value = word.partition("=")
-        if option == "--resume":
-            target = value or "".join(sys.argv[number + 1 : number + 2])
-            if re.fullmatch("[0-9a-f]{32}", target):
-                storage = checkpoints_of(target)
-            else:
-                storage = target if is_url(target) else str(Path(target).resolve())
-            return Resumed(CheckpointStore(storage).newest(), storage)
-    return None
+def _plan_members(options: Options, output: Path) -> dict[str, MemberPlan]:
+    """The members of a pool by name, each with the options with which it could be computed alone."""
+    plans = {}
+    for seed in range(options.compute.seed, options.compute.seed + options.num_perturbations):
+        config, folder = replace(options.compute, seed=seed), member_folder(output, seed)
+        alone = replace(options, num_perturbations=1, register_as=None, compute=config, output=folder)
+        plans[folder.name] = MemberPlan(config, folder, alone.name, alone.to_json())
+    return plans
 
 
 def _parse(resumed: Resumed | None) -> tuple[Options, ConfigError | None]:
@@ -340,48 +252,6 @@ def _shards(options: Options, output: Path) -> tuple[list[str], list[str]]:
     if both:
         raise ConfigError(f"shard {min(both)} is among both the training and the held-out ones")
     return train, val
-
-
-def _describe_settings(options: Options, classifier: Classifier) -> dict[str, Any]:
-    return {
-        "model": options.model,
-        "weights": options.weights or "published",
-        "weights_digest": classifier.weights_digest,
-        "demo": not options.train_shards,
-        "num_perturbations": options.num_perturbations,
-        **asdict(options.compute),
-        "radius": options.compute.ball_radius,
-        **{f"solver.{key}": value for key, value in asdict(options.compute.solver).items()},
-        **{f"fleet.{key}": value for key, value in asdict(options.fleet).items()},
-        "git_commit": git_commit(),
-        **{f"version.{key}": value for key, value in versions().items()},
-    }
-
-
-def _describe_job(setting: Setting, run_id: str) -> JobRecord:
-    """What a resumed run is held against. The clean labels stand for the network's code, which no digest of weights covers."""
-    options, provenance = setting.options, setting.provenance
-    decisive = ("weights_digest", "train_digest", "val_digest", "fleet.threads_per_worker", "num_perturbations")
-    config = {key: provenance[key] for key in provenance if key in asdict(options.compute) or key.startswith("solver.")}
-    environment = {key: provenance[f"version.{key}"] for key in ("torch", "torchvision", "uap_dist")}
-    return JobRecord(
-        run_id=run_id,
-        options=replace(options, output=setting.output).to_json(),
-        identity={key: provenance[key] for key in decisive}
-        | config
-        | {"clean labels": sha256(setting.train.clean.labels.tobytes()).hexdigest()},
-        environment=environment | {"git_commit": provenance["git_commit"], "machines": sorted(setting.fleet.machines)},
-    )
-
-
-def _describe_data(train: Dataset, val: Dataset) -> dict[str, Any]:
-    return {
-        "train_digest": train.digest,
-        "val_digest": val.digest,
-        "train_shards": len(train.shards),
-        "val_shards": len(val.shards),
-        "num_bad_images": len(train.bad) + len(val.bad),
-    }
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ class Classifier(nn.Module):
         geometry: how images are brought to the input size.
         class_names: K names, or none where they are not known.
         weights_digest: SHA-256 over the names, shapes and bytes of parameters and buffers, as they were loaded.
+        trainable: names of the network's parameters that whoever made it left trainable.
         first_layer: name of the convolution through which alone the network sees the pixels, where `accelerate` found it.
     """
 
@@ -61,6 +62,7 @@ class Classifier(nn.Module):
     ) -> None:
         """Wrap a network whose input is (pixels / 255 − mean) / std, by default the pixels themselves."""
         super().__init__()
+        self.trainable = frozenset(name for name, parameter in network.named_parameters() if parameter.requires_grad)
         self.network = network.eval().requires_grad_(False)
         self.name = name
         self.geometry = geometry

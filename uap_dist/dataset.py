@@ -104,7 +104,15 @@ class Dataset:
 
     def thin(self, num_examples: int) -> "Dataset":
         """So many of its examples, evenly spread."""
-        chosen = np.arange(num_examples) * self.num_examples // num_examples
+        return self._take(np.arange(num_examples) * self.num_examples // num_examples)
+
+    def part(self, number: int, num_parts: int) -> "Dataset":
+        """One of `num_parts` (numbered from 0) into which its examples are cut in their order, as equal as can be."""
+        first, last = (n * self.num_examples // num_parts for n in (number, number + 1))
+        return self._take(np.arange(first, last))
+
+    def _take(self, chosen: np.ndarray) -> "Dataset":
+        """Those examples, by their places in ascending order."""
         shards = []
         for start, shard in zip(self.starts, self.shards, strict=False):
             rows = chosen[(chosen >= start) & (chosen < start + len(shard.keys))] - start

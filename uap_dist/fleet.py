@@ -141,6 +141,7 @@ class Fleet:
 
     Attributes:
         num_workers: asked of Ray.
+        uses_gpu: whether each takes a GPU.
         num_lost: workers that were lost and replaced.
         num_stragglers: tasks that were given to a second worker because the first took long.
         machines: kinds of machines that workers ran on, as `provenance.machine` names them.
@@ -149,7 +150,7 @@ class Fleet:
     def __init__(self, model: str, weights: str | None, config: FleetConfig) -> None:
         """Ask Ray for the workers; `wait` waits for them."""
         self._config = config
-        self._num_gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
+        self.uses_gpu = ray.cluster_resources().get("GPU", 0) >= 1
         self._last_look = time.monotonic()
         self.num_workers = config.num_workers or max(1, self._count_fitting())
         self.num_lost = 0
@@ -294,7 +295,7 @@ class Fleet:
 
     def _count_fitting(self) -> int:
         resources = ray.cluster_resources()
-        if self._num_gpus:
+        if self.uses_gpu:
             return int(resources.get("GPU", 0))
         return int(resources.get("CPU", 0) // self._config.threads_per_worker)
 
@@ -308,7 +309,7 @@ class Fleet:
 
     def _start_member(self) -> None:
         actor_class: Any = ray.remote(
-            num_cpus=self._config.threads_per_worker, num_gpus=self._num_gpus, max_restarts=0
+            num_cpus=self._config.threads_per_worker, num_gpus=int(self.uses_gpu), max_restarts=0
         )(_Actor)
         self._prepare(_Member(actor_class.remote()))
 
@@ -433,7 +434,7 @@ class Fleet:
     def _placement_complaint(self) -> str:
         total = ray.cluster_resources()
         placed = len(self._idle) + sum(call.batch is not None for call in self._running.values())
-        wanted = f"{self._config.threads_per_worker} CPU" + (f" and {self._num_gpus} GPU" if self._num_gpus else "")
+        wanted = f"{self._config.threads_per_worker} CPU" + " and 1 GPU" * self.uses_gpu
         return (
             f"{placed} of {self.num_workers} workers of {wanted} each were placed and ready in {self._config.placement_timeout_s:g} s; "
             f"the cluster has {total.get('CPU', 0):g} CPU and {total.get('GPU', 0):g} GPU; give fewer (--num-workers) or longer "

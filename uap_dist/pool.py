@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import combinations
 from pathlib import Path
@@ -86,13 +86,14 @@ class PerturbationPool:
             )
         except Exception as error:
             raise PerturbationError(f"{location} is no pool: {error!r}") from error
-        if _digest(perturbations) != digest or len(members) != len(perturbations):
+        pool = cls(perturbations, shared, members)
+        if pool.digest != digest or len(members) != len(perturbations):
             raise PerturbationError(f"{location} is damaged: its values do not have the digest that it says")
         if _digest_text(shared, members) != said:
             raise PerturbationError(f"{location} is damaged: its manifest does not have the digest that it says")
         for member, v in zip(members, perturbations, strict=True):
             check_radius(v, shared["norm"], shared["radius"], f"{location}, member {member['name']},")
-        return cls(perturbations, shared, members)
+        return pool
 
     def save(self, folder: Path) -> None:
         """Write pool.safetensors, its manifest in the metadata and, to be read, beside it as pool.json."""
@@ -102,7 +103,7 @@ class PerturbationPool:
             "members": self.members,
             "unit": "pixels 0..255, RGB, M×C×H×W float32",
             "shape": list(self.perturbations.shape),
-            "sha256": _digest(self.perturbations),
+            "sha256": self.digest,
             "manifest_sha256": _digest_text(self.shared, self.members),
             "largest_inner_product": max((product for product, _ in self.nearest_pairs()), default=0.0),
         }
@@ -132,6 +133,15 @@ class PerturbationPool:
             Perturbation(member["name"], v, dict(self.shared) | dict(member))
             for member, v in zip(self.members, self.perturbations, strict=True)
         ]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the bytes of all members."""
+        return sha256(self.perturbations.numpy().tobytes()).hexdigest()
+
+    def take(self, first: int, last: int) -> "PerturbationPool":
+        """Members `first` to `last` − 1."""
+        return replace(self, perturbations=self.perturbations[first:last], members=self.members[first:last])
 
     def inner_products(self) -> Tensor:
         """M×M float64, v_i · v_j / (‖v_i‖ ‖v_j‖): 1 on the diagonal. Source: the paper, section 3.2."""
@@ -192,9 +202,8 @@ class AddUniversalPerturbation(v2.Transform):
         if not (inpt.is_floating_point() or inpt.dtype == torch.uint8):
             raise PerturbationError(f"images are {inpt.dtype}; give uint8, or floats in 0..{self.float_range:g}")
         images = inpt.reshape(-1, *inpt.shape[-3:])
-        chosen = torch.randint(len(self.perturbations), (len(images),))
-        is_perturbed = torch.rand(len(images)) < self.probability
-        added = self._at_size(tuple(images.shape[-3:]))[chosen].to(images.device)
+        added, is_perturbed = self.draw(len(images), tuple(images.shape[-3:]))
+        added = added.to(images.device)
         unit = 1.0 if inpt.dtype == torch.uint8 else self.float_range / 255
         largest = 255.0 if inpt.dtype == torch.uint8 else self.float_range
         shown = (images.float() + unit * added).clamp(0, largest)
@@ -204,14 +213,16 @@ class AddUniversalPerturbation(v2.Transform):
         result = torch.where(mask, shown.to(inpt.dtype), images).reshape(inpt.shape)
         return tv_tensors.wrap(result, like=inpt) if isinstance(inpt, tv_tensors.TVTensor) else result
 
+    def draw(self, num_images: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """For each image of C×H×W = `shape` a random member at that size (N×C×H×W, pixels), and whether it is to be added (N)."""
+        chosen = torch.randint(len(self.perturbations), (num_images,))
+        is_perturbed = torch.rand(num_images) < self.probability
+        return self._at_size(shape)[chosen], is_perturbed
+
     def _at_size(self, shape: tuple[int, ...]) -> Tensor:
         if shape not in self._by_shape:
             self._by_shape[shape] = torch.stack([Perturbation("", v).resized(shape) for v in self.perturbations])
         return self._by_shape[shape]
-
-
-def _digest(perturbations: Tensor) -> str:
-    return sha256(perturbations.numpy().tobytes()).hexdigest()
 
 
 def _digest_text(shared: Mapping[str, Any], members: Sequence[Mapping[str, Any]]) -> str:

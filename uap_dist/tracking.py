@@ -17,11 +17,17 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "8")
 
 import mlflow
+import mlflow.pytorch
+import numpy as np
+import torch
 from mlflow.data.dataset_source_registry import resolve_dataset_source
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature
+from mlflow.types import Schema, TensorSpec
 
+from uap_dist.classifiers import Classifier
 from uap_dist.dataset import Dataset
 from uap_dist.errors import ResumeError, TrackingError, UapDistError
 from uap_dist.history import RoundRecord
@@ -38,13 +44,13 @@ class Tracker:
     """One MLflow run; a context manager. Metrics of rounds reach it through an outbox, so that a server may be away meanwhile."""
 
     def __init__(
-        self, *, experiment: str, run_name: str, run_id: str | None = None, parent: "Tracker | None" = None
+        self, *, run_name: str, experiment: str = "", run_id: str | None = None, parent: "Tracker | None" = None
     ) -> None:
         """Start a run where MLFLOW_TRACKING_URI says, else in mlflow.db of the working directory; or go on with `run_id`.
 
         Args:
-            experiment: its name.
             run_name: of a new run.
+            experiment: its name; a run with a parent is in the parent's.
             run_id: of the run to go on with.
             parent: run that the new one belongs to; system metrics are the parent's.
 
@@ -54,14 +60,11 @@ class Tracker:
         """
         self.uri = _tracking_uri()
         self._is_child, self._is_ended = parent is not None, False
-        self._delivered: set[int] = set()
         with _answering(self.uri):
             self._client = mlflow.MlflowClient()
             tags = {"command": shlex.join(sys.argv)}
             if run_id is not None:
                 run = _reopen(run_id) if parent is None else _reopen_child(self._client, run_id)
-                steps = self._client.get_metric_history(run_id, "total/evaluations")
-                self._delivered = {metric.step for metric in steps}
             elif parent is not None:
                 run = _find_child(self._client, parent, run_name) or self._client.create_run(
                     parent.experiment_id, run_name=run_name, tags=tags | {PARENT_TAG: parent.run_id}
@@ -69,6 +72,8 @@ class Tracker:
             else:
                 _set_experiment(experiment, self.uri)
                 run = mlflow.start_run(run_name=run_name, tags=tags, log_system_metrics=True)
+            steps = self._client.get_metric_history(run.info.run_id, "total/evaluations")
+            self._delivered = {metric.step for metric in steps}
         self.run_id: str = run.info.run_id
         self.experiment_id: str = run.info.experiment_id
         self._outbox = Outbox(self._send)
@@ -164,6 +169,35 @@ class Tracker:
             for path in sorted(folder.iterdir()):
                 if path.name not in leave_out:
                     self._client.log_artifact(self.run_id, str(path))
+
+    def has_finished(self, run_name: str) -> bool:
+        """Whether a run of that name below this one has ended as FINISHED."""
+        with _answering(self.uri):
+            found = _search_children(self._client, self, run_name)
+        return bool(found) and found[0].info.status == "FINISHED"
+
+    def log_classifier(self, classifier: Classifier, shape: Sequence[int]) -> None:
+        """A classifier as a model of MLflow whose signature is pixels (N×C×H×W float32, `shape` is C×H×W) to logits (N×K).
+
+        It is exported as a graph, so that whoever loads it needs none of the network's code.
+
+        Raises:
+            TrackingError: the server does not answer, or the network cannot be exported.
+        """
+        pixels = np.full((2, *shape), 128, np.float32)
+        with torch.no_grad():
+            logits = classifier(torch.tensor(pixels)).numpy()
+        schemas = [Schema([TensorSpec(np.dtype(np.float32), (-1, *array.shape[1:]))]) for array in (pixels, logits)]
+        with _answering(self.uri), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the export, about its own insides
+            mlflow.pytorch.log_model(
+                classifier,
+                name="model",
+                signature=ModelSignature(*schemas),
+                input_example=pixels,
+                serialization_format="pt2",
+                pip_requirements=[f"torch=={torch.__version__.partition('+')[0]}"],
+            )
 
     def set_tag(self, key: str, value: str) -> None:
         """A tag of the run."""
@@ -295,9 +329,13 @@ def _reopen(run_id: str) -> Run:
 
 def _find_child(client: mlflow.MlflowClient, parent: Tracker, run_name: str) -> Run | None:
     """The parent's run of that name, which a job made that was killed before its first commit."""
-    tags = f"tags.`{PARENT_TAG}` = '{parent.run_id}' and tags.`mlflow.runName` = '{run_name}'"
-    found = client.search_runs([parent.experiment_id], tags, max_results=1)
+    found = _search_children(client, parent, run_name)
     return _reopen_child(client, found[0].info.run_id) if found else None
+
+
+def _search_children(client: mlflow.MlflowClient, parent: Tracker, run_name: str) -> list[Run]:
+    tags = f"tags.`{PARENT_TAG}` = '{parent.run_id}' and tags.`mlflow.runName` = '{run_name}'"
+    return client.search_runs([parent.experiment_id], tags, max_results=1)
 
 
 def _reopen_child(client: mlflow.MlflowClient, run_id: str) -> Run:

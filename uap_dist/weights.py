@@ -1,10 +1,13 @@
-"""Weights files: reading them without pickle, putting them into a network, and their digest."""
+"""Weights files: reading and writing them without pickle, putting them into a network, and their digest."""
 
 import hashlib
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from uap_dist.errors import ClassifierError
@@ -29,6 +32,12 @@ def read_weights(path: str) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ClassifierError(f"{path} holds no dictionary of tensors")
     return state
+
+
+def write_weights(path: Path, network: nn.Module, provenance: Mapping[str, Any]) -> None:
+    """The network's parameters and buffers as a .safetensors file that `read_weights` reads, with where they come from as JSON in it."""
+    state = {key: value.detach().cpu().clone().contiguous() for key, value in network.state_dict().items()}
+    save_file(state, path, metadata={"provenance": json.dumps(provenance, sort_keys=True)})
 
 
 def fill(network: nn.Module, state: dict[str, Tensor], path: str) -> None:

@@ -109,16 +109,7 @@ class Worker:
             cache_bytes: decoded images kept at most; what does not fit is read and decoded again for each block.
             num_threads: of torch on the CPU; results may depend on it.
         """
-        _keep_freed_memory()
-        # cuBLAS repeats its bits only with a fixed workspace
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.set_num_threads(num_threads)
-        torch.use_deterministic_algorithms(
-            True, warn_only=True
-        )  # some networks have layers without such a kernel on GPUs
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # slow, changes nothing
-        torch.backends.cudnn.benchmark = False
-        torch.backends.cudnn.allow_tf32 = False
+        set_up_torch(num_threads)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.classifier = classifier.to(self.device)
         self._room = cache_bytes
@@ -226,6 +217,18 @@ class Worker:
             self._shards[url] = shard
             self._rows[url] = {key: row for row, key in enumerate(shard.keys)}
         return shard
+
+
+def set_up_torch(num_threads: int) -> None:
+    """Have torch use so many CPU threads, and kernels that give the same bits each time."""
+    _keep_freed_memory()
+    # cuBLAS repeats its bits only with a fixed workspace
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.set_num_threads(num_threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # some networks have layers without such a kernel on GPUs
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # slow, changes nothing
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def _keep_freed_memory() -> None:

@@ -1,0 +1,388 @@
+"""Adversarial fine-tuning on a pool: what one of the training workers does, as a plain class that knows no Ray.
+
+Source: Moosavi-Dezfooli et al., "Universal adversarial perturbations", CVPR 2017, section 3.2.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.functional import cross_entropy
+
+from uap_dist.augment import Augmentation, augment
+from uap_dist.classifiers import Classifier, Geometry, load_classifier
+from uap_dist.dataset import CLASSIFY_SIZE, Dataset
+from uap_dist.deepfool import add_perturbation
+from uap_dist.errors import ConfigError, ShardError
+from uap_dist.fooling import Rate
+from uap_dist.history import RoundRecord
+from uap_dist.pool import AddUniversalPerturbation, PerturbationPool
+from uap_dist.shards import DecodedShard, load_shard
+from uap_dist.weights import fill, read_weights, write_weights
+from uap_dist.worker import set_up_torch
+
+NETWORK_FILE, OPTIMISER_FILE = "network.safetensors", "optimiser.pt"
+TRAINED_ON, HELD_OUT = "trained_on_members", "held_out_members"
+
+Batch = tuple[np.ndarray, np.ndarray]  # N×3×H×W uint8, N class indices
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """Everything beside data, network, pool and the number of workers that decides the fine-tuned weights."""
+
+    epochs: int = 5
+    """Passes over the training images."""
+    probability: float = 0.5
+    """That an image is shown perturbed (0..1), by a member of the pool drawn at random."""
+    adaptive: bool = False
+    """Add α v instead of v: for each image the smallest α of --ladder that fools the network as it is then, else the largest."""
+    ladder: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
+    """The α of --adaptive, ascending; 1 is the perturbation as it was computed."""
+    held_out_members: int | None = None
+    """Members of the pool, its last ones, that the network is never trained on. Default: a fifth of them, at least one."""
+    batch_size: int = 64
+    """Images in a step, on all workers together."""
+    learning_rate: float | None = None
+    """Of the first step; a cosine takes it to zero. Default: 0.01 for networks with batch norm, 0.001 for others."""
+    momentum: float = 0.9
+    """Of SGD."""
+    weight_decay: float = 1e-4
+    """Of SGD."""
+    batch_norm: Literal["frozen", "train"] = "frozen"
+    """frozen: batch norms go on with the statistics that they came with, only their scale and shift learn, and batches may be
+    small. train: they use and gather those of each worker's batches, half of which are perturbed."""
+    augment: Augmentation = "flip"
+    """Random views of the training images, drawn per image."""
+    shuffle_shards: int = 16
+    """Shards that a worker keeps decoded, and whose images it shuffles together; the order of shards is random as well."""
+    seed: int = 0
+    """Of order, views, members and dropout."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be."""
+        for name in ("epochs", "held_out_members", "batch_size", "learning_rate", "shuffle_shards"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ConfigError(f"{name.replace('_', ' ')} is {value}; it must be positive")
+        for name in ("probability", "momentum"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must lie in [0, 1]")
+        if not 0 <= self.weight_decay < float("inf") or self.seed < 0:
+            raise ConfigError(f"weight decay is {self.weight_decay}, seed {self.seed}; they must not be negative")
+        steps = (0.0, *self.ladder)
+        if len(steps) < 2 or not all(0 <= a < b < float("inf") for a, b in zip(steps, steps[1:], strict=False)):
+            raise ConfigError(f"ladder is {self.ladder}; it must hold ascending positive numbers")
+        if self.batch_norm not in get_args(Literal["frozen", "train"]):
+            raise ConfigError(f"batch norm is {self.batch_norm!r}; it must be frozen or train")
+
+    def split(self, pool: PerturbationPool) -> tuple[PerturbationPool, PerturbationPool]:
+        """The members to train on, and the held-out ones.
+
+        Raises:
+            ConfigError: no member is left for one of them.
+        """
+        size = len(pool.members)
+        held_out = self.held_out_members or max(1, size // 5)
+        if held_out >= size:
+            raise ConfigError(
+                f"the pool has {size} members, of which {held_out} would be held out; give a larger pool or fewer --held-out-members"
+            )
+        return pool.take(0, size - held_out), pool.take(size - held_out, size)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every training worker is told.
+
+    Attributes:
+        model, weights: the network to begin with, as `load_classifier` takes it.
+        train, val: images to learn from, and held-out ones.
+        pool: perturbations of the network.
+        config: of the training.
+        num_threads: of each worker on the CPU.
+    """
+
+    model: str
+    weights: str | None
+    train: Dataset
+    val: Dataset
+    pool: PerturbationPool
+    config: FinetuneConfig
+    num_threads: int
+
+    def check(self, num_workers: int) -> None:
+        """Raise ConfigError unless images and batch can be shared among so many workers."""
+        size = self.config.batch_size
+        if size % num_workers:
+            raise ConfigError(f"batch size {size} is not a multiple of {num_workers} workers")
+        if self.train.num_examples < size:
+            raise ConfigError(f"{self.train.num_examples} training images are fewer than one batch of {size}")
+
+
+class Learner:
+    """One of several workers that train the same network on images of its own; they meet in every step's gradient."""
+
+    def __init__(
+        self,
+        task: Task,
+        *,
+        number: int = 0,
+        num_workers: int = 1,
+        device: torch.device | None = None,
+        prepare: Callable[[nn.Module], nn.Module] = lambda module: module,
+    ) -> None:
+        """Load the network.
+
+        Args:
+            task: what is to be done.
+            number: of this worker, from 0.
+            num_workers: that train together; more than one need torch.distributed.
+            device: that it trains on.
+            prepare: wraps the network so that gradients are averaged over the workers.
+        """
+        set_up_torch(task.num_threads)
+        config = self._config = task.config
+        self._number, self._num_workers = number, num_workers
+        self._device = device or torch.device("cpu")
+        self.classifier = load_classifier(task.model, task.weights).to(self._device)
+        _make_trainable(self.classifier, task.train.shape)
+        self._model = prepare(self.classifier)
+        geometry, window = self.classifier.geometry, config.shuffle_shards
+        self._train = Share(task.train.part(number, num_workers), geometry, window)
+        self._val = Share(task.val.part(number, num_workers), geometry, window)
+        self._first_val = number * task.val.num_examples // num_workers
+        self._pools = dict(zip((TRAINED_ON, HELD_OUT), config.split(task.pool), strict=True))
+        self._add = AddUniversalPerturbation(self._pools[TRAINED_ON], config.probability)
+        self._batch_size = config.batch_size // num_workers
+        self._num_batches = task.train.num_examples // num_workers // self._batch_size
+        self._optimiser = torch.optim.SGD(
+            [parameter for parameter in self.classifier.parameters() if parameter.requires_grad],
+            lr=config.learning_rate or (0.01 if any(_batch_norms(self.classifier)) else 0.001),
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+        )
+        self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimiser, config.epochs * self._num_batches)
+        self._num_evaluations = 0
+        self.history: list[RoundRecord] = []
+
+    def run_epoch(self) -> RoundRecord:
+        """The next epoch, and what the network is worth after it; the first call only measures what it is worth before any."""
+        started = time.perf_counter()
+        metrics = self._train_epoch(len(self.history)) if self.history else {}
+        seconds = time.perf_counter() - started
+        if metrics:
+            num_images = self._num_batches * self._config.batch_size
+            metrics |= {"epoch/seconds": seconds, "epoch/images_per_second": num_images / seconds}
+        metrics |= self._measure() | {"total/evaluations": float(self._num_evaluations)}
+        record = RoundRecord(len(self.history), time.time_ns() // 1_000_000, metrics)
+        self.history.append(record)
+        return record
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all epochs are behind it."""
+        return len(self.history) > self._config.epochs
+
+    def save(self, folder: Path) -> None:
+        """Weights, optimiser and history, from which another worker goes on."""
+        write_weights(folder / NETWORK_FILE, self.classifier.network, {"epoch": len(self.history) - 1})
+        state = {
+            "optimiser": self._optimiser.state_dict(),
+            "schedule": self._schedule.state_dict(),
+            "num_evaluations": self._num_evaluations,
+            "history": [record.json for record in self.history],
+        }
+        torch.save(state, folder / OPTIMISER_FILE)
+
+    def load(self, folder: Path) -> None:
+        """What `save` wrote."""
+        path = str(folder / NETWORK_FILE)
+        fill(self.classifier.network, read_weights(path), path)
+        state = torch.load(folder / OPTIMISER_FILE, map_location=self._device, weights_only=True)
+        self._optimiser.load_state_dict(state["optimiser"])
+        self._schedule.load_state_dict(state["schedule"])
+        self._num_evaluations = state["num_evaluations"]
+        self.history = [RoundRecord.from_json(line) for line in state["history"]]
+
+    def _train_epoch(self, epoch: int) -> dict[str, float]:
+        rng = np.random.default_rng([self._config.seed, epoch, self._number])
+        torch.manual_seed(int(rng.integers(2**62)))  # members and dropout
+        rate, loss_sum, num_evaluations = float(self._schedule.get_last_lr()[0]), 0.0, 0
+        self._set_training(True)
+        for images, truths in islice(self._train.shuffled(rng, self._batch_size), self._num_batches):
+            pixels, labels = self._tensors((augment(images, self._config.augment, rng), truths))
+            shown, spent = self._perturb(pixels)
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
+                output = self._model(shown)
+                loss = cross_entropy(getattr(output, "logits", output), labels)  # Inception gives others beside
+            self._optimiser.zero_grad()
+            loss.backward()
+            self._optimiser.step()
+            self._schedule.step()
+            loss_sum, num_evaluations = loss_sum + float(loss), num_evaluations + spent + 2 * len(pixels)
+        self._num_evaluations += int(self._sum_over_workers([num_evaluations])[0])
+        (total,) = self._sum_over_workers([loss_sum])
+        mean = total / self._num_batches / self._num_workers
+        return {"train/loss": mean, "train/learning_rate": rate}
+
+    def _perturb(self, pixels: Tensor) -> tuple[Tensor, int]:
+        """Images as they are trained on, and the network evaluations that it took to choose factors."""
+        added, is_perturbed = (x.to(self._device) for x in self._add.draw(len(pixels), tuple(pixels.shape[1:])))
+        factors, spent = is_perturbed.float(), 0
+        if self._config.adaptive:
+            rows = is_perturbed.nonzero().squeeze(1)
+            self._set_training(False)
+            factors[rows], spent = smallest_factors(self.classifier, pixels[rows], added[rows], self._config.ladder)
+            self._set_training(True)
+        return add_perturbation(pixels, factors.view(-1, 1, 1, 1) * added), spent
+
+    def _measure(self) -> dict[str, float]:
+        """Top-1 and top-5 of clean held-out images; fooling rate and top-1 of them under each part of the pool, members taking turns."""
+        self._set_training(False)
+        counts = dict.fromkeys(("images", "top1/clean", "top5/clean"), 0)
+        counts |= {f"{what}/{name}": 0 for what in ("fooling_rate", "top1") for name in self._pools}
+        first = self._first_val
+        for batch in self._val.in_order(CLASSIFY_SIZE):
+            pixels, truths = self._tensors(batch)
+            with torch.no_grad():
+                logits = self.classifier(pixels)
+                clean = logits.argmax(1)
+                top5 = logits.topk(min(5, logits.shape[1]), 1).indices
+                counts["images"] += len(pixels)
+                counts["top1/clean"] += int((clean == truths).sum())
+                counts["top5/clean"] += int((top5 == truths[:, None]).sum())
+                for name, pool in self._pools.items():
+                    turns = torch.arange(first, first + len(pixels)) % len(pool.members)
+                    v = self._resized(pool, tuple(pixels.shape[1:]))[turns].to(self._device)
+                    labels = self.classifier(add_perturbation(pixels, v)).argmax(1)
+                    counts[f"fooling_rate/{name}"] += int((labels != clean).sum())
+                    counts[f"top1/{name}"] += int((labels == truths).sum())
+            first += len(pixels)
+        total = dict(zip(counts, map(int, self._sum_over_workers(list(counts.values()))), strict=True))
+        num_images = total.pop("images")
+        metrics = {name: count / num_images for name, count in total.items() if name.startswith("top")}
+        for name in self._pools:
+            metrics |= Rate(total[f"fooling_rate/{name}"], num_images).metrics(name)
+        return metrics
+
+    def _resized(self, pool: PerturbationPool, shape: tuple[int, ...]) -> Tensor:
+        return torch.stack([perturbation.resized(shape) for perturbation in pool.to_perturbations()])
+
+    def _set_training(self, is_training: bool) -> None:
+        self.classifier.train(is_training)
+        if self._config.batch_norm == "frozen":
+            for module in _batch_norms(self.classifier):
+                module.eval()
+
+    def _tensors(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        images, truths = batch
+        pixels = torch.tensor(images, dtype=torch.float32, device=self._device)
+        return pixels, torch.tensor(truths, device=self._device)
+
+    def _sum_over_workers(self, values: Sequence[float]) -> list[float]:
+        total = torch.tensor(values, dtype=torch.float64, device=self._device)
+        if self._num_workers > 1:
+            distributed.all_reduce(total)
+        return total.tolist()
+
+
+class Share:
+    """A worker's own images, decoded when they are needed; a few shards stay decoded."""
+
+    def __init__(self, examples: Dataset, geometry: Geometry, num_shards: int) -> None:
+        """Of so many shards at a time."""
+        self._examples, self._geometry, self._num_shards = examples, geometry, num_shards
+        self._load = lru_cache(maxsize=num_shards)(self._read)
+
+    def shuffled(self, rng: np.random.Generator, batch_size: int) -> Iterator[Batch]:
+        """Each image once, in batches, but for those that do not fill the last one."""
+        waiting: list[tuple[np.ndarray, int]] = []
+        order = rng.permutation(len(self._examples.shards))
+        for start in range(0, len(order), self._num_shards):
+            shards = [self._load(int(i)) for i in order[start : start + self._num_shards]]
+            places = [(shard, row) for shard in shards for row in range(len(shard.keys))]
+            for i in rng.permutation(len(places)):
+                shard, row = places[i]
+                waiting.append((shard.images[row], shard.truths[row]))
+                if len(waiting) == batch_size:
+                    yield _stack(waiting)
+                    waiting = []
+
+    def in_order(self, batch_size: int) -> Iterator[Batch]:
+        """Each image once, in batches of one shard each."""
+        for i in range(len(self._examples.shards)):
+            shard = self._load(i)
+            for start in range(0, len(shard.keys), batch_size):
+                yield shard.images[start : start + batch_size], shard.truths[start : start + batch_size]
+
+    def _read(self, number: int) -> DecodedShard:
+        """Those examples of a shard that belong to this share, in its order.
+
+        Raises:
+            ShardError: the shard is not what it was when the job began.
+        """
+        known = self._examples.shards[number]
+        shard = load_shard(known.url, self._geometry, set(known.keys))
+        if shard.digest != known.digest or shard.keys != known.keys:
+            raise ShardError(f"shard {known.url} changed during the run; start again with shards that stay as they are")
+        return shard
+
+
+def smallest_factors(
+    classifier: Classifier, pixels: Tensor, added: Tensor, ladder: Sequence[float]
+) -> tuple[Tensor, int]:
+    """For each image the smallest α of the ladder at which clip(x + α v) has another label than x, the largest where none has.
+
+    Args:
+        classifier: as it is now, in inference mode.
+        pixels: N×C×H×W, 0..255.
+        added: N×C×H×W, pixels: v of each image.
+        ladder: α, ascending.
+
+    Returns:
+        α of each image (N), and how many network evaluations it took.
+
+    Source: the footnote to section 3.2 of the paper; its ladder is not given there.
+    """
+    factors = torch.full((len(pixels),), float(ladder[-1]), device=pixels.device)
+    is_open = torch.ones(len(pixels), dtype=torch.bool, device=pixels.device)
+    with torch.no_grad():
+        labels, spent = classifier(pixels).argmax(1), len(pixels)
+        for factor in ladder[:-1]:
+            rows = is_open.nonzero().squeeze(1)
+            if not len(rows):
+                break
+            shown = add_perturbation(pixels[rows], factor * added[rows])
+            fooled = rows[classifier(shown).argmax(1) != labels[rows]]
+            factors[fooled], is_open[fooled] = factor, False
+            spent += len(rows)
+    return factors, spent
+
+
+def _make_trainable(classifier: Classifier, shape: Sequence[int]) -> None:
+    """Those parameters learn that were trainable when the network was made, and that its logits depend on."""
+    for name, parameter in classifier.network.named_parameters():
+        parameter.requires_grad_(name in classifier.trainable)
+    pixels = torch.full((2, *shape), 128.0, device=classifier.mean.device)
+    classifier(pixels).sum().backward()
+    for parameter in classifier.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
+        parameter.grad = None
+    if not any(parameter.requires_grad for parameter in classifier.parameters()):
+        raise ConfigError(f"{classifier.name} has no trainable parameters; leave some with requires_grad")
+
+
+def _batch_norms(classifier: Classifier) -> Iterator[nn.Module]:
+    return (module for module in classifier.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
+
+
+def _stack(pairs: Sequence[tuple[np.ndarray, int]]) -> Batch:
+    return np.stack([image for image, _ in pairs]), np.array([truth for _, truth in pairs])
