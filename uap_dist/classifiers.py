@@ -138,7 +138,7 @@ def load_classifier(name: str, weights: str | None = None) -> Classifier:
     )
 
 
-def check_classifier(classifier: Classifier, shape: tuple[int, int, int]) -> None:
+def check_classifier(classifier: Classifier, shape: Sequence[int]) -> None:
     """Find out by two calls on random pixels whether this is a usable classifier.
 
     Args:

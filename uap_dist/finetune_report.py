@@ -115,8 +115,8 @@ class FinishedFinetuning:
             f"Perturbations that are computed against the network itself, by one config and the same {last.num_perturbations} seeds, "
             f"fool **{first.fooling}** of the held-out images before and **{last.fooling}** after; clean top-1 {first.top1_clean} before, "
             f"{last.top1_clean} after.\n\n{self.markdown()}\n\n"
-            "Fooling rates are means over the perturbations of a group (lowest–highest in brackets), on held-out images; the 95 % interval of "
-            "such a mean is at most that of one rate. `network.safetensors` is the fine-tuned network, for `--weights`."
+            "Fooling rates are means over the perturbations of a group (in brackets lowest and highest) on held-out images; the 95 % "
+            "interval of such a mean is at most that of one rate. `network.safetensors` is the fine-tuned network, for `--weights`."
         )
 
     def markdown(self) -> str:

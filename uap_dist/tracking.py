@@ -187,13 +187,13 @@ class Tracker:
         pixels = np.full((2, *shape), 128, np.float32)
         with torch.no_grad():
             logits = classifier(torch.tensor(pixels)).numpy()
-        schemas = [Schema([TensorSpec(np.dtype(np.float32), (-1, *array.shape[1:]))]) for array in (pixels, logits)]
+        takes, gives = (Schema([TensorSpec(array.dtype, (-1, *array.shape[1:]))]) for array in (pixels, logits))
         with _answering(self.uri), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the export, about its own insides
             mlflow.pytorch.log_model(
                 classifier,
                 name="model",
-                signature=ModelSignature(*schemas),
+                signature=ModelSignature(takes, gives),
                 input_example=pixels,
                 serialization_format="pt2",
                 pip_requirements=[f"torch=={torch.__version__.partition('+')[0]}"],

@@ -1,0 +1,201 @@
+"""Fine-tuning on pools by real jobs: what it does to clean top-1 and to fresh perturbations. See benchmarks/finetune.md.
+
+    python benchmarks/finetune.py                                  # all rows, about an hour on two cores
+    python benchmarks/finetune.py --only resnet20-linf10-plain     # one row
+    python benchmarks/finetune.py --table                          # the tables of what has been measured
+    python benchmarks/finetune.py --tune resnet20 --grid '[{"learning_rate": 0.001}, {"learning_rate": 0.01}]'
+
+Jobs that have left a result in the folder already are not repeated, so it goes on where it was stopped. --tune learns from all training
+shards but the last, and measures on that one: nothing in it looks at held-out images.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import tyro
+from networks import NETWORKS
+
+from uap_dist.classifiers import load_classifier
+from uap_dist.compute import ComputeConfig, compute
+from uap_dist.dataset import LocalWorkers, load_dataset
+from uap_dist.finetune import HELD_OUT, NETWORK_FILE, TRAINED_ON, FinetuneConfig, Learner, Task
+from uap_dist.finetune_report import BEFORE, FRESH, RANDOM
+from uap_dist.pool import PerturbationPool
+from uap_dist.provenance import git_commit
+from uap_dist.shards import expand_patterns
+from uap_dist.worker import Worker
+
+JOBS = Path(__file__).parents[1] / "jobs"
+POOLS = {  # network, members, options of jobs/compute.py
+    "resnet20-linf10": ("resnet20", 10, ("--max-evaluations", "8000", "--augment", "none")),
+    "resnet20-linf8": ("resnet20", 10, ("--max-evaluations", "8000", "--augment", "none", "--radius", "8")),
+    "squeezenet-linf10": ("squeezenet", 5, ("--max-evaluations", "3000")),
+}
+ROWS = {  # pool, options of jobs/finetune.py
+    "resnet20-linf10-plain": ("resnet20-linf10", ("--repetitions", "2")),
+    "resnet20-linf10-adaptive": ("resnet20-linf10", ("--repetitions", "2", "--adaptive")),
+    "resnet20-linf8-plain": ("resnet20-linf8", ("--repetitions", "2")),
+    "resnet20-linf8-adaptive": ("resnet20-linf8", ("--repetitions", "2", "--adaptive")),
+    "squeezenet-linf10-plain": ("squeezenet-linf10", ()),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Measure rows, or print their table, or look for options on held-in images."""
+
+    only: tuple[str, ...] = tuple(ROWS)
+    """Rows to measure."""
+    table: bool = False
+    """Print the tables of what has been measured, and measure nothing."""
+    tune: str | None = None
+    """Network whose grid is measured on held-in images."""
+    grid: str = "[{}]"
+    """JSON list of FinetuneConfig fields, one object an entry."""
+    data: Path = Path("../shared")
+    """Folder of the images and networks."""
+    folder: Path = Path("outputs/finetune")
+    """Where the jobs leave their files."""
+    output: Path = Path(__file__).with_name("finetune.jsonl")
+    """Results; a row that is measured again is replaced, lines of --tune are added."""
+
+
+def main() -> None:
+    """Measure what was asked for, then print the tables."""
+    options = tyro.cli(Options)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    if options.tune is not None:
+        for entry in json.loads(options.grid):
+            line = {"tune": options.tune, "entry": entry} | tune(options, options.tune, entry) | _provenance()
+            print(json.dumps(line), flush=True)
+            _write(options.output, [*_read(options.output), line])
+    elif not options.table:
+        for row in options.only:
+            lines = [{"row": row} | line | _provenance() for line in measure(options, row)]
+            kept = [line for line in _read(options.output) if line.get("row") != row]
+            _write(options.output, [*kept, *lines])
+    print("\n".join(_tables(options.output)))
+
+
+def measure(options: Options, row: str) -> Iterator[dict[str, Any]]:
+    """The comparisons of jobs/finetune.py, and what a command it was."""
+    pool, words = ROWS[row]
+    network = POOLS[pool][0]
+    output = options.folder / row
+    if not (output / "result.json").exists():
+        found = _compute_pool(options, pool)
+        shutil.rmtree(output, ignore_errors=True)
+        _run("finetune.py", *_describe(options, network), "--pool", str(found), *words, "--output", str(output))
+    yield from json.loads((output / "result.json").read_text())["comparisons"]
+
+
+def tune(options: Options, name: str, entry: dict[str, Any]) -> dict[str, Any]:
+    """After fine-tuning on all training shards but the last, on that one: clean top-1, held-out members, a fresh perturbation."""
+    network = NETWORKS[name]
+    model, weights = network.locate(options.data)
+    pool_name = next(pool for pool in POOLS if POOLS[pool][0] == name)
+    pool = PerturbationPool.load(_compute_pool(options, pool_name))
+    *shards, last = expand_patterns([str(options.data / network.train)])
+    workers = LocalWorkers(Worker(load_classifier(model, weights), cache_bytes=8 << 30, num_threads=1))
+    train, held_in = load_dataset(workers, shards), load_dataset(workers, [last])
+    started = time.monotonic()
+    learner = Learner(Task(model, weights, train, held_in, pool, FinetuneConfig(**entry), num_threads=1))
+    while not learner.is_done:
+        record = learner.run_epoch()
+    with tempfile.TemporaryDirectory() as folder:
+        learner.save(Path(folder))
+        classifier = load_classifier(model, str(Path(folder) / NETWORK_FILE))
+    workers = LocalWorkers(Worker(classifier, cache_bytes=8 << 30, num_threads=1))
+    train, held_in = load_dataset(workers, shards), load_dataset(workers, [last])
+    config = ComputeConfig.from_provenance(dict(pool.shared) | dict(pool.members[0]), pool_name)
+    *_, final = compute(workers, train, held_in, config)
+    assert final.evaluation is not None
+    return {
+        "top1_clean_before": learner.history[0].metrics["top1/clean"],
+        "top1_clean": record.metrics["top1/clean"],
+        f"fooling_rate_{HELD_OUT}": record.metrics[f"fooling_rate/{HELD_OUT}"],
+        "fooling_rate_fresh": final.evaluation.val.rate,
+        "num_images": held_in.num_examples,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def _compute_pool(options: Options, name: str) -> Path:
+    network, count, words = POOLS[name]
+    output = options.folder / f"pool-{name}"
+    if not (output / "result.json").exists():
+        shutil.rmtree(output, ignore_errors=True)
+        words += ("--num-perturbations", str(count), "--output", str(output))
+        _run("compute.py", *_describe(options, network), *words)
+    return output / "pool"
+
+
+def _describe(options: Options, name: str) -> list[str]:
+    """Network and data as options of a job; all training images."""
+    network = NETWORKS[name]
+    model, weights = network.locate(options.data)
+    words = ["--model", model, *(("--weights", weights) if weights else ())]
+    words += ["--train-shards", str(options.data / network.train), "--val-shards", str(options.data / network.val)]
+    return [*words, "--num-val-images", str(network.num_val_images), "--num-workers", "2"]
+
+
+def _run(job: str, *words: str) -> None:
+    print("python", f"jobs/{job}", *words, flush=True)
+    subprocess.run([sys.executable, str(JOBS / job), *words], check=True)
+
+
+def _tables(path: Path) -> Iterator[str]:
+    """Markdown of what was measured."""
+    lines = _read(path)
+    tuned = [line for line in lines if "tune" in line]
+    if tuned:
+        yield _header("held-in images", "options", "clean top-1 before", "after", "members held out", "fresh", "images")
+        for line in tuned:
+            rates = (line["top1_clean_before"], line["top1_clean"], line[f"fooling_rate_{HELD_OUT}"])
+            shown = " | ".join(f"{rate:.3f}" for rate in (*rates, line["fooling_rate_fresh"]))
+            words = ", ".join(f"{key} {value}" for key, value in line["entry"].items()) or "default"
+            yield f"| {line['tune']} | {words} | {shown} | {line['num_images']} |"
+        yield ""
+    yield _header(
+        "row", "network", "clean top-1", "members trained on", "members held out", "fresh", "random", "images"
+    )
+    for row in (row for row in ROWS if any(line.get("row") == row for line in lines)):
+        own = [line for line in lines if line.get("row") == row]
+        for network in dict.fromkeys(line["network"] for line in own):
+            by_group = {line["group"]: line for line in own if line["network"] == network}
+            cells = [
+                f"{by_group[group]['fooling']:.3f} ({by_group[group]['top1']:.3f})"
+                for group in (TRAINED_ON, HELD_OUT, FRESH, RANDOM)
+            ]
+            fresh = by_group[FRESH]
+            cells[2] = f"**{cells[2]}**" if network != BEFORE else cells[2]
+            yield f"| {row} | {network} | {fresh['top1_clean']:.3f} | {' | '.join(cells)} | {fresh['fooling_num_images']} |"
+
+
+def _header(*columns: str) -> str:
+    return f"| {' | '.join(columns)} |\n{'| --- ' * len(columns)}|"
+
+
+def _provenance() -> dict[str, str]:
+    return {"commit": git_commit(), "date": datetime.now(UTC).date().isoformat()}
+
+
+def _write(path: Path, lines: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+if __name__ == "__main__":
+    main()
