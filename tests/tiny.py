@@ -1,6 +1,7 @@
 """Networks of a user's own for the tests, on 16×16 images of four classes."""
 
 import os
+import time
 
 import torch
 from torch import nn
@@ -60,3 +61,30 @@ class Deadly(Tiny):
 
 def not_a_network():
     return "a string"
+
+
+class Normed(nn.Module):
+    """With batch norm, a layer that its maker froze, and one that the logits do not depend on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.frozen = nn.Conv2d(3, 6, 1).requires_grad_(False)
+        self.conv = nn.Conv2d(6, 8, 3, stride=2, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.unused = nn.Linear(2, 2)
+        self.dropout = nn.Dropout(0.2)
+        self.head = nn.Linear(8 * 64, 4)
+
+    def forward(self, pixels):
+        x = torch.relu(self.norm(self.conv(self.frozen(pixels / 64 - 2))))
+        return self.head(self.dropout(x.flatten(1)))
+
+
+class Slow(Tiny):
+    """A step takes long enough to be killed in the middle of an epoch."""
+
+    def forward(self, pixels):
+        if self.training:
+            time.sleep(0.3)
+        return super().forward(pixels)

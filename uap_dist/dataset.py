@@ -173,8 +173,21 @@ def load_dataset(
     if len(shapes) > 1:
         raise ShardError(f"shards hold images of different sizes {sorted(shapes)}; give shards with images of one size")
     dataset = Dataset(shards, shapes.pop(), bad, Predictions(np.full(found, -1), np.zeros(found, np.float32)))
-    clean = classify(workers, dataset, np.zeros(dataset.shape, np.float32))
-    return Dataset(shards, dataset.shape, bad, clean)
+    return _predict(workers, dataset)
+
+
+def reload_dataset(workers: Workers, dataset: Dataset) -> Dataset:
+    """The same examples as workers with another classifier see them.
+
+    Raises:
+        ShardError: a shard that has changed since.
+    """
+    workers.map("load", [Examples(shard.url) for shard in dataset.shards])  # each is decoded once
+    return _predict(workers, dataset)
+
+
+def _predict(workers: Workers, dataset: Dataset) -> Dataset:
+    return replace(dataset, clean=classify(workers, dataset, np.zeros(dataset.shape, np.float32)))
 
 
 def classify(workers: Workers, dataset: Dataset, perturbation: np.ndarray, *, quantize: bool = False) -> Predictions:

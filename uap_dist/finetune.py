@@ -6,8 +6,8 @@ Source: Moosavi-Dezfooli et al., "Universal adversarial perturbations", CVPR 201
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import islice
+from math import isfinite
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -17,21 +17,19 @@ from torch import Tensor, distributed, nn
 from torch.nn.functional import cross_entropy
 
 from uap_dist.augment import Augmentation, augment
-from uap_dist.classifiers import Classifier, Geometry, load_classifier
+from uap_dist.classifiers import Classifier, load_classifier
 from uap_dist.dataset import CLASSIFY_SIZE, Dataset
 from uap_dist.deepfool import add_perturbation
-from uap_dist.errors import ConfigError, ShardError
+from uap_dist.errors import ConfigError
 from uap_dist.fooling import Rate
 from uap_dist.history import RoundRecord
 from uap_dist.pool import AddUniversalPerturbation, PerturbationPool
-from uap_dist.shards import DecodedShard, load_shard
+from uap_dist.share import Batch, Share
 from uap_dist.weights import fill, read_weights, write_weights
 from uap_dist.worker import set_up_torch
 
 NETWORK_FILE, OPTIMISER_FILE = "network.safetensors", "optimiser.pt"
 TRAINED_ON, HELD_OUT = "trained_on_members", "held_out_members"
-
-Batch = tuple[np.ndarray, np.ndarray]  # N×3×H×W uint8, N class indices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +81,13 @@ class FinetuneConfig:
         if self.batch_norm not in get_args(Literal["frozen", "train"]):
             raise ConfigError(f"batch norm is {self.batch_norm!r}; it must be frozen or train")
 
+    def check_batch(self, num_images: int, num_workers: int) -> None:
+        """Raise ConfigError unless so many workers can share each batch, and the images fill one."""
+        if self.batch_size % num_workers:
+            raise ConfigError(f"batch size {self.batch_size} is not a multiple of {num_workers} workers")
+        if num_images < self.batch_size:
+            raise ConfigError(f"{num_images} training images are fewer than one batch of {self.batch_size}")
+
     def split(self, pool: PerturbationPool) -> tuple[PerturbationPool, PerturbationPool]:
         """The members to train on, and the held-out ones.
 
@@ -117,14 +122,6 @@ class Task:
     pool: PerturbationPool
     config: FinetuneConfig
     num_threads: int
-
-    def check(self, num_workers: int) -> None:
-        """Raise ConfigError unless images and batch can be shared among so many workers."""
-        size = self.config.batch_size
-        if size % num_workers:
-            raise ConfigError(f"batch size {size} is not a multiple of {num_workers} workers")
-        if self.train.num_examples < size:
-            raise ConfigError(f"{self.train.num_examples} training images are fewer than one batch of {size}")
 
 
 class Learner:
@@ -227,10 +224,14 @@ class Learner:
             loss.backward()
             self._optimiser.step()
             self._schedule.step()
-            loss_sum, num_evaluations = loss_sum + float(loss), num_evaluations + spent + 2 * len(pixels)
+            loss_sum, num_evaluations = loss_sum + float(loss.detach()), num_evaluations + spent + 2 * len(pixels)
         self._num_evaluations += int(self._sum_over_workers([num_evaluations])[0])
         (total,) = self._sum_over_workers([loss_sum])
         mean = total / self._num_batches / self._num_workers
+        if not isfinite(mean):
+            raise ConfigError(
+                f"the training of epoch {epoch} diverged (loss {mean}); give less than --learning-rate {rate:g}"
+            )
         return {"train/loss": mean, "train/learning_rate": rate}
 
     def _perturb(self, pixels: Tensor) -> tuple[Tensor, int]:
@@ -294,48 +295,6 @@ class Learner:
         return total.tolist()
 
 
-class Share:
-    """A worker's own images, decoded when they are needed; a few shards stay decoded."""
-
-    def __init__(self, examples: Dataset, geometry: Geometry, num_shards: int) -> None:
-        """Of so many shards at a time."""
-        self._examples, self._geometry, self._num_shards = examples, geometry, num_shards
-        self._load = lru_cache(maxsize=num_shards)(self._read)
-
-    def shuffled(self, rng: np.random.Generator, batch_size: int) -> Iterator[Batch]:
-        """Each image once, in batches, but for those that do not fill the last one."""
-        waiting: list[tuple[np.ndarray, int]] = []
-        order = rng.permutation(len(self._examples.shards))
-        for start in range(0, len(order), self._num_shards):
-            shards = [self._load(int(i)) for i in order[start : start + self._num_shards]]
-            places = [(shard, row) for shard in shards for row in range(len(shard.keys))]
-            for i in rng.permutation(len(places)):
-                shard, row = places[i]
-                waiting.append((shard.images[row], shard.truths[row]))
-                if len(waiting) == batch_size:
-                    yield _stack(waiting)
-                    waiting = []
-
-    def in_order(self, batch_size: int) -> Iterator[Batch]:
-        """Each image once, in batches of one shard each."""
-        for i in range(len(self._examples.shards)):
-            shard = self._load(i)
-            for start in range(0, len(shard.keys), batch_size):
-                yield shard.images[start : start + batch_size], shard.truths[start : start + batch_size]
-
-    def _read(self, number: int) -> DecodedShard:
-        """Those examples of a shard that belong to this share, in its order.
-
-        Raises:
-            ShardError: the shard is not what it was when the job began.
-        """
-        known = self._examples.shards[number]
-        shard = load_shard(known.url, self._geometry, set(known.keys))
-        if shard.digest != known.digest or shard.keys != known.keys:
-            raise ShardError(f"shard {known.url} changed during the run; start again with shards that stay as they are")
-        return shard
-
-
 def smallest_factors(
     classifier: Classifier, pixels: Tensor, added: Tensor, ladder: Sequence[float]
 ) -> tuple[Tensor, int]:
@@ -371,18 +330,14 @@ def _make_trainable(classifier: Classifier, shape: Sequence[int]) -> None:
     """Those parameters learn that were trainable when the network was made, and that its logits depend on."""
     for name, parameter in classifier.network.named_parameters():
         parameter.requires_grad_(name in classifier.trainable)
-    pixels = torch.full((2, *shape), 128.0, device=classifier.mean.device)
-    classifier(pixels).sum().backward()
+    logits = classifier(torch.full((2, *shape), 128.0, device=classifier.mean.device))
+    if not logits.requires_grad:
+        raise ConfigError(f"{classifier.name} has no trainable parameters; leave some with requires_grad")
+    logits.sum().backward()
     for parameter in classifier.parameters():
         parameter.requires_grad_(parameter.grad is not None)
         parameter.grad = None
-    if not any(parameter.requires_grad for parameter in classifier.parameters()):
-        raise ConfigError(f"{classifier.name} has no trainable parameters; leave some with requires_grad")
 
 
 def _batch_norms(classifier: Classifier) -> Iterator[nn.Module]:
     return (module for module in classifier.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
-
-
-def _stack(pairs: Sequence[tuple[np.ndarray, int]]) -> Batch:
-    return np.stack([image for image, _ in pairs]), np.array([truth for _, truth in pairs])

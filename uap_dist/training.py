@@ -45,11 +45,7 @@ class Training:
             storage: local folder or URL that every worker can write to.
             num_workers: that train together; they share each batch.
             uses_gpu: whether each takes a GPU.
-
-        Raises:
-            ConfigError: images or batch cannot be shared among them.
         """
-        task.check(num_workers)
         self._queue = Queue(actor_options={"num_cpus": 0})
         self._outcome: queue.SimpleQueue[Result | Exception] = queue.SimpleQueue()
         filesystem, path = locate(storage)

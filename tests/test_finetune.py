@@ -1,0 +1,196 @@
+"""Fine-tuning in this process: the learner, its images, its factors."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, random_samples
+from torch import nn
+
+from uap_dist.classifiers import Classifier, Geometry, load_classifier
+from uap_dist.dataset import LocalWorkers, load_dataset, reload_dataset
+from uap_dist.errors import ConfigError, ShardError
+from uap_dist.evaluate import measure_perturbations
+from uap_dist.finetune import HELD_OUT, TRAINED_ON, FinetuneConfig, Learner, Task, smallest_factors
+from uap_dist.norms import random_perturbation
+from uap_dist.pool import PerturbationPool
+from uap_dist.shards import write_shards
+from uap_dist.share import Share
+from uap_dist.worker import Worker
+
+NORMED = TINY.replace(":Tiny", ":Normed")
+
+
+@pytest.fixture
+def pool():
+    """Two members of random signs: one to train on, one held out."""
+    members = torch.stack([random_perturbation((3, 16, 16), norm="linf", radius=40.0, seed=seed) for seed in (0, 1)])
+    return PerturbationPool(members, {"norm": "linf", "radius": 40.0}, [{"name": "a"}, {"name": "b"}])
+
+
+def learner(data, pool, model=TINY, **options):
+    config = FinetuneConfig(**{"batch_size": 8, "epochs": 2, "learning_rate": 1e-3} | options)
+    return Learner(Task(model, None, *data, pool, config, num_threads=1))
+
+
+def finish(some):
+    while not some.is_done:
+        some.run_epoch()
+    return some.classifier.network.state_dict()
+
+
+def same(state, other):
+    return all(torch.equal(state[key], other[key]) for key in state)
+
+
+def test_factor_is_the_smallest_of_the_ladder_that_fools():
+    class Threshold(nn.Module):  # label 1 where the first pixel is above 100
+        def forward(self, x):
+            return torch.stack([torch.full((len(x),), 100.0), x[:, 0, 0, 0]], 1)
+
+    classifier = Classifier(Threshold(), name="t", geometry=Geometry(), std=(1 / 255,) * 3)
+    pixels, added = torch.full((4, 3, 2, 2), 50.0), torch.zeros(4, 3, 2, 2)
+    added[:, 0, 0, 0] = torch.tensor([60.0, 101.0, 250.0, 30.0])  # fooled from α = 0.83, 0.495 and 0.2 on, and never
+    factors, spent = smallest_factors(classifier, pixels, added, (0.25, 0.5, 1.0))
+    assert factors.tolist() == [1.0, 0.5, 0.25, 1.0]
+    assert spent == 4 + 4 + 3
+
+
+def test_every_image_is_shown_once_an_epoch_in_an_order_of_its_own(tiny_data):
+    train, _ = tiny_data
+    shares = [Share(train.part(number, 2), Geometry(), num_shards=1) for number in range(2)]
+    whole = Share(train, Geometry(), num_shards=9)
+    everything = np.concatenate([images for images, _ in whole.in_order(7)])
+    assert len(everything) == 47
+    for seed in (0, 1):
+        batches = [b for share in shares for b in share.shuffled(np.random.default_rng(seed), 1)]
+        found = {images.tobytes(): truth for images, (truth,) in batches}
+        assert len(batches) == len(found) == 47 and set(found) == {image[None].tobytes() for image in everything}
+    first, second = (
+        np.concatenate([truths for _, truths in whole.shuffled(np.random.default_rng(seed), 5)]) for seed in (0, 1)
+    )
+    assert len(first) == 45 and not np.array_equal(first, second)
+
+
+def test_images_and_truths_stay_together(tiny_data):
+    train, _ = tiny_data
+    share = Share(train, Geometry(), num_shards=2)
+    for images, truths in share.shuffled(np.random.default_rng(0), 4):
+        assert (images.mean((2, 3)).argmax(1) == truths).mean() > 0.7  # the class is the strongest colour
+
+
+def test_a_shard_that_has_changed_is_refused(tmp_path, local_workers):
+    write_shards(random_samples(9, seed=5), tmp_path, prefix="x", shard_size=9)
+    dataset = load_dataset(local_workers, [str(tmp_path / "x-0000.tar")])
+    write_shards(random_samples(9, seed=6), tmp_path, prefix="x", shard_size=9)
+    with pytest.raises(ShardError, match="changed during the run"):
+        next(Share(dataset, Geometry(), 1).in_order(3))
+
+
+def test_it_learns_and_repeats_to_the_bit(tiny_data, pool):
+    one, other = (
+        learner(tiny_data, pool, epochs=8, learning_rate=0.01),
+        learner(tiny_data, pool, epochs=8, learning_rate=0.01),
+    )
+    assert same(finish(one), finish(other))
+    assert not same(one.classifier.network.state_dict(), finish(learner(tiny_data, pool, seed=1)))
+    first, *_, last = one.history
+    assert last.step == 8 and last.metrics["train/learning_rate"] < 0.001
+    assert last.metrics["top1/clean"] > first.metrics["top1/clean"] + 0.2
+    assert last.metrics[f"fooling_rate/{TRAINED_ON}"] < first.metrics[f"fooling_rate/{TRAINED_ON}"]
+    assert last.metrics["total/evaluations"] == 8 * 2 * 40  # five batches of eight of 47 images
+
+
+@pytest.mark.parametrize("options", [{}, {"adaptive": True, "model": NORMED, "batch_norm": "train"}])
+def test_an_interrupted_training_ends_in_the_same_bits(tiny_data, pool, tmp_path, options):
+    whole = learner(tiny_data, pool, **options)
+    finish(whole)
+    part = learner(tiny_data, pool, **options)
+    part.run_epoch(), part.run_epoch()
+    part.save(tmp_path)
+    rest = learner(tiny_data, pool, **options)
+    rest.load(tmp_path)
+    assert same(finish(rest), whole.classifier.network.state_dict())
+    metrics = [[{k: v for k, v in r.metrics.items() if "second" not in k} for r in x.history] for x in (rest, whole)]
+    assert metrics[0] == metrics[1]
+
+
+@pytest.mark.parametrize("batch_norm", ["frozen", "train"])
+def test_what_learns_is_what_was_left_trainable(tiny_data, pool, batch_norm):
+    trained = learner(tiny_data, pool, NORMED, batch_norm=batch_norm)
+    before = {key: value.clone() for key, value in trained.classifier.network.state_dict().items()}
+    after = finish(trained)
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    statistics = {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
+    learned = {f"{layer}.{kind}" for layer in ("conv", "norm", "head") for kind in ("weight", "bias")}
+    assert changed == learned | (statistics if batch_norm == "train" else set())
+
+
+def test_rates_of_an_epoch_are_those_of_an_evaluation(tiny_data, pool):
+    train, val = tiny_data
+    trained = learner(tiny_data, pool)
+    finish(trained)
+    classifier = load_classifier(TINY)
+    classifier.network.load_state_dict(trained.classifier.network.state_dict())
+    workers = LocalWorkers(Worker(classifier, cache_bytes=1 << 30, num_threads=1))
+    data = reload_dataset(workers, val)
+    a, b = measure_perturbations(workers, "tiny", "val", data, pool.to_perturbations())
+    metrics = trained.history[-1].metrics
+    for group, m in ((TRAINED_ON, a), (HELD_OUT, b)):
+        assert metrics[f"fooling_rate/{group}"] == m.fooling.rate and metrics[f"num_images/{group}"] == 20
+        assert metrics[f"top1/{group}"] == m.top1.rate
+    assert metrics["top1/clean"] == a.top1_clean.rate and metrics["top5/clean"] == 1.0  # of four classes
+
+
+def test_two_workers_see_all_images_between_them(tiny_data, pool):
+    """What each measures on its part of the held-out images, together, is what one measures on all."""
+    config = FinetuneConfig(batch_size=8)
+    task = Task(TINY, None, *tiny_data, pool, config, num_threads=1)
+    parts = [task.val.part(number, 3) for number in range(3)]
+    assert [key for part in parts for key in part.keys] == task.val.keys
+    assert sorted(part.num_examples for part in parts) == [6, 7, 7]
+    assert np.array_equal(np.concatenate([part.truths for part in parts]), task.val.truths)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 0}, "epochs is 0; it must be positive"),
+        ({"learning_rate": float("nan")}, "learning rate is nan"),
+        ({"probability": 1.5}, r"probability is 1.5; it must lie in \[0, 1\]"),
+        ({"weight_decay": -1.0}, "must not be negative"),
+        ({"ladder": (0.5, 0.5)}, "ladder is .*ascending positive numbers"),
+        ({"ladder": ()}, "ladder is"),
+        ({"batch_norm": "off"}, "batch norm is 'off'; it must be frozen or train"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        FinetuneConfig(**options)
+
+
+def test_pools_and_batches_that_cannot_be_shared_are_refused(pool):
+    with pytest.raises(ConfigError, match="the pool has 2 members, of which 2 would be held out; give a larger pool"):
+        FinetuneConfig(held_out_members=2).split(pool)
+    with pytest.raises(ConfigError, match="the pool has 1 members, of which 1 would be held out"):
+        FinetuneConfig().split(pool.take(0, 1))
+    assert [len(part.members) for part in FinetuneConfig(held_out_members=1).split(pool)] == [1, 1]
+    with pytest.raises(ConfigError, match="batch size 9 is not a multiple of 2 workers"):
+        FinetuneConfig(batch_size=9).check_batch(47, 2)
+    with pytest.raises(ConfigError, match="47 training images are fewer than one batch of 64"):
+        FinetuneConfig().check_batch(47, 2)
+
+
+def test_a_network_without_anything_to_learn_is_refused(tiny_data, pool, tmp_path):
+    (tmp_path / "fixed.py").write_text(
+        f"import sys; sys.path.insert(0, {str(TINY.rpartition('/')[0])!r})\n"
+        "from tiny import Tiny\ndef fixed():\n    return Tiny().requires_grad_(False)\n"
+    )
+    with pytest.raises(ConfigError, match="has no trainable parameters"):
+        learner(tiny_data, pool, f"{tmp_path / 'fixed.py'}:fixed")
+
+
+def test_a_training_that_diverges_says_so(tiny_data, pool):
+    trained = learner(tiny_data, pool, learning_rate=1e30)
+    trained.run_epoch()
+    with pytest.raises(ConfigError, match=r"the training of epoch 1 diverged .*give less than --learning-rate 1e\+30"):
+        trained.run_epoch()

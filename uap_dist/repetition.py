@@ -1,0 +1,201 @@
+"""One repetition of a fine-tuning job: train on a pool, compute a fresh one against the network that comes of it, measure both."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from uap_dist.checkpoint import JobRecord
+from uap_dist.classifiers import load_classifier
+from uap_dist.compute import ComputeConfig
+from uap_dist.dataset import Dataset, reload_dataset
+from uap_dist.evaluate import Measurement, measure_perturbations
+from uap_dist.finetune import HELD_OUT, NETWORK_FILE, TRAINED_ON, FinetuneConfig, Task
+from uap_dist.finetune_report import BEFORE, FRESH, RANDOM
+from uap_dist.fleet import Fleet, FleetConfig
+from uap_dist.history import RoundRecord
+from uap_dist.locations import join
+from uap_dist.norms import random_perturbation
+from uap_dist.perturbations import Perturbation
+from uap_dist.pool import POOL_FILE, PerturbationPool
+from uap_dist.pool_report import POOL_FOLDER, FinishedPool, save_pool
+from uap_dist.pool_run import (
+    MemberPlan,
+    Setting,
+    compute_members,
+    deliver_members,
+    deliver_pool,
+    describe_job,
+    describe_settings,
+    member_folder,
+    open_members,
+)
+from uap_dist.tracking import Tracker
+from uap_dist.training import Training
+from uap_dist.weights import digest_weights, fill, write_weights
+
+STAGES_FOLDER, EPOCHS_FILE = "repetitions", "epochs.jsonl"
+DELIVERY_TIMEOUT_S = 20.0
+
+
+@dataclass(frozen=True)
+class Network:
+    """The classifier as it is after some repetitions: its weights file (None: the published ones), and the pool against it."""
+
+    name: str
+    weights: str | None
+    pool: PerturbationPool
+    epochs: Sequence[RoundRecord] = ()
+
+    @property
+    def perturbations(self) -> list[Perturbation]:
+        """Of its pool, by names that say against which network they were computed."""
+        which = "given pool" if self.name == BEFORE else self.name
+        return [replace(p, name=f"{which}, {p.name}") for p in self.pool.to_perturbations()]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all repetitions share.
+
+    Attributes:
+        model: name of the network.
+        config: of the training.
+        fleet: workers; the number is filled in.
+        train, val: the examples, with the clean labels of the network as it came.
+        uses_gpu: whether each worker takes one.
+        output: folder of the results.
+        storage: where everything is committed.
+        record: what a resumed job is held against.
+        provenance: of all that is written.
+        tracker: of the job's own MLflow run.
+        console: for progress.
+    """
+
+    model: str
+    config: FinetuneConfig
+    fleet: FleetConfig
+    train: Dataset
+    val: Dataset
+    uses_gpu: bool
+    output: Path
+    storage: str
+    record: JobRecord
+    provenance: Mapping[str, Any]
+    tracker: Tracker
+    console: Console
+
+    def folder(self, repetition: int) -> Path:
+        """Of a repetition's files."""
+        return self.output / STAGES_FOLDER / str(repetition)
+
+
+def repeat(job: Job, repetition: int, before: Network) -> Network:
+    """Train on the pool of the network before, compute a fresh one against what comes of it; what is done already is not done again.
+
+    Raises:
+        TrackingError: MLflow does not take what is done; to be tried again.
+    """
+    name, folder = f"repetition {repetition}", job.folder(repetition)
+    weights = folder / NETWORK_FILE
+    if not (weights.exists() and job.tracker.has_finished(f"{name}: fine-tuning")):
+        job.console.print(f"{name}: fine-tuning")
+        _fine_tune(job, repetition, before, weights)
+    if not ((folder / POOL_FOLDER / POOL_FILE).exists() and job.tracker.has_finished(f"{name}: fresh pool")):
+        job.console.print(f"{name}: fresh pool")
+        _compute_pool(job, repetition, before.pool, str(weights))
+    epochs = [RoundRecord.from_json(line) for line in (folder / EPOCHS_FILE).read_text().splitlines()]
+    return Network(name, str(weights), PerturbationPool.load(folder / POOL_FOLDER), epochs)
+
+
+def measure(job: Job, networks: Sequence[Network]) -> list[Measurement]:
+    """Every network under the pools of all of them, and under noise, on the held-out images."""
+    job.console.print("measuring")
+    shared = networks[0].pool.shared
+    noise = random_perturbation(job.val.shape, norm=shared["norm"], radius=shared["radius"], seed=job.config.seed)
+    perturbations = [perturbation for network in networks for perturbation in network.perturbations]
+    perturbations.append(Perturbation(RANDOM, noise, {"baseline": True}))
+    measurements: list[Measurement] = []
+    fleet = Fleet(job.model, networks[0].weights, job.fleet)
+    for number, network in enumerate(networks):
+        if number:
+            fleet.use(job.model, network.weights)
+        fleet.wait()
+        val = reload_dataset(fleet, job.val)
+        measurements += measure_perturbations(fleet, network.name, "held-out", val, perturbations)
+    fleet.close()
+    return measurements
+
+
+def group(job: Job, networks: Sequence[Network]) -> dict[str, dict[str, list[str]]]:
+    """Names of perturbations by network and group (see `Comparison`)."""
+    groups = {}
+    for before, network in zip([networks[0], *networks], networks, strict=False):
+        names = [perturbation.name for perturbation in before.perturbations]
+        size = len(job.config.split(before.pool)[0].members)
+        fresh = [perturbation.name for perturbation in network.perturbations]
+        groups[network.name] = {TRAINED_ON: names[:size], HELD_OUT: names[size:], FRESH: fresh, RANDOM: [RANDOM]}
+    return groups
+
+
+def _fine_tune(job: Job, repetition: int, before: Network, path: Path) -> None:
+    """Train, and write the network when its MLflow run is complete."""
+    assert job.fleet.num_workers is not None
+    task = Task(job.model, before.weights, job.train, job.val, before.pool, job.config, job.fleet.threads_per_worker)
+    name, num_workers = f"{repetition}-finetune", job.fleet.num_workers
+    training = Training(task, name=name, storage=job.storage, num_workers=num_workers, uses_gpu=job.uses_gpu)
+    records = []
+    with Tracker(run_name=f"repetition {repetition}: fine-tuning", parent=job.tracker) as tracker:
+        tracker.log_params({f"finetune.{key}": value for key, value in asdict(job.config).items()})
+        for record in training.epochs():
+            m = record.metrics
+            job.console.print(
+                f"epoch {record.step} of {job.config.epochs}: clean top-1 {m['top1/clean']:.3f}, members trained on fool "
+                f"{m[f'fooling_rate/{TRAINED_ON}']:.3f}, held-out members {m[f'fooling_rate/{HELD_OUT}']:.3f}"
+            )
+            tracker.log_round(record)
+            records.append(record)
+        tracker.wait_for_delivery(DELIVERY_TIMEOUT_S)
+    classifier = load_classifier(job.model, before.weights)
+    fill(classifier.network, training.weights(), str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (path.parent / EPOCHS_FILE).write_text("".join(f"{record.json}\n" for record in records))
+    provenance = dict(job.provenance) | {
+        "repetition": repetition,
+        "pool_sha256": before.pool.digest,
+        "weights_digest_before": classifier.weights_digest,
+        "weights_digest": digest_weights(classifier.network),
+        "mlflow_run_id": tracker.run_id,
+    }
+    unfinished = path.with_suffix(".unfinished")
+    write_weights(unfinished, classifier.network, provenance)
+    unfinished.rename(path)
+
+
+def _compute_pool(job: Job, repetition: int, pool: PerturbationPool, weights: str) -> None:
+    """A pool against the fine-tuned network, each member by the config and seed of the one that it follows."""
+    folder, classifier = job.folder(repetition), load_classifier(job.model, weights)
+    plans = {}
+    for member in pool.to_perturbations():
+        config = ComputeConfig.from_provenance(member.provenance, member.name)
+        path = member_folder(folder, config.seed)
+        plans[path.name] = MemberPlan(config, path, f"repetition {repetition}: {path.name}", job.record.options)
+    config = next(iter(plans.values())).config
+    provenance = dict(job.provenance) | describe_settings(classifier, weights, config, job.fleet)
+    fleet = Fleet(job.model, weights, job.fleet)
+    fleet.wait()
+    train, val = reload_dataset(fleet, job.train), reload_dataset(fleet, job.val)
+    setting = Setting(classifier, fleet, train, val, provenance, job.console)
+    record = describe_job(setting, config, job.tracker.run_id, job.record.options)
+    with ExitStack() as stack:
+        tracker = stack.enter_context(Tracker(run_name=f"repetition {repetition}: fresh pool", parent=job.tracker))
+        members = open_members(setting, plans, join(job.storage, f"{repetition}-pool"), record, tracker, stack)
+        compute_members(setting, members)
+        finished = FinishedPool.of({name: plan.folder for name, plan in plans.items()}, tracker.run_id)
+        save_pool(folder, finished)
+        deliver_members(setting, members)
+        deliver_pool(tracker, setting, finished, folder)
+    fleet.close()
