@@ -11,17 +11,15 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 import tyro
 from rich.console import Console
 
 from uap_dist.checkpoint import Checkpoint, CheckpointStore, JobRecord, check_identity
-from uap_dist.classifiers import Classifier, check_classifier, load_classifier
+from uap_dist.classifiers import check_classifier, load_classifier
 from uap_dist.compute import ComputeConfig, State
-from uap_dist.dataset import Dataset, check_disjoint, load_dataset
+from uap_dist.dataset import check_disjoint, load_dataset
 from uap_dist.errors import ConfigError, PerturbationError, TrackingError
-from uap_dist.finetune import NETWORK_FILE, FinetuneConfig
+from uap_dist.finetune import NETWORK_FILE, FinetuneConfig, check_labels
 from uap_dist.finetune_report import BEFORE, FinishedFinetuning, save_finetuning
 from uap_dist.fleet import Fleet, FleetConfig, connect
 from uap_dist.locations import is_url, join
@@ -30,7 +28,7 @@ from uap_dist.pool_run import Setting, describe_data, describe_job, describe_set
 from uap_dist.repetition import Job, Network, group, measure, repeat
 from uap_dist.report import output_folder
 from uap_dist.resume import Resumed, find_resumed
-from uap_dist.shards import UNKNOWN_CLASS, expand_patterns
+from uap_dist.shards import expand_patterns
 from uap_dist.terminal import one_line_errors, raise_on_sigterm, set_up_logging
 from uap_dist.tracking import CHECKPOINTS_TAG, Tracker
 
@@ -172,7 +170,7 @@ def _set_up(options: Options, pool: PerturbationPool, tracker: Tracker, resumed:
     fleet.close()  # training workers take its place
     check_disjoint(train, val)
     check_classifier(classifier, train.shape)
-    _check_labels(classifier, train, val)
+    check_labels(classifier, train, val)
     if tuple(pool.perturbations.shape[1:]) != train.shape and not options.allow_transfer:
         raise PerturbationError(
             f"the pool is of {_size(pool.perturbations.shape[1:])}, images are {_size(train.shape)}; --allow-transfer resizes it"
@@ -215,32 +213,6 @@ def _set_up(options: Options, pool: PerturbationPool, tracker: Tracker, resumed:
         tracker=tracker,
         console=console,
     )
-
-
-def _check_labels(classifier: Classifier, train: Dataset, val: Dataset) -> None:
-    """Refuse data without labels, and a network that does not know these."""
-    with torch.no_grad():
-        num_classes = classifier(torch.zeros(1, *train.shape)).shape[1]
-    for what, dataset in (("training", train), ("held-out", val)):
-        truths = dataset.truths
-        unknown = int((truths == UNKNOWN_CLASS).sum())
-        if unknown:
-            raise ConfigError(
-                f"{unknown} of {len(truths)} {what} images have no label; give shards with .cls (jobs/shard.py writes them)"
-            )
-        outside = truths[(truths < 0) | (truths >= num_classes)]
-        if len(outside):
-            raise ConfigError(
-                f"{len(outside)} of {len(truths)} {what} images have labels outside the network's {num_classes} classes, as {outside[0]}; "
-                "give a network with a head for these classes"
-            )
-    counts = np.bincount(train.truths)
-    top1, guess = float((train.clean.labels == train.truths).mean()), float(counts.max() / train.num_examples)
-    if top1 <= guess:
-        raise ConfigError(
-            f"the network names {top1:.3f} of the training images rightly, no more than always saying {counts.argmax()} ({guess:.3f}): "
-            "its classes are not the data's labels; give weights that know them"
-        )
 
 
 def _start(options: Options, record: JobRecord, state: State, tracker: Tracker, resumed: Resumed | None) -> str:

@@ -10,7 +10,7 @@ from uap_dist.classifiers import Classifier, Geometry, load_classifier
 from uap_dist.dataset import LocalWorkers, load_dataset, reload_dataset
 from uap_dist.errors import ConfigError, ShardError
 from uap_dist.evaluate import measure_perturbations
-from uap_dist.finetune import HELD_OUT, TRAINED_ON, FinetuneConfig, Learner, Task, smallest_factors
+from uap_dist.finetune import HELD_OUT, TRAINED_ON, FinetuneConfig, Learner, Task, check_labels, smallest_factors
 from uap_dist.norms import random_perturbation
 from uap_dist.pool import PerturbationPool
 from uap_dist.shards import write_shards
@@ -194,3 +194,23 @@ def test_a_training_that_diverges_says_so(tiny_data, pool):
     trained.run_epoch()
     with pytest.raises(ConfigError, match=r"the training of epoch 1 diverged .*give less than --learning-rate 1e\+30"):
         trained.run_epoch()
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        (lambda cls: None, "20 of 20 training images have no label; give shards with .cls"),
+        (lambda cls: 17, "20 of 20 training images have labels outside the network's 4 classes, as 17"),
+        (
+            lambda cls: 0,
+            "of the training images rightly, no more than always saying 0 .1.000.: its classes are not the data",
+        ),
+    ],
+)
+def test_labels_that_are_not_the_networks_are_refused(label, message, tmp_path, tiny_data, local_workers):
+    samples = ({**s, "cls": label(s["cls"])} for s in random_samples(20, seed=7))
+    samples = ({k: v for k, v in s.items() if v is not None} for s in samples)
+    write_shards(samples, tmp_path, prefix="other", shard_size=20)
+    other = load_dataset(local_workers, [str(tmp_path / "other-0000.tar")])
+    with pytest.raises(ConfigError, match=message):
+        check_labels(load_classifier(TINY), other, tiny_data[1])

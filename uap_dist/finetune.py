@@ -24,6 +24,7 @@ from uap_dist.errors import ConfigError
 from uap_dist.fooling import Rate
 from uap_dist.history import RoundRecord
 from uap_dist.pool import AddUniversalPerturbation, PerturbationPool
+from uap_dist.shards import UNKNOWN_CLASS
 from uap_dist.share import Batch, Share
 from uap_dist.weights import fill, read_weights, write_weights
 from uap_dist.worker import set_up_torch
@@ -293,6 +294,36 @@ class Learner:
         if self._num_workers > 1:
             distributed.all_reduce(total)
         return total.tolist()
+
+
+def check_labels(classifier: Classifier, train: Dataset, val: Dataset) -> None:
+    """Refuse data that this classifier cannot be fine-tuned on; the datasets carry its clean labels.
+
+    Raises:
+        ConfigError: images without a label, labels outside its classes, or such that it names no better than by guessing.
+    """
+    with torch.no_grad():
+        num_classes = classifier(torch.zeros(1, *train.shape)).shape[1]
+    for what, dataset in (("training", train), ("held-out", val)):
+        truths = dataset.truths
+        unknown = int((truths == UNKNOWN_CLASS).sum())
+        if unknown:
+            raise ConfigError(
+                f"{unknown} of {len(truths)} {what} images have no label; give shards with .cls (jobs/shard.py writes them)"
+            )
+        outside = truths[(truths < 0) | (truths >= num_classes)]
+        if len(outside):
+            raise ConfigError(
+                f"{len(outside)} of {len(truths)} {what} images have labels outside the network's {num_classes} classes, as {outside[0]}; "
+                "give a network with a head for these classes"
+            )
+    counts = np.bincount(train.truths)
+    top1, guess = float((train.clean.labels == train.truths).mean()), float(counts.max() / train.num_examples)
+    if top1 <= guess:
+        raise ConfigError(
+            f"the network names {top1:.3f} of the training images rightly, no more than always saying {counts.argmax()} ({guess:.3f}): "
+            "its classes are not the data's labels; give weights that know them"
+        )
 
 
 def smallest_factors(

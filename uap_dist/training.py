@@ -8,18 +8,20 @@ import os
 os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")  # a Prometheus exporter for each worker
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths of networks and weights stay what they are
 
-import queue
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from queue import SimpleQueue
 from threading import Thread
 from typing import Any
 
+import ray
 import ray.train
 import ray.train.torch
+from ray.actor import ActorHandle
 from ray.exceptions import RayError
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig, TrainingFailedError
-from ray.util.queue import Empty, Queue
 
 from uap_dist.errors import UapDistError, WorkerLostError
 from uap_dist.finetune import HELD_OUT, NETWORK_FILE, Learner, Task
@@ -29,8 +31,22 @@ from uap_dist.weights import read_weights
 
 MAX_RESTARTS = 10  # of all workers together, because one was lost
 MAX_FAILED_STARTS = 20  # of half a minute each, where Ray cannot place them
-SECONDS_BETWEEN_LOOKS = 1.0
+SECONDS_BETWEEN_LOOKS = 0.3
 SCORE = f"top1/{HELD_OUT}"  # of the epoch whose checkpoint is kept beside the last one
+
+
+class _Mailbox:
+    """Where the first worker leaves what the driver shall see; it outlives the workers, as Ray's Queue does, and is silent."""
+
+    def __init__(self) -> None:
+        self._letters: list[RoundRecord | UapDistError] = []
+
+    def put(self, letter: RoundRecord | UapDistError) -> None:
+        self._letters.append(letter)
+
+    def take(self) -> list[RoundRecord | UapDistError]:
+        letters, self._letters = self._letters, []
+        return letters
 
 
 class Training:
@@ -46,13 +62,14 @@ class Training:
             num_workers: that train together; they share each batch.
             uses_gpu: whether each takes a GPU.
         """
-        self._queue = Queue(actor_options={"num_cpus": 0})
-        self._outcome: queue.SimpleQueue[Result | Exception] = queue.SimpleQueue()
+        mailbox_class: Any = ray.remote(num_cpus=0)(_Mailbox)
+        self._mailbox: ActorHandle[Any] = mailbox_class.remote()
+        self._outcome: SimpleQueue[Result | Exception] = SimpleQueue()
         filesystem, path = locate(storage)
         resources = {"CPU": float(task.num_threads)} | ({"GPU": 1.0} if uses_gpu else {})
         self._trainer = ray.train.torch.TorchTrainer(
             _train,
-            train_loop_config={"task": task, "queue": self._queue},
+            train_loop_config={"task": task, "mailbox": self._mailbox},
             scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=uses_gpu, resources_per_worker=resources),
             run_config=RunConfig(
                 name=name,
@@ -72,25 +89,22 @@ class Training:
             WorkerLostError: workers were lost or could not be placed too often.
         """
         Thread(target=self._fit, name="training", daemon=True).start()
-        num_seen = 0
-        while True:
-            is_over = not self._outcome.empty()  # asked first, so that nothing is left in the queue then
-            try:
-                found = self._queue.get(timeout=SECONDS_BETWEEN_LOOKS)
-            except Empty:
-                if not is_over:
-                    continue
-                outcome = self._outcome.get()
-                if isinstance(outcome, Exception):
-                    raise WorkerLostError(f"the training was given up: {_first_line(outcome)}") from outcome
-                self._result = outcome
-                self._queue.shutdown()
-                return
-            if isinstance(found, UapDistError):
-                raise found
-            if found.step == num_seen:  # workers that were restarted begin with what is known
-                num_seen += 1
-                yield found
+        num_seen, is_over = 0, False
+        while not is_over:
+            is_over = not self._outcome.empty()  # asked first, so that nothing is left in the mailbox then
+            letters: list[RoundRecord | UapDistError] = ray.get(self._mailbox.take.remote())
+            for letter in letters:
+                if isinstance(letter, UapDistError):
+                    raise letter
+                if letter.step == num_seen:  # workers that were restarted begin with what is known
+                    num_seen += 1
+                    yield letter
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        ray.kill(self._mailbox)
+        outcome = self._outcome.get()
+        if isinstance(outcome, Exception):
+            raise WorkerLostError(f"the training was given up: {_last_line(outcome)}") from outcome
+        self._result = outcome
 
     def weights(self) -> dict[str, Any]:
         """The tensors of the trained network; to be called when there are no more epochs."""
@@ -108,12 +122,12 @@ class Training:
 def _train(config: dict[str, Any]) -> None:
     """What each worker runs; its own errors end the training at once instead of being tried again."""
     try:
-        _train_to_the_end(config["task"], config["queue"])
+        _train_to_the_end(config["task"], config["mailbox"])
     except UapDistError as error:
-        config["queue"].put(error)
+        _post(config["mailbox"], error)
 
 
-def _train_to_the_end(task: Task, records: Queue) -> None:
+def _train_to_the_end(task: Task, mailbox: ActorHandle[Any]) -> None:
     context = ray.train.get_context()
     learner = Learner(
         task,
@@ -129,7 +143,7 @@ def _train_to_the_end(task: Task, records: Queue) -> None:
             learner.load(Path(folder))
     if is_first:
         for record in learner.history:
-            records.put(record)
+            _post(mailbox, record)
     while not learner.is_done:
         record = learner.run_epoch()
         with tempfile.TemporaryDirectory() as folder:
@@ -137,9 +151,13 @@ def _train_to_the_end(task: Task, records: Queue) -> None:
                 learner.save(Path(folder))
             ray.train.report(dict(record.metrics), checkpoint=Checkpoint(folder) if is_first else None)
         if is_first:
-            records.put(record)
+            _post(mailbox, record)
 
 
-def _first_line(error: Exception) -> str:
+def _post(mailbox: ActorHandle[Any], letter: RoundRecord | UapDistError) -> None:
+    ray.get(mailbox.put.remote(letter))
+
+
+def _last_line(error: Exception) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(error).__name__

@@ -1,0 +1,211 @@
+"""jobs/finetune.py as a user starts it: on S3, with a training worker and the driver killed, and what bad input gets."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import TINY
+from test_job import JOB, empty_store, environment, runs
+
+from uap_dist.classifiers import Geometry, load_classifier
+from uap_dist.compute import ComputeConfig, compute
+from uap_dist.dataset import LocalWorkers, load_dataset
+from uap_dist.finetune import FinetuneConfig, Learner, Task
+from uap_dist.perturbations import Perturbation
+from uap_dist.pool import PerturbationPool
+from uap_dist.share import Share
+from uap_dist.shards 
+from uap_dist.weights import digest_weights, write_weights
+from uap_dist.worker import Worker
+
+FINETUNE = JOB.with_name("finetune.py")
+SLOW = TINY.replace(":Tiny", ":Slow")
+CONFIG = FinetuneConfig(epochs=3, batch_size=8, learning_rate=0.01, adaptive=True)
+pytestmark = pytest.mark.timeout(400)
+OPTIONS = ("--epochs", "3", "--batch-size", "8", "--learning-rate", "0.01", "--adaptive", "--num-workers", "1")
+
+
+@pytest.fixture(scope="module")
+def data(shards):
+    return [str(shards / f"train-{i:04d}.tar") for i in range(3)], [str(shards / "val-0000.tar")]
+
+
+@pytest.fixture(scope="module")
+def weights(data, tmp_path_factory):
+    """Of the tiny network, taught the shards' labels."""
+    classifier = load_classifier(TINY)
+    train = load_dataset(LocalWorkers(Worker(classifier, cache_bytes=1 << 30, num_threads=1)), data[0])
+    network = load_classifier(TINY).network.requires_grad_(True)
+    optimiser = torch.optim.Adam(network.parameters(), 3e-3)
+    for epoch in range(12):
+        for images, truths in Share(train, Geometry(), 3).shuffled(np.random.default_rng(epoch), 8):
+            loss = torch.nn.functional.cross_entropy(network(torch.tensor(images).float()), torch.tensor(truths))
+            optimiser.zero_grad(), loss.backward(), optimiser.step()
+    path = tmp_path_factory.mktemp("weights") / "taught.safetensors"
+    write_weights(path, network, {})
+    return str(path)
+
+
+def computed(weights, data, name, seed):
+    """A perturbation as jobs/compute.py leaves it."""
+    classifier = load_classifier(SLOW, weights)
+    workers = LocalWorkers(Worker(classifier, cache_bytes=1 << 30, num_threads=1))
+    config = ComputeConfig(max_passes=2, round_size=10, block_size=5, radius=30.0, seed=seed, random_start=0.5)
+    *_, final = compute(workers, load_dataset(workers, data[0]), load_dataset(workers, data[1]), config)
+    provenance = vars(config) | {"model": SLOW, "weights_digest": classifier.weights_digest}
+    return Perturbation(name, final.perturbation, provenance | {"random_start": 0.5})
+
+
+@pytest.fixture(scope="module")
+def pool(weights, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pool")
+    PerturbationPool.of([computed(weights, data, f"seed-{seed}", seed) for seed in (3, 4)]).save(folder / "pool")
+    return folder / "pool"
+
+
+def words(weights, data, pool, *more):
+    given = ("--model", SLOW, "--weights", weights, "--pool", str(pool), "--output", "out")
+    return [*given, "--train-shards", *data[0], "--val-shards", *data[1], *OPTIONS, *more]
+
+
+def start(folder, command):
+    if not (folder / "mlflow.db").exists():
+        (folder / "mlflow.db").write_bytes(empty_store())
+    log = (folder / "log").open("a")
+    environ = environment(**{k: v for k, v in os.environ.items() if k.startswith("AWS_")})
+    return subprocess.Popen([sys.executable, str(FINETUNE), *command], cwd=folder, env=environ, stdout=log, stderr=log)
+
+
+def wait_for(folder, process, text):
+    deadline = time.monotonic() + 120
+    while text not in (folder / "log").read_text():
+        assert process.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def disturbed(weights, data, pool, s3, tmp_path_factory):
+    """A job on S3 whose training worker is killed in mid-epoch, whose driver is killed between epochs, and which is resumed."""
+    folder = tmp_path_factory.mktemp("finetune")
+    process = start(folder, words(weights, data, pool, "--storage", f"s3://bucket/finetune?{s3}"))
+    wait_for(folder, process, "epoch 1 of 3")
+    time.sleep(0.7)  # epochs take five steps of 0.3 s
+    children = psutil.Process(process.pid).children(recursive=True)
+    (worker,) = [child for child in children if "RayTrainWorker" in " ".join(child.cmdline())]
+    os.kill(worker.pid, signal.SIGKILL)
+    wait_for(folder, process, "epoch 2 of 3")
+    process.kill()
+    process.wait()
+    killed = time.time() * 1000
+    log = (folder / "log").read_text()
+    assert "epoch 3 of 3" not in log
+    run_id = re.search("MLflow run ([0-9a-f]{32})", log)[1]
+    (folder / "log").write_text("")
+    resumed = start(folder, ["--resume", run_id])
+    assert resumed.wait(200) == 0, (folder / "log").read_text()
+    return folder, run_id, killed
+
+
+def test_kills_change_no_bit_of_the_network(disturbed, weights, data, pool):
+    folder, *_ = disturbed
+    workers = LocalWorkers(Worker(load_classifier(SLOW, weights), cache_bytes=1 << 30, num_threads=1))
+    train, val = (load_dataset(workers, urls) for urls in data)
+    learner = Learner(Task(SLOW, weights, train, val, PerturbationPool.load(pool), CONFIG, num_threads=1))
+    while not learner.is_done:
+        learner.run_epoch()
+    written = load_classifier(SLOW, str(folder / "out/network.safetensors"))
+    assert written.weights_digest == digest_weights(learner.classifier.network)
+    epochs = pq.read_table(folder / "out/tables/epochs.parquet").to_pylist()
+    assert [row["epoch"] for row in epochs] == [0, 1, 2, 3]
+    for row, record in zip(epochs, learner.history, strict=True):
+        assert all(row[name] == value for name, value in record.metrics.items() if "second" not in name)
+
+
+def test_no_epoch_was_repeated_or_lost_in_mlflow(disturbed):
+    folder, run_id, killed = disturbed
+    client, found = runs(folder)
+    names = {run.info.run_name: run for run in found}
+    assert {run.info.status for run in found} == {"FINISHED"}
+    children = {"repetition 1: fine-tuning", "repetition 1: fresh pool", "repetition 1: seed-3", "repetition 1: seed-4"}
+    assert set(names) == {"finetune-tiny.py-Slow"} | children
+    training = names["repetition 1: fine-tuning"].info.run_id
+    points = client.get_metric_history(training, "top1/clean")
+    assert [m.step for m in points] == [0, 1, 2, 3]
+    assert [m.timestamp < killed for m in points] == [True, True, True, False]
+    job = client.get_run(run_id)
+    assert job.data.metrics["after/fooling_rate_fresh"] < job.data.metrics["before/fooling_rate_fresh"]
+
+
+def test_the_fresh_pool_is_that_of_the_tuned_network_by_the_same_config(disturbed, data):
+    folder, *_ = disturbed
+    fresh = PerturbationPool.load(folder / "out/repetitions/1/pool")
+    again = computed(str(folder / "out/network.safetensors"), data, "seed-3", 3)
+    assert torch.equal(fresh.perturbations[0], again.v)
+    assert fresh.shared["weights_digest"] == again.provenance["weights_digest"]
+    assert [member["seed"] for member in fresh.members] == [3, 4]
+
+
+def test_the_table_is_what_jobs_evaluate_says(disturbed):
+    folder, *_ = disturbed
+    rows = {(r["network"], r["group"]): r for r in json.loads((folder / "out/result.json").read_text())["comparisons"]}
+    table = pq.read_table(folder / "out/tables/evaluation.parquet").to_pylist()
+    assert len(table) == 2 * 5  # two networks; given pool, fresh pool, noise
+    held_out = next(r for r in table if r["classifier"] == "repetition 1" and r["perturbation"] == "given pool, seed-4")
+    assert rows["repetition 1", "held_out_members"]["fooling"] == held_out["fooling_rate"]
+    fresh = [r for r in table if r["classifier"] == "repetition 1" and r["perturbation"].startswith("repetition 1,")]
+    assert rows["repetition 1", "fresh"]["fooling"] == pytest.approx(
+        np.mean([r["fooling_rate"] for r in fresh]), abs=0.03
+    )
+    assert rows["before", "fresh"]["num_perturbations"] == 2
+    assert {p.name for p in (folder / "out/pictures").iterdir()} == {"1-transfer-held-out.png", "2-epochs.png"}
+
+
+def test_the_model_in_mlflow_takes_pixels(disturbed):
+    import mlflow
+
+    folder, run_id, _ = disturbed
+    mlflow.set_tracking_uri(f"sqlite:///{folder / 'mlflow.db'}")
+    model = mlflow.pyfunc.load_model(f"runs:/{run_id}/model")
+    pixels = np.random.default_rng(0).uniform(0, 255, (5, 3, 16, 16)).astype(np.float32)
+    expected = load_classifier(SLOW, str(folder / "out/network.safetensors"))(torch.tensor(pixels))
+    np.testing.assert_allclose(model.predict(pixels), expected.numpy(), rtol=1e-4, atol=1e-4)
+    (taken,) = model.metadata.signature.inputs
+    assert (taken.type, taken.shape) == (np.float32, (-1, 3, 16, 16))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("storage", "cannot write checkpoints to"),
+        ("foreign network", "the pool was computed for "),
+        ("one member", "the pool has 1 members, of which 1 would be held out"),
+        ("nothing", "no model given (--model)"),
+    ],
+)
+def test_bad_input_is_one_line(name, message, weights, data, pool, tmp_path):
+    command = {
+        "storage": lambda: words(weights, data, pool, "--storage", "/proc/here"),
+        "foreign network": lambda: [w for w in words(weights, data, pool) if w not in ("--weights", weights)],
+        "one member": lambda: words(weights, data, one_member(pool, tmp_path)),
+        "nothing": list,
+    }[name]()
+    process = start(tmp_path, command)
+    assert process.wait(100) == 1
+    (line,) = [line for line in (tmp_path / "log").read_text().splitlines() if not line.startswith("MLflow run")]
+    assert line.startswith("error: ") and message in line
+    _, (run,) = runs(tmp_path)
+    assert run.info.status == "FAILED" and message in run.data.tags["reason"]
+
+
+def one_member(pool, folder):
+    PerturbationPool.load(pool).take(0, 1).save(folder / "one")
+    return folder / "one"
