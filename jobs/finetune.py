@@ -6,7 +6,7 @@ Each repetition trains on a pool, then computes a fresh pool against the network
 import json
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -229,7 +229,7 @@ def _start(options: Options, record: JobRecord, state: State, tracker: Tracker, 
     return storage
 
 
-def _size(shape: tuple[int, ...] | torch.Size) -> str:
+def _size(shape: Sequence[int]) -> str:
     return "×".join(map(str, shape))
 
 

@@ -23,7 +23,6 @@ from uap_dist.finetune import FinetuneConfig, Learner, Task
 from uap_dist.perturbations import Perturbation
 from uap_dist.pool import PerturbationPool
 from uap_dist.share import Share
-from uap_dist.shards 
 from uap_dist.weights import digest_weights, write_weights
 from uap_dist.worker import Worker
 
