@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import pytest
 import torch
 from conftest import TINY
 from test_job import JOB, empty_store, environment, runs
+from torch.nn.parallel import DistributedDataParallel
 
 from uap_dist.classifiers import Geometry, load_classifier
 from uap_dist.compute import ComputeConfig, compute
@@ -30,7 +30,7 @@ FINETUNE = JOB.with_name("finetune.py")
 SLOW = TINY.replace(":Tiny", ":Slow")
 CONFIG = FinetuneConfig(epochs=3, batch_size=8, learning_rate=0.01, adaptive=True)
 pytestmark = pytest.mark.timeout(400)
-OPTIONS = ("--epochs", "3", "--batch-size", "8", "--learning-rate", "0.01", "--adaptive", "--num-workers", "1")
+OPTIONS = ("--epochs", "3", "--batch-size", "8", "--learning-rate", "0.01", "--adaptive", "--num-workers", "2")
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +99,8 @@ def disturbed(weights, data, pool, s3, tmp_path_factory):
     wait_for(folder, process, "epoch 1 of 3")
     time.sleep(0.7)  # epochs take five steps of 0.3 s
     children = psutil.Process(process.pid).children(recursive=True)
-    (worker,) = [child for child in children if "RayTrainWorker" in " ".join(child.cmdline())]
-    os.kill(worker.pid, signal.SIGKILL)
+    one, _ = [child for child in children if "RayTrainWorker" in " ".join(child.cmdline())]
+    one.kill()
     wait_for(folder, process, "epoch 2 of 3")
     process.kill()
     process.wait()
@@ -114,18 +114,31 @@ def disturbed(weights, data, pool, s3, tmp_path_factory):
     return folder, run_id, killed
 
 
-def test_kills_change_no_bit_of_the_network(disturbed, weights, data, pool):
+def learn(number, task, folder):
+    """One of two workers, without Ray."""
+    where = f"file://{folder / 'meeting'}"
+    torch.distributed.init_process_group("gloo", init_method=where, rank=number, world_size=2)
+    learner = Learner(task, number=number, num_workers=2, prepare=DistributedDataParallel)
+    while not learner.is_done:
+        learner.run_epoch()
+    if number == 0:
+        learner.save(folder)
+    torch.distributed.destroy_process_group()
+
+
+def test_kills_change_no_bit_of_the_network(disturbed, weights, data, pool, tmp_path):
     folder, *_ = disturbed
     workers = LocalWorkers(Worker(load_classifier(SLOW, weights), cache_bytes=1 << 30, num_threads=1))
     train, val = (load_dataset(workers, urls) for urls in data)
-    learner = Learner(Task(SLOW, weights, train, val, PerturbationPool.load(pool), CONFIG, num_threads=1))
-    while not learner.is_done:
-        learner.run_epoch()
+    task = Task(SLOW, weights, train, val, PerturbationPool.load(pool), CONFIG, num_threads=1)
+    torch.multiprocessing.spawn(learn, (task, tmp_path), nprocs=2)
+    undisturbed = Learner(task)
+    undisturbed.load(tmp_path)
     written = load_classifier(SLOW, str(folder / "out/network.safetensors"))
-    assert written.weights_digest == digest_weights(learner.classifier.network)
+    assert written.weights_digest == digest_weights(undisturbed.classifier.network)
     epochs = pq.read_table(folder / "out/tables/epochs.parquet").to_pylist()
     assert [row["epoch"] for row in epochs] == [0, 1, 2, 3]
-    for row, record in zip(epochs, learner.history, strict=True):
+    for row, record in zip(epochs, undisturbed.history, strict=True):
         assert all(row[name] == value for name, value in record.metrics.items() if "second" not in name)
 
 

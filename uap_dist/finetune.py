@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from math import isfinite
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
@@ -55,9 +55,9 @@ class FinetuneConfig:
     """Of SGD."""
     weight_decay: float = 1e-4
     """Of SGD."""
-    batch_norm: Literal["frozen", "train"] = "frozen"
-    """frozen: batch norms go on with the statistics that they came with, only their scale and shift learn, and batches may be
-    small. train: they use and gather those of each worker's batches, half of which are perturbed."""
+    batch_norm: Literal["train", "frozen"] = "train"
+    """train: batch norms use and gather the statistics of each worker's batches, perturbed images among them. frozen: they go on
+    with those that they came with, only their scale and shift learn: for batches of a few images on each worker."""
     augment: Augmentation = "flip"
     """Random views of the training images, drawn per image."""
     shuffle_shards: int = 16
@@ -79,7 +79,7 @@ class FinetuneConfig:
         steps = (0.0, *self.ladder)
         if len(steps) < 2 or not all(0 <= a < b < float("inf") for a, b in zip(steps, steps[1:], strict=False)):
             raise ConfigError(f"ladder is {self.ladder}; it must hold ascending positive numbers")
-        if self.batch_norm not in get_args(Literal["frozen", "train"]):
+        if self.batch_norm not in ("frozen", "train"):
             raise ConfigError(f"batch norm is {self.batch_norm!r}; it must be frozen or train")
 
     def check_batch(self, num_images: int, num_workers: int) -> None:
