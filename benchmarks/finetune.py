@@ -41,6 +41,7 @@ POOLS = {  # network, members, options of jobs/compute.py
     "squeezenet-linf10": ("squeezenet", 5, ("--max-evaluations", "3000")),
 }
 ROWS = {  # pool, options of jobs/finetune.py
+    "resnet20-linf10-control": ("resnet20-linf10", ("--probability", "0")),
     "resnet20-linf10-plain": ("resnet20-linf10", ("--repetitions", "2")),
     "resnet20-linf10-adaptive": ("resnet20-linf10", ("--repetitions", "2", "--adaptive")),
     "resnet20-linf8-plain": ("resnet20-linf8", ("--repetitions", "2")),
