@@ -210,7 +210,7 @@ def given(local_workers, tiny_data):
 
 def test_perturbations_of_fewer_images_are_what_the_thinned_data_gives(local_workers, tiny_data, given):
     (train, val), (perturbation, last) = tiny_data, given
-    plan = analysis.plan_numbers(train, perturbation, (12, 47), 2)
+    plan = analysis.plan_numbers(train, analysis.Recipe.of(perturbation), (12, 47), 2)
     assert list(plan) == [(12, 3), (12, 4), (47, 3), (47, 4)]
     found = {(p.num_images, p.seed): p for p in analysis.compute_by_number(local_workers, train, val, plan)}
     assert len(found) == 4
@@ -230,10 +230,10 @@ def test_numbers_that_cannot_be_are_refused(tiny_data, given):
     for number in (4, 48):
         message = f"of {number} training images (--numbers) cannot be computed; give numbers between a block, 5, and all that there are, 47"
         with pytest.raises(ConfigError, match=re.escape(message)):
-            analysis.plan_numbers(train, given[0], (number,), 1)
-    with pytest.raises(PerturbationError, match="published does not say how .* leave images out of --analyses"):
-        analysis.plan_numbers(train, Perturbation("published", torch.ones(SHAPE)), (12,), 1)
-    poor = replace(given[0], provenance={**given[0].provenance, "num_evaluations": 47 + 4})
+            analysis.plan_numbers(train, analysis.Recipe.of(given[0]), (number,), 1)
+    with pytest.raises(PerturbationError, match="published does not say how .* leave images"):
+        analysis.Recipe.of(Perturbation("published", torch.ones(SHAPE)))
+    poor = replace(analysis.Recipe.of(given[0]), num_evaluations=4)
     with pytest.raises(ConfigError, match="do not pay for"):
         analysis.plan_numbers(train, poor, (47,), 1)
 

@@ -72,6 +72,10 @@ class Point:
     norm_linf: float
     fooling: Rate
 
+    def __str__(self) -> str:
+        """One line for a log."""
+        return f"{self.kind} {self.draw}, ℓ2 {self.norm_l2:.4g}, ℓ∞ {self.norm_linf:.4g}: {self.fooling}"
+
 
 @dataclass(frozen=True)
 class GatheredNormals:
@@ -115,6 +119,36 @@ class NumberPoint:
     val: Rate
     train: Rate
     num_evaluations: int
+
+    def __str__(self) -> str:
+        """One line for a log."""
+        return f"{self.num_images} training images, seed {self.seed}: held-out {self.val}, training {self.train}"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a perturbation was computed.
+
+    Attributes:
+        config: its own.
+        num_evaluations: network evaluations that increments took; those for clean labels are not among them.
+    """
+
+    config: ComputeConfig
+    num_evaluations: int
+
+    @classmethod
+    def of(cls, perturbation: Perturbation) -> "Recipe":
+        """What the perturbation says of itself; PerturbationError where it says nothing."""
+        said = perturbation.provenance
+        try:
+            config = ComputeConfig.from_provenance(said, perturbation.name)
+            return cls(config, said["num_evaluations"] - said["num_train_images"])
+        except (PerturbationError, KeyError) as error:
+            raise PerturbationError(
+                f"{perturbation.name} does not say how it was computed, so others cannot be computed likewise; leave images "
+                "out of --analyses, or give a perturbation that jobs/compute.py has written"
+            ) from error
 
 
 def sum_steps(workers: Workers, dataset: Dataset, memory_bytes: int) -> Tensor:
@@ -291,31 +325,23 @@ def paper_norm_l2(shape: Sequence[int]) -> float:
 
 
 def plan_numbers(
-    train: Dataset, perturbation: Perturbation, numbers: Sequence[int], num_seeds: int
+    train: Dataset, recipe: Recipe, numbers: Sequence[int], num_seeds: int
 ) -> dict[tuple[int, int], ComputeConfig]:
     """How a perturbation is computed from each number of images with each seed, by (number, seed).
 
-    As the given one was, with as many network evaluations for increments; those for clean labels come on top, so that few images
-    do not buy more increments. All its images and its seed give the perturbation itself, unless it had stopped at a target.
+    As the recipe says, with as many network evaluations for increments; those for clean labels come on top, so that fewer images
+    do not buy more increments. All its images and its seed give its perturbation again, unless that had stopped at a target.
 
     Args:
         train: all training images.
-        perturbation: what it says of itself is the config; its seed is the first one.
+        recipe: its seed is the first one.
         numbers: of training images, evenly spread over all.
         num_seeds: computations of each number.
 
     Raises:
-        PerturbationError: it does not say how it was computed.
         ConfigError: a number of images that is not there, is less than a block, or whose increments cannot be paid.
     """
-    try:
-        config = ComputeConfig.from_provenance(perturbation.provenance, perturbation.name)
-        work = perturbation.provenance["num_evaluations"] - perturbation.provenance["num_train_images"]
-    except (PerturbationError, KeyError) as error:
-        raise PerturbationError(
-            f"{perturbation.name} does not say how it was computed, and others cannot be computed likewise; leave images out of "
-            "--analyses, or give a perturbation that jobs/compute.py has written"
-        ) from error
+    config = recipe.config
     for number in numbers:
         if not config.block_size <= number <= train.num_examples:
             raise ConfigError(
@@ -324,7 +350,9 @@ def plan_numbers(
             )
     config = replace(config, max_passes=None, target_fooling_rate=1.0, evaluate_every=None)
     plan = {
-        (number, config.seed + draw): replace(config, seed=config.seed + draw, max_evaluations=number + work)
+        (number, config.seed + draw): replace(
+            config, seed=config.seed + draw, max_evaluations=number + recipe.num_evaluations
+        )
         for number in numbers
         for draw in range(num_seeds)
     }
@@ -384,4 +412,4 @@ def _single_steps(workers: Workers, dataset: Dataset, seed: int) -> Iterator[Ten
     for place in np.random.default_rng(seed).permutation(dataset.num_examples):
         shard = bisect_right(dataset.starts, place) - 1
         (found,) = workers.map("normals", [dataset.examples(shard, [place - dataset.starts[shard]])])
-        yield from torch.from_numpy(found.directions)
+        yield from torch.tensor(found.directions)  # Ray's arrays are read-only
