@@ -156,6 +156,7 @@ def run(options: Options, tracker: Tracker) -> None:
     console.print(f"{options.model}, {train.num_examples} training and {val.num_examples} held-out images")
     phase, boundaries = _measure(options, fleet, train, val, perturbation)
     numbers = _show("images", compute_by_number(fleet, train, val, plan)) if plan else []
+    numbers.sort(key=lambda point: (point.num_images, point.seed))  # they end in any order
     counts = {"num_train_images": train.num_examples, "num_val_images": val.num_examples}
     finished = FinishedAnalysis(
         perturbation=perturbation,

@@ -87,4 +87,4 @@ def test_capacity_fills_the_memory(num_columns, memory_bytes):
     k = count_rows(num_columns, memory_bytes)
     assert needed(k) <= memory_bytes < needed(k + 2)
     with pytest.raises(ConfigError, match="do not hold two rows"):
-        count_rows(num_columns, 8 * num_columns)
+        Sketch(num_columns, 8 * num_columns)

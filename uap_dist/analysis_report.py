@@ -34,7 +34,7 @@ class FinishedAnalysis:
 
     Attributes:
         perturbation: that was analysed.
-        phase: points of the phase transition; empty where it was left out.
+        phase: points of the phase transition, scale 1 among them; empty where it was left out.
         boundaries: None where they were left out.
         numbers: by number of training images and seed; empty where left out.
         num_train_images, num_solved: that directions come from; those that DeepFool was asked of.

@@ -48,9 +48,9 @@ def norm_at(points: Sequence[Point], share: float) -> float | None:
 
 
 def by_number(points: Sequence[NumberPoint]) -> dict[int, list[NumberPoint]]:
-    """The points of each number of images, by seed."""
-    points = sorted(points, key=lambda point: (point.num_images, point.seed))
-    return {number: [p for p in points if p.num_images == number] for number in {p.num_images: None for p in points}}
+    """The points of each number of images."""
+    numbers = sorted({point.num_images for point in points})
+    return {number: [point for point in points if point.num_images == number] for number in numbers}
 
 
 def phase_numbers(points: Sequence[Point]) -> dict[str, Any]:
@@ -100,8 +100,8 @@ def phase_section(points: Sequence[Point], num_train_images: int, num_summed: in
         "equally large, such as random signs, is long for its ℓ∞ norm, and one with few large values is short."
     )
     yield (
-        f"What it says of held-out images: {_half(points, UNIVERSAL)}. {_half(points, SPHERE)}. In the paper (figure 8, CaffeNet, ImageNet) "
-        "the universal perturbation fools 85 % at ℓ2 norm 2000, and random vectors of that norm 10 %."
+        f"What it says of held-out images: {_half(points, UNIVERSAL)}. {_half(points, SPHERE)}. In the paper "
+        "(figure 8, CaffeNet, ImageNet) the universal perturbation fools 85 % at ℓ2 norm 2000, and random vectors of that norm 10 %."
     )
     for norm, name in NORM_NAMES.items():
         yield f"Fooling rate, mean of the draws, at multiples of the perturbation's own {name} norm:"

@@ -56,8 +56,16 @@ class Sketch:
     """
 
     def __init__(self, num_columns: int, memory_bytes: int) -> None:
-        """An empty matrix; its pages are touched only as rows come."""
+        """An empty matrix; its pages are touched only as rows come.
+
+        Raises:
+            ConfigError: a memory that does not hold two rows.
+        """
         self.capacity = count_rows(num_columns, memory_bytes)
+        if self.capacity < 2:
+            raise ConfigError(
+                f"{memory_bytes} bytes do not hold two rows of {num_columns} values and what their products take"
+            )
         self._rows = np.empty((self.capacity, num_columns), np.float32)
         self._num_kept = 0
         self._num_rows, self._energy, self._error = 0, 0.0, 0.0
@@ -119,17 +127,11 @@ def count_rows(num_columns: int, memory_bytes: int) -> int:
     """Rows of a float32 matrix that fit into a memory together with what its singular values take.
 
     That is 4 k d + 40 min(k, d)² bytes for k rows and d columns.
-
-    Raises:
-        ConfigError: fewer than two.
     """
     d = num_columns
     if (4 + EIGH_BYTES) * d**2 <= memory_bytes:
         return (memory_bytes - EIGH_BYTES * d**2) // (4 * d)
-    k = int((sqrt(16 * d**2 + 4 * EIGH_BYTES * memory_bytes) - 4 * d) / (2 * EIGH_BYTES))
-    if k < 2:
-        raise ConfigError(f"{memory_bytes / 2**30:.3g} GiB do not hold two rows of {d} values")
-    return k
+    return int((sqrt(16 * d**2 + 4 * EIGH_BYTES * memory_bytes) - 4 * d) / (2 * EIGH_BYTES))
 
 
 def _decompose(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
