@@ -82,7 +82,7 @@ class Options:
     memory_gib: float = 2.0
     """Memory of the driver for normals, GiB. Where they do not fit, their matrix is reduced to its leading directions on the way."""
     numbers: tuple[int, ...] = ()
-    """images: how many training images. Default: all, and a half, a quarter, an eighth, a sixteenth of them."""
+    """images: how many training images. Default: all, a quarter of them, a sixteenth, a 64th, a 256th, where those make a block."""
     num_seeds: int = 3
     """images: perturbations from each number, with seeds from the perturbation's own on."""
     seed: int = 0

@@ -239,8 +239,8 @@ def test_numbers_that_cannot_be_are_refused(tiny_data, given):
 
 
 def test_the_ladder_of_numbers_ends_at_all_and_begins_with_a_block():
-    assert analysis.default_numbers(5000, 6) == (312, 625, 1250, 2500, 5000)
-    assert analysis.default_numbers(47, 5) == (5, 11, 23, 47)
+    assert analysis.default_numbers(5000, 6) == (19, 78, 312, 1250, 5000)
+    assert analysis.default_numbers(47, 5) == (11, 47)
 
 
 def test_a_subspace_that_cannot_be_had_is_refused_before_work():

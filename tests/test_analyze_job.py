@@ -11,11 +11,14 @@ from runpy import run_path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import TINY
 from test_job import data, empty_store, environment, finish, runs, start
 
-from uap_dist.analysis import SUBSPACE, UNIVERSAL
+from uap_dist.analysis import SUBSPACE, UNIVERSAL, Recipe
+from uap_dist.compute import ComputeConfig
 from uap_dist.errors import ConfigError
+from uap_dist.perturbations import Perturbation
 
 JOB = Path(__file__).parents[1] / "jobs/analyze.py"
 SMALL = ("--num-singular", "5", "--num-draws", "2", "--scales", "0.5", "2", "--numbers", "12", "47", "--num-seeds", "2")
@@ -33,8 +36,8 @@ def computed(shards, tmp_path_factory):
     return folder
 
 
-def analyze(folder, shards, *options, perturbation="v", model=TINY):
-    command = [sys.executable, str(JOB), "--model", model, "--perturbation", perturbation, *data(shards), *options]
+def analyze(folder, shards, *options, perturbation="v"):
+    command = [sys.executable, str(JOB), "--model", TINY, "--perturbation", perturbation, *data(shards), *options]
     return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=200)
 
 
@@ -131,19 +134,6 @@ def test_two_workers_find_the_same(analyzed, shards):
         assert read(folder / "a", table) == read(folder / "b", table), table
 
 
-def test_a_perturbation_of_another_network_is_named_as_such(computed, shards):
-    model = TINY.replace(":Tiny", ":Sharper")
-    options = ("--analyses", "phase", "--num-workers", "1", "--num-normals", "20", "--output", "other")
-    np.save(computed / "published.npy", 20 * np.random.default_rng(0).choice([-1.0, 1.0], (3, 16, 16)))
-    done = analyze(computed, shards, *options, perturbation="published.npy:255", model=model)
-    assert done.returncode == 0, done.stderr
-    assert "does not say which network it was computed for" in (computed / "other/report.md").read_text()
-    assert sorted(p.name for p in (computed / "other/tables").iterdir()) == [
-        "phase-transition.csv",
-        "phase-transition.parquet",
-    ]
-
-
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -165,25 +155,41 @@ def test_options_that_cannot_be_are_named(changed, message):
 
 
 @pytest.mark.parametrize(
+    ("changed", "size", "message"),
+    [
+        ({"num_singular": 48}, 16, "48 singular vectors (--num-singular) asked for, but there are 47 normals"),
+        ({"num_normals": 50}, 16, "50 normals (--num-normals) asked for, but there are 47 training images"),
+        (
+            {"numbers": (100,)},
+            16,
+            "a perturbation of 100 training images (--numbers) cannot be computed; give numbers between",
+        ),
+        ({}, 8, "v has shape 3×8×8, but images of m have 3×16×16; give a perturbation of that size"),
+    ],
+)
+def test_what_the_data_do_not_allow_is_refused(tiny_data, changed, size, message):
+    names = run_path(str(JOB))
+    given = {"model": "m", "perturbation": "v", "train_shards": ("t",), "val_shards": ("h",), "num_singular": 5}
+    options = names["Options"](**given | changed)
+    v, recipe = Perturbation("v", torch.ones(3, size, size)), Recipe(ComputeConfig(), num_evaluations=100)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        names["_plan"](options, v, recipe, tiny_data[0])
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--num-singular", "48"), "48 singular vectors (--num-singular) asked for, but there are 47 normals"),
         (
-            ("--numbers", "100"),
-            "a perturbation of 100 training images (--numbers) cannot be computed; give numbers between",
-        ),
-        (("--num-train-images", "0"), "number of images is 0; it must be positive"),
-        (
             ("--perturbation", "small.npy:255"),
             "small does not say how it was computed, so others cannot be computed likewise",
         ),
-        (("--perturbation", "small.npy:255", "--analyses", "phase"), "small has shape 3×8×8, but images of"),
     ],
 )
 def test_an_analysis_that_cannot_be_is_one_line(computed, shards, tmp_path, options, message):
     (tmp_path / "mlflow.db").write_bytes(empty_store())
     np.save(tmp_path / "small.npy", np.ones((3, 8, 8)))
-    options = ("--num-singular", "5", "--num-workers", "1", "--output", "out", *options)
+    options = ("--num-workers", "1", "--output", "out", *options)
     done = analyze(tmp_path, shards, *options, perturbation=str(computed / "v"))
     assert done.returncode == 1 and done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
     _, (run,) = runs(tmp_path)

@@ -362,8 +362,8 @@ def plan_numbers(
 
 
 def default_numbers(num_train_images: int, block_size: int) -> tuple[int, ...]:
-    """All training images, and a half, a quarter, … a sixteenth of them, as far as those make a block."""
-    return tuple(n for n in (num_train_images // 2**k for k in range(4, -1, -1)) if n >= block_size)
+    """All training images, a quarter of them, a sixteenth, … a 256th, as far as those make a block."""
+    return tuple(n for n in (num_train_images // 4**k for k in range(4, -1, -1)) if n >= block_size)
 
 
 def compute_by_number(

@@ -276,12 +276,10 @@ def _half(points: Sequence[Point], kind: str) -> str:
     own = select(points, kind=kind, norm="l2")
     half, unit = norm_at(own, 0.5), select(points, kind=UNIVERSAL, norm="l2", scale=1.0)[0].norm_l2
     if half is not None:
-        return (
-            f"half of them are fooled by *{kind}* from ℓ2 norm {half:.3g} on ({half / unit:.2g} of the perturbation's)"
-        )
+        return f"The {kind} fools half of them from ℓ2 norm {half:.3g} on, {half / unit:.2g} of the perturbation's own"
     last = max(own, key=lambda point: point.scale)
     rate = mean_rate(select(own, scale=last.scale))
-    return f"by *{kind}* not up to ℓ2 norm {last.norm_l2:.4g}, where it fools {rate:.3f}"
+    return f"The {kind} fools {rate:.3f} at ℓ2 norm {last.norm_l2:.4g}, the largest tried, and nowhere half"
 
 
 def _dimension(error: float, dimension: int | None) -> str:
