@@ -10,28 +10,16 @@ from typing import Any, Literal, TypeVar
 import tyro
 from rich.console import Console
 
-from uap_dist.analysis import (
-    Boundaries,
-    NumberPoint,
-    Point,
-    Recipe,
-    analyze_boundaries,
-    check_subspace,
-    compute_by_number,
-    default_numbers,
-    gather_normals,
-    paper_norm_l2,
-    phase_transition,
-    plan_numbers,
-    sum_steps,
-)
 from uap_dist.analysis_report import FinishedAnalysis, save_analysis
+from uap_dist.boundaries import Boundaries, analyze_boundaries, check_subspace, gather_normals, paper_norm_l2, sum_steps
+from uap_dist.by_number import NumberPoint, Recipe, compute_by_number, default_numbers, plan_numbers
 from uap_dist.classifiers import load_classifier
 from uap_dist.compute import ComputeConfig
 from uap_dist.dataset import Dataset, check_disjoint, load_dataset
 from uap_dist.errors import ConfigError
 from uap_dist.fleet import Fleet, FleetConfig, connect
 from uap_dist.perturbations import Perturbation, load_perturbations
+from uap_dist.phase import Point, phase_transition
 from uap_dist.provenance import git_commit, versions
 from uap_dist.report import output_folder
 from uap_dist.shards import expand_patterns

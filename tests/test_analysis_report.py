@@ -2,11 +2,14 @@ import numpy as np
 import pytest
 import torch
 
-from uap_dist.analysis import MEAN, SIGNS, SINGLE, SPHERE, SUM, UNIVERSAL, NumberPoint, Point
 from uap_dist.analysis_report import FinishedAnalysis, save_analysis, to_html
-from uap_dist.analysis_text import norm_at, numbers_finding, phase_finding, table
+from uap_dist.analysis_text import boundaries_finding, norm_at, numbers_finding, phase_finding, table
+from uap_dist.boundaries import SUBSPACE, Boundaries
+from uap_dist.by_number import NumberPoint
 from uap_dist.fooling import Rate
 from uap_dist.perturbations import Perturbation
+from uap_dist.phase import MEAN, SIGNS, SINGLE, SPHERE, SUM, UNIVERSAL, Point
+from uap_dist.spectrum import Spectrum
 
 SLOPES = {UNIVERSAL: 40, SPHERE: 5, SIGNS: 6, SINGLE: 10, SUM: 20, MEAN: 0}  # of 100 images, at the norm 10 and scale 1
 
@@ -89,3 +92,14 @@ def test_enough_images_are_the_fewest_within_half_an_interval():
 def test_names_stay_inside_their_cell_and_are_no_html(tmp_path):
     html = to_html("# A & B\n\n" + table(["a", "b"], [["x|y", "<script>alert(1)</script>"]]), tmp_path)
     assert "<title>A &amp; B</title>" in html and "<script>" not in html and html.count("<td") == 2
+
+
+def test_dimensions_of_a_reduced_matrix_are_bounds():
+    def finding(values, error):
+        spectrum = Spectrum(np.array(values), np.eye(1, 3, dtype=np.float32), 4, 4.0, error)
+        points = [Point(kind, 0, "l2", 1.0, 7.0, 1.0, Rate(1, 10)) for kind in (UNIVERSAL, SUBSPACE, SPHERE)]
+        return boundaries_finding(Boundaries(spectrum, spectrum, 0, points))
+
+    assert "4 unit normals lies in 2 dimensions," in finding([1.8, 0.8, 0.35], 0.0)
+    assert "lies in at most 2 dimensions," in finding([1.8, 0.8], 0.1)
+    assert "lies in an unknown number of dimensions (the 2 kept hold at least 50%)," in finding([1.0, 1.0], 0.1)

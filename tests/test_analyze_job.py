@@ -15,10 +15,12 @@ import torch
 from conftest import TINY
 from test_job import data, empty_store, environment, finish, runs, start
 
-from uap_dist.analysis import SUBSPACE, UNIVERSAL, Recipe
+from uap_dist.boundaries import SUBSPACE
+from uap_dist.by_number import Recipe
 from uap_dist.compute import ComputeConfig
 from uap_dist.errors import ConfigError
 from uap_dist.perturbations import Perturbation
+from uap_dist.phase import UNIVERSAL
 
 JOB = Path(__file__).parents[1] / "jobs/analyze.py"
 SMALL = ("--num-singular", "5", "--num-draws", "2", "--scales", "0.5", "2", "--numbers", "12", "47", "--num-seeds", "2")

@@ -16,10 +16,12 @@ from markdown_it import MarkdownIt
 
 from uap_dist import analysis_text as text
 from uap_dist import pictures
-from uap_dist.analysis import Boundaries, NumberPoint, Point
+from uap_dist.boundaries import Boundaries
+from uap_dist.by_number import NumberPoint
 from uap_dist.fooling import Rate
 from uap_dist.norms import measure
 from uap_dist.perturbations import Perturbation
+from uap_dist.phase import Point
 from uap_dist.report import RESULT_FILE
 
 REPORT_FILE = "report"  # .md and .html

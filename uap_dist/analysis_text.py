@@ -4,8 +4,11 @@ from collections.abc import Iterator, Sequence
 from statistics import fmean, pstdev
 from typing import Any
 
-from uap_dist.analysis import MEAN, SIGNS, SINGLE, SPHERE, SUBSPACE, SUM, UNIVERSAL, Boundaries, NumberPoint, Point
+from uap_dist.boundaries import SUBSPACE, Boundaries
+from uap_dist.by_number import NumberPoint
 from uap_dist.norms import Norm
+from uap_dist.phase import MEAN, SIGNS, SINGLE, SPHERE, SUM, UNIVERSAL, Point
+from uap_dist.spectrum import Spectrum
 
 PHASE_PICTURE = "pictures/1-phase-transition.png"
 BOUNDARIES_PICTURE = "pictures/2-singular-values.png"
@@ -144,10 +147,9 @@ def boundaries_finding(boundaries: Boundaries) -> str:
     """One line: how few dimensions hold the normals, and what their subspace fools."""
     found = boundaries_numbers(boundaries)
     rates = found["fooling_rates"]
-    own = _dimension(boundaries.spectrum.error, found["dimension_90"])
-    random = _dimension(boundaries.random.error, found["dimension_90_random"])
+    own, random = _dimension(boundaries.spectrum), _dimension(boundaries.random)
     return (
-        f"*Correlated boundaries:* 90 % of the energy of {found['num_normals']:,} unit normals lies in {own} dimensions, "
+        f"*Correlated boundaries:* 90 % of the energy of {found['num_normals']:,} unit normals lies in {own}, "
         f"that of as many random vectors in {random}. At ℓ2 norm {found['norm_l2']:.4g}, random vectors of the subspace "
         f"of the first {found['num_singular']} singular vectors fool **{rates[SUBSPACE]:.3f}** of the held-out images, "
         f"random vectors of the whole space {rates[SPHERE]:.3f}, the perturbation {rates[UNIVERSAL]:.3f}."
@@ -282,7 +284,11 @@ def _half(points: Sequence[Point], kind: str) -> str:
     return f"The {kind} fools {rate:.3f} at ℓ2 norm {last.norm_l2:.4g}, the largest tried, and nowhere half"
 
 
-def _dimension(error: float, dimension: int | None) -> str:
+def _dimension(spectrum: Spectrum) -> str:
+    """In how many dimensions most of the energy lies, in words."""
+    dimension = spectrum.dimension(ENERGY_SHARE)
     if dimension is None:
-        return "more than were kept"
-    return f"at most {dimension:,}" if error else f"{dimension:,}"
+        return (
+            f"an unknown number of dimensions (the {len(spectrum.values)} kept hold at least {spectrum.shares[-1]:.0%})"
+        )
+    return f"at most {dimension:,} dimensions" if spectrum.error else f"{dimension:,} dimensions"

@@ -9,10 +9,12 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from uap_dist.analysis import Boundaries, NumberPoint, Point
+from uap_dist.boundaries import Boundaries
+from uap_dist.by_number import NumberPoint
 from uap_dist.evaluate import Measurement
 from uap_dist.fooling import Rate
 from uap_dist.history import RoundRecord
+from uap_dist.phase import Point
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

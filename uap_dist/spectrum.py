@@ -36,9 +36,9 @@ class Spectrum:
         return np.cumsum(np.square(self.values)) / self.energy
 
     def dimension(self, share: float) -> int | None:
-        """How many leading dimensions hold that share of the energy; None where more than were kept.
+        """How many leading dimensions hold that share of the energy.
 
-        Where not all rows were kept (`error` > 0), fewer may do.
+        Where not all rows were kept (`error` > 0), fewer may do, and None says that those kept do not reach it.
         """
         reached = np.flatnonzero(self.shares >= share - 1e-12)
         return int(reached[0]) + 1 if len(reached) else None
