@@ -102,4 +102,4 @@ def test_dimensions_of_a_reduced_matrix_are_bounds():
 
     assert "4 unit normals lies in 2 dimensions," in finding([1.8, 0.8, 0.35], 0.0)
     assert "lies in at most 2 dimensions," in finding([1.8, 0.8], 0.1)
-    assert "lies in an unknown number of dimensions (the 2 kept hold at least 50%)," in finding([1.0, 1.0], 0.1)
+    assert "lies in an unknown number of dimensions (the 2 kept hold at least 50 %)," in finding([1.0, 1.0], 0.1)

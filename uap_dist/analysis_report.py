@@ -113,7 +113,7 @@ class FinishedAnalysis:
             parts += text.boundaries_section(self.boundaries)
         if self.numbers:
             parts += text.numbers_section(self.numbers)
-        rows = [[name, f"`{value}`"] for name, value in self.provenance.items()]
+        rows = [[name, "default" if value in (None, ()) else f"`{value}`"] for name, value in self.provenance.items()]
         parts += [
             "## Where this comes from",
             text.table(["what", "value"], [*rows, ["MLflow run", f"`{self.mlflow_run_id}`"]]),

@@ -173,15 +173,15 @@ def boundaries_section(boundaries: Boundaries) -> Iterator[str]:
     yield (
         "How to read it: left, the singular values in descending order; the steeper, the more correlated. Middle, the "
         "share of the energy (sum of their squares) that so many leading dimensions hold. Right, fooling rates on "
-        f"held-out images, whose normals are not in the matrix: of {num_draws} random vectors of the subspace that the "
-        f"first {found['num_singular']} singular vectors span, of {num_draws} random vectors of the whole space, and of "
+        "held-out images, whose normals are not in the matrix: of random vectors of the subspace that the first "
+        f"{found['num_singular']} singular vectors span, of random vectors of the whole space ({num_draws} each), and of "
         "the perturbation, all of one length. Bars are 95 % intervals."
     )
     times = found["largest_singular_value"] / found["largest_singular_value_random"]
     yield (
         f"What it says: the largest singular value is {times:.2g} times that of random vectors. The first "
-        f"{found['num_singular']} dimensions hold {found['energy_in_subspace']:.1%} of the energy, of random vectors "
-        f"{found['energy_in_subspace_random']:.1%}. In the paper (figure 9, CaffeNet, ImageNet, ℓ2 norm 2000) random "
+        f"{found['num_singular']} dimensions hold {100 * found['energy_in_subspace']:.1f} % of the energy, of random vectors "
+        f"{100 * found['energy_in_subspace_random']:.1f} %. In the paper (figure 9, CaffeNet, ImageNet, ℓ2 norm 2000) random "
         "vectors of the subspace of 100 singular vectors fool 38 %, random vectors of the whole space 10 %."
     )
     if boundaries.spectrum.error:
@@ -288,7 +288,5 @@ def _dimension(spectrum: Spectrum) -> str:
     """In how many dimensions most of the energy lies, in words."""
     dimension = spectrum.dimension(ENERGY_SHARE)
     if dimension is None:
-        return (
-            f"an unknown number of dimensions (the {len(spectrum.values)} kept hold at least {spectrum.shares[-1]:.0%})"
-        )
+        return f"an unknown number of dimensions (the {len(spectrum.values)} kept hold at least {100 * spectrum.shares[-1]:.0f} %)"
     return f"at most {dimension:,} dimensions" if spectrum.error else f"{dimension:,} dimensions"

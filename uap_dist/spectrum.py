@@ -94,7 +94,8 @@ class Sketch:
         """
         rows = self._rows[: self._num_kept]
         squares, basis = _decompose(rows)
-        values = np.sqrt(squares)
+        # what came after the last halving is beside little else, and makes no leading value
+        values = np.sqrt(squares[: self.capacity // 2] if self._num_rows > self.capacity else squares)
         rank = int((values > RANK_TOLERANCE * values[0]).sum()) if len(values) else 0
         if num_vectors > rank:
             raise ConfigError(
