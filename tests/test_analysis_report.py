@@ -68,7 +68,10 @@ def test_the_findings_are_the_numbers():
     assert "**0.400 [0.309, 0.498] of 100**" in text
     assert "universal perturbation fools half of them from ℓ2 norm 12.5 on, 1.2 of the perturbation's own" in text
     assert "random vector fools 0.105 at ℓ2 norm 20, the largest tried, and nowhere half" in text
-    assert "the best of the other directions is *sum of DeepFool's* with 0.200; a random vector fools 0.055" in text
+    assert (
+        "the best of the other directions is *sum of DeepFool perturbations* with 0.200; a random vector fools 0.055"
+        in text
+    )
     metrics = finished({}).metrics()
     assert metrics["phase/l2/norm_at_half/universal_perturbation"] == 12.5
     assert metrics["phase/linf/at_own_norm/random_vector"] == pytest.approx(0.055)

@@ -22,8 +22,8 @@ from uap_dist.perturbations import Perturbation
 UNIVERSAL = "universal perturbation"
 SPHERE = "random vector"
 SIGNS = "random signs"
-SINGLE = "DeepFool, one image"
-SUM = "sum of DeepFool's"
+SINGLE = "DeepFool perturbation of one image"
+SUM = "sum of DeepFool perturbations"
 MEAN = "mean image"
 
 BLOCK_SIZE = 24  # images whose normals or pixels are asked for at once; fixed, because bits depend on the batch
@@ -42,6 +42,11 @@ class Direction:
     kind: str
     draw: int
     v: Tensor
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError where it points nowhere."""
+        if not self.v.any():
+            raise ConfigError(f"the {self.kind} is zero everywhere; it has no direction")
 
 
 @dataclass(frozen=True)
@@ -92,12 +97,8 @@ def phase_transition(
         seed: of all three.
 
     Raises:
-        ConfigError: v is zero, or DeepFool found no perturbation.
+        ConfigError: v, the sum or the mean image is zero.
     """
-    if not v.any():
-        raise ConfigError("the perturbation is zero; it has no direction")
-    if not total.any():
-        raise ConfigError(f"DeepFool finds no perturbation of any of the {train.num_examples} training images")
     singles = islice(_single_steps(workers, train, seed), num_draws)
     directions = [
         Direction(UNIVERSAL, 0, v),
@@ -134,13 +135,11 @@ def mean_image(workers: Workers, dataset: Dataset) -> Tensor:
     """Mean of the examples' images, C×H×W float64, pixels.
 
     Raises:
-        ConfigError: no example, or only black ones: no direction.
+        ConfigError: no example.
     """
     if dataset.num_examples == 0:
         raise ConfigError("there is no mean image of zero images")
     total: np.ndarray = sum(workers.map("sum_pixels", dataset.blocks(BLOCK_SIZE)))
-    if not total.any():
-        raise ConfigError(f"the mean image of {dataset.num_examples} images is black; it has no direction")
     return torch.from_numpy(total / dataset.num_examples)
 
 
