@@ -66,8 +66,8 @@ def test_the_norm_of_a_share_lies_on_the_line_between_its_neighbours():
 def test_the_findings_are_the_numbers():
     text = phase_finding(phase())
     assert "**0.400 [0.309, 0.498] of 100**" in text
-    assert "universal perturbation fools half of them from ℓ2 norm 12.5 on, 1.2 of the perturbation's own" in text
-    assert "random vector fools 0.105 at ℓ2 norm 20, the largest tried, and nowhere half" in text
+    assert "The perturbation fools half of them from ℓ2 norm 12.5 on, 1.25 of the perturbation's own" in text
+    assert "A random vector fools 0.105 at ℓ2 norm 20, the largest tried, and nowhere half" in text
     assert (
         "the best of the other directions is *sum of DeepFool perturbations* with 0.200; a random vector fools 0.055"
         in text

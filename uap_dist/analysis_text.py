@@ -75,7 +75,7 @@ def phase_finding(points: Sequence[Point]) -> str:
     best = max((kind for kind in rates if kind != UNIVERSAL), key=rates.__getitem__)
     return (
         f"*Phase transition:* the perturbation fools **{own.fooling}** held-out images. "
-        f"{_half(points, UNIVERSAL)}. {_half(points, SPHERE)}. At the perturbation's own ℓ2 norm, {own.norm_l2:.4g}, "
+        f"{_half(points, UNIVERSAL, 'The perturbation')}. {_half(points, SPHERE, 'A random vector')}. At the perturbation's own ℓ2 norm, {own.norm_l2:.4g}, "
         f"the best of the other directions is *{best}* with {rates[best]:.3f}; a random vector fools {rates[SPHERE]:.3f}."
     )
 
@@ -103,7 +103,7 @@ def phase_section(points: Sequence[Point], num_train_images: int, num_summed: in
         "equally large, such as random signs, is long for its ℓ∞ norm, and one with few large values is short."
     )
     yield (
-        f"What it says of held-out images: {_half(points, UNIVERSAL)}. {_half(points, SPHERE)}. In the paper "
+        f"What it says of held-out images: {_half(points, UNIVERSAL, 'The perturbation')}. {_half(points, SPHERE, 'A random vector')}. In the paper "
         "(figure 8, CaffeNet, ImageNet) the universal perturbation fools 85 % at ℓ2 norm 2000, and random vectors of that norm 10 %."
     )
     for norm, name in NORM_NAMES.items():
@@ -273,15 +273,15 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cell.replace('|', '¦') for cell in line)} |" for line in lines)
 
 
-def _half(points: Sequence[Point], kind: str) -> str:
+def _half(points: Sequence[Point], kind: str, subject: str) -> str:
     """From which ℓ2 norm on half of the images are fooled, in words."""
     own = select(points, kind=kind, norm="l2")
     half, unit = norm_at(own, 0.5), select(points, kind=UNIVERSAL, norm="l2", scale=1.0)[0].norm_l2
     if half is not None:
-        return f"The {kind} fools half of them from ℓ2 norm {half:.3g} on, {half / unit:.2g} of the perturbation's own"
+        return f"{subject} fools half of them from ℓ2 norm {half:.3g} on, {half / unit:.2f} of the perturbation's own"
     last = max(own, key=lambda point: point.scale)
     rate = mean_rate(select(own, scale=last.scale))
-    return f"The {kind} fools {rate:.3f} at ℓ2 norm {last.norm_l2:.4g}, the largest tried, and nowhere half"
+    return f"{subject} fools {rate:.3f} at ℓ2 norm {last.norm_l2:.4g}, the largest tried, and nowhere half"
 
 
 def _dimension(spectrum: Spectrum) -> str:

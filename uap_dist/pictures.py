@@ -250,7 +250,7 @@ def save_number_of_images(path: Path, points: Sequence[NumberPoint]) -> None:
         place = point.num_images * 1.03 ** (seeds.index(point.seed) - (len(seeds) - 1) / 2)  # beside each other
         axes.plot([place, place], point.val.interval, "_-", ms=5, lw=1, color="tab:blue", alpha=0.6)
         axes.plot(place, point.val.rate, "o", ms=4, color="tab:blue")
-    axes.set(xscale="log", ylim=(0, 1), xlabel="training images", ylabel="fooling rate")
+    axes.set(xscale="log", ylim=(0, 1.02), xlabel="training images", ylabel="fooling rate")
     axes.set_xticks(numbers, [f"{number:,}" for number in numbers], minor=False)
     axes.set_xticks([], minor=True)
     axes.grid(alpha=0.3)
