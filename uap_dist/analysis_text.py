@@ -75,7 +75,7 @@ def phase_finding(points: Sequence[Point]) -> str:
     best = max((kind for kind in rates if kind != UNIVERSAL), key=rates.__getitem__)
     return (
         f"*Phase transition:* the perturbation fools **{own.fooling}** held-out images. "
-        f"{_half(points, UNIVERSAL, 'The perturbation')}. {_half(points, SPHERE, 'A random vector')}. At the perturbation's own ℓ2 norm, {own.norm_l2:.4g}, "
+        f"{_halves(points)} At the perturbation's own ℓ2 norm, {own.norm_l2:.4g}, "
         f"the best of the other directions is *{best}* with {rates[best]:.3f}; a random vector fools {rates[SPHERE]:.3f}."
     )
 
@@ -103,7 +103,7 @@ def phase_section(points: Sequence[Point], num_train_images: int, num_summed: in
         "equally large, such as random signs, is long for its ℓ∞ norm, and one with few large values is short."
     )
     yield (
-        f"What it says of held-out images: {_half(points, UNIVERSAL, 'The perturbation')}. {_half(points, SPHERE, 'A random vector')}. In the paper "
+        f"What it says of held-out images: {_halves(points)} In the paper "
         "(figure 8, CaffeNet, ImageNet) the universal perturbation fools 85 % at ℓ2 norm 2000, and random vectors of that norm 10 %."
     )
     for norm, name in NORM_NAMES.items():
@@ -271,6 +271,11 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', '¦') for cell in line)} |" for line in lines)
+
+
+def _halves(points: Sequence[Point]) -> str:
+    """What the perturbation, and what a random vector needs to fool half of the images."""
+    return f"{_half(points, UNIVERSAL, 'The perturbation')}. {_half(points, SPHERE, 'A random vector')}."
 
 
 def _half(points: Sequence[Point], kind: str, subject: str) -> str:
