@@ -26,6 +26,7 @@ def test_the_core_imports_of_ours_only_what_lies_below_it():
         "augment",
         "weights",
         "accelerate",
+        "spectrum",
     ):
         source = (Path(uap_dist.__file__).parent / f"{module}.py").read_text()
         imported = [

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
+from threading import Lock
 from typing import Any, Protocol
 
 import numpy as np
@@ -37,10 +38,12 @@ class LocalWorkers:
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
+        self._lock = Lock()  # computations that run together share it, and a classifier's hooks are no thread's own
 
     def map(self, method: str, tasks: Sequence[Examples], *shared: Any) -> list[Any]:
         """See Workers."""
-        return [getattr(self._worker, method)(task, *shared) for task in tasks]
+        with self._lock:
+            return [getattr(self._worker, method)(task, *shared) for task in tasks]
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,14 @@ class Dataset:
             seed=seed,
         )
 
+    def blocks(self, size: int) -> list[Examples]:
+        """All examples in shard order, as tasks of at most so many of one shard."""
+        return [
+            self.examples(shard, range(count)[start : start + size])
+            for shard, count in enumerate(self.sizes)
+            for start in range(0, count, size)
+        ]
+
 
 def load_dataset(
     workers: Workers, urls: Sequence[str], *, num_images: int | None = None, max_bad_fraction: float = 0.01
@@ -192,12 +203,7 @@ def _predict(workers: Workers, dataset: Dataset) -> Dataset:
 
 def classify(workers: Workers, dataset: Dataset, perturbation: np.ndarray, *, quantize: bool = False) -> Predictions:
     """Predictions of every example of the dataset under v (C×H×W float32, pixels), rounded to 8 bits or not."""
-    tasks = [
-        dataset.examples(shard, range(size)[start : start + CLASSIFY_SIZE])
-        for shard, size in enumerate(dataset.sizes)
-        for start in range(0, size, CLASSIFY_SIZE)
-    ]
-    parts: list[Predictions] = workers.map("classify", tasks, perturbation, quantize)
+    parts: list[Predictions] = workers.map("classify", dataset.blocks(CLASSIFY_SIZE), perturbation, quantize)
     return Predictions(np.concatenate([p.labels for p in parts]), np.concatenate([p.confidences for p in parts]))
 
 

@@ -98,6 +98,21 @@ class BlockResult:
         return hashlib.sha256(self.total.tobytes() + repr(counts).encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class Normals:
+    """Of a block: DeepFool's perturbations r(x) of the images that it takes across a boundary.
+
+    Attributes:
+        directions: M×C×H×W float32, r(x)/‖r(x)‖2: the boundaries' unit normals at the point that is nearest to each image.
+        total: C×H×W float64, pixels: their sum, at the length that DeepFool gives them.
+        num_left_out: images that are beyond no boundary after DeepFool's last iteration, or have no direction to go.
+    """
+
+    directions: np.ndarray
+    total: np.ndarray
+    num_left_out: int
+
+
 class Worker:
     """Blocks of shards in, sums and labels out."""
 
@@ -167,6 +182,22 @@ class Worker:
         solve = self._solve_log_odds if solver.rule == "log-odds" else self._solve_paper
         labels = torch.tensor(examples.labels, device=self.device)
         return solve(self._tensor(views), self._tensor(perturbation), labels, solver)
+
+    def normals(self, examples: Examples) -> Normals:
+        """Unit normals of the boundaries nearest to the examples as they are (v = 0), by DeepFool's defaults."""
+        pixels = self._tensor(self.pixels(examples))
+        labels = torch.tensor(examples.labels, device=self.device)
+        found = deepfool(self.classifier, pixels, torch.zeros_like(pixels[0]), labels)
+        lengths = found.steps.double().flatten(1).norm(dim=1)
+        is_found = found.is_solved & (lengths > 0)
+        steps = found.steps[is_found].double()
+        directions = (steps / lengths[is_found].view(-1, 1, 1, 1)).float()
+        return Normals(directions.cpu().numpy(), steps.sum(0).cpu().numpy(), int((~is_found).sum()))
+
+    def sum_pixels(self, examples: Examples) -> np.ndarray:
+        """Sum of the examples' images, C×H×W int64."""
+        total: np.ndarray = self.pixels(examples).sum(0, dtype=np.int64)
+        return total
 
     def _solve_log_odds(self, pixels: Tensor, perturbation: Tensor, labels: Tensor, solver: Solver) -> BlockResult:
         found = log_odds_sum(self.classifier, pixels, perturbation, labels, margin=solver.margin)

@@ -1,0 +1,199 @@
+"""jobs/analyze.py as a user starts it, on a perturbation that jobs/compute.py has computed."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from runpy import run_path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import TINY
+from test_job import data, empty_store, environment, finish, runs, start
+
+from uap_dist.boundaries import SUBSPACE
+from uap_dist.by_number import Recipe
+from uap_dist.compute import ComputeConfig
+from uap_dist.errors import ConfigError
+from uap_dist.perturbations import Perturbation
+from uap_dist.phase import UNIVERSAL
+
+JOB = Path(__file__).parents[1] / "jobs/analyze.py"
+SMALL = ("--num-singular", "5", "--num-draws", "2", "--scales", "0.5", "2", "--numbers", "12", "47", "--num-seeds", "2")
+TABLES = ("phase-transition", "singular-values", "subspace", "number-of-images")
+PICTURES = ("1-phase-transition", "2-singular-values", "3-number-of-images")
+
+
+@pytest.fixture(scope="module")
+def computed(shards, tmp_path_factory):
+    """Folder whose `v` is what jobs/compute.py left."""
+    folder = tmp_path_factory.mktemp("analyze")
+    options = ("--round-size", "10", "--block-size", "5", "--radius", "20", "--max-evaluations", "247", "--output", "v")
+    code, _, err = finish(start(folder, *data(shards), *options))
+    assert code == 0, err
+    return folder
+
+
+def analyze(folder, shards, *options, perturbation="v"):
+    command = [sys.executable, str(JOB), "--model", TINY, "--perturbation", perturbation, *data(shards), *options]
+    return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=200)
+
+
+@pytest.fixture(scope="module")
+def analyzed(computed, shards):
+    done = analyze(computed, shards, *SMALL, "--num-workers", "1", "--output", "a")
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    return computed, done.stdout
+
+
+def read(folder, table):
+    return pq.read_table(folder / f"tables/{table}.parquet").to_pylist()
+
+
+def test_it_agrees_with_the_computation_to_the_example(analyzed):
+    folder, _ = analyzed
+    expected = json.loads((folder / "v/result.json").read_text())
+    own = [row for row in read(folder / "a", "phase-transition") if row["kind"] == UNIVERSAL and row["scale"] == 1]
+    assert [row["norm"] for row in own] == ["l2", "linf"]
+    for row in own:
+        assert row["fooling"] == expected["val_fooling_rate"] and row["fooling_num_images"] == 20
+        assert (row["norm_l2"], row["norm_linf"]) == (expected["norm_l2"], expected["norm_linf"])
+        assert [row["fooling_low"], row["fooling_high"]] == expected["val_fooling_rate_interval"]
+    # all images and the perturbation's own seed give it again
+    (again,) = [r for r in read(folder / "a", "number-of-images") if (r["num_images"], r["seed"]) == (47, 0)]
+    assert again["val"] == expected["val_fooling_rate"] and again["train"] == expected["train_fooling_rate"]
+    assert again["num_evaluations"] == expected["num_evaluations"]
+
+
+def test_numbers_of_the_result_are_those_of_the_tables(analyzed):
+    folder, _ = analyzed
+    result = json.loads((folder / "a/result.json").read_text())
+    phase, subspace = read(folder / "a", "phase-transition"), read(folder / "a", "subspace")
+    for norm in ("l2", "linf"):
+        for kind, rate in result["phase_transition"][norm]["fooling_rates_at_own_norm"].items():
+            rows = [r["fooling"] for r in phase if (r["norm"], r["kind"], r["scale"]) == (norm, kind, 1)]
+            assert np.mean(rows) == pytest.approx(rate)
+    assert {row["scale"] for row in phase} == {0.5, 1, 2}
+    for kind, rate in result["boundaries"]["fooling_rates"].items():
+        assert np.mean([row["fooling"] for row in subspace if row["kind"] == kind]) == pytest.approx(rate)
+    assert sum(row["kind"] == SUBSPACE for row in subspace) == 2
+    values = read(folder / "a", "singular-values")
+    num_normals = result["boundaries"]["num_normals"]
+    assert len(values) == num_normals == 47 - result["boundaries"]["num_left_out"]
+    energy = np.cumsum([row["normals"] ** 2 for row in values])
+    assert energy[-1] == pytest.approx(num_normals, rel=1e-6)
+    assert result["boundaries"]["dimension_90"] == int((energy < 0.9 * num_normals).sum()) + 1
+    for each in result["number_of_images"]:
+        rows = [r["val"] for r in read(folder / "a", "number-of-images") if r["num_images"] == each["num_images"]]
+        assert len(rows) == 2 and np.mean(rows) == pytest.approx(each["val_fooling_rate"])
+    for table in TABLES:
+        with (folder / f"a/tables/{table}.csv").open() as file:
+            assert len(list(csv.reader(file))) == 1 + len(read(folder / "a", table))
+
+
+def test_the_report_stands_alone(analyzed):
+    folder, _ = analyzed
+    html = (folder / "a/report.html").read_text()
+    assert html.count('src="data:image/png;base64,') == len(PICTURES)
+    assert not re.search(r"""(src|href)\s*=\s*["'](?!data:)|https?://|@import|url\(""", html)
+    assert html.count("<table>") == 5 and "<h2>Where this comes from</h2>" in html
+    markdown = (folder / "a/report.md").read_text()
+    for picture in re.findall(r"\]\((pictures/.*?)\)", markdown):
+        assert (folder / "a" / picture).stat().st_size > 10_000
+    result = json.loads((folder / "a/result.json").read_text())
+    assert f"{result['boundaries']['num_normals']} unit normals" in markdown
+    for digest in ("weights_digest", "train_digest", "val_digest", "perturbation_sha256"):
+        assert f"| {digest} | `{result['provenance'][digest]}` |" in markdown
+    assert "another network" not in markdown and "nan" not in markdown
+
+
+def test_the_mlflow_run_holds_all_of_it(analyzed):
+    folder, out = analyzed
+    client, found = runs(folder)
+    (run,) = [run for run in found if run.info.run_name == "analysis"]
+    result = json.loads((folder / "a/result.json").read_text())
+    assert run.info.status == "FINISHED" and run.info.run_id == result["mlflow_run_id"] and run.info.run_id in out
+    names = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
+    assert names == {"pictures", "tables", "report.md", "report.html", "result.json"}
+    metrics = run.data.metrics
+    assert metrics["boundaries/dimension_90"] == result["boundaries"]["dimension_90"]
+    expected = json.loads((folder / "v/result.json").read_text())["val_fooling_rate"]
+    assert metrics["phase/l2/at_own_norm/universal_perturbation"] == expected
+    assert "images/12" in metrics and "Number of images" in run.data.tags["mlflow.note.content"]
+    assert {i.dataset.name for i in run.inputs.dataset_inputs} == {"training-47", "held-out-20"}
+
+
+def test_two_workers_find_the_same(analyzed, shards):
+    folder, _ = analyzed
+    done = analyze(folder, shards, *SMALL, "--num-workers", "2", "--output", "b")
+    assert done.returncode == 0, done.stderr
+    for table in TABLES:
+        assert read(folder / "a", table) == read(folder / "b", table), table
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"scales": (1.0, 0.0)}, "a scale is 0.0; scales must be positive"),
+        ({"scales": (float("nan"),)}, "a scale is nan; scales must be positive"),
+        ({"num_draws": 0}, "num draws is 0; it must be positive"),
+        ({"norm_l2": float("inf")}, "norm l2 is inf; it must be positive"),
+        ({"memory_gib": -1.0}, "memory gib is -1.0; it must be positive"),
+        ({"seed": -1}, "seed is -1; it must not be negative"),
+        ({"analyses": ()}, "no analyses given"),
+    ],
+)
+def test_options_that_cannot_be_are_named(changed, message):
+    options = run_path(str(JOB))["Options"]
+    given = {"model": "m", "perturbation": "v", "train_shards": ("t",), "val_shards": ("h",)}
+    options(**given).check()
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        options(**given | changed).check()
+
+
+@pytest.mark.parametrize(
+    ("changed", "size", "message"),
+    [
+        ({"num_singular": 48}, 16, "48 singular vectors (--num-singular) asked for, but there are 47 normals"),
+        ({"num_normals": 50}, 16, "50 normals (--num-normals) asked for, but there are 47 training images"),
+        (
+            {"numbers": (100,)},
+            16,
+            "a perturbation of 100 training images (--numbers) cannot be computed; give numbers between",
+        ),
+        ({}, 8, "v has shape 3×8×8, but images of m have 3×16×16; give a perturbation of that size"),
+    ],
+)
+def test_what_the_data_do_not_allow_is_refused(tiny_data, changed, size, message):
+    names = run_path(str(JOB))
+    given = {"model": "m", "perturbation": "v", "train_shards": ("t",), "val_shards": ("h",), "num_singular": 5}
+    options = names["Options"](**given | changed)
+    v, recipe = Perturbation("v", torch.ones(3, size, size)), Recipe(ComputeConfig(), num_evaluations=100)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        names["_plan"](options, v, recipe, tiny_data[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--num-singular", "48"), "48 singular vectors (--num-singular) asked for, but there are 47 normals"),
+        (
+            ("--perturbation", "small.npy:255"),
+            "small does not say how it was computed, so others cannot be computed likewise",
+        ),
+    ],
+)
+def test_an_analysis_that_cannot_be_is_one_line(computed, shards, tmp_path, options, message):
+    (tmp_path / "mlflow.db").write_bytes(empty_store())
+    np.save(tmp_path / "small.npy", np.ones((3, 8, 8)))
+    options = ("--num-workers", "1", "--output", "out", *options)
+    done = analyze(tmp_path, shards, *options, perturbation=str(computed / "v"))
+    assert done.returncode == 1 and done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
+    _, (run,) = runs(tmp_path)
+    assert run.info.status == "FAILED" and run.data.tags["reason"] in done.stderr
+    assert "DeepFool" not in done.stdout
