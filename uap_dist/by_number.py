@@ -5,14 +5,13 @@ Source: Moosavi-Dezfooli, Fawzi, Fawzi, Frossard, "Universal adversarial perturb
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import ceil
 
 from uap_dist.compute import ComputeConfig, compute, count_rounds
 from uap_dist.dataset import Dataset, Workers
 from uap_dist.errors import ConfigError, PerturbationError
 from uap_dist.fooling import Rate
 from uap_dist.perturbations import Perturbation
-from uap_dist.together import compute_together
+from uap_dist.together import compute_together, keep_busy
 
 
 @dataclass(frozen=True)
@@ -106,11 +105,7 @@ def compute_by_number(
         f"{number} {seed}": compute(workers, train.thin(number), val, config) for (number, seed), config in plan.items()
     }
     config = next(iter(plan.values()))
-
-    def at_once() -> int:  # one more than keep all workers busy
-        return 1 + ceil(workers.num_workers * config.block_size / config.round_size)
-
-    for name, report in compute_together(rounds, at_once=at_once):
+    for name, report in compute_together(rounds, at_once=keep_busy(workers, config)):
         if report.is_last:
             assert report.evaluation is not None and report.evaluation.train is not None
             number, seed = map(int, name.split())

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from uap_dist.pool_report import MEMBERS_FOLDER, FinishedPool
 from uap_dist.provenance import git_commit, versions
 from uap_dist.report import RESULT_FILE
 from uap_dist.terminal import RoundProgress
-from uap_dist.together import compute_together
+from uap_dist.together import compute_together, keep_busy
 from uap_dist.tracking import Tracker, is_finished
 
 DELIVERY_TIMEOUT_S, LAST_DELIVERY_TIMEOUT_S = 1.0, 20.0  # while others compute, and when nothing else is to be done
@@ -105,13 +104,9 @@ def compute_members(setting: Setting, members: Mapping[str, Member]) -> None:
         if member.state.num_rounds:
             setting.console.print(f"{name} resuming after round {member.state.num_rounds}".strip())
     config = next(iter(members.values())).config
-
-    def at_once() -> int:  # one more than keep all workers busy
-        return 1 + ceil(fleet.num_workers * config.block_size / config.round_size)
-
     rounds = {name: member.rounds(fleet, setting.train, setting.val) for name, member in members.items()}
     with RoundProgress(setting.console, config.max_evaluations, len(members)) as progress:
-        for name, report in compute_together(rounds, at_once=at_once):
+        for name, report in compute_together(rounds, at_once=keep_busy(fleet, config)):
             progress.show(report, name)
             if report.is_last:
                 provenance = dict(setting.provenance) | fleet.describe()

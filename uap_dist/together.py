@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
+from math import ceil
 from queue import SimpleQueue
 from threading import Event, Thread
 
-from uap_dist.compute import RoundReport
+from uap_dist.compute import ComputeConfig, RoundReport
+from uap_dist.dataset import Workers
 
 Answer = tuple[str, RoundReport | BaseException | None]  # of a computation by name: a round, its failure, or its end
 
@@ -55,3 +57,8 @@ def compute_together(
                 yield name, answer
     finally:
         is_over.set()
+
+
+def keep_busy(workers: Workers, config: ComputeConfig) -> Callable[[], int]:
+    """How many computations of a config, asked each time, keep all workers busy: one more than have a block for each."""
+    return lambda: 1 + ceil(workers.num_workers * config.block_size / config.round_size)
