@@ -140,8 +140,8 @@ def run(options: Options, tracker: Tracker, resumed: Resumed | None) -> None:
         assert last is not None
         shutil.copy(last, output / NETWORK_FILE)
         console.print(f"\n{finished.summary()}\n\nFiles: {output}", markup=False)
-        tracker.log_classifier(load_classifier(options.model, last), job.train.shape)
         tracker.complete(tags={}, metrics=finished.metrics(), step=0, markdown=finished.summary(), folder=output)
+        tracker.log_classifier(load_classifier(options.model, last), job.train.shape)
     except TrackingError as error:
         raise TrackingError(
             f"{error}; what is done lies in {output}; when the server answers again: "

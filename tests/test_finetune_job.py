@@ -194,30 +194,18 @@ def test_the_model_in_mlflow_takes_pixels(disturbed):
     assert (taken.type, taken.shape) == (np.float32, (-1, 3, 16, 16))
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("storage", "cannot write checkpoints to"),
-        ("foreign network", "the pool was computed for "),
-        ("one member", "the pool has 1 members, of which 1 would be held out"),
-        ("nothing", "no model given (--model)"),
-    ],
-)
-def test_bad_input_is_one_line(name, message, weights, data, pool, tmp_path):
-    command = {
-        "storage": lambda: words(weights, data, pool, "--storage", "/proc/here"),
-        "foreign network": lambda: [w for w in words(weights, data, pool) if w not in ("--weights", weights)],
-        "one member": lambda: words(weights, data, one_member(pool, tmp_path)),
-        "nothing": list,
-    }[name]()
+@pytest.mark.parametrize("name", ["storage", "foreign network"])
+def test_bad_input_is_one_line(name, weights, data, pool, tmp_path):
+    command, message = {
+        "storage": (words(weights, data, pool, "--storage", "/proc/here"), "cannot write checkpoints to /proc/here/"),
+        "foreign network": (
+            [w for w in words(weights, data, pool) if w not in ("--weights", weights)],
+            "the pool was computed for",
+        ),
+    }[name]
     process = start(tmp_path, command)
     assert process.wait(100) == 1
     (line,) = [line for line in (tmp_path / "log").read_text().splitlines() if not line.startswith("MLflow run")]
-    assert line.startswith("error: ") and message in line
+    assert line.startswith(f"error: {message}")
     _, (run,) = runs(tmp_path)
-    assert run.info.status == "FAILED" and message in run.data.tags["reason"]
-
-
-def one_member(pool, folder):
-    PerturbationPool.load(pool).take(0, 1).save(folder / "one")
-    return folder / "one"
+    assert run.info.status == "FAILED" and run.data.tags["reason"] in line

@@ -177,27 +177,39 @@ class Tracker:
         return bool(found) and found[0].info.status == "FINISHED"
 
     def log_classifier(self, classifier: Classifier, shape: Sequence[int]) -> None:
-        """A classifier as a model of MLflow whose signature is pixels (N×C×H×W float32, `shape` is C×H×W) to logits (N×K).
+        """A classifier as a model of MLflow, unless the run has one: pixels (N×C×H×W float32, `shape` is C×H×W) to logits (N×K).
 
-        It is exported as a graph, so that whoever loads it needs none of the network's code.
+        It is exported as a graph, so that whoever loads it needs none of the network's code. A network that cannot be exported is
+        left out, with a warning.
 
         Raises:
-            TrackingError: the server does not answer, or the network cannot be exported.
+            TrackingError: the server does not answer.
         """
         pixels = np.full((2, *shape), 128, np.float32)
         with torch.no_grad():
             logits = classifier(torch.tensor(pixels)).numpy()
         takes, gives = (Schema([TensorSpec(array.dtype, (-1, *array.shape[1:]))]) for array in (pixels, logits))
-        with _answering(self.uri), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the export, about its own insides
-            mlflow.pytorch.log_model(
-                classifier,
-                name="model",
-                signature=ModelSignature(takes, gives),
-                input_example=pixels,
-                serialization_format="pt2",
-                pip_requirements=[f"torch=={torch.__version__.partition('+')[0]}"],
-            )
+            try:  # before MLflow does it, which would leave half a model behind
+                torch.export.export(classifier, (torch.tensor(pixels),), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+            except Exception as error:  # whatever torch says of a network that it cannot export
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                logger.warning(
+                    "%s is not logged as a model, because torch cannot export it: %s", classifier.name, reason
+                )
+                return
+            with _answering(self.uri):
+                outputs = self._client.get_run(self.run_id).outputs
+                if outputs is None or not outputs.model_outputs:
+                    mlflow.pytorch.log_model(
+                        classifier,
+                        name="model",
+                        signature=ModelSignature(takes, gives),
+                        input_example=pixels,
+                        serialization_format="pt2",
+                        pip_requirements=[f"torch=={torch.__version__.partition('+')[0]}"],
+                    )
 
     def set_tag(self, key: str, value: str) -> None:
         """A tag of the run."""
