@@ -154,7 +154,10 @@ def _set_up(options: Options, pool: PerturbationPool, tracker: Tracker, resumed:
     """Network, pool and data are what they have to be; the job can be resumed from now on."""
     classifier = load_classifier(options.model, options.weights)
     if not options.allow_transfer:
-        pool.check_classifier(classifier.weights_digest)
+        try:
+            pool.check_classifier(classifier.weights_digest)
+        except PerturbationError as error:
+            raise PerturbationError(f"{error}; --allow-transfer trains on it all the same") from error
     options.finetune.split(pool)
     first, *_ = (ComputeConfig.from_provenance(p.provenance, p.name) for p in pool.to_perturbations())
     train_urls, val_urls = expand_patterns(options.train_shards), expand_patterns(options.val_shards)

@@ -35,8 +35,8 @@ class Comparison:
 
     Attributes:
         network: BEFORE, or which repetition led to it.
-        group: TRAINED_ON, HELD_OUT (members of the pool of that repetition; before: of the first), FRESH (computed
-            against this very network by the pool's config and seeds), RANDOM.
+        group: TRAINED_ON, HELD_OUT (members of the pool of that repetition; before: of the first), FRESH (computed against this
+            very network by the pool's config and seeds; before: the given pool, none if that is another network's), RANDOM.
         num_perturbations: in the group.
         fooling, top1: means over the group; counts and intervals are those of the images.
         lowest, highest: fooling rate within the group.
@@ -80,6 +80,7 @@ class FinishedFinetuning:
             )
             for network, groups in self.groups.items()
             for group, names in groups.items()
+            if names
         ]
 
     def result(self) -> dict[str, Any]:
@@ -107,28 +108,30 @@ class FinishedFinetuning:
         p = self.provenance
         by_group = {(c.network, c.group): c for c in self.comparisons}
         networks = list(self.groups)
-        first, last = by_group[networks[0], FRESH], by_group[networks[-1], FRESH]
+        first, last = by_group.get((networks[0], FRESH)), by_group[networks[-1], FRESH]
+        before = (
+            f"**{first.fooling}** of the held-out images before and "
+            if first
+            else "(those before were another network's) "
+        )
         variant = "adaptive magnitudes" if p["finetune.adaptive"] else "the perturbations as they are"
         return (
             f"**{p['model']}** fine-tuned on a pool of {p['pool_size']} universal perturbations ({p['norm']} ≤ {p['radius']:g} pixels), "
-            f"{p['finetune.epochs']} epochs on {p['num_train_images']:,} images, {variant}, {len(networks) - 1} repetitions.\n\n"
+            f"{p['finetune.epochs']} epochs on {p['num_train_images']:,} images, {variant}; repetitions: {len(networks) - 1}.\n\n"
             f"Perturbations that are computed against the network itself, by one config and the same {last.num_perturbations} seeds, "
-            f"fool **{first.fooling}** of the held-out images before and **{last.fooling}** after; clean top-1 {first.top1_clean} before, "
+            f"fool {before}**{last.fooling}** after; clean top-1 {by_group[networks[0], RANDOM].top1_clean} before, "
             f"{last.top1_clean} after.\n\n{self.markdown()}\n\n"
             "Fooling rates are means over the perturbations of a group (in brackets lowest and highest) on held-out images; the 95 % "
             "interval of such a mean is at most that of one rate. `network.safetensors` is the fine-tuned network, for `--weights`."
         )
 
     def markdown(self) -> str:
-        """A line for each network, two columns for each group."""
+        """A line for each network, a column for each group."""
         rows = {network: {c.group: c for c in self.comparisons if c.network == network} for network in self.groups}
         lines = [f"| network | clean top-1 | {' | '.join(TITLES.values())} |", "| --- " * (2 + len(TITLES)) + "|"]
         for network, by_group in rows.items():
-            cells = [
-                f"{c.fooling.rate:.3f} ({c.lowest:.3f}–{c.highest:.3f}), top-1 {c.top1.rate:.3f}"
-                for c in (by_group[group] for group in TITLES)
-            ]
-            lines.append(f"| {network} | {by_group[FRESH].top1_clean} | {' | '.join(cells)} |")
+            cells = [_cell(by_group.get(group)) for group in TITLES]
+            lines.append(f"| {network} | {by_group[RANDOM].top1_clean} | {' | '.join(cells)} |")
         return "\n".join(lines)
 
 
@@ -144,6 +147,10 @@ def save_finetuning(folder: Path, finished: FinishedFinetuning) -> None:
     _save_table(folder / "tables/epochs", pa.Table.from_pylist(rows))
     pictures.save_epochs(folder / "pictures/2-epochs.png", finished.epochs)
     (folder / RESULT_FILE).write_text(json.dumps(finished.result(), indent=2) + "\n")
+
+
+def _cell(c: Comparison | None) -> str:
+    return f"{c.fooling.rate:.3f} ({c.lowest:.3f}–{c.highest:.3f}), top-1 {c.top1.rate:.3f}" if c else "–"
 
 
 def _save_table(path: Path, table: pa.Table) -> None:

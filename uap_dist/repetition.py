@@ -136,7 +136,8 @@ def group(job: Job, networks: Sequence[Network]) -> dict[str, dict[str, list[str
     for before, network in zip([networks[0], *networks], networks, strict=False):
         names = [perturbation.name for perturbation in before.perturbations]
         size = len(job.config.split(before.pool)[0].members)
-        fresh = [perturbation.name for perturbation in network.perturbations]
+        is_own = network.name != BEFORE or job.provenance["weights_digest"] == network.pool.shared["weights_digest"]
+        fresh = [perturbation.name for perturbation in network.perturbations] if is_own else []
         groups[network.name] = {TRAINED_ON: names[:size], HELD_OUT: names[size:], FRESH: fresh, RANDOM: [RANDOM]}
     return groups
 
