@@ -25,7 +25,7 @@ from uap_dist.fleet import Fleet, FleetConfig, connect
 from uap_dist.locations import is_url, join
 from uap_dist.pool import PerturbationPool
 from uap_dist.pool_run import Setting, describe_data, describe_job, describe_settings
-from uap_dist.repetition import Job, Network, group, measure, repeat
+from uap_dist.repetition import REPETITIONS_FOLDER, Job, Network, group, measure, repeat
 from uap_dist.report import output_folder
 from uap_dist.resume import Resumed, find_resumed
 from uap_dist.shards import expand_patterns
@@ -140,7 +140,14 @@ def run(options: Options, tracker: Tracker, resumed: Resumed | None) -> None:
         assert last is not None
         shutil.copy(last, output / NETWORK_FILE)
         console.print(f"\n{finished.summary()}\n\nFiles: {output}", markup=False)
-        tracker.complete(tags={}, metrics=finished.metrics(), step=0, markdown=finished.summary(), folder=output)
+        tracker.complete(
+            tags={},
+            metrics=finished.metrics(),
+            step=0,
+            markdown=finished.summary(),
+            folder=output,
+            leave_out=(REPETITIONS_FOLDER,),  # in runs of their own
+        )
         tracker.log_classifier(load_classifier(options.model, last), job.train.shape)
     except TrackingError as error:
         raise TrackingError(

@@ -153,13 +153,14 @@ def test_no_epoch_was_repeated_or_lost_in_mlflow(disturbed):
     points = client.get_metric_history(training, "top1/clean")
     assert [m.step for m in points] == [0, 1, 2, 3]
     assert [m.timestamp < killed for m in points] == [True, True, True, False]
+    assert {a.path for a in client.list_artifacts(training)} == {"network.safetensors", "epochs.jsonl"}
     job = client.get_run(run_id)
     assert job.data.metrics["after/fooling_rate_fresh"] < job.data.metrics["before/fooling_rate_fresh"]
 
 
 def test_the_fresh_pool_is_that_of_the_tuned_network_by_the_same_config(disturbed, data):
     folder, *_ = disturbed
-    fresh = PerturbationPool.load(folder / "out/repetitions/1/pool")
+    fresh = PerturbationPool.load(folder / "out/repetitions/1/fresh-pool/pool")
     again = computed(str(folder / "out/network.safetensors"), data, "seed-3", 3)
     assert torch.equal(fresh.perturbations[0], again.v)
     assert fresh.shared["weights_digest"] == again.provenance["weights_digest"]

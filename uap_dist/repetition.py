@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from torch import Tensor
 
 from uap_dist.checkpoint import JobRecord
 from uap_dist.classifiers import load_classifier
@@ -37,7 +38,7 @@ from uap_dist.tracking import Tracker
 from uap_dist.training import Training
 from uap_dist.weights import digest_weights, fill, write_weights
 
-STAGES_FOLDER, EPOCHS_FILE = "repetitions", "epochs.jsonl"
+REPETITIONS_FOLDER, EPOCHS_FILE = "repetitions", "epochs.jsonl"
 DELIVERY_TIMEOUT_S = 20.0
 
 
@@ -88,9 +89,13 @@ class Job:
     tracker: Tracker
     console: Console
 
-    def folder(self, repetition: int) -> Path:
-        """Of a repetition's files."""
-        return self.output / STAGES_FOLDER / str(repetition)
+    def network_folder(self, repetition: int) -> Path:
+        """Of the network that a repetition gives."""
+        return self.output / REPETITIONS_FOLDER / str(repetition) / "network"
+
+    def pool_folder(self, repetition: int) -> Path:
+        """Of the pool against that network, and of its members."""
+        return self.output / REPETITIONS_FOLDER / str(repetition) / "fresh-pool"
 
 
 def repeat(job: Job, repetition: int, before: Network) -> Network:
@@ -99,16 +104,16 @@ def repeat(job: Job, repetition: int, before: Network) -> Network:
     Raises:
         TrackingError: MLflow does not take what is done; to be tried again.
     """
-    name, folder = f"repetition {repetition}", job.folder(repetition)
-    weights = folder / NETWORK_FILE
+    name, folder = f"repetition {repetition}", job.network_folder(repetition)
+    weights, pool = folder / NETWORK_FILE, job.pool_folder(repetition) / POOL_FOLDER
     if not (weights.exists() and job.tracker.has_finished(f"{name}: fine-tuning")):
         job.console.print(f"{name}: fine-tuning")
-        _fine_tune(job, repetition, before, weights)
-    if not ((folder / POOL_FOLDER / POOL_FILE).exists() and job.tracker.has_finished(f"{name}: fresh pool")):
+        _fine_tune(job, repetition, before)
+    if not ((pool / POOL_FILE).exists() and job.tracker.has_finished(f"{name}: fresh pool")):
         job.console.print(f"{name}: fresh pool")
         _compute_pool(job, repetition, before.pool, str(weights))
     epochs = [RoundRecord.from_json(line) for line in (folder / EPOCHS_FILE).read_text().splitlines()]
-    return Network(name, str(weights), PerturbationPool.load(folder / POOL_FOLDER), epochs)
+    return Network(name, str(weights), PerturbationPool.load(pool), epochs)
 
 
 def measure(job: Job, networks: Sequence[Network]) -> list[Measurement]:
@@ -142,8 +147,8 @@ def group(job: Job, networks: Sequence[Network]) -> dict[str, dict[str, list[str
     return groups
 
 
-def _fine_tune(job: Job, repetition: int, before: Network, path: Path) -> None:
-    """Train, and write the network when its MLflow run is complete."""
+def _fine_tune(job: Job, repetition: int, before: Network) -> None:
+    """Train; the network and its epochs are in the folder, and in an MLflow run below the job's."""
     assert job.fleet.num_workers is not None
     task = Task(job.model, before.weights, job.train, job.val, before.pool, job.config, job.fleet.threads_per_worker)
     name, num_workers = f"{repetition}-finetune", job.fleet.num_workers
@@ -152,33 +157,51 @@ def _fine_tune(job: Job, repetition: int, before: Network, path: Path) -> None:
     with Tracker(run_name=f"repetition {repetition}: fine-tuning", parent=job.tracker) as tracker:
         tracker.log_params({f"finetune.{key}": value for key, value in asdict(job.config).items()})
         for record in training.epochs():
-            m = record.metrics
-            job.console.print(
-                f"epoch {record.step} of {job.config.epochs}: clean top-1 {m['top1/clean']:.3f}, members trained on fool "
-                f"{m[f'fooling_rate/{TRAINED_ON}']:.3f}, held-out members {m[f'fooling_rate/{HELD_OUT}']:.3f}"
-            )
+            job.console.print(f"epoch {record.step} of {job.config.epochs}: {_describe(record)}")
             tracker.log_round(record)
             records.append(record)
+        _save_network(job, repetition, before, training.weights(), records, tracker.run_id)
         tracker.wait_for_delivery(DELIVERY_TIMEOUT_S)
-    classifier = load_classifier(job.model, before.weights)
-    fill(classifier.network, training.weights(), str(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    (path.parent / EPOCHS_FILE).write_text("".join(f"{record.json}\n" for record in records))
+        text = f"Fine-tuned on the pool of: {before.name}.\n\nFirst: {_describe(records[0])}.\n\nLast: {_describe(records[-1])}."
+        tracker.complete(tags={}, metrics={}, step=0, markdown=text, folder=job.network_folder(repetition))
+
+
+def _describe(record: RoundRecord) -> str:
+    m = record.metrics
+    return (
+        f"clean top-1 {m['top1/clean']:.3f}, members trained on fool {m[f'fooling_rate/{TRAINED_ON}']:.3f}, "
+        f"held-out members {m[f'fooling_rate/{HELD_OUT}']:.3f}"
+    )
+
+
+def _save_network(
+    job: Job,
+    repetition: int,
+    before: Network,
+    weights: dict[str, Tensor],
+    records: Sequence[RoundRecord],
+    mlflow_run_id: str,
+) -> None:
+    """The weights with where they come from, whole or not at all, and the epochs."""
+    folder, classifier = job.network_folder(repetition), load_classifier(job.model, before.weights)
+    folder.mkdir(parents=True, exist_ok=True)
+    fill(classifier.network, weights, f"repetition {repetition}")
+    (folder / EPOCHS_FILE).write_text("".join(f"{record.json}\n" for record in records))
     provenance = dict(job.provenance) | {
         "repetition": repetition,
         "pool_sha256": before.pool.digest,
         "weights_digest_before": classifier.weights_digest,
         "weights_digest": digest_weights(classifier.network),
-        "mlflow_run_id": tracker.run_id,
+        "mlflow_run_id": mlflow_run_id,
     }
-    unfinished = path.with_suffix(".unfinished")
+    unfinished = folder / f".{NETWORK_FILE}"
     write_weights(unfinished, classifier.network, provenance)
-    unfinished.rename(path)
+    unfinished.rename(folder / NETWORK_FILE)
 
 
 def _compute_pool(job: Job, repetition: int, pool: PerturbationPool, weights: str) -> None:
     """A pool against the fine-tuned network, each member by the config and seed of the one that it follows."""
-    folder, classifier = job.folder(repetition), load_classifier(job.model, weights)
+    folder, classifier = job.pool_folder(repetition), load_classifier(job.model, weights)
     plans = {}
     for member in pool.to_perturbations():
         config = ComputeConfig.from_provenance(member.provenance, member.name)

@@ -22,6 +22,7 @@ import ray.train.torch
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig, TrainingFailedError
+from torch import Tensor
 
 from uap_dist.errors import UapDistError, WorkerLostError
 from uap_dist.finetune import HELD_OUT, NETWORK_FILE, Learner, Task
@@ -106,7 +107,7 @@ class Training:
             raise WorkerLostError(f"the training was given up: {_last_line(outcome)}") from outcome
         self._result = outcome
 
-    def weights(self) -> dict[str, Any]:
+    def weights(self) -> dict[str, Tensor]:
         """The tensors of the trained network; to be called when there are no more epochs."""
         assert self._result is not None and self._result.checkpoint is not None
         with self._result.checkpoint.as_directory() as folder:
