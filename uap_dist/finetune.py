@@ -239,8 +239,8 @@ class Learner:
         """Images as they are trained on, and the network evaluations that it took to choose factors."""
         added, is_perturbed = (x.to(self._device) for x in self._add.draw(len(pixels), tuple(pixels.shape[1:])))
         factors, spent = is_perturbed.float(), 0
-        if self._config.adaptive:
-            rows = is_perturbed.nonzero().squeeze(1)
+        rows = is_perturbed.nonzero().squeeze(1)
+        if self._config.adaptive and len(rows):
             self._set_training(False)
             factors[rows], spent = smallest_factors(self.classifier, pixels[rows], added[rows], self._config.ladder)
             self._set_training(True)
@@ -249,6 +249,9 @@ class Learner:
     def _measure(self) -> dict[str, float]:
         """Top-1 and top-5 of clean held-out images; fooling rate and top-1 of them under each part of the pool, members taking turns."""
         self._set_training(False)
+        if self._num_workers > 1:  # each has statistics of its own until the next step; the first one's are saved
+            for buffer in self.classifier.buffers():
+                distributed.broadcast(buffer, 0)
         counts = dict.fromkeys(("images", "top1/clean", "top5/clean"), 0)
         counts |= {f"{what}/{name}": 0 for what in ("fooling_rate", "top1") for name in self._pools}
         first = self._first_val
