@@ -135,10 +135,10 @@ def run(options: Options, tracker: Tracker, resumed: Resumed | None) -> None:
             provenance=job.provenance,
             mlflow_run_id=tracker.run_id,
         )
-        save_finetuning(output, finished)
         last = networks[-1].weights
         assert last is not None
         shutil.copy(last, output / NETWORK_FILE)
+        save_finetuning(output, finished)
         console.print(f"\n{finished.summary()}\n\nFiles: {output}", markup=False)
         tracker.complete(
             tags={},

@@ -1,4 +1,4 @@
-"""Workers as Ray actors: placement, dispatch, and what happens when one is lost. The only module that imports Ray."""
+"""Workers as Ray actors: placement, dispatch, and what happens when one is lost. Beside training.py the only module that imports Ray."""
 
 import os
 
