@@ -46,7 +46,7 @@ ROWS = {  # pool, options of jobs/finetune.py
     "resnet20-linf10-adaptive": ("resnet20-linf10", ("--repetitions", "2", "--adaptive")),
     "resnet20-linf8-plain": ("resnet20-linf8", ("--repetitions", "2")),
     "resnet20-linf8-adaptive": ("resnet20-linf8", ("--repetitions", "2", "--adaptive")),
-    "squeezenet-linf10-plain": ("squeezenet-linf10", ()),
+    "squeezenet-linf10-plain": ("squeezenet-linf10", ("--learning-rate", "0.00001")),
 }
 
 

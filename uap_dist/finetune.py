@@ -50,7 +50,8 @@ class FinetuneConfig:
     batch_size: int = 64
     """Images in a step, on all workers together."""
     learning_rate: float | None = None
-    """Of the first step; a cosine takes it to zero. Default: 0.01 for networks with batch norm, 0.001 for others."""
+    """Of the first step; a cosine takes it to zero. Default: 0.01 for networks with batch norm, 0.0001 for others,
+    whose gradients may be of any size."""
     momentum: float = 0.9
     """Of SGD."""
     weight_decay: float = 1e-4
@@ -163,7 +164,7 @@ class Learner:
         self._num_batches = task.train.num_examples // num_workers // self._batch_size
         self._optimiser = torch.optim.SGD(
             [parameter for parameter in self.classifier.parameters() if parameter.requires_grad],
-            lr=config.learning_rate or (0.01 if any(_batch_norms(self.classifier)) else 0.001),
+            lr=config.learning_rate or (0.01 if any(_batch_norms(self.classifier)) else 0.0001),
             momentum=config.momentum,
             weight_decay=config.weight_decay,
         )
