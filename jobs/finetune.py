@@ -14,7 +14,7 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from uap_dist.checkpoint import Checkpoint, CheckpointStore, JobRecord, check_identity
+from uap_dist.checkpoint import Checkpoint, CheckpointStore, check_identity
 from uap_dist.classifiers import check_classifier, load_classifier
 from uap_dist.compute import ComputeConfig, State
 from uap_dist.dataset import check_disjoint, load_dataset
@@ -168,6 +168,7 @@ def _set_up(options: Options, pool: PerturbationPool, tracker: Tracker, resumed:
     options.finetune.split(pool)
     first, *_ = (ComputeConfig.from_provenance(p.provenance, p.name) for p in pool.to_perturbations())
     train_urls, val_urls = expand_patterns(options.train_shards), expand_patterns(options.val_shards)
+    store = _prepare_storage(options, tracker, resumed)
     connect()
     raise_on_sigterm()  # again: ray.init installs a handler of its own
     fleet = Fleet(options.model, options.weights, options.fleet)
@@ -203,8 +204,11 @@ def _set_up(options: Options, pool: PerturbationPool, tracker: Tracker, resumed:
     own = {key: provenance[key] for key in ("pool_sha256", "repetitions", "fleet.num_workers")}
     own |= {key: value for key, value in provenance.items() if key.startswith("finetune.")}
     record = replace(record, identity=dict(record.identity) | own)
-    storage = _start(options, record, State.start(train, first), tracker, resumed)
-    if resumed is None:
+    if resumed is not None:
+        check_identity(resumed.checkpoint.job, record)
+    else:
+        store.start(Checkpoint(record, State.start(train, first), ()))
+        tracker.set_tag(CHECKPOINTS_TAG, store.location)
         tracker.log_params(provenance)
         tracker.log_dataset(train, "training")
         tracker.log_dataset(val, "held-out")
@@ -217,7 +221,7 @@ def _set_up(options: Options, pool: PerturbationPool, tracker: Tracker, resumed:
         val=val,
         uses_gpu=fleet.uses_gpu,
         output=options.output,
-        storage=storage,
+        storage=store.location,
         record=record,
         provenance=provenance,
         tracker=tracker,
@@ -225,18 +229,14 @@ def _set_up(options: Options, pool: PerturbationPool, tracker: Tracker, resumed:
     )
 
 
-def _start(options: Options, record: JobRecord, state: State, tracker: Tracker, resumed: Resumed | None) -> str:
-    """Where the job is committed; that it can be is known now, not after the first epoch."""
-    if resumed is not None:
-        check_identity(resumed.checkpoint.job, record)
-        return resumed.storage
+def _prepare_storage(options: Options, tracker: Tracker, resumed: Resumed | None) -> CheckpointStore:
+    """Where the job is committed; that it can be is known before any work."""
     assert options.output is not None
     below = options.storage or str(options.output.parent / "checkpoints")
-    storage = join(below if is_url(below) else str(Path(below).resolve()), tracker.run_id)
-    with CheckpointStore(storage) as store:
-        store.start(Checkpoint(record, state, ()))
-    tracker.set_tag(CHECKPOINTS_TAG, storage)
-    return storage
+    below = below if is_url(below) else str(Path(below).resolve())
+    store = CheckpointStore(resumed.storage if resumed else join(below, tracker.run_id))
+    store.prepare()
+    return store
 
 
 def _size(shape: Sequence[int]) -> str:

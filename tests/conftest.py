@@ -1,5 +1,6 @@
 import io
 import os
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,9 @@ from PIL import Image
 from pyarrow import fs
 
 from uap_dist.classifiers import load_classifier
+from uap_dist.compute import compute
 from uap_dist.dataset import LocalWorkers, load_dataset
+from uap_dist.perturbations import Perturbation
 from uap_dist.shards import write_shards
 from uap_dist.worker import Worker
 
@@ -41,6 +44,23 @@ def shards(tmp_path_factory):
 
 def tiny_worker(cache_bytes: int = 1 << 30) -> Worker:
     return Worker(load_classifier(TINY), cache_bytes=cache_bytes, num_threads=1)
+
+
+def compute_here(model, weights, train, val, config):
+    """A perturbation as jobs/compute.py leaves it, computed in this process from shards, and the report of its last round."""
+    classifier = load_classifier(model, weights)
+    workers = LocalWorkers(Worker(classifier, cache_bytes=1 << 30, num_threads=1))
+    train = load_dataset(workers, train)
+    *_, final = compute(workers, train, load_dataset(workers, val), config)
+    provenance = vars(config) | {
+        "radius": config.ball_radius,
+        "model": model,
+        "weights_digest": classifier.weights_digest,
+        "perturbation_sha256": sha256(final.perturbation.numpy().tobytes()).hexdigest(),
+        "num_evaluations": final.num_evaluations,
+        "num_train_images": train.num_examples,
+    }
+    return Perturbation(f"seed-{config.seed}", final.perturbation, provenance), final
 
 
 @pytest.fixture

@@ -12,15 +12,17 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import TINY
-from test_job import data, empty_store, environment, finish, runs, start
+from conftest import TINY, compute_here, tiny_worker
+from test_job import data, empty_store, environment, runs
 
-from uap_dist.boundaries import SUBSPACE
-from uap_dist.by_number import Recipe
+from uap_dist.boundaries import SUBSPACE, analyze_boundaries, gather_normals, paper_norm_l2
+from uap_dist.by_number import Recipe, compute_by_number, plan_numbers
 from uap_dist.compute import ComputeConfig
+from uap_dist.dataset import LocalWorkers, load_dataset
 from uap_dist.errors import ConfigError
-from uap_dist.perturbations import Perturbation
-from uap_dist.phase import UNIVERSAL
+from uap_dist.norms import measure
+from uap_dist.perturbations import PERTURBATION_FILE, Perturbation, load_perturbations, save_perturbation
+from uap_dist.phase import UNIVERSAL, phase_transition
 
 JOB = Path(__file__).parents[1] / "jobs/analyze.py"
 SMALL = ("--num-singular", "5", "--num-draws", "2", "--scales", "0.5", "2", "--numbers", "12", "47", "--num-seeds", "2")
@@ -30,12 +32,18 @@ PICTURES = ("1-phase-transition", "2-singular-values", "3-number-of-images")
 
 @pytest.fixture(scope="module")
 def computed(shards, tmp_path_factory):
-    """Folder whose `v` is what jobs/compute.py left."""
+    """Folder whose `v` is a perturbation as jobs/compute.py leaves it, and the report of its last round."""
     folder = tmp_path_factory.mktemp("analyze")
-    options = ("--round-size", "10", "--block-size", "5", "--radius", "20", "--max-evaluations", "247", "--output", "v")
-    code, _, err = finish(start(folder, *data(shards), *options))
-    assert code == 0, err
-    return folder
+    config = ComputeConfig(round_size=10, block_size=5, radius=20.0, max_evaluations=247)
+    v, final = compute_here(TINY, None, *urls(shards), config)
+    (folder / "v").mkdir()
+    save_perturbation(folder / "v" / PERTURBATION_FILE, v.v, v.provenance)
+    (folder / "mlflow.db").write_bytes(empty_store())
+    return folder, final
+
+
+def urls(shards):
+    return [str(shards / f"train-{i:04d}.tar") for i in range(3)], [str(shards / "val-0000.tar")]
 
 
 def analyze(folder, shards, *options, perturbation="v"):
@@ -45,10 +53,11 @@ def analyze(folder, shards, *options, perturbation="v"):
 
 @pytest.fixture(scope="module")
 def analyzed(computed, shards):
-    done = analyze(computed, shards, *SMALL, "--num-workers", "1", "--output", "a")
+    folder, final = computed
+    done = analyze(folder, shards, *SMALL, "--num-workers", "2", "--output", "a")
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
-    return computed, done.stdout
+    return folder, done.stdout, final
 
 
 def read(folder, table):
@@ -56,22 +65,22 @@ def read(folder, table):
 
 
 def test_it_agrees_with_the_computation_to_the_example(analyzed):
-    folder, _ = analyzed
-    expected = json.loads((folder / "v/result.json").read_text())
+    folder, _, final = analyzed
+    val, train = final.evaluation.val, final.evaluation.train
     own = [row for row in read(folder / "a", "phase-transition") if row["kind"] == UNIVERSAL and row["scale"] == 1]
     assert [row["norm"] for row in own] == ["l2", "linf"]
     for row in own:
-        assert row["fooling"] == expected["val_fooling_rate"] and row["fooling_num_images"] == 20
-        assert (row["norm_l2"], row["norm_linf"]) == (expected["norm_l2"], expected["norm_linf"])
-        assert [row["fooling_low"], row["fooling_high"]] == expected["val_fooling_rate_interval"]
+        assert row["fooling"] == val.rate and row["fooling_num_images"] == 20
+        assert (row["norm_l2"], row["norm_linf"]) == tuple(measure(final.perturbation, norm) for norm in ("l2", "linf"))
+        assert (row["fooling_low"], row["fooling_high"]) == val.interval
     # all images and the perturbation's own seed give it again
     (again,) = [r for r in read(folder / "a", "number-of-images") if (r["num_images"], r["seed"]) == (47, 0)]
-    assert again["val"] == expected["val_fooling_rate"] and again["train"] == expected["train_fooling_rate"]
-    assert again["num_evaluations"] == expected["num_evaluations"]
+    assert again["val"] == val.rate and again["train"] == train.rate
+    assert again["num_evaluations"] == final.num_evaluations
 
 
 def test_numbers_of_the_result_are_those_of_the_tables(analyzed):
-    folder, _ = analyzed
+    folder, *_ = analyzed
     result = json.loads((folder / "a/result.json").read_text())
     phase, subspace = read(folder / "a", "phase-transition"), read(folder / "a", "subspace")
     for norm in ("l2", "linf"):
@@ -97,7 +106,7 @@ def test_numbers_of_the_result_are_those_of_the_tables(analyzed):
 
 
 def test_the_report_stands_alone(analyzed):
-    folder, _ = analyzed
+    folder, *_ = analyzed
     html = (folder / "a/report.html").read_text()
     assert html.count('src="data:image/png;base64,') == len(PICTURES)
     assert not re.search(r"""(src|href)\s*=\s*["'](?!data:)|https?://|@import|url\(""", html)
@@ -113,7 +122,7 @@ def test_the_report_stands_alone(analyzed):
 
 
 def test_the_mlflow_run_holds_all_of_it(analyzed):
-    folder, out = analyzed
+    folder, out, final = analyzed
     client, found = runs(folder)
     (run,) = [run for run in found if run.info.run_name == "analysis"]
     result = json.loads((folder / "a/result.json").read_text())
@@ -122,18 +131,33 @@ def test_the_mlflow_run_holds_all_of_it(analyzed):
     assert names == {"pictures", "tables", "report.md", "report.html", "result.json"}
     metrics = run.data.metrics
     assert metrics["boundaries/dimension_90"] == result["boundaries"]["dimension_90"]
-    expected = json.loads((folder / "v/result.json").read_text())["val_fooling_rate"]
-    assert metrics["phase/l2/at_own_norm/universal_perturbation"] == expected
+    assert metrics["phase/l2/at_own_norm/universal_perturbation"] == final.evaluation.val.rate
     assert "images/12" in metrics and "Number of images" in run.data.tags["mlflow.note.content"]
     assert {i.dataset.name for i in run.inputs.dataset_inputs} == {"training-47", "held-out-20"}
 
 
-def test_two_workers_find_the_same(analyzed, shards):
-    folder, _ = analyzed
-    done = analyze(folder, shards, *SMALL, "--num-workers", "2", "--output", "b")
-    assert done.returncode == 0, done.stderr
-    for table in TABLES:
-        assert read(folder / "a", table) == read(folder / "b", table), table
+def test_one_worker_in_this_process_finds_the_same(analyzed, shards):
+    """The job's tables to the bit: neither the number of workers nor Ray decides anything."""
+    folder, *_ = analyzed
+    workers = LocalWorkers(tiny_worker())
+    train, val = (load_dataset(workers, some) for some in urls(shards))
+    (v,) = load_perturbations([str(folder / "v")])
+    memory, draws = 2 << 30, {"num_draws": 2, "seed": 0}
+    normals = gather_normals(workers, train, 5, memory)
+    length = paper_norm_l2(v.v.shape)
+    found = analyze_boundaries(workers, val, v.v, normals, norm_l2=length, memory_bytes=memory, **draws)
+    values = read(folder / "a", "singular-values")
+    assert [row["normals"] for row in values] == list(found.spectrum.values)
+    assert [row["random"] for row in values] == list(found.random.values)
+    phase = list(phase_transition(workers, train, val, v.v, normals.total, scales=[0.5, 1.0, 2.0], **draws))
+    for table, points in (("subspace", found.points), ("phase-transition", phase)):
+        rows = [
+            (r["kind"], r["draw"], r["norm"], r["scale"], r["norm_l2"], r["fooling"]) for r in read(folder / "a", table)
+        ]
+        assert rows == [(p.kind, p.draw, p.norm, p.scale, p.norm_l2, p.fooling.rate) for p in points]
+    plan = plan_numbers(train, Recipe.of(v), (12, 47), 2)
+    numbers = sorted((p.num_images, p.seed, p.val.rate) for p in compute_by_number(workers, train, val, plan))
+    assert [(r["num_images"], r["seed"], r["val"]) for r in read(folder / "a", "number-of-images")] == numbers
 
 
 @pytest.mark.parametrize(

@@ -12,15 +12,14 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, compute_here
 from test_job import JOB, empty_store, environment, runs
 from torch.nn.parallel import DistributedDataParallel
 
 from uap_dist.classifiers import Geometry, load_classifier
-from uap_dist.compute import ComputeConfig, compute
+from uap_dist.compute import ComputeConfig
 from uap_dist.dataset import LocalWorkers, load_dataset
 from uap_dist.finetune import FinetuneConfig, Learner, Task
-from uap_dist.perturbations import Perturbation
 from uap_dist.pool import PerturbationPool
 from uap_dist.share import Share
 from uap_dist.weights import digest_weights, write_weights
@@ -54,20 +53,15 @@ def weights(data, tmp_path_factory):
     return str(path)
 
 
-def computed(weights, data, name, seed):
-    """A perturbation as jobs/compute.py leaves it."""
-    classifier = load_classifier(SLOW, weights)
-    workers = LocalWorkers(Worker(classifier, cache_bytes=1 << 30, num_threads=1))
+def computed(weights, data, seed):
     config = ComputeConfig(max_passes=2, round_size=10, block_size=5, radius=30.0, seed=seed, random_start=0.5)
-    *_, final = compute(workers, load_dataset(workers, data[0]), load_dataset(workers, data[1]), config)
-    provenance = vars(config) | {"model": SLOW, "weights_digest": classifier.weights_digest}
-    return Perturbation(name, final.perturbation, provenance | {"random_start": 0.5})
+    return compute_here(SLOW, weights, *data, config)[0]
 
 
 @pytest.fixture(scope="module")
 def pool(weights, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pool")
-    PerturbationPool.of([computed(weights, data, f"seed-{seed}", seed) for seed in (3, 4)]).save(folder / "pool")
+    PerturbationPool.of([computed(weights, data, seed) for seed in (3, 4)]).save(folder / "pool")
     return folder / "pool"
 
 
@@ -161,7 +155,7 @@ def test_no_epoch_was_repeated_or_lost_in_mlflow(disturbed):
 def test_the_fresh_pool_is_that_of_the_tuned_network_by_the_same_config(disturbed, data):
     folder, *_ = disturbed
     fresh = PerturbationPool.load(folder / "out/repetitions/1/fresh-pool/pool")
-    again = computed(str(folder / "out/network.safetensors"), data, "seed-3", 3)
+    again = computed(str(folder / "out/network.safetensors"), data, 3)
     assert torch.equal(fresh.perturbations[0], again.v)
     assert fresh.shared["weights_digest"] == again.provenance["weights_digest"]
     assert [member["seed"] for member in fresh.members] == [3, 4]

@@ -109,9 +109,20 @@ class CheckpointStore:
         Raises:
             ConfigError: it cannot be written to.
         """
+        self.prepare()
+        try:
+            self._write(checkpoint)
+        except OSError as error:
+            raise ConfigError(f"cannot write checkpoints to {self.location} (--storage): {error}") from error
+
+    def prepare(self) -> None:
+        """Make the folder.
+
+        Raises:
+            ConfigError: it cannot be made.
+        """
         try:
             self._filesystem.create_dir(self._folder, recursive=True)
-            self._write(checkpoint)
         except OSError as error:
             raise ConfigError(f"cannot write checkpoints to {self.location} (--storage): {error}") from error
 
