@@ -20,7 +20,7 @@ from uap_dist.errors import ConfigError
 from uap_dist.fleet import Fleet, FleetConfig, connect
 from uap_dist.perturbations import Perturbation, load_perturbations
 from uap_dist.phase import Point, phase_transition
-from uap_dist.provenance import git_commit, versions
+from uap_dist.provenance import describe_code
 from uap_dist.report import output_folder
 from uap_dist.shards import expand_patterns
 from uap_dist.terminal import one_line_errors, raise_on_sigterm, set_up_logging
@@ -223,8 +223,7 @@ def _describe(options: Options, perturbation: Perturbation, weights_digest: str)
         "weights_digest": weights_digest,
         "perturbation_sha256": sha256(perturbation.v.numpy().tobytes()).hexdigest(),
         **{f"fleet.{key}": value for key, value in asdict(options.fleet).items()},
-        "git_commit": git_commit(),
-        **{f"version.{key}": value for key, value in versions().items()},
+        **describe_code(),
     }
 
 

@@ -16,7 +16,7 @@ from uap_dist.evaluate import Measurement, baselines, measure_perturbations
 from uap_dist.fleet import Fleet, FleetConfig, connect
 from uap_dist.perturbations import Perturbation, load_perturbations, split_name
 from uap_dist.pool import PerturbationPool
-from uap_dist.provenance import git_commit, versions
+from uap_dist.provenance import describe_code
 from uap_dist.report import output_folder
 from uap_dist.review import save_evaluation, summary
 from uap_dist.shards import expand_patterns
@@ -88,7 +88,7 @@ def run(options: Options, tracker: Tracker) -> None:
     urls = {name: expand_patterns([pattern]) for name, pattern in sets.items()}
     output = output_folder(options.output, "evaluation")
     classifiers = {name: load_classifier(*model) for name, model in models.items()}
-    settings = {**asdict(options), "git_commit": git_commit(), **{f"version.{k}": v for k, v in versions().items()}}
+    settings = asdict(options) | describe_code()
     tracker.log_params(settings | {f"weights_digest.{name}": c.weights_digest for name, c in classifiers.items()})
     connect()
     raise_on_sigterm()  # again: ray.init installs a handler of its own

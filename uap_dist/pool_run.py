@@ -18,7 +18,7 @@ from uap_dist.fleet import Fleet, FleetConfig
 from uap_dist.locations import join
 from uap_dist.member import Member, own_provenance
 from uap_dist.pool_report import MEMBERS_FOLDER, FinishedPool
-from uap_dist.provenance import git_commit, versions
+from uap_dist.provenance import describe_code
 from uap_dist.report import RESULT_FILE
 from uap_dist.terminal import RoundProgress
 from uap_dist.together import compute_together, keep_busy
@@ -156,11 +156,6 @@ def describe_settings(
         **{f"fleet.{key}": value for key, value in asdict(fleet).items()},
         **describe_code(),
     }
-
-
-def describe_code() -> dict[str, Any]:
-    """Commit and versions."""
-    return {"git_commit": git_commit(), **{f"version.{key}": value for key, value in versions().items()}}
 
 
 def describe_data(train: Dataset, val: Dataset) -> dict[str, Any]:

@@ -36,6 +36,11 @@ def git_commit() -> str:
     return commit.strip() + ("+changes" if changes else "")
 
 
+def describe_code() -> dict[str, str]:
+    """Commit and versions, as parameters and provenance name them."""
+    return {"git_commit": git_commit(), **{f"version.{name}": value for name, value in versions().items()}}
+
+
 def machine() -> str:
     """What the bits may depend on, of the machine that asks: kind of device and CPU instruction set."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
