@@ -17,9 +17,10 @@ import ray
 import torch
 import tyro
 
+from uap_dist.cluster import connect
 from uap_dist.compute import ComputeConfig, State, run_round
 from uap_dist.dataset import Dataset, Shard
-from uap_dist.fleet import Fleet, FleetConfig, _Member, connect
+from uap_dist.fleet import Fleet, FleetConfig, _Member
 from uap_dist.schedule import Block, Round
 from uap_dist.update import Iterate
 from uap_dist.worker import BlockResult, Predictions

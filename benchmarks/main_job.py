@@ -21,9 +21,10 @@ from typing import Any
 import tyro
 from networks import NETWORKS
 
+from uap_dist.cluster import connect
 from uap_dist.compute import ComputeConfig, compute
 from uap_dist.dataset import classify, fooling_rate, load_dataset
-from uap_dist.fleet import Fleet, FleetConfig, connect
+from uap_dist.fleet import Fleet, FleetConfig
 from uap_dist.norms import random_perturbation
 from uap_dist.provenance import git_commit
 from uap_dist.shards import expand_patterns

@@ -25,9 +25,10 @@ import torch
 import tyro
 from networks import NETWORKS
 
+from uap_dist.cluster import connect
 from uap_dist.compute import POOL_RANDOM_START, ComputeConfig, compute
 from uap_dist.dataset import load_dataset
-from uap_dist.fleet import Fleet, FleetConfig, connect
+from uap_dist.fleet import Fleet, FleetConfig
 from uap_dist.pool import PerturbationPool
 from uap_dist.provenance import git_commit
 from uap_dist.shards import expand_patterns

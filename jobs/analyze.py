@@ -14,10 +14,11 @@ from uap_dist.analysis_report import FinishedAnalysis, save_analysis
 from uap_dist.boundaries import Boundaries, analyze_boundaries, check_subspace, gather_normals, paper_norm_l2, sum_steps
 from uap_dist.by_number import NumberPoint, Recipe, compute_by_number, default_numbers, plan_numbers
 from uap_dist.classifiers import load_classifier
+from uap_dist.cluster import connect
 from uap_dist.compute import ComputeConfig
 from uap_dist.dataset import Dataset, check_disjoint, load_dataset
 from uap_dist.errors import ConfigError
-from uap_dist.fleet import Fleet, FleetConfig, connect
+from uap_dist.fleet import Fleet, FleetConfig
 from uap_dist.perturbations import Perturbation, load_perturbations
 from uap_dist.phase import Point, phase_transition
 from uap_dist.provenance import describe_code
@@ -129,8 +130,8 @@ def run(options: Options, tracker: Tracker) -> None:
     tracker.log_params(provenance)
     connect()
     raise_on_sigterm()  # again: ray.init installs a handler of its own
-    fleet = Fleet(options.model, options.weights, options.fleet)
-    console.print(f"MLflow run {tracker.run_id}; waiting for {fleet.num_workers} workers")
+    fleet = Fleet(options.model, options.weights, options.fleet, tracker.run_id)
+    console.print(f"MLflow run {tracker.run_id}; waiting for {fleet.describe_wish()}")
     fleet.wait()
     load = {"max_bad_fraction": options.max_bad_fraction}
     train = load_dataset(fleet, train_urls, num_images=options.num_train_images, **load)

@@ -17,11 +17,12 @@ from rich.console import Console
 
 from uap_dist.checkpoint import Checkpoint, CheckpointStore, check_identity
 from uap_dist.classifiers import load_classifier
+from uap_dist.cluster import connect
 from uap_dist.compute import POOL_RANDOM_START, ComputeConfig, State
 from uap_dist.dataset import check_disjoint, load_dataset
 from uap_dist.demo import write_demo_shards
 from uap_dist.errors import ConfigError, TrackingError
-from uap_dist.fleet import Fleet, FleetConfig, connect
+from uap_dist.fleet import Fleet, FleetConfig
 from uap_dist.locations import join
 from uap_dist.member import Member
 from uap_dist.pool_report import POOL_FOLDER, FinishedPool, save_pool
@@ -185,8 +186,8 @@ def _set_up(options: Options, output: Path, tracker: Tracker, resumed: Resumed |
     train_urls, val_urls = _shards(options, output)
     connect()
     raise_on_sigterm()  # again: ray.init installs a handler of its own
-    fleet = Fleet(options.model, options.weights, options.fleet)
-    console.print(f"MLflow run {tracker.run_id}; waiting for {fleet.num_workers} workers")
+    fleet = Fleet(options.model, options.weights, options.fleet, tracker.run_id)
+    console.print(f"MLflow run {tracker.run_id}; waiting for {fleet.describe_wish()}")
     fleet.wait()
     console.print(f"decoding {len(train_urls)} training and {len(val_urls)} held-out shards")
     load = {"max_bad_fraction": options.max_bad_fraction}

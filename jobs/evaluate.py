@@ -10,10 +10,11 @@ import tyro
 from rich.console import Console
 
 from uap_dist.classifiers import load_classifier
+from uap_dist.cluster import connect
 from uap_dist.dataset import load_dataset
 from uap_dist.errors import ConfigError
 from uap_dist.evaluate import Measurement, baselines, measure_perturbations
-from uap_dist.fleet import Fleet, FleetConfig, connect
+from uap_dist.fleet import Fleet, FleetConfig
 from uap_dist.perturbations import Perturbation, load_perturbations, split_name
 from uap_dist.pool import PerturbationPool
 from uap_dist.provenance import describe_code
@@ -94,12 +95,12 @@ def run(options: Options, tracker: Tracker) -> None:
     raise_on_sigterm()  # again: ray.init installs a handler of its own
     # networks that see images alike follow each other, so that each image is decoded once for all of them
     first, *others = sorted(models, key=lambda name: repr(classifiers[name].geometry))
-    fleet = Fleet(*models[first], options.fleet)
+    fleet = Fleet(*models[first], options.fleet, tracker.run_id)
     found: dict[str, list[Measurement]] = {}
     for name in (first, *others):
         if name != first:
             fleet.use(*models[name])
-        console.print(f"{name}: waiting for {fleet.num_workers} workers")
+        console.print(f"{name}: waiting for {fleet.describe_wish()}")
         fleet.wait()
         found[name] = [m for each in urls.items() for m in _measure(options, fleet, name, each, perturbations, tracker)]
     measurements = [measurement for name in models for measurement in found[name]]

@@ -16,12 +16,13 @@ from rich.console import Console
 
 from uap_dist.checkpoint import Checkpoint, CheckpointStore, check_identity
 from uap_dist.classifiers import check_classifier, load_classifier
+from uap_dist.cluster import connect
 from uap_dist.compute import ComputeConfig, State
 from uap_dist.dataset import check_disjoint, load_dataset
 from uap_dist.errors import ConfigError, PerturbationError, TrackingError
 from uap_dist.finetune import NETWORK_FILE, FinetuneConfig, check_labels
 from uap_dist.finetune_report import BEFORE, FinishedFinetuning, save_finetuning
-from uap_dist.fleet import Fleet, FleetConfig, connect
+from uap_dist.fleet import Fleet, FleetConfig
 from uap_dist.locations import is_url, join
 from uap_dist.pool import PerturbationPool
 from uap_dist.pool_run import Setting, describe_data, describe_job, describe_settings
@@ -77,6 +78,13 @@ class Options:
         """Refuse what cannot be."""
         if self.repetitions < 1:
             raise ConfigError(f"repetitions is {self.repetitions}; it must be positive")
+        low, high = self.fleet.bounds
+        if high not in (None, low):
+            raise ConfigError(
+                f"fine-tuned weights depend on the number of workers: give one number (--num-workers {high})"
+            )
+        if self.fleet.gpus_per_worker not in (None, 0, 1):
+            raise ConfigError("training workers take a GPU each or none: give --gpus-per-worker 1 or 0")
 
     @property
     def name(self) -> str:
@@ -171,9 +179,9 @@ def _set_up(options: Options, pool: PerturbationPool, tracker: Tracker, resumed:
     store = _prepare_storage(options, tracker, resumed)
     connect()
     raise_on_sigterm()  # again: ray.init installs a handler of its own
-    fleet = Fleet(options.model, options.weights, options.fleet)
-    options = replace(options, fleet=replace(options.fleet, num_workers=fleet.num_workers))  # weights depend on it
-    console.print(f"MLflow run {tracker.run_id}; waiting for {fleet.num_workers} workers")
+    fleet = Fleet(options.model, options.weights, options.fleet, tracker.run_id)
+    options = replace(options, fleet=replace(options.fleet, num_workers=fleet.num_asked))  # weights depend on it
+    console.print(f"MLflow run {tracker.run_id}; waiting for {fleet.describe_wish()}")
     fleet.wait()
     load = {"max_bad_fraction": options.max_bad_fraction}
     train = load_dataset(fleet, train_urls, num_images=options.num_train_images, **load)
@@ -186,7 +194,7 @@ def _set_up(options: Options, pool: PerturbationPool, tracker: Tracker, resumed:
         raise PerturbationError(
             f"the pool is of {_size(pool.perturbations.shape[1:])}, images are {_size(train.shape)}; --allow-transfer resizes it"
         )
-    options.finetune.check_batch(train.num_examples, fleet.num_workers)
+    options.finetune.check_batch(train.num_examples, fleet.num_asked)
     provenance = describe_settings(classifier, options.weights, first, options.fleet) | describe_data(train, val)
     provenance |= {
         "demo": False,
@@ -219,7 +227,7 @@ def _set_up(options: Options, pool: PerturbationPool, tracker: Tracker, resumed:
         fleet=options.fleet,
         train=train,
         val=val,
-        uses_gpu=fleet.uses_gpu,
+        uses_gpu=fleet.need.gpus > 0,
         output=options.output,
         storage=store.location,
         record=record,

@@ -62,7 +62,7 @@ def test_normals_of_an_affine_classifier_are_those_of_its_boundaries(shards):
     assert len(normals) == 20 and found.num_left_out == 0
     np.testing.assert_allclose(np.linalg.norm(normals, axis=1), 1, rtol=1e-6)
     weights = network.weights.detach().numpy()
-    pixels = workers.map("pixels", data.blocks(24))[0].reshape(20, -1).astype(np.float64) - 128
+    pixels = next(workers.map("pixels", data.blocks(24))).reshape(20, -1).astype(np.float64) - 128
     expected = []
     for x, label in zip(pixels, data.clean.labels, strict=True):
         slopes = np.delete(weights - weights[label], label, 0).astype(np.float64)
@@ -113,7 +113,7 @@ def test_normals_sum_and_spectrum_are_those_of_deepfool(local_workers, tiny_data
 
 def test_the_mean_image_is_the_mean(local_workers, tiny_data, tmp_path):
     train, _ = tiny_data
-    pixels = np.concatenate(local_workers.map("pixels", train.blocks(24)))
+    pixels = np.concatenate(list(local_workers.map("pixels", train.blocks(24))))
     np.testing.assert_allclose(phase.mean_image(local_workers, train), pixels.mean(0), rtol=1e-12)
     nothing = replace(train, shards=(), clean=replace(train.clean, labels=np.zeros(0, np.int64)))
     with pytest.raises(ConfigError, match="no mean image of zero images"):

@@ -42,7 +42,7 @@ def test_blocks_of_one_image_follow_the_papers_loop(local_workers, tiny_data):
     for round_, _ in zip(plan_rounds(train.sizes, seed=0, round_size=1, block_size=1), reports, strict=False):
         (block,) = round_.blocks
         task = train.examples(block.shard, block.examples)
-        x = torch.tensor(local_workers.map("pixels", [task])[0], dtype=torch.float64)
+        x = torch.tensor(next(local_workers.map("pixels", [task])), dtype=torch.float64)
         label = int(train.clean.labels[starts[block.shard] + block.examples[0]])
         v = (v + reference_deepfool(network, x, v, label)).clamp(-20, 20)
     assert torch.allclose(reports[-1].perturbation.double(), v, atol=2e-2)

@@ -55,7 +55,7 @@ def undisturbed(shards):
 
 
 def worker_processes():
-    return [p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::_Actor")]
+    return [p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::UapWorker")]
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
@@ -98,10 +98,10 @@ def test_a_straggler_is_overtaken_and_its_late_answer_dropped(cluster, shards):
     slow = worker_processes()[0].pid
     os.kill(slow, signal.SIGSTOP)
     tasks = [train.examples(0, [i]) for i in range(20)]
-    first = fleet.map("pixels", tasks)  # would hang until the deadline of 900 s
+    first = list(fleet.map("pixels", tasks))  # would hang until the deadline of 900 s
     stragglers = fleet.num_stragglers
     os.kill(slow, signal.SIGCONT)
-    second = fleet.map("pixels", tasks[::-1])[::-1]
+    second = list(fleet.map("pixels", tasks[::-1]))[::-1]
     lost = fleet.num_lost
     fleet.close()
     assert stragglers == 1 and lost == 0
@@ -116,7 +116,7 @@ def test_a_block_that_kills_three_workers_is_named(cluster, shards):
     with pytest.raises(
         WorkerLostError, match=r"3 workers were lost over the same examples of .*train-0000.tar: s1-000, s1-001"
     ):
-        fleet.map("classify", [train.examples(0, range(size)) for size in (2, 3, 4)], zero)
+        list(fleet.map("classify", [train.examples(0, range(size)) for size in (2, 3, 4)], zero))
     fleet.close()
 
 
@@ -145,7 +145,7 @@ def test_callers_share_the_workers_and_each_gets_its_own_answers(cluster, shards
     with ThreadPoolExecutor(3) as threads:
         together = list(threads.map(lambda config: list(compute(fleet, *data, config))[-1].perturbation, configs))
     with pytest.raises(KeyError):
-        fleet.map("pixels", [replace(data[0].examples(0, [1]), keys=("absent",))])
+        next(fleet.map("pixels", [replace(data[0].examples(0, [1]), keys=("absent",))]))
     alone = [list(compute(fleet, *data, config))[-1].perturbation for config in configs]
     fleet.close()
     assert torch.equal(together[0], undisturbed)
@@ -174,25 +174,37 @@ def test_what_a_worker_raises_comes_back_as_it_was_raised(cluster, shards):
     fleet.close()
 
 
-def test_workers_that_cannot_be_placed_say_what_the_cluster_has(cluster):
-    fleet = Fleet(TINY, None, FleetConfig(num_workers=3, placement_timeout_s=15))
-    with pytest.raises(WorkerLostError, match=r"[0-2] of 3 workers .* the cluster has 4 CPU and 2 GPU"):
-        fleet.wait()  # the third finds no GPU
-    fleet.close()
+def test_workers_that_never_fit_are_refused_at_once(cluster):
+    with pytest.raises(ConfigError, match="3 workers of 1 CPU and 1 GPU each do not fit .*1 node with 4 CPU and 2 GPU"):
+        Fleet(TINY, None, FleetConfig(num_workers=3))
+    with pytest.raises(ConfigError, match="1 worker of 1 CPU and 4 GPU each do not fit"):
+        Fleet(TINY, None, FleetConfig(gpus_per_worker=4))
 
 
 def test_one_worker_per_gpu_by_default(cluster):
     fleet = Fleet(TINY, None, FleetConfig())
-    assert fleet.num_workers == 2
+    assert fleet.num_asked == 2
     fleet.close()
+
+
+def test_workers_share_gpus_and_a_range_begins_with_those_that_fit(cluster, shards, undisturbed):
+    fleet = Fleet(TINY, None, FleetConfig(num_workers="1:5", gpus_per_worker=0.5))
+    fleet.wait()
+    final = list(compute(fleet, *load(fleet, shards), CONFIG))[-1]
+    deadline = time.monotonic() + 30
+    while fleet.num_workers < 4 and time.monotonic() < deadline:  # two on each of two GPUs; the fifth finds no place
+        time.sleep(0.1)
+    num_workers = fleet.num_workers
+    fleet.close()
+    assert num_workers == 4 and torch.equal(final.perturbation, undisturbed)
 
 
 def test_results_come_in_the_order_of_the_tasks(cluster, shards):
     fleet = make_fleet(2)
     train, _ = load(fleet, shards)
     tasks = [train.examples(shard, [i]) for i in range(7) for shard in range(3)]
-    pixels = fleet.map("pixels", tasks)
-    again = fleet.map("pixels", tasks[::-1])[::-1]
+    pixels = list(fleet.map("pixels", tasks))
+    again = list(fleet.map("pixels", tasks[::-1]))[::-1]
     fleet.close()
     assert all(np.array_equal(a, b) for a, b in zip(pixels, again, strict=True))
 
@@ -201,14 +213,22 @@ def test_a_single_worker_gets_its_next_task_at_once(cluster, shards):
     fleet = make_fleet(1)
     train, _ = load(fleet, shards)
     started = time.monotonic()
-    fleet.map("pixels", [train.examples(0, [i]) for i in range(20)])
+    assert len(list(fleet.map("pixels", [train.examples(0, [i]) for i in range(20)]))) == 20
     seconds = time.monotonic() - started
     fleet.close()
     assert seconds < 10  # a wait of one second between two tasks would be twice that
 
 
 def test_a_fleet_that_cannot_be_is_refused():
-    with pytest.raises(ConfigError, match="num workers is 0; it must be positive"):
-        FleetConfig(num_workers=0)
+    for bad, complaint in [
+        (0, "num workers is 0; it must be positive"),
+        ("0:4", "num workers is 0:4; it must be positive"),
+        ("4:2", "num workers is 4:2, upside down; give the smaller number first: 2:4"),
+        ("many", "num workers is 'many'; it must be a number as 8, or a range as 1:64"),
+    ]:
+        with pytest.raises(ConfigError, match=complaint):
+            FleetConfig(num_workers=bad)
+    with pytest.raises(ConfigError, match="gpus per worker is 1.5; it must be 0, a share of one GPU or a whole number"):
+        FleetConfig(gpus_per_worker=1.5)
     with pytest.raises(ConfigError, match="verify determinism compares workers; give --num-workers 2"):
         FleetConfig(num_workers=1, verify_determinism=True)

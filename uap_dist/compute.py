@@ -20,7 +20,7 @@ from uap_dist.fooling import Rate
 from uap_dist.norms import Norm, check_ball, measure, random_perturbation
 from uap_dist.schedule import Round, check_sizes, plan_rounds
 from uap_dist.update import Iterate
-from uap_dist.worker import BlockResult, Predictions, Rule, Solver
+from uap_dist.worker import Predictions, Rule, Solver
 
 DEFAULT_PASSES = 10
 POOL_RANDOM_START = 0.5  # share of the radius; benchmarks/pools.md says why
@@ -273,10 +273,12 @@ def run_round(
         train.examples(block.shard, block.examples, seed=(config.seed, round_.number, number))
         for number, block in enumerate(round_.blocks)
     ]
-    results: list[BlockResult] = workers.map("solve", tasks, state.iterate.v.float().numpy(), config.solver)
-    total = np.zeros(train.shape)
-    for result in results:
+    total, results = np.zeros(train.shape), []
+    for result in workers.map("solve", tasks, state.iterate.v.float().numpy(), config.solver):
         total += result.total
+        results.append(
+            replace(result, total=np.empty(0))
+        )  # a round may have more blocks than the driver has memory for
     iterate, step = _update(state.iterate, torch.from_numpy(total), round_.number, planned, config)
     state = State(
         iterate,

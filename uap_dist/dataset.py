@@ -24,10 +24,13 @@ logger = logging.getLogger(__name__)
 class Workers(Protocol):
     """Any workers: in this process (`LocalWorkers`) or Ray's (fleet.Fleet)."""
 
-    num_workers: int
+    @property
+    def num_workers(self) -> int:
+        """That there are now."""
+        ...
 
-    def map(self, method: str, tasks: Sequence[Examples], *shared: Any) -> list[Any]:
-        """Worker.method(task, *shared) for each task, in the order of the tasks."""
+    def map(self, method: str, tasks: Sequence[Examples], *shared: Any) -> Iterator[Any]:
+        """Worker.method(task, *shared) for each task, in the order of the tasks; computed by the time that it is asked for."""
         ...
 
 
@@ -40,10 +43,12 @@ class LocalWorkers:
         self._worker = worker
         self._lock = Lock()  # computations that run together share it, and a classifier's hooks are no thread's own
 
-    def map(self, method: str, tasks: Sequence[Examples], *shared: Any) -> list[Any]:
+    def map(self, method: str, tasks: Sequence[Examples], *shared: Any) -> Iterator[Any]:
         """See Workers."""
-        with self._lock:
-            return [getattr(self._worker, method)(task, *shared) for task in tasks]
+        for task in tasks:
+            with self._lock:
+                result = getattr(self._worker, method)(task, *shared)
+            yield result
 
 
 @dataclass(frozen=True)
@@ -193,7 +198,8 @@ def reload_dataset(workers: Workers, dataset: Dataset) -> Dataset:
     Raises:
         ShardError: a shard that has changed since.
     """
-    workers.map("load", [Examples(shard.url) for shard in dataset.shards])  # each is decoded once
+    for _ in workers.map("load", [Examples(shard.url) for shard in dataset.shards]):  # each is decoded once
+        pass
     return _predict(workers, dataset)
 
 
@@ -203,7 +209,7 @@ def _predict(workers: Workers, dataset: Dataset) -> Dataset:
 
 def classify(workers: Workers, dataset: Dataset, perturbation: np.ndarray, *, quantize: bool = False) -> Predictions:
     """Predictions of every example of the dataset under v (C×H×W float32, pixels), rounded to 8 bits or not."""
-    parts: list[Predictions] = workers.map("classify", dataset.blocks(CLASSIFY_SIZE), perturbation, quantize)
+    parts: list[Predictions] = list(workers.map("classify", dataset.blocks(CLASSIFY_SIZE), perturbation, quantize))
     return Predictions(np.concatenate([p.labels for p in parts]), np.concatenate([p.confidences for p in parts]))
 
 
@@ -221,12 +227,12 @@ def check_disjoint(train: Dataset, val: Dataset) -> None:
 
 
 def _list_shards(workers: Workers, urls: Sequence[str], num_images: int | None) -> Iterator[tuple[str, ShardListing]]:
-    """Load shards in waves of as many as there are workers, until the images suffice."""
-    found, size = 0, workers.num_workers  # which may grow meanwhile
-    for start in range(0, len(urls), size):
-        if num_images is not None and found >= num_images:
-            return
+    """Load shards, all at once or, where not all may be needed, in waves of two a worker, until the images suffice."""
+    found, start = 0, 0
+    while start < len(urls) and (num_images is None or found < num_images):
+        size = len(urls) if num_images is None else 2 * workers.num_workers
         wave = urls[start : start + size]
+        start += size
         for url, listing in zip(wave, workers.map("load", [Examples(url) for url in wave]), strict=True):
             if num_images is None or found < num_images:
                 yield url, listing

@@ -1,50 +1,55 @@
-"""Workers as Ray actors: placement, dispatch, and what happens when one is lost. Beside training.py the only module that imports Ray."""
-
-import os
-
-if "RAY_ADDRESS" not in os.environ:
-    # Ray reads these on import. The first, despite its name, is what makes a local Ray listen on loopback only.
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+"""Workers as Ray actors: how many, who solves what, and what happens when one is lost."""
 
 import atexit
 import logging
 import time
+from bisect import insort
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from statistics import median
+from functools import partial
+from itertools import count
 from threading import Condition, Event, Thread
 from typing import Any
 
+from uap_dist import cluster  # before Ray, which reads on import what this sets
+
+# isort: split
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from uap_dist.actor import Answer, decisive_versions, start_actor
+from uap_dist.cluster import Need
 from uap_dist.errors import ConfigError, DeterminismError, WorkerLostError
-from uap_dist.provenance import machine
-from uap_dist.worker import Examples, Worker, make_worker
+from uap_dist.worker import Examples
 
 MAX_LOSSES_PER_TASK = 3
 SECONDS_BETWEEN_LOOKS = 5.0
+SECONDS_BETWEEN_COMPLAINTS = 30.0
 SECONDS_WITHOUT_WORKERS = 0.1
 STRAGGLER_FACTOR, STRAGGLER_MIN_S = 3.0, 2.0  # of the median task, and never before so many seconds
 
 logger = logging.getLogger(__name__)
+worker_numbers = count(1)  # of a process: names of Ray's actors are unique, also where one fleet follows another
 
 
 @dataclass(frozen=True, kw_only=True)
 class FleetConfig:
     """Who computes; nothing of it changes the result but the number of threads."""
 
-    num_workers: int | None = None
-    """Workers. Default: one per GPU of the cluster, or one per `threads_per_worker` CPUs where there is none."""
+    num_workers: int | str | None = None
+    """Workers: a number, or a range as 1:64: begin with one, ask the cluster for 64, and go on with those that there are.
+    Default: what fits on the nodes of the cluster, and on those that join it later."""
+    gpus_per_worker: float | None = None
+    """GPUs that each takes: 0, a share such as 0.5, or a whole number. Default: 1 where the cluster has any, else 0. To be given
+    where GPU nodes start on demand."""
     threads_per_worker: int = 1
     """CPU threads of each worker (and CPUs that it takes from the cluster). The bits of the result may depend on it."""
     cache_gib: float = 4.0
     """Decoded images that each worker keeps in memory at most, in GiB; the rest is read again when it is needed."""
-    placement_timeout_s: float = 60.0
-    """Seconds to wait until all workers are placed and have loaded the network."""
+    placement_timeout_s: float = 600.0
+    """Seconds without a single worker after which the job gives up; at its start, without as many as it begins with."""
     task_timeout_s: float = 900.0
     """Seconds after which a worker that does not answer is taken for lost, and its block given to another."""
     verify_determinism: bool = False
@@ -52,36 +57,44 @@ class FleetConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be."""
-        for name in ("num_workers", "threads_per_worker", "cache_gib", "placement_timeout_s", "task_timeout_s"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"{name.replace('_', ' ')} is {value}; it must be positive")
-        if self.verify_determinism and self.num_workers == 1:
+        for name in ("threads_per_worker", "cache_gib", "placement_timeout_s", "task_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name.replace('_', ' ')} is {getattr(self, name)}; it must be positive")
+        gpus = self.gpus_per_worker or 0
+        if gpus < 0 or (gpus > 1 and gpus != int(gpus)):
+            raise ConfigError(f"gpus per worker is {gpus:g}; it must be 0, a share of one GPU or a whole number")
+        _, most = self.bounds
+        if self.verify_determinism and most == 1:
             raise ConfigError("verify determinism compares workers; give --num-workers 2 or more")
 
-
-class _Actor:
-    """A worker behind Ray; it starts in a method so that what goes wrong comes back as it was raised."""
-
-    _worker: Worker | None = None
-
-    def start(self, model: str, weights: str | None, cache_bytes: int, num_threads: int) -> str:
-        worker = make_worker(model, weights, cache_bytes=cache_bytes, num_threads=num_threads)
-        if self._worker is not None:
-            worker.adopt(self._worker)
-        self._worker = worker
-        return machine()
-
-    def call(self, method: str, task: Examples, *shared: Any) -> Any:
-        return getattr(self._worker, method)(task, *shared)
+    @property
+    def bounds(self) -> tuple[int, int | None]:
+        """Workers to begin with, and workers to ask for; None: as many as fit."""
+        if self.num_workers is None:
+            return 1, None
+        first, colon, last = str(self.num_workers).partition(":")
+        try:
+            low, high = int(first), int(last if colon else first)
+        except ValueError:
+            raise ConfigError(
+                f"num workers is {self.num_workers!r}; it must be a number as 8, or a range as 1:64"
+            ) from None
+        if low < 1:
+            raise ConfigError(f"num workers is {self.num_workers}; it must be positive")
+        if high < low:
+            raise ConfigError(
+                f"num workers is {self.num_workers}, upside down; give the smaller number first: {high}:{low}"
+            )
+        return low, high
 
 
 @dataclass(eq=False)
 class _Member:
-    """An actor, and the shards that it has read."""
+    """An actor, and the shards that it has read or is about to read."""
 
     actor: ActorHandle[Any]
-    shards: set[str] = field(default_factory=set)
+    name: str
+    shards: dict[str, None] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -91,19 +104,48 @@ class _Batch:
     method: str
     tasks: Sequence[Examples]
     shared: list[ray.ObjectRef]
-    waiting: list[int]
     unverified: set[int]  # tasks that want a second answer, of another worker
     given: defaultdict[int, set[_Member]] = field(default_factory=lambda: defaultdict(set))
     error: Exception | None = None
-    done: Event = field(default_factory=Event)
-    results: dict[int, Any] = field(default_factory=dict)
-    durations: list[float] = field(default_factory=list)
+    results: dict[int, Any] = field(default_factory=dict)  # that nobody has taken yet
+    answered: set[int] = field(default_factory=set)
+    digests: dict[int, str] = field(default_factory=dict)  # of first answers that want a second one
+    durations: list[float] = field(default_factory=list)  # ascending
     losses: Counter[int] = field(default_factory=Counter)
+    changed: Condition = field(default_factory=Condition)
+
+    def __post_init__(self) -> None:
+        """All tasks wait: in their order, and by shard."""
+        self.waiting: dict[int, int] = {}  # how many answers are wanted of a task
+        self._by_shard: defaultdict[str, dict[int, None]] = defaultdict(dict)
+        for task in [*range(len(self.tasks)), *self.unverified]:
+            self.put(task)
 
     @property
     def is_complete(self) -> bool:
         """Nothing more is to be computed."""
-        return self.error is not None or (len(self.results) == len(self.tasks) and not self.unverified)
+        return self.error is not None or (len(self.answered) == len(self.tasks) and not self.unverified)
+
+    def has(self, task: int) -> bool:
+        """Whether its answer, or an error, is there."""
+        return task in self.results or self.error is not None
+
+    def put(self, task: int) -> None:
+        """Have one more worker asked."""
+        self.waiting[task] = self.waiting.get(task, 0) + 1
+        self._by_shard[self.tasks[task].shard][task] = None
+
+    def take(self, member: _Member, *, must_hold: bool) -> int | None:
+        """A task for a member, no longer waiting: of a shard that it holds, or the first of all; None where there is none for it."""
+        held = (task for shard in member.shards for task in self._by_shard.get(shard, ()))
+        tasks = held if must_hold else iter(self.waiting)
+        task = next((task for task in tasks if member not in self.given[task]), None)
+        if task is not None:
+            self.waiting[task] -= 1
+            if not self.waiting[task]:
+                del self.waiting[task]
+                del self._by_shard[self.tasks[task].shard][task]
+        return task
 
 
 @dataclass(frozen=True)
@@ -117,42 +159,39 @@ class _Call:
     deadline: float = float("inf")  # a worker that waits for its place is not lost
 
 
-def connect() -> None:
-    """Join the cluster of RAY_ADDRESS (as in a submitted job), else start a Ray of our own on loopback.
-
-    Raises:
-        ConfigError: the cluster does not answer.
-    """
-    if ray.is_initialized():
-        return
-    address = os.environ.get("RAY_ADDRESS", "local")
-    include_dashboard = False if address == "local" else None
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=include_dashboard)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"cannot join the Ray cluster at {address} (RAY_ADDRESS): {error}") from error
-
-
 class Fleet:
     """Workers with one classifier on a connected Ray; see dataset.Workers.
 
     One thread of its own does all the dispatching, so that several callers share the workers: where one's tasks leave some
-    idle, another's fill them.
+    idle, another's fill them. Workers that Ray cannot place yet stay asked for, which is what an autoscaler starts nodes for.
 
     Attributes:
-        num_workers: asked of Ray.
-        uses_gpu: whether each takes a GPU.
+        need: what each takes of a node.
+        num_asked: workers that Ray was asked for.
         num_lost: workers that were lost and replaced.
         num_stragglers: tasks that were given to a second worker because the first took long.
         machines: kinds of machines that workers ran on, as `provenance.machine` names them.
     """
 
-    def __init__(self, model: str, weights: str | None, config: FleetConfig) -> None:
-        """Ask Ray for the workers; `wait` waits for them."""
-        self._config = config
-        self.uses_gpu = ray.cluster_resources().get("GPU", 0) >= 1
-        self._last_look = time.monotonic()
-        self.num_workers = config.num_workers or max(1, self._count_fitting())
+    def __init__(self, model: str, weights: str | None, config: FleetConfig, run: str = "") -> None:
+        """Ask Ray for the workers; `wait` waits for as many as it begins with.
+
+        Args:
+            model: of the classifier, see `load_classifier`.
+            weights: of the classifier.
+            config: who computes.
+            run: MLflow run, for logs.
+
+        Raises:
+            ConfigError: more workers, or other ones, than a cluster that does not grow can ever hold.
+        """
+        self._config, self._run = config, run
+        gpus = config.gpus_per_worker if config.gpus_per_worker is not None else float(cluster.has_gpus())
+        self.need = Need(config.threads_per_worker, gpus)
+        self._first, self._most = config.bounds
+        self._check_room()
+        self._last_look = self._last_complaint = time.monotonic()
+        self.num_asked = self._num_ready = 0
         self.num_lost = 0
         self.num_stragglers = 0
         self._num_rounds = 0
@@ -167,31 +206,38 @@ class Fleet:
         self._ready = Event()
         self._error: Exception | None = None  # of a worker that could not load the classifier
         self._is_closed = False
-        for _ in range(self.num_workers):
-            self._start_member()
+        self._ask_for(self._most or max(1, self.need.room()))
         self._thread = Thread(target=self._dispatch, name="fleet", daemon=True)
         self._thread.start()
         atexit.register(self.close)  # before Ray ends
 
+    @property
+    def num_workers(self) -> int:
+        """Workers that are there now, with the classifier loaded; 1 where there is none yet."""
+        return max(1, self._num_ready)
+
     def wait(self) -> None:
-        """Return when every worker has its classifier.
+        """Return when as many workers as it begins with have their classifier.
 
         Raises:
             WorkerLostError: Ray cannot place them in time.
             UapDistError: what a worker raised when it loaded the classifier.
         """
         if not self._ready.wait(self._config.placement_timeout_s):
-            raise WorkerLostError(self._placement_complaint())
+            raise WorkerLostError(self._complain_in_the_end())
         if self._error is not None:
             raise self._error
 
     def use(self, model: str, weights: str | None) -> None:
         """Change to another classifier; decoded shards that serve it as well are kept. To be followed by `wait`."""
-        self._ready.clear()
-        self._change(lambda: self._load(model, weights))
+        changed = Event()
+        self._change(lambda: self._load(model, weights, changed))
+        changed.wait()
 
-    def map(self, method: str, tasks: Sequence[Examples], *shared: Any) -> list[Any]:
+    def map(self, method: str, tasks: Sequence[Examples], *shared: Any) -> Iterator[Any]:
         """Worker.method(task, *shared) for each task, in the order of the tasks, through the loss of workers.
+
+        All are under way when it returns; an answer is forgotten once it was taken.
 
         Raises:
             WorkerLostError: a task whose workers were lost three times, or no worker left and none to be had.
@@ -202,22 +248,23 @@ class Fleet:
             raise WorkerLostError("the fleet was closed")
         twice = {self._num_rounds % len(tasks)} if self._config.verify_determinism and method == "solve" else set()
         self._num_rounds += method == "solve"
-        waiting = [*range(len(tasks)), *twice]
-        batch = _Batch(method, tasks, [ray.put(value) for value in shared], waiting, unverified=twice)
+        batch = _Batch(method, tasks, [ray.put(value) for value in shared], unverified=twice)
         self._change(lambda: self._accept(batch))
-        batch.done.wait()
-        if batch.error is not None:
-            raise batch.error
-        return [batch.results[i] for i in range(len(tasks))]
+        return self._answers(batch)
 
     def describe(self) -> dict[str, Any]:
         """What it was made of, and what became of it so far."""
         return {
             "machines": "; ".join(sorted(self.machines)),
-            "num_workers_at_end": self.num_workers,
+            "num_workers_at_end": self._num_ready,
             "num_workers_lost": self.num_lost,
             "num_stragglers": self.num_stragglers,
         }
+
+    def describe_wish(self) -> str:
+        """The workers that were asked for, in words."""
+        low, high = self._first, self.num_asked
+        return f"{low if low == high else f'{low} to {high}'} worker{'s' * (high > 1)} of {self.need}"
 
     def close(self) -> None:
         """End all workers."""
@@ -231,11 +278,37 @@ class Fleet:
             self._fail(WorkerLostError("the fleet was closed"))
             atexit.unregister(self.close)
 
+    def _check_room(self) -> None:
+        room = self.need.room()
+        if not cluster.can_grow() and (room < self._first or not room):
+            raise ConfigError(
+                f"{self._first} worker{'s' * (self._first > 1)} of {self.need} each do not fit on this machine "
+                f"({cluster.describe()}); give fewer (--num-workers) or smaller ones (--threads-per-worker, --gpus-per-worker)"
+            )
+        if not room and self._config.gpus_per_worker is None:
+            raise ConfigError(
+                f"the cluster ({cluster.describe()}) has no room for workers now; say what one takes of the nodes that it "
+                "starts: --gpus-per-worker 1, or 0"
+            )
+
     def _change(self, change: Callable[[], None]) -> None:
         """Have the thread do something between two looks at the workers."""
         with self._changed:
             self._changes.append(change)
             self._changed.notify()
+
+    def _answers(self, batch: _Batch) -> Iterator[Any]:
+        for task in range(len(batch.tasks)):
+            with batch.changed:
+                batch.changed.wait_for(partial(batch.has, task))
+                if batch.error is not None:
+                    raise batch.error
+                result = batch.results.pop(task)
+            yield result
+        with batch.changed:  # second answers may still be on their way
+            batch.changed.wait_for(lambda: batch.is_complete)
+        if batch.error is not None:
+            raise batch.error
 
     def _dispatch(self) -> None:
         """What the thread does until the fleet is closed."""
@@ -259,16 +332,17 @@ class Fleet:
                 for member, task in assign(batch):
                     self._call(member, batch, task)
         self._collect()
-        for batch in [batch for batch in self._batches if batch.is_complete]:
-            self._batches.remove(batch)
-            batch.done.set()
+        self._batches = [batch for batch in self._batches if not batch.is_complete]
         is_computing = [call.batch is not None for call in self._running.values()]
-        if all(is_computing):
+        self._num_ready = len(self._idle) + sum(is_computing)
+        if self._num_ready >= self._first:
             self._ready.set()
         if any(is_computing):
             self._last_call = time.monotonic()
         elif self._batches and time.monotonic() > self._last_call + self._config.placement_timeout_s:
-            self._fail(WorkerLostError(f"too few workers are left; {self._placement_complaint()}"))
+            self._fail(WorkerLostError(f"no worker is left; {self._complain_in_the_end()}"))
+        if not self._ready.is_set() or (self._batches and not self._num_ready):
+            self._complain()
 
     def _accept(self, batch: _Batch) -> None:
         self._batches.append(batch)
@@ -278,11 +352,15 @@ class Fleet:
 
     def _fail(self, error: Exception) -> None:
         for batch in self._batches:
-            batch.error = error
-            batch.done.set()
+            self._spoil(batch, error)
         self._batches = []
 
-    def _load(self, model: str, weights: str | None) -> None:
+    def _spoil(self, batch: _Batch, error: Exception) -> None:
+        with batch.changed:
+            batch.error = error
+            batch.changed.notify()
+
+    def _load(self, model: str, weights: str | None, changed: Event) -> None:
         """Have idle workers load another classifier, and replace those that still compute with the old one."""
         self._classifier, self._error = (model, weights), None
         late = [call.member for call in self._running.values()]
@@ -292,59 +370,64 @@ class Fleet:
         for member in late:
             ray.kill(member.actor)
             self._start_member()
-
-    def _count_fitting(self) -> int:
-        resources = ray.cluster_resources()
-        if self.uses_gpu:
-            return int(resources.get("GPU", 0))
-        return int(resources.get("CPU", 0) // self._config.threads_per_worker)
+        self._num_ready = 0
+        self._ready.clear()
+        changed.set()
 
     def _grow(self) -> None:
         """Where no number of workers was asked for, take what has joined the cluster."""
-        if self._config.num_workers is None and time.monotonic() > self._last_look + SECONDS_BETWEEN_LOOKS:
+        if self._most is None and time.monotonic() > self._last_look + SECONDS_BETWEEN_LOOKS:
             self._last_look = time.monotonic()
-            for _ in range(self._count_fitting() - self.num_workers):
-                self.num_workers += 1
-                self._start_member()
+            self._ask_for(self.need.room() - self.num_asked)
+
+    def _ask_for(self, num_workers: int) -> None:
+        for _ in range(num_workers):
+            self.num_asked += 1
+            self._start_member()
 
     def _start_member(self) -> None:
-        actor_class: Any = ray.remote(
-            num_cpus=self._config.threads_per_worker, num_gpus=int(self.uses_gpu), max_restarts=0
-        )(_Actor)
-        self._prepare(_Member(actor_class.remote()))
+        name = f"worker-{next(worker_numbers)}"
+        self._prepare(_Member(start_actor(name, self._run, cpus=self.need.cpus, gpus=self.need.gpus), name))
 
     def _prepare(self, member: _Member) -> None:
         """Have an actor load the classifier."""
-        config = self._config
-        arguments = (*self._classifier, int(config.cache_gib * 2**30), config.threads_per_worker)
-        self._running[member.actor.start.remote(*arguments)] = _Call(member)
+        model, weights = self._classifier
+        ref: ray.ObjectRef = member.actor.start.options(name=f"{member.name}: load {model}").remote(
+            decisive_versions(),
+            model=model,
+            weights=weights,
+            cache_bytes=int(self._config.cache_gib * 2**30),
+            num_threads=self._config.threads_per_worker,
+        )
+        self._running[ref] = _Call(member)
 
     def _call(self, member: _Member, batch: _Batch, task: int) -> None:
         self._idle.remove(member)
         batch.given[task].add(member)
-        member.shards.add(batch.tasks[task].shard)
+        examples = batch.tasks[task]
+        member.shards[examples.shard] = None
         now = time.monotonic()
-        ref: ray.ObjectRef = member.actor.call.remote(batch.method, batch.tasks[task], *batch.shared)
+        name = f"{member.name}: {batch.method} {examples.title}"
+        ref: ray.ObjectRef = member.actor.call.options(name=name).remote(batch.method, examples, *batch.shared)
         self._running[ref] = _Call(member, batch, task, now, now + self._config.task_timeout_s)
 
     def _assign(self, batch: _Batch) -> list[tuple[_Member, int]]:
         """Idle workers and waiting tasks for them: first those whose shard they have read, then any."""
-        idle, pairs = list(self._idle), []
+        pairs: list[tuple[_Member, int]] = []
+        idle = list(self._idle)
         for must_hold in (True, False):
-            for task in list(batch.waiting):
-                able = (m for m in idle if m not in batch.given[task])
-                member = next((m for m in able if batch.tasks[task].shard in m.shards or not must_hold), None)
-                if member is not None:
+            for member in list(idle):
+                task = batch.take(member, must_hold=must_hold) if batch.waiting else None
+                if task is not None:
                     idle.remove(member)
-                    batch.waiting.remove(task)
                     pairs.append((member, task))
         return pairs
 
     def _assign_again(self, batch: _Batch) -> list[tuple[_Member, int]]:
         """Workers that still idle, and tasks that take far longer than the others did: the first answer wins, same bits."""
-        if not batch.durations:
+        if not batch.durations or not self._idle:
             return []
-        patience = max(STRAGGLER_MIN_S, STRAGGLER_FACTOR * median(batch.durations))
+        patience = max(STRAGGLER_MIN_S, STRAGGLER_FACTOR * batch.durations[len(batch.durations) // 2])
         calls = [call for call in self._running.values() if call.batch is batch]
         once = Counter(call.task for call in calls)
         late = [c.task for c in calls if once[c.task] == 1 and time.monotonic() > c.started + patience]
@@ -367,24 +450,24 @@ class Fleet:
         for ref in answered:
             call = self._running.pop(ref)
             try:
-                result = ray.get(ref, timeout=0)
+                answer = ray.get(ref, timeout=0)
             except RayTaskError as error:
                 cause = error.cause if isinstance(error.cause, Exception) else error
                 if call.batch is None:
-                    ray.kill(call.member.actor)
-                    raise cause from None
-                self._idle.append(call.member)
-                call.batch.error = cause
+                    self._dismiss(call.member, cause)
+                else:
+                    self._idle.append(call.member)
+                    self._spoil(call.batch, cause)
             except RayError as error:  # lost, out of memory, or no answer in time
                 self._bury(call, error)
             else:
                 self._idle.append(call.member)
                 if call.batch is None:
-                    self._greet(result)
+                    self._greet(call.member, answer)
                 else:
-                    self._keep(call, call.batch, result)
+                    self._keep(call, call.batch, answer)
 
-    def _greet(self, machine: str) -> None:
+    def _greet(self, member: _Member, machine: str) -> None:
         if self.machines and machine not in self.machines:
             logger.warning(
                 "workers run on different kinds of machines (%s; %s); the bits may depend on which of them solves what",
@@ -392,20 +475,41 @@ class Fleet:
                 "; ".join(sorted(self.machines)),
             )
         self.machines.add(machine)
+        if self._ready.is_set():
+            logger.info("%s joins; %d of %d are there", member.name, len(self._idle), self.num_asked)
 
-    def _keep(self, call: _Call, batch: _Batch, result: Any) -> None:
+    def _dismiss(self, member: _Member, error: Exception) -> None:
+        """A worker could not load the classifier: that ends a fleet that begins, and costs a fleet that computes this worker."""
+        ray.kill(member.actor)
+        if not self._ready.is_set():
+            raise error
+        logger.warning("%s cannot be used, and no other one is asked for in its place: %s", member.name, error)
+
+    def _keep(self, call: _Call, batch: _Batch, answer: Answer) -> None:
         """The first answer to a task is its result; a second one is compared where that is wanted, else dropped."""
-        if call.task not in batch.results:
-            batch.results[call.task] = result
-            batch.durations.append(time.monotonic() - call.started)
+        for warning in answer.warnings:
+            logger.warning("%s", warning)
+        if call.task not in batch.answered:
+            if call.task in batch.unverified:
+                batch.digests[call.task] = answer.result.digest()
+            insort(batch.durations, time.monotonic() - call.started)
+            with batch.changed:
+                batch.answered.add(call.task)
+                batch.results[call.task] = answer.result
+                batch.changed.notify()
         elif call.task in batch.unverified:
             task = batch.tasks[call.task]
-            if result.digest() != batch.results[call.task].digest():
-                batch.error = DeterminismError(
-                    f"two workers gave different bits for the same examples of {task.shard}: {_name_some(task.keys)}; "
-                    f"look at the network's layers and at the machines ({'; '.join(sorted(self.machines))})"
+            if answer.result.digest() != batch.digests[call.task]:
+                self._spoil(
+                    batch,
+                    DeterminismError(
+                        f"two workers gave different bits for the same examples of {task.shard}: {_name_some(task.keys)}; "
+                        f"look at the network's layers and at the machines ({'; '.join(sorted(self.machines))})"
+                    ),
                 )
-            batch.unverified.remove(call.task)
+            with batch.changed:
+                batch.unverified.remove(call.task)
+                batch.changed.notify()
 
     def _bury(self, call: _Call, error: RayError) -> None:
         """Replace a lost worker; its task, if nobody else has it, is to be done again."""
@@ -414,31 +518,41 @@ class Fleet:
         self._start_member()
         reason = "died" if isinstance(error, RayActorError) else type(error).__name__
         if call.batch is None:
-            logger.warning("a worker was lost while it started (%s); another one starts", reason)
+            logger.warning("%s was lost while it started (%s); another one starts", call.member.name, reason)
             return
         batch, task = call.batch, call.batch.tasks[call.task]
         logger.warning(
-            "a worker was lost (%s) over %d examples of %s; another one starts", reason, len(task.keys), task.shard
+            "%s was lost (%s) over %d examples of %s; another one starts",
+            call.member.name,
+            reason,
+            len(task.keys),
+            task.title,
         )
         batch.losses[call.task] += 1
         if batch.losses[call.task] >= MAX_LOSSES_PER_TASK:
-            batch.error = WorkerLostError(
+            lost = WorkerLostError(
                 f"{MAX_LOSSES_PER_TASK} workers were lost over the same examples of {task.shard}: "
                 f"{_name_some(task.keys)}; look at memory (--cache-gib, --block-size) and at these images"
             )
+            self._spoil(batch, lost)
         on_their_way = sum(other.batch is batch and other.task == call.task for other in self._running.values())
-        wanted = (call.task not in batch.results) + (call.task in batch.unverified)
-        if on_their_way + batch.waiting.count(call.task) < wanted:
-            batch.waiting.append(call.task)
+        wanted = (call.task not in batch.answered) + (call.task in batch.unverified)
+        if on_their_way + batch.waiting.get(call.task, 0) < wanted:
+            batch.put(call.task)
 
-    def _placement_complaint(self) -> str:
-        total = ray.cluster_resources()
-        placed = len(self._idle) + sum(call.batch is not None for call in self._running.values())
-        wanted = f"{self._config.threads_per_worker} CPU" + " and 1 GPU" * self.uses_gpu
+    def _complain(self) -> None:
+        """Say now and then what everything waits for."""
+        if time.monotonic() > self._last_complaint + SECONDS_BETWEEN_COMPLAINTS:
+            self._last_complaint = time.monotonic()
+            logger.info("waiting for %s: %s", self.describe_wish(), self._describe_place())
+
+    def _describe_place(self) -> str:
+        return f"{self._num_ready} ready, the cluster has {cluster.describe()}"
+
+    def _complain_in_the_end(self) -> str:
         return (
-            f"{placed} of {self.num_workers} workers of {wanted} each were placed and ready in {self._config.placement_timeout_s:g} s; "
-            f"the cluster has {total.get('CPU', 0):g} CPU and {total.get('GPU', 0):g} GPU; give fewer (--num-workers) or longer "
-            "(--placement-timeout-s)"
+            f"{self.describe_wish()} were not placed and ready in {self._config.placement_timeout_s:g} s: {self._describe_place()}; "
+            "give fewer (--num-workers) or smaller ones (--gpus-per-worker, --threads-per-worker), or longer (--placement-timeout-s)"
         )
 
 

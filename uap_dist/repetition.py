@@ -124,7 +124,7 @@ def measure(job: Job, networks: Sequence[Network]) -> list[Measurement]:
     perturbations = [perturbation for network in networks for perturbation in network.perturbations]
     perturbations.append(Perturbation(RANDOM, noise, {"baseline": True}))
     measurements: list[Measurement] = []
-    fleet = Fleet(job.model, networks[0].weights, job.fleet)
+    fleet = Fleet(job.model, networks[0].weights, job.fleet, job.tracker.run_id)
     for number, network in enumerate(networks):
         if number:
             fleet.use(job.model, network.weights)
@@ -149,9 +149,9 @@ def group(job: Job, networks: Sequence[Network]) -> dict[str, dict[str, list[str
 
 def _fine_tune(job: Job, repetition: int, before: Network) -> None:
     """Train; the network and its epochs are in the folder, and in an MLflow run below the job's."""
-    assert job.fleet.num_workers is not None
+    num_workers, _ = job.fleet.bounds
     task = Task(job.model, before.weights, job.train, job.val, before.pool, job.config, job.fleet.threads_per_worker)
-    name, num_workers = f"{repetition}-finetune", job.fleet.num_workers
+    name = f"{repetition}-finetune"
     training = Training(task, name=name, storage=job.storage, num_workers=num_workers, uses_gpu=job.uses_gpu)
     records = []
     with Tracker(run_name=f"repetition {repetition}: fine-tuning", parent=job.tracker) as tracker:
@@ -209,7 +209,7 @@ def _compute_pool(job: Job, repetition: int, pool: PerturbationPool, weights: st
         plans[path.name] = MemberPlan(config, path, f"repetition {repetition}: {path.name}", job.record.options)
     config = next(iter(plans.values())).config
     provenance = dict(job.provenance) | describe_settings(classifier, weights, config, job.fleet)
-    fleet = Fleet(job.model, weights, job.fleet)
+    fleet = Fleet(job.model, weights, job.fleet, job.tracker.run_id)
     fleet.wait()
     train, val = reload_dataset(fleet, job.train), reload_dataset(fleet, job.val)
     setting = Setting(classifier, fleet, train, val, provenance, job.console)

@@ -174,7 +174,7 @@ def _save_pictures(folder: Path, run: FinishedRun, workers: Workers) -> None:
         np.linspace(0, val.num_examples - 1, NUM_PICTURED).astype(int)
     )  # evenly spread: nobody chose them
     places = [(shard, i) for shard, size in enumerate(val.sizes) for i in range(size)]
-    pixels = np.concatenate(workers.map("pixels", [val.examples(places[n][0], [places[n][1]]) for n in chosen]))
+    pixels = np.concatenate(list(workers.map("pixels", [val.examples(places[n][0], [places[n][1]]) for n in chosen])))
     names = [[label_name(p.labels[i], run.class_names) for i in chosen] for p in (val.clean, run.perturbed)]
     pictures.save_grid(folder / "2-examples.png", pixels, v, *names)
     pictures.save_perturbation(folder / "3-perturbation-stretched.png", v, stretch=True)

@@ -43,6 +43,12 @@ class Examples:
     labels: tuple[int, ...] = ()
     seed: tuple[int, ...] = ()
 
+    @property
+    def title(self) -> str:
+        """For logs: the shard; of a block that is solved, seed, round and block."""
+        place = "seed {}, round {}, block {}: ".format(*self.seed) if self.seed else ""
+        return place + self.shard
+
 
 @dataclass(frozen=True)
 class ShardListing:

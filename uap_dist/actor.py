@@ -1,0 +1,113 @@
+"""A worker behind Ray: what its process does around the calls that fleet.py sends."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from uap_dist import cluster as cluster  # before Ray, which reads on import what this sets
+
+# isort: split
+import ray
+from ray.util import get_node_ip_address
+
+from uap_dist.errors import ConfigError
+from uap_dist.provenance import machine, versions
+from uap_dist.worker import Examples, Worker, make_worker
+
+DECISIVE_VERSIONS = ("python", "uap_dist", "torch", "torchvision", "pillow")  # the bits of a result may depend on them
+
+logger = logging.getLogger("uap_dist")
+
+
+def decisive_versions() -> dict[str, str]:
+    """What must be the same on all nodes."""
+    found = versions()
+    return {name: found[name] for name in DECISIVE_VERSIONS}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of a call, and what there is to warn of."""
+
+    result: Any
+    warnings: tuple[str, ...]
+
+
+class UapWorker:
+    """An actor; it starts in a method so that what goes wrong comes back as it was raised."""
+
+    _worker: Worker | None = None
+
+    def __init__(self, name: str, run: str) -> None:
+        """Log to Ray's log of this process, under the names of the worker and of the MLflow run."""
+        self._name, self._node = name, get_node_ip_address()
+        logging.basicConfig(format=f"%(asctime)s run {run} {name} %(levelname)s %(message)s")
+        logger.setLevel(logging.INFO)
+
+    def __repr__(self) -> str:
+        """In Ray's dashboard and logs."""
+        return self._name
+
+    def start(self, expected: Mapping[str, str], **how: Any) -> str:
+        """Load the classifier; says what machine it runs on.
+
+        Args:
+            expected: `decisive_versions` of the driver.
+            how: see `make_worker`.
+
+        Raises:
+            ConfigError: this node has others.
+        """
+        own = decisive_versions()
+        others = [f"{name} {own[name]} instead of {expected[name]}" for name in own if own[name] != expected[name]]
+        if others:
+            raise ConfigError(
+                f"node {self._node} has {', '.join(others)}; the bits of a result depend on them: install what the driver has"
+            )
+        worker = make_worker(**how)
+        if self._worker is not None:
+            worker.adopt(self._worker)
+        self._worker = worker
+        return machine()
+
+    def call(self, method: str, task: Examples, *shared: Any) -> Answer:
+        """`Worker.method(task, *shared)`."""
+        logger.info("%s %s", method, task.title)
+        with _listening() as warnings:
+            result = getattr(self._worker, method)(task, *shared)
+        return Answer(result, tuple(f"{self._name} on {self._node}: {warning}" for warning in warnings))
+
+
+@contextmanager
+def _listening() -> Iterator[list[str]]:
+    """What the package warns of meanwhile."""
+    handler = _Listener(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield handler.heard
+    finally:
+        logger.removeHandler(handler)
+
+
+class _Listener(logging.Handler):
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.heard: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.heard.append(record.getMessage())
+
+
+def start_actor(name: str, run: str, *, cpus: int, gpus: float) -> Any:
+    """Ask Ray for a worker's process; `start` is to be called next.
+
+    Args:
+        name: unique in this process.
+        run: MLflow run that it works for.
+        cpus: that it takes.
+        gpus: that it takes, or the share of one.
+    """
+    actor: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0)(UapWorker)
+    return actor.options(name=name).remote(name, run)

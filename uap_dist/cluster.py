@@ -1,0 +1,70 @@
+"""The Ray cluster that a job joins or starts, and what it has room for."""
+
+import os
+
+if "RAY_ADDRESS" not in os.environ:
+    # Ray reads these on import. The first, despite its name, is what makes a local Ray listen on loopback only.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import logging
+from dataclasses import dataclass
+
+import ray
+
+from uap_dist.errors import ConfigError
+
+LOCAL = "local"
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one worker takes of a node: CPUs, and GPUs or a share of one."""
+
+    cpus: int
+    gpus: float
+
+    def __str__(self) -> str:
+        """As a person would say it."""
+        return f"{self.cpus} CPU" + (f" and {self.gpus:g} GPU" if self.gpus else "")
+
+    def room(self) -> int:
+        """So many such workers fit on the nodes that are alive, were nothing else on them."""
+        return sum(self._room_on(node["Resources"]) for node in ray.nodes() if node["Alive"])
+
+    def _room_on(self, resources: dict[str, float]) -> int:
+        by_cpu = resources.get("CPU", 0) // self.cpus
+        return int(min(by_cpu, resources.get("GPU", 0) / self.gpus) if self.gpus else by_cpu)
+
+
+def connect() -> None:
+    """Join the cluster of RAY_ADDRESS (as in a submitted job), else start a Ray of our own on loopback.
+
+    Raises:
+        ConfigError: the cluster does not answer.
+    """
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS", LOCAL)
+    include_dashboard = False if address == LOCAL else None
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=include_dashboard)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        hint = "" if "RAY_AUTH_MODE" in os.environ else "; if it has token authentication, set RAY_AUTH_MODE=token"
+        raise ConfigError(f"cannot join the Ray cluster at {address} (RAY_ADDRESS): {error}{hint}") from error
+
+
+def can_grow() -> bool:
+    """Whether nodes may join: not where the job started a Ray of its own."""
+    return os.environ.get("RAY_ADDRESS", LOCAL) != LOCAL
+
+
+def has_gpus() -> bool:
+    """Whether a node that is alive has a GPU."""
+    return ray.cluster_resources().get("GPU", 0) > 0
+
+
+def describe() -> str:
+    """What it has now, in words."""
+    total, num_nodes = ray.cluster_resources(), sum(node["Alive"] for node in ray.nodes())
+    return f"{num_nodes} node{'s' * (num_nodes > 1)} with {total.get('CPU', 0):g} CPU and {total.get('GPU', 0):g} GPU"
