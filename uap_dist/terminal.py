@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TextColumn
 
 from uap_dist.compute import RoundReport
@@ -76,10 +75,23 @@ class RoundProgress:
 
 
 def set_up_logging(console: Console, *, debug: bool) -> None:
-    """Warnings of the package as lines on the console."""
+    """What the package logs as lines on the console."""
     logger = logging.getLogger("uap_dist")
     logger.setLevel(logging.DEBUG if debug else logging.INFO)
-    logger.addHandler(RichHandler(console=console, show_path=False, show_time=False, markup=False))
+    logger.addHandler(_Lines(console))
+    logger.propagate = False  # libraries give the root logger handlers of their own
+
+
+class _Lines(logging.Handler):
+    """A line for each record, however long: what is wrapped cannot be searched for."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = f"{record.levelname.lower()}: {record.getMessage()}"
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def raise_on_sigterm() -> None:

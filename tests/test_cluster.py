@@ -1,0 +1,64 @@
+"""Whole jobs on clusters that grow, shrink, and share no files."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from clusters import can_hide_folders, ray_cluster
+from conftest import TINY, tiny_worker
+from safetensors.torch import load_file
+
+from uap_dist.compute import ComputeConfig, compute
+from uap_dist.dataset import LocalWorkers, load_dataset
+
+JOB = Path(__file__).parents[1] / "jobs/compute.py"
+CONFIG = ComputeConfig(round_size=12, block_size=4, max_passes=60, radius=20.0, evaluate_every=60)
+OPTIONS = ("--round-size", "12", "--block-size", "4", "--max-passes", "60", "--radius", "20", "--evaluate-every", "60")
+
+
+def start(cluster, folder, *options):
+    command = [sys.executable, str(JOB), "--model", TINY, *OPTIONS, "--output", str(folder / "out"), *options]
+    return subprocess.Popen(
+        command, cwd=folder, env=cluster.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for(is_so, process, timeout=120):
+    deadline = time.monotonic() + timeout
+    while not is_so():
+        if time.monotonic() > deadline or process.poll() is not None:
+            process.kill()
+            pytest.fail(process.communicate()[0])
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def expected(shards):
+    workers = LocalWorkers(tiny_worker())
+    train = load_dataset(workers, [str(shards / f"train-{i:04d}.tar") for i in range(3)])
+    *_, final = compute(workers, train, load_dataset(workers, [str(shards / "val-0000.tar")]), CONFIG)
+    return final.perturbation
+
+
+def test_from_no_node_to_three_through_a_lost_one_and_back_to_none(shards, expected, tmp_path):
+    spot = {"resources": {"CPU": 1, "GPU": 1}, "min_workers": 0, "max_workers": 3}
+    with ray_cluster(tmp_path, node_types={"spot": spot}) as cluster:
+        assert len(cluster.raylets()) == 1
+        data = ("--train-shards", str(shards / "train-*.tar"), "--val-shards", str(shards / "val-*.tar"))
+        job = start(cluster, tmp_path, *data, "--num-workers", "1:3", "--gpus-per-worker", "1")
+        commits = tmp_path / "checkpoints"
+        wait_for(lambda: len(cluster.workers()) >= 2 and any(commits.glob("*/round-*")), job)
+        cluster.kill_node()
+        out, _ = job.communicate(timeout=120)
+        assert job.returncode == 0, out
+        deadline = time.monotonic() + 40
+        while len(cluster.raylets()) > 1 and time.monotonic() < deadline:
+            time.sleep(0.2)
+        num_nodes = len(cluster.raylets())
+    assert torch.equal(load_file(tmp_path / "out/perturbation.safetensors")["perturbation"], expected)
+    assert num_nodes == 1
+    assert "waiting for 1 to 3 workers of 1 CPU and 1 GPU" in out and "was lost" in out and "joins" in out
