@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import psutil
 
 HEAD_ID = "f" * 51 + "00000"  # what Ray's provider of pretended nodes calls the head
 HEAD_TYPE = "ray.head.default"  # and its type
+STARTED = "Ray runtime started"
 NO_COMMANDS = (
     *(f"{which}setup_commands" for which in ("", "head_", "worker_")),
     *("initialization_commands", "head_start_ray_commands", "worker_start_ray_commands"),
@@ -32,20 +34,20 @@ class RayCluster:
         """Start the head; with node types an autoscaler starts such nodes on demand, and ends those that idle."""
         self.log = folder / "ray.log"
         port = _free_port()
-        self._address = f"127.0.0.1:{port}"
+        on_loopback = node_types is not None  # Ray has no nodes on 127.0.0.1 but those that its provider pretends
         base = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "RAY_"))}
-        self._ray_env = {
+        ray_env = {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": "0123456789abcdef" * 4,
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": str(int(not on_loopback)),
             "RAY_USAGE_STATS_ENABLED": "0",
         }
-        self.env = base | self._ray_env | {"RAY_ADDRESS": self._address}
+        self._env = base | ray_env
         options = ["--head", "--port", str(port), "--num-cpus", "0", "--num-gpus", "0", "--include-dashboard", "false"]
-        extra = {}
+        extra: dict[str, str] = {}
         if node_types is not None:
             config = folder / "autoscaler.json"
-            config.write_text(json.dumps(_autoscaler(self._address, node_types, idle_s)))
+            config.write_text(json.dumps(_autoscaler(f"127.0.0.1:{port}", node_types, idle_s)))
             options += ["--autoscaling-config", str(config)]
             extra = {
                 "RAY_enable_autoscaler_v2": "1",
@@ -55,20 +57,22 @@ class RayCluster:
                 "RAY_FAKE_CLUSTER": "1",
             }
         self._processes = [self._start([], options, extra)]
-        self._wait(lambda: "Ray runtime started" in self.log.read_text())
+        self._wait(lambda: STARTED in self.log.read_text())
+        found = re.search(r"Local node IP.*?(\d+\.\d+\.\d+\.\d+)", self.log.read_text())
+        self._address = f"{found[1]}:{port}"
+        self.env = self._env | {"RAY_ADDRESS": self._address}
 
-    def add_node(self, hidden: Path | None = None, num_cpus: int = 1) -> subprocess.Popen:
-        """One more node, to which a folder of this machine is empty."""
-        before = self.log.read_text().count("Ray runtime started")
+    def add_node(self, *, hidden: Path | None = None, python_path: Path | None = None) -> None:
+        """One more node with room for a worker; a folder of this machine is empty there, or its Python finds other packages first."""
+        before = self.log.read_text().count(STARTED)
         within = (
             []
             if hidden is None
             else ["unshare", "-rm", "sh", "-c", f'mount -t tmpfs none "{hidden}" && exec "$@"', "sh"]
         )
-        node = self._start(within, ["--address", self._address, "--num-cpus", str(num_cpus)])
-        self._processes.append(node)
-        self._wait(lambda: self.log.read_text().count("Ray runtime started") > before)
-        return node
+        extra = {} if python_path is None else {"PYTHONPATH": str(python_path)}
+        self._processes.append(self._start(within, ["--address", self._address, "--num-cpus", "1"], extra))
+        self._wait(lambda: self.log.read_text().count(STARTED) > before)
 
     def raylets(self) -> list[psutil.Process]:
         """One for each node, the head's first."""
@@ -94,13 +98,12 @@ class RayCluster:
                     each.kill()
             process.wait()
 
-    def _start(self, within: list[str], options: list[str], extra: dict | None = None) -> subprocess.Popen:
+    def _start(self, within: list[str], options: list[str], extra: dict) -> subprocess.Popen:
         ray = str(Path(sys.executable).parent / "ray")
-        env = {k: v for k, v in self.env.items() if k != "RAY_ADDRESS"} | (extra or {})
         with self.log.open("a") as log:
             return subprocess.Popen(
-                [*within, ray, "start", "--block", "--node-ip-address", "127.0.0.1", *options],
-                env=env,
+                [*within, ray, "start", "--block", *options],
+                env=self._env | extra,
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )

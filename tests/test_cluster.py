@@ -1,6 +1,5 @@
 """Whole jobs on clusters that grow, shrink, and share no files."""
 
-import json
 import subprocess
 import sys
 import time
@@ -10,6 +9,7 @@ import pytest
 import torch
 from clusters import can_hide_folders, ray_cluster
 from conftest import TINY, tiny_worker
+from pyarrow import fs
 from safetensors.torch import load_file
 
 from uap_dist.compute import ComputeConfig, compute
@@ -62,3 +62,47 @@ def test_from_no_node_to_three_through_a_lost_one_and_back_to_none(shards, expec
     assert torch.equal(load_file(tmp_path / "out/perturbation.safetensors")["perturbation"], expected)
     assert num_nodes == 1
     assert "waiting for 1 to 3 workers of 1 CPU and 1 GPU" in out and "was lost" in out and "joins" in out
+
+
+@pytest.fixture(scope="module")
+def nodes(shards, s3, tmp_path_factory):
+    """Three nodes to which the driver's folder is empty, shards on S3, and one node with another version of the package."""
+    folder, driver, other = (tmp_path_factory.mktemp(name) for name in ("cluster", "driver", "other-version"))
+    if not can_hide_folders():
+        pytest.skip("unshare may not mount here")
+    filesystem, path = fs.FileSystem.from_uri(f"s3://bucket/cluster?{s3}")
+    fs.copy_files(str(shards), path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=filesystem)
+    metadata = other / "uap_dist-9.9.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: uap-dist\nVersion: 9.9\n")
+    with ray_cluster(folder) as cluster:
+        for _ in range(3):
+            cluster.add_node(hidden=driver)
+        yield cluster, driver, other, f"s3://bucket/cluster/{{}}?{s3}"
+
+
+def test_four_nodes_that_share_no_files(nodes, expected):
+    cluster, driver, _, url = nodes
+    data = ("--train-shards", url.format("train-*.tar"), "--val-shards", url.format("val-0000.tar"))
+    job = start(cluster, driver, *data, "--num-workers", "3")
+    out, _ = job.communicate(timeout=120)
+    assert job.returncode == 0, out
+    assert torch.equal(load_file(driver / "out/perturbation.safetensors")["perturbation"], expected)
+
+
+def test_files_that_only_the_driver_sees_are_named(nodes, shards):
+    cluster, driver, _, url = nodes
+    own = driver / "train-0000.tar"
+    own.write_bytes((shards / own.name).read_bytes())
+    job = start(cluster, driver, "--train-shards", str(own), "--val-shards", url.format("val-0000.tar"), "--output", str(driver / "missing"))
+    out, _ = job.communicate(timeout=120)
+    assert job.returncode == 1 and str(own) in out.splitlines()[-1], out
+
+
+def test_a_node_with_another_version_is_refused(nodes):
+    cluster, driver, other, url = nodes
+    cluster.add_node(python_path=other)
+    data = ("--train-shards", url.format("train-*.tar"), "--val-shards", url.format("val-0000.tar"))
+    job = start(cluster, driver, *data, "--num-workers", "4", "--output", str(driver / "refused"))
+    out, _ = job.communicate(timeout=120)
+    assert job.returncode == 1 and "has uap_dist 9.9 instead of 0.1.0; the bits of a result depend on them" in out, out
