@@ -42,7 +42,10 @@ class FleetConfig:
     threads_per_worker: int = 1
     """CPU threads of each worker (and CPUs that it takes from the cluster). The bits of the result may depend on it."""
     cache_gib: float = 4.0
-    """Decoded images that each worker keeps in memory at most, in GiB; the rest is read again when it is needed."""
+    """Decoded images that each worker keeps in memory at most, in GiB."""
+    disk_cache_gib: float = 8.0
+    """Decoded images beyond these that each worker keeps in the folder for temporary files (TMPDIR) at most, in GiB; half of what is
+    free there stays free. 0 keeps none; what does not fit is read again for each block."""
     placement_timeout_s: float = 60.0
     """Seconds to wait until all workers are placed and have loaded the network."""
     task_timeout_s: float = 900.0
@@ -56,6 +59,8 @@ class FleetConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"{name.replace('_', ' ')} is {value}; it must be positive")
+        if not self.disk_cache_gib >= 0:
+            raise ConfigError(f"disk cache gib is {self.disk_cache_gib}; it must not be negative")
         if self.verify_determinism and self.num_workers == 1:
             raise ConfigError("verify determinism compares workers; give --num-workers 2 or more")
 
@@ -65,8 +70,10 @@ class _Actor:
 
     _worker: Worker | None = None
 
-    def start(self, model: str, weights: str | None, cache_bytes: int, num_threads: int) -> str:
-        worker = make_worker(model, weights, cache_bytes=cache_bytes, num_threads=num_threads)
+    def start(self, model: str, weights: str | None, cache_bytes: int, disk_cache_bytes: int, num_threads: int) -> str:
+        worker = make_worker(
+            model, weights, cache_bytes=cache_bytes, disk_cache_bytes=disk_cache_bytes, num_threads=num_threads
+        )
         if self._worker is not None:
             worker.adopt(self._worker)
         self._worker = worker
@@ -316,7 +323,8 @@ class Fleet:
     def _prepare(self, member: _Member) -> None:
         """Have an actor load the classifier."""
         config = self._config
-        arguments = (*self._classifier, int(config.cache_gib * 2**30), config.threads_per_worker)
+        budgets = int(config.cache_gib * 2**30), int(config.disk_cache_gib * 2**30)
+        arguments = (*self._classifier, *budgets, config.threads_per_worker)
         self._running[member.actor.start.remote(*arguments)] = _Call(member)
 
     def _call(self, member: _Member, batch: _Batch, task: int) -> None:
