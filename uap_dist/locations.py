@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
@@ -107,6 +108,41 @@ def locate(location: str) -> tuple[fs.FileSystem, str]:
         return fs.FileSystem.from_uri(location)
     except (ArrowInvalid, OSError) as error:
         raise ConfigError(f"cannot reach {explain(location, error)}") from error
+
+
+def read_file(location: str) -> bytes:
+    """A whole file.
+
+    Raises:
+        OSError: it cannot be read; in one line, as `explain` says it.
+        ConfigError: see `locate`.
+    """
+    filesystem, path = locate(location)
+    try:
+        with filesystem.open_input_stream(path, compression=None) as stream:
+            data: bytes = stream.read()
+    except OSError as error:
+        raise OSError(explain(location, error)) from error
+    return data
+
+
+def copy_folder(folder: Path, location: str, last: str) -> None:
+    """Every file of a local folder to another place, the one named `last` at the end: where it is, the rest is.
+
+    Raises:
+        OSError: it cannot be written; in one line, as `explain` says it.
+        ConfigError: see `locate`.
+    """
+    filesystem, place = locate(location)
+    files = sorted((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path == folder / last)
+    try:
+        for parent in sorted({file.parent for file in files}):
+            filesystem.create_dir(f"{place}/{parent.relative_to(folder).as_posix()}".removesuffix("/."), recursive=True)
+        for file in files:
+            with filesystem.open_output_stream(f"{place}/{file.relative_to(folder).as_posix()}") as out:
+                out.write(file.read_bytes())
+    except OSError as error:
+        raise OSError(explain(location, error)) from error
 
 
 def is_refusal(error: Exception) -> bool:
