@@ -38,7 +38,7 @@ from uap_dist.pool_run import (
     member_folder,
     open_members,
 )
-from uap_dist.report import output_folder
+from uap_dist.report import output_folder, publish
 from uap_dist.resume import Resumed, find_resumed
 from uap_dist.shards import expand_patterns
 from uap_dist.terminal import one_line_errors, raise_on_sigterm, set_up_logging
@@ -75,7 +75,7 @@ class Options:
     """Folder for the results. Default: outputs/<model>-<norm>-seed<seed>-<time>."""
     storage: str | None = None
     """Folder or s3://, gs:// URL under which each round is committed, in a folder named after the MLflow run; the last
-    three are kept. Default: checkpoints beside the output folder."""
+    three are kept. At a URL `results` there becomes a copy of the output folder. Default: checkpoints beside that."""
     resume: str | None = None
     """MLflow run, or its folder of checkpoints, to go on with after its last committed round. All other options are
     then those of that run; of those given anew, only such that do not change the result are accepted."""
@@ -144,8 +144,10 @@ def main() -> None:
 def run(options: Options, tracker: Tracker, resumed: Resumed | None) -> None:
     """The whole job: connect, load, compute, save, say so. Its workers end with its process."""
     output = output_folder(options.output, options.name, may_hold_files=resumed is not None)
-    setting = _set_up(options, output, tracker, resumed)
-    storage, checkpoint = _start(setting, replace(options, output=output), tracker, resumed)
+    below = options.storage or str(output.parent / "checkpoints")
+    storage = resumed.storage if resumed else join(below, tracker.run_id)
+    setting = _set_up(options, output, storage, tracker, resumed)
+    checkpoint = _start(setting, replace(options, output=output), tracker, resumed)
     with ExitStack() as stack:
         store = stack.enter_context(CheckpointStore(storage))
         if options.num_perturbations == 1:
@@ -160,6 +162,7 @@ def run(options: Options, tracker: Tracker, resumed: Resumed | None) -> None:
             compute_members(setting, members)
             pool = FinishedPool.of({name: plan.folder for name, plan in plans.items()}, tracker.run_id)
             save_pool(output, pool)
+        publish(output, storage)
         try:
             deliver_members(setting, members)
             if pool is not None:
@@ -176,7 +179,7 @@ def run(options: Options, tracker: Tracker, resumed: Resumed | None) -> None:
     console.print(f"\n{finished.summary()}\n\nFiles: {output}\nMLflow: {tracker.how_to_open()}", markup=False)
 
 
-def _set_up(options: Options, output: Path, tracker: Tracker, resumed: Resumed | None) -> Setting:
+def _set_up(options: Options, output: Path, storage: str, tracker: Tracker, resumed: Resumed | None) -> Setting:
     """Network, fleet and data; the run says what they are."""
     classifier = load_classifier(options.model, options.weights)
     settings = describe_settings(classifier, options.weights, options.compute, options.fleet)
@@ -184,6 +187,7 @@ def _set_up(options: Options, output: Path, tracker: Tracker, resumed: Resumed |
     if resumed is None:
         tracker.log_params(settings)
     train_urls, val_urls = _shards(options, output)
+    CheckpointStore(storage).prepare()  # that it can be written to is known before any work
     connect()
     raise_on_sigterm()  # again: ray.init installs a handler of its own
     fleet = Fleet(options.model, options.weights, options.fleet, tracker.run_id)
@@ -199,20 +203,18 @@ def _set_up(options: Options, output: Path, tracker: Tracker, resumed: Resumed |
     return Setting(classifier, fleet, train, val, settings | describe_data(train, val), console)
 
 
-def _start(setting: Setting, options: Options, tracker: Tracker, resumed: Resumed | None) -> tuple[str, Checkpoint]:
-    """Where the run is committed, and what it goes on from."""
+def _start(setting: Setting, options: Options, tracker: Tracker, resumed: Resumed | None) -> Checkpoint:
+    """What the run goes on from."""
     job = describe_job(setting, options.compute, tracker.run_id, options.to_json())
     if resumed is not None:
         check_identity(resumed.checkpoint.job, job)
         if job.options["storage"] != resumed.checkpoint.job.options["storage"]:
             raise ConfigError(f"a resumed run is committed where it was, in {resumed.storage}; leave out --storage")
-        return resumed.storage, resumed.checkpoint
+        return resumed.checkpoint
     tracker.log_params(describe_data(setting.train, setting.val))
     tracker.log_dataset(setting.train, "training")
     tracker.log_dataset(setting.val, "held-out")
-    assert options.output is not None
-    storage = join(options.storage or str(options.output.parent / "checkpoints"), tracker.run_id)
-    return storage, Checkpoint(job, State.start(setting.train, options.compute), ())
+    return Checkpoint(job, State.start(setting.train, options.compute), ())
 
 
 def _plan_members(options: Options, output: Path) -> dict[str, MemberPlan]:

@@ -27,7 +27,7 @@ from uap_dist.locations import is_url, join
 from uap_dist.pool import PerturbationPool
 from uap_dist.pool_run import Setting, describe_data, describe_job, describe_settings
 from uap_dist.repetition import REPETITIONS_FOLDER, Job, Network, group, measure, repeat
-from uap_dist.report import output_folder
+from uap_dist.report import output_folder, publish
 from uap_dist.resume import Resumed, find_resumed
 from uap_dist.shards import expand_patterns
 from uap_dist.terminal import one_line_errors, raise_on_sigterm, set_up_logging
@@ -64,7 +64,8 @@ class Options:
     """Folder for the results. Default: outputs/finetune-<model>-<time>."""
     storage: str | None = None
     """Folder or s3://, gs:// URL, reached by every worker, under which epochs and rounds are committed, in a folder named after
-    the MLflow run; of the epochs the last one and the best one are kept. Default: checkpoints beside the output folder."""
+    the MLflow run; of the epochs the last one and the best one are kept. At a URL `results` there becomes a copy of the output
+    folder. Default: checkpoints beside that."""
     resume: str | None = None
     """MLflow run, or its folder of checkpoints, to go on with. All other options are then those of that run."""
     experiment: str = "uap_dist"
@@ -147,6 +148,7 @@ def run(options: Options, tracker: Tracker, resumed: Resumed | None) -> None:
         assert last is not None
         shutil.copy(last, output / NETWORK_FILE)
         save_finetuning(output, finished)
+        publish(output, job.storage)
         console.print(f"\n{finished.summary()}\n\nFiles: {output}", markup=False)
         tracker.complete(
             tags={},

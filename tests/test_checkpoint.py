@@ -124,7 +124,7 @@ def test_resuming_after_any_round_gives_the_bits_of_the_uninterrupted_run(tiny_d
     config = ComputeConfig(rule=rule, norm=norm, radius=20.0, round_size=10, block_size=5, max_passes=2)
     reports = list(compute(LocalWorkers(tiny_worker()), *tiny_data, config))
     for report in reports[:-1]:
-        data = Checkpoint(JOB, report.state, [RoundRecord.of(report)]).to_bytes()
+        data = Checkpoint(JOB, report.state, [RoundRecord.of(report, {})]).to_bytes()
         state = Checkpoint.from_bytes(data).state
         rest = list(compute(LocalWorkers(tiny_worker()), *tiny_data, config, state))
         assert [r.round_number for r in rest] == list(range(report.round_number + 1, len(reports)))

@@ -94,7 +94,16 @@ def test_files_that_only_the_driver_sees_are_named(nodes, shards):
     cluster, driver, _, url = nodes
     own = driver / "train-0000.tar"
     own.write_bytes((shards / own.name).read_bytes())
-    job = start(cluster, driver, "--train-shards", str(own), "--val-shards", url.format("val-0000.tar"), "--output", str(driver / "missing"))
+    job = start(
+        cluster,
+        driver,
+        "--train-shards",
+        str(own),
+        "--val-shards",
+        url.format("val-0000.tar"),
+        "--output",
+        str(driver / "missing"),
+    )
     out, _ = job.communicate(timeout=120)
     assert job.returncode == 1 and str(own) in out.splitlines()[-1], out
 

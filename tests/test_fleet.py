@@ -6,6 +6,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from threading import Thread
+from urllib.request import urlopen
 
 import numpy as np
 import psutil
@@ -73,7 +74,7 @@ def test_a_killed_worker_is_replaced_and_the_bits_stay(cluster, shards, undistur
         if report.round_number in (1, 4):
             os.kill(worker_processes()[0].pid, signal.SIGKILL)
         final = report
-    lost = fleet.num_lost
+    lost = fleet.tally.workers_lost
     fleet.close()
     assert lost >= 1 and torch.equal(final.perturbation, undisturbed)
 
@@ -87,7 +88,7 @@ def test_a_hanging_worker_is_given_up_after_its_deadline(cluster, shards):
     ).start()
     os.kill(stopped, signal.SIGSTOP)
     (listing,) = fleet.map("load", [Examples(str(shards / "val-0000.tar"))])
-    lost = fleet.num_lost
+    lost = fleet.tally.workers_lost
     fleet.close()
     assert len(listing.keys) == 20 and lost == 1
 
@@ -99,10 +100,10 @@ def test_a_straggler_is_overtaken_and_its_late_answer_dropped(cluster, shards):
     os.kill(slow, signal.SIGSTOP)
     tasks = [train.examples(0, [i]) for i in range(20)]
     first = list(fleet.map("pixels", tasks))  # would hang until the deadline of 900 s
-    stragglers = fleet.num_stragglers
+    stragglers = fleet.tally.stragglers
     os.kill(slow, signal.SIGCONT)
     second = list(fleet.map("pixels", tasks[::-1]))[::-1]
-    lost = fleet.num_lost
+    lost = fleet.tally.workers_lost
     fleet.close()
     assert stragglers == 1 and lost == 0
     assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
@@ -232,3 +233,24 @@ def test_a_fleet_that_cannot_be_is_refused():
         FleetConfig(gpus_per_worker=1.5)
     with pytest.raises(ConfigError, match="verify determinism compares workers; give --num-workers 2"):
         FleetConfig(num_workers=1, verify_determinism=True)
+
+
+def test_prometheus_reads_what_the_fleet_does(cluster, shards):
+    import ray
+
+    fleet = Fleet(TINY, None, FleetConfig(num_workers=2), run="the-run")
+    fleet.wait()
+    list(compute(fleet, *load(fleet, shards), CONFIG))
+    metrics = fleet.metrics()
+    port = ray.nodes()[0]["MetricsExportPort"]
+    deadline, values = time.monotonic() + 60, {}
+    while values.get("solves_total") != 3 * 47 and time.monotonic() < deadline:
+        time.sleep(1)
+        text = urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
+        lines = [line for line in text.splitlines() if line.startswith("ray_uap_") and 'run="the-run"' in line]
+        values = {line.split("{")[0].removeprefix("ray_uap_"): float(line.rsplit(" ", 1)[1]) for line in lines}
+    fleet.close()
+    assert values.get("solves_total") == 3 * 47 and values["workers"] == 2, text
+    on_disk = sum(path.stat().st_size for path in shards.glob("*.tar"))  # a shard may be read by both workers
+    assert on_disk <= metrics["fleet/bytes_read"] == values["bytes_read_total"] <= 2 * on_disk
+    assert 0 < metrics["fleet/waiting_share"] < 1 and metrics["fleet/cache_hit_rate"] == 1

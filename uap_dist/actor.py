@@ -1,6 +1,7 @@
 """A worker behind Ray: what its process does around the calls that fleet.py sends."""
 
 import logging
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from uap_dist import cluster as cluster  # before Ray, which reads on import wha
 import ray
 from ray.util import get_node_ip_address
 
+from uap_dist.cache import Traffic
 from uap_dist.errors import ConfigError
 from uap_dist.provenance import machine, versions
 from uap_dist.worker import Examples, Worker, make_worker
@@ -29,9 +31,18 @@ def decisive_versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of a call, and what there is to warn of."""
+    """What came of a call.
+
+    Attributes:
+        result: what the method gave.
+        traffic: what was read for it.
+        seconds: that it took.
+        warnings: of the package, meanwhile.
+    """
 
     result: Any
+    traffic: Traffic
+    seconds: float
     warnings: tuple[str, ...]
 
 
@@ -72,12 +83,17 @@ class UapWorker:
         self._worker = worker
         return machine()
 
-    def call(self, method: str, task: Examples, *shared: Any) -> Answer:
-        """`Worker.method(task, *shared)`."""
+    def call(self, method: str, task: Examples, upcoming: str, *shared: Any) -> Answer:
+        """`Worker.method(task, *shared)`, and meanwhile fetch the shard that comes next, if any."""
+        assert self._worker is not None
         logger.info("%s %s", method, task.title)
+        started, before = time.perf_counter(), self._worker.traffic
         with _listening() as warnings:
+            if upcoming:
+                self._worker.prefetch(upcoming)
             result = getattr(self._worker, method)(task, *shared)
-        return Answer(result, tuple(f"{self._name} on {self._node}: {warning}" for warning in warnings))
+        traffic, seconds = self._worker.traffic - before, time.perf_counter() - started
+        return Answer(result, traffic, seconds, tuple(f"{self._name} on {self._node}: {text}" for text in warnings))
 
 
 @contextmanager

@@ -7,8 +7,9 @@ the one before is taken. That holds alike for local folders and for object store
 import io
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from typing import Any
@@ -20,7 +21,7 @@ from pyarrow import fs
 from uap_dist.compute import State
 from uap_dist.errors import ConfigError, ResumeError
 from uap_dist.history import RoundRecord
-from uap_dist.locations import locate
+from uap_dist.locations import explain, locate
 from uap_dist.update import Iterate
 
 KEPT = 3
@@ -109,22 +110,22 @@ class CheckpointStore:
         Raises:
             ConfigError: it cannot be written to.
         """
-        self.prepare()
-        try:
+        with self._writable():
+            self._filesystem.create_dir(self._folder, recursive=True)
             self._write(checkpoint)
-        except OSError as error:
-            raise ConfigError(f"cannot write checkpoints to {self.location} (--storage): {error}") from error
 
     def prepare(self) -> None:
-        """Make the folder.
+        """Make the folder, and write and delete a file in it.
 
         Raises:
-            ConfigError: it cannot be made.
+            ConfigError: it cannot be done.
         """
-        try:
+        trial = f"{self._folder}/{UNFINISHED}"
+        with self._writable():
             self._filesystem.create_dir(self._folder, recursive=True)
-        except OSError as error:
-            raise ConfigError(f"cannot write checkpoints to {self.location} (--storage): {error}") from error
+            with self._filesystem.open_output_stream(trial) as file:
+                file.write(b"uap_dist")
+            self._filesystem.delete_file(trial)
 
     def commit(self, checkpoint: Checkpoint) -> None:
         """Write a round once the one before is written; where that fails, say so and go on: the next commit holds all of it."""
@@ -163,14 +164,23 @@ class CheckpointStore:
                     return Checkpoint.from_bytes(data)
                 logger.warning("checkpoint %s is not whole; taking the one before", path)
         except OSError as error:
-            raise ResumeError(f"cannot read checkpoints in {self.location}: {error}") from error
+            raise ResumeError(f"cannot read checkpoints in {explain(self.location, error)}") from error
         return None
+
+    @contextmanager
+    def _writable(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ConfigError(f"cannot write checkpoints to {explain(self.location, error)} (--storage)") from error
 
     def _try_to_write(self, checkpoint: Checkpoint) -> None:
         try:
             self._write(checkpoint)
         except OSError as error:
-            logger.warning("round %d is not committed to %s: %s", checkpoint.state.num_rounds, self.location, error)
+            logger.warning(
+                "round %d is not committed to %s", checkpoint.state.num_rounds, explain(self.location, error)
+            )
 
     def _write(self, checkpoint: Checkpoint) -> None:
         data = checkpoint.to_bytes()

@@ -33,6 +33,10 @@ class Workers(Protocol):
         """Worker.method(task, *shared) for each task, in the order of the tasks; computed by the time that it is asked for."""
         ...
 
+    def metrics(self) -> dict[str, float]:
+        """What they have done so far, for a round's report."""
+        ...
+
 
 class LocalWorkers:
     """One worker in this process: for notebooks and tests."""
@@ -49,6 +53,10 @@ class LocalWorkers:
             with self._lock:
                 result = getattr(self._worker, method)(task, *shared)
             yield result
+
+    def metrics(self) -> dict[str, float]:
+        """See Workers."""
+        return {}
 
 
 @dataclass(frozen=True)

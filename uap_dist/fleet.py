@@ -22,6 +22,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from uap_dist.actor import Answer, decisive_versions, start_actor
 from uap_dist.cluster import Need
 from uap_dist.errors import ConfigError, DeterminismError, WorkerLostError
+from uap_dist.tally import Dashboard, Tally
 from uap_dist.worker import Examples
 
 MAX_LOSSES_PER_TASK = 3
@@ -47,7 +48,10 @@ class FleetConfig:
     threads_per_worker: int = 1
     """CPU threads of each worker (and CPUs that it takes from the cluster). The bits of the result may depend on it."""
     cache_gib: float = 4.0
-    """Decoded images that each worker keeps in memory at most, in GiB; the rest is read again when it is needed."""
+    """Decoded images that each worker keeps in memory at most, in GiB."""
+    disk_cache_gib: float = 8.0
+    """Decoded images beyond these that each worker keeps in the folder for temporary files (TMPDIR) at most, in GiB; half of what is
+    free there stays free. 0 keeps none; what does not fit is read again for each block."""
     placement_timeout_s: float = 600.0
     """Seconds without a single worker after which the job gives up; at its start, without as many as it begins with."""
     task_timeout_s: float = 900.0
@@ -60,6 +64,8 @@ class FleetConfig:
         for name in ("threads_per_worker", "cache_gib", "placement_timeout_s", "task_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name.replace('_', ' ')} is {getattr(self, name)}; it must be positive")
+        if not self.disk_cache_gib >= 0:
+            raise ConfigError(f"disk cache gib is {self.disk_cache_gib}; it must not be negative")
         gpus = self.gpus_per_worker or 0
         if gpus < 0 or (gpus > 1 and gpus != int(gpus)):
             raise ConfigError(f"gpus per worker is {gpus:g}; it must be 0, a share of one GPU or a whole number")
@@ -135,6 +141,10 @@ class _Batch:
         self.waiting[task] = self.waiting.get(task, 0) + 1
         self._by_shard[self.tasks[task].shard][task] = None
 
+    def next_shard(self, held: set[str]) -> str:
+        """Of the first task that waits and is of none of these shards; empty where there is none."""
+        return next((self.tasks[task].shard for task in self.waiting if self.tasks[task].shard not in held), "")
+
     def take(self, member: _Member, *, must_hold: bool) -> int | None:
         """A task for a member, no longer waiting: of a shard that it holds, or the first of all; None where there is none for it."""
         held = (task for shard in member.shards for task in self._by_shard.get(shard, ()))
@@ -168,8 +178,7 @@ class Fleet:
     Attributes:
         need: what each takes of a node.
         num_asked: workers that Ray was asked for.
-        num_lost: workers that were lost and replaced.
-        num_stragglers: tasks that were given to a second worker because the first took long.
+        tally: what became of it so far.
         machines: kinds of machines that workers ran on, as `provenance.machine` names them.
     """
 
@@ -190,16 +199,15 @@ class Fleet:
         self.need = Need(config.threads_per_worker, gpus)
         self._first, self._most = config.bounds
         self._check_room()
-        self._last_look = self._last_complaint = time.monotonic()
+        self._last_look = self._last_complaint = self._last_shown = time.monotonic()
         self.num_asked = self._num_ready = 0
-        self.num_lost = 0
-        self.num_stragglers = 0
-        self._num_rounds = 0
+        self.tally, self._dashboard = Tally(), Dashboard(run)
         self.machines: set[str] = set()
         self._classifier = (model, weights)
         self._idle: list[_Member] = []
         self._running: dict[ray.ObjectRef, _Call] = {}
         self._batches: list[_Batch] = []
+        self._held: set[str] = set()  # shards that some member has read or is about to read
         self._last_call = time.monotonic()
         self._changes: deque[Callable[[], None]] = deque()  # by callers, made by the thread
         self._changed = Condition()
@@ -246,8 +254,8 @@ class Fleet:
         """
         if self._is_closed:
             raise WorkerLostError("the fleet was closed")
-        twice = {self._num_rounds % len(tasks)} if self._config.verify_determinism and method == "solve" else set()
-        self._num_rounds += method == "solve"
+        twice = {self.tally.rounds % len(tasks)} if self._config.verify_determinism and method == "solve" else set()
+        self.tally.rounds += method == "solve"
         batch = _Batch(method, tasks, [ray.put(value) for value in shared], unverified=twice)
         self._change(lambda: self._accept(batch))
         return self._answers(batch)
@@ -257,9 +265,13 @@ class Fleet:
         return {
             "machines": "; ".join(sorted(self.machines)),
             "num_workers_at_end": self._num_ready,
-            "num_workers_lost": self.num_lost,
-            "num_stragglers": self.num_stragglers,
+            "num_workers_lost": self.tally.workers_lost,
+            "num_stragglers": self.tally.stragglers,
         }
+
+    def metrics(self) -> dict[str, float]:
+        """See Workers."""
+        return {"fleet/workers": float(self._num_ready)} | self.tally.metrics()
 
     def describe_wish(self) -> str:
         """The workers that were asked for, in words."""
@@ -314,7 +326,7 @@ class Fleet:
         """What the thread does until the fleet is closed."""
         while not self._is_closed and ray.is_initialized():  # else its calls would start a Ray of their own
             with self._changed:
-                self._changed.wait_for(lambda: self._changes or self._running or self._batches)
+                self._changed.wait_for(lambda: self._changes or self._running or self._batches, SECONDS_BETWEEN_LOOKS)
                 while self._changes:
                     self._changes.popleft()()
             try:
@@ -327,6 +339,7 @@ class Fleet:
     def _step(self) -> None:
         """Give tasks to idle workers, wait a moment for answers, and hand over what is complete."""
         self._grow()
+        self._show()
         for assign in (self._assign, self._assign_again):
             for batch in self._batches:
                 for member, task in assign(batch):
@@ -397,6 +410,7 @@ class Fleet:
             model=model,
             weights=weights,
             cache_bytes=int(self._config.cache_gib * 2**30),
+            disk_cache_bytes=int(self._config.disk_cache_gib * 2**30),
             num_threads=self._config.threads_per_worker,
         )
         self._running[ref] = _Call(member)
@@ -406,9 +420,16 @@ class Fleet:
         batch.given[task].add(member)
         examples = batch.tasks[task]
         member.shards[examples.shard] = None
+        self._held.add(examples.shard)
         now = time.monotonic()
         name = f"{member.name}: {batch.method} {examples.title}"
-        ref: ray.ObjectRef = member.actor.call.options(name=name).remote(batch.method, examples, *batch.shared)
+        upcoming = batch.next_shard(self._held) if batch.method == "load" else ""
+        if upcoming:  # the member is the first to be given it
+            member.shards[upcoming] = None
+            self._held.add(upcoming)
+        ref: ray.ObjectRef = member.actor.call.options(name=name).remote(
+            batch.method, examples, upcoming, *batch.shared
+        )
         self._running[ref] = _Call(member, batch, task, now, now + self._config.task_timeout_s)
 
     def _assign(self, batch: _Batch) -> list[tuple[_Member, int]]:
@@ -432,7 +453,7 @@ class Fleet:
         once = Counter(call.task for call in calls)
         late = [c.task for c in calls if once[c.task] == 1 and time.monotonic() > c.started + patience]
         pairs = [(m, task) for m, task in zip(self._idle, late, strict=False) if m not in batch.given[task]]
-        self.num_stragglers += len(pairs)
+        self.tally.stragglers += len(pairs)
         return pairs
 
     def _collect(self) -> None:
@@ -489,7 +510,11 @@ class Fleet:
         """The first answer to a task is its result; a second one is compared where that is wanted, else dropped."""
         for warning in answer.warnings:
             logger.warning("%s", warning)
+        self.tally.traffic += answer.traffic
+        self.tally.seconds_busy += answer.seconds
         if call.task not in batch.answered:
+            if batch.method == "solve":
+                self.tally.solves += len(batch.tasks[call.task].keys)
             if call.task in batch.unverified:
                 batch.digests[call.task] = answer.result.digest()
             insort(batch.durations, time.monotonic() - call.started)
@@ -514,7 +539,7 @@ class Fleet:
     def _bury(self, call: _Call, error: RayError) -> None:
         """Replace a lost worker; its task, if nobody else has it, is to be done again."""
         ray.kill(call.member.actor)
-        self.num_lost += 1
+        self.tally.workers_lost += 1
         self._start_member()
         reason = "died" if isinstance(error, RayActorError) else type(error).__name__
         if call.batch is None:
@@ -539,6 +564,14 @@ class Fleet:
         wanted = (call.task not in batch.answered) + (call.task in batch.unverified)
         if on_their_way + batch.waiting.get(call.task, 0) < wanted:
             batch.put(call.task)
+
+    def _show(self) -> None:
+        """What Ray's dashboard shows."""
+        seconds = time.monotonic() - self._last_shown
+        if seconds > SECONDS_BETWEEN_LOOKS:
+            in_flight = sum(call.batch is not None for call in self._running.values())
+            self._dashboard.show(self.tally, seconds=seconds, num_workers=self._num_ready, in_flight=in_flight)
+            self._last_shown += seconds
 
     def _complain(self) -> None:
         """Say now and then what everything waits for."""

@@ -16,7 +16,7 @@ class RoundRecord:
     Attributes:
         step: rounds done.
         timestamp_ms: since 1970, fixed once: MLflow takes the same metric, step, value and time twice for one point.
-        metrics: see RoundReport.metrics.
+        metrics: see RoundReport.metrics and Workers.metrics.
     """
 
     step: int
@@ -24,9 +24,9 @@ class RoundRecord:
     metrics: Mapping[str, float]
 
     @classmethod
-    def of(cls, report: RoundReport) -> "RoundRecord":
-        """The round as it has just been done."""
-        return cls(report.round_number + 1, time.time_ns() // 1_000_000, report.metrics())
+    def of(cls, report: RoundReport, workers: Mapping[str, float]) -> "RoundRecord":
+        """The round as it has just been done, with what the workers say of themselves."""
+        return cls(report.round_number + 1, time.time_ns() // 1_000_000, report.metrics() | dict(workers))
 
     @cached_property
     def json(self) -> str:

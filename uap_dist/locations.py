@@ -1,8 +1,62 @@
-"""Places of files: local paths and s3://, gs:// URLs with their options, through pyarrow."""
+"""Places of files: local paths and s3://, gs:// URLs with their options, through pyarrow; and what their stores' refusals mean."""
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 from pyarrow import ArrowInvalid, fs
 
 from uap_dist.errors import ConfigError
+
+# pyarrow's own defaults are 3, 1 s and 3 s for S3, of which a busy store needs more, and 15 minutes for GCS
+RETRIES, CONNECT_TIMEOUT_S, REQUEST_TIMEOUT_S, GCS_RETRY_S = 3, 5.0, 10.0, 30.0
+CREDENTIALS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or a profile, or the machine's role)"
+
+
+def _to_bool(text: str) -> bool:
+    return {"true": True, "false": False}[text]
+
+
+S3_OPTIONS: Mapping[str, Callable[[str], Any]] = {
+    "region": str,
+    "endpoint_override": str,
+    "scheme": str,
+    "anonymous": _to_bool,
+    "retries": int,
+    "connect_timeout": float,
+    "request_timeout": float,
+    "allow_bucket_creation": _to_bool,
+    "force_virtual_addressing": _to_bool,
+    "tls_ca_file_path": str,
+}
+GCS_OPTIONS: Mapping[str, Callable[[str], Any]] = {
+    "endpoint_override": str,
+    "scheme": str,
+    "anonymous": _to_bool,
+    "retry_limit_seconds": float,
+    "project_id": str,
+}
+
+# what stands in a store's error, and what it means; in none of these cases does it help to ask again
+REFUSALS = {
+    r"NO_SUCH_BUCKET|Bucket '.*' not found|bucket does not exist": "there is no such bucket; look at its name and the endpoint",
+    r"INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|INVALID_CLIENT_TOKEN_ID|ExpiredToken|InvalidToken": (
+        f"the credentials are not valid there; look at {CREDENTIALS}"
+    ),
+    r"ACCESS_DENIED|HTTP status 40[13]|PERMISSION_DENIED|UNAUTHENTICATED": "access is denied",
+    r"HTTP status (301|400)": (
+        "the request is refused as it stands, as when the bucket is in another region or the credentials have expired; "
+        "give its region as ?region=…"
+    ),
+    r"OAuth2 access token": (
+        "no Google credentials; give GOOGLE_APPLICATION_CREDENTIALS, or ?anonymous=true where the bucket is public"
+    ),
+}
+UNREACHABLE = "NETWORK_CONNECTION.*curlCode: (6|7),|CURL error .(6|7)."
 
 
 def is_url(location: str) -> bool:
@@ -25,12 +79,124 @@ def join(location: str, name: str) -> str:
 def locate(location: str) -> tuple[fs.FileSystem, str]:
     """The file system of a location, and the path there.
 
+    Options of a URL follow it, as in s3://bucket/key?region=eu-west-1&retries=5.
+
+    * s3: `region` (default: the bucket's own), `endpoint_override` (host:port; default: of AWS_ENDPOINT_URL, else AWS), `scheme`
+      (https or http), `anonymous` (true for a public bucket), `retries` (of one request, 3), `connect_timeout` (5 s),
+      `request_timeout` (seconds without a byte, 10), `allow_bucket_creation`, `force_virtual_addressing`, `tls_ca_file_path`.
+    * gs: `anonymous`, `retry_limit_seconds` (of one request, 30), `endpoint_override`, `scheme`, `project_id`.
+
+    Credentials are no option, because URLs are kept in runs and checkpoints; the stores' libraries find them as they always do.
+
     Raises:
-        ConfigError: no such file system, or one that cannot be reached.
+        ConfigError: no such file system or option, or one that cannot be reached.
     """
     if not is_url(location):
         return fs.LocalFileSystem(), location
+    url, query = split_query(location)
+    scheme, _, path = url.partition("://")
+    if "@" in path.partition("/")[0]:
+        raise ConfigError(
+            f"{scheme}://…@{path.partition('@')[2]} holds credentials, which runs and checkpoints would keep; give {CREDENTIALS}, "
+            "or ?anonymous=true where the bucket is public"
+        )
     try:
+        if scheme == "s3":
+            return _s3(path.partition("/")[0], _options(location, query, S3_OPTIONS)), path.rstrip("/")
+        if scheme in ("gs", "gcs"):
+            return _gcs(_options(location, query, GCS_OPTIONS)), path.rstrip("/")
         return fs.FileSystem.from_uri(location)
     except (ArrowInvalid, OSError) as error:
-        raise ConfigError(f"cannot reach {location}: {error}") from error
+        raise ConfigError(f"cannot reach {explain(location, error)}") from error
+
+
+def read_file(location: str) -> bytes:
+    """A whole file.
+
+    Raises:
+        OSError: it cannot be read; in one line, as `explain` says it.
+        ConfigError: see `locate`.
+    """
+    filesystem, path = locate(location)
+    try:
+        with filesystem.open_input_stream(path, compression=None) as stream:
+            data: bytes = stream.read()
+    except OSError as error:
+        raise OSError(explain(location, error)) from error
+    return data
+
+
+def copy_folder(folder: Path, location: str, last: str) -> None:
+    """Every file of a local folder to another place, the one named `last` at the end: where it is, the rest is.
+
+    Raises:
+        OSError: it cannot be written; in one line, as `explain` says it.
+        ConfigError: see `locate`.
+    """
+    filesystem, place = locate(location)
+    files = sorted((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path == folder / last)
+    try:
+        for parent in sorted({file.parent for file in files}):
+            filesystem.create_dir(f"{place}/{parent.relative_to(folder).as_posix()}".removesuffix("/."), recursive=True)
+        for file in files:
+            with filesystem.open_output_stream(f"{place}/{file.relative_to(folder).as_posix()}") as out:
+                out.write(file.read_bytes())
+    except OSError as error:
+        raise OSError(explain(location, error)) from error
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether a store says that it will not do it, so that asking again is of no use."""
+    return isinstance(error, FileNotFoundError) or any(re.search(pattern, str(error)) for pattern in REFUSALS)
+
+
+def explain(location: str, error: Exception) -> str:
+    """The location, what a store's error there means and, where that is known, what to do, in one line."""
+    text = str(error)
+    meaning = next((meaning for pattern, meaning in REFUSALS.items() if re.search(pattern, text)), None)
+    if meaning == "access is denied":
+        lack = "" if "AWS_ACCESS_KEY_ID" in os.environ else ", and no AWS_ACCESS_KEY_ID is set"
+        meaning += (
+            f"{lack}; give credentials that may do this as {CREDENTIALS}, or ?anonymous=true where the bucket is public"
+        )
+    if isinstance(error, FileNotFoundError):
+        meaning = "there is no such file"
+    if re.search(UNREACHABLE, text):
+        meaning = (
+            f"{_endpoint(location)} does not answer; look at ?endpoint_override=… (or AWS_ENDPOINT_URL) and the network"
+        )
+    return f"{location}: {meaning or (text.splitlines() or [type(error).__name__])[0]}"
+
+
+def _options(location: str, query: str, known: Mapping[str, Callable[[str], Any]]) -> dict[str, Any]:
+    options = {}
+    for name, text in parse_qsl(query.removeprefix("?"), keep_blank_values=True):
+        if name not in known:
+            raise ConfigError(f"{location}: unknown option {name!r}; there are {', '.join(known)}")
+        try:
+            options[name] = known[name](text)
+        except (ValueError, KeyError) as error:
+            kind = "true or false" if known[name] is _to_bool else "a number"
+            raise ConfigError(f"{location}: option {name} is {text!r}; it must be {kind}") from error
+    return options
+
+
+def _s3(bucket: str, options: dict[str, Any]) -> fs.S3FileSystem:
+    endpoint = urlsplit(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "")
+    if endpoint.netloc:
+        options = {"endpoint_override": endpoint.netloc, "scheme": endpoint.scheme} | options
+    if "region" not in options and "endpoint_override" not in options and bucket:
+        options["region"] = fs.resolve_s3_region(bucket)
+    retries = fs.AwsStandardS3RetryStrategy(max_attempts=options.pop("retries", RETRIES))
+    timeouts = {"connect_timeout": CONNECT_TIMEOUT_S, "request_timeout": REQUEST_TIMEOUT_S}
+    return fs.S3FileSystem(**timeouts | options, retry_strategy=retries)
+
+
+def _gcs(options: dict[str, Any]) -> fs.GcsFileSystem:
+    limit = timedelta(seconds=options.pop("retry_limit_seconds", GCS_RETRY_S))
+    return fs.GcsFileSystem(**options, retry_time_limit=limit)
+
+
+def _endpoint(location: str) -> str:
+    options = dict(parse_qsl(split_query(location)[1].removeprefix("?")))
+    return options.get("endpoint_override") or os.environ.get("AWS_ENDPOINT_URL") or "the store's endpoint"

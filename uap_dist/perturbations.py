@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from uap_dist.errors import PerturbationError
-from uap_dist.locations import locate, split_query
+from uap_dist.locations import read_file, split_query
 from uap_dist.norms import Norm, measure
 
 PERTURBATION_FILE = "perturbation.safetensors"
@@ -159,9 +159,7 @@ def read(location: str) -> bytes:
         from uap_dist.tracking import fetch  # here, because MLflow is needed for these only
 
         location = fetch(location)
-    filesystem, path = locate(location)
     try:
-        with filesystem.open_input_stream(path, compression=None) as stream:
-            return stream.read()
+        return read_file(location)
     except OSError as error:
-        raise PerturbationError(f"cannot read {location}: {error}") from error
+        raise PerturbationError(f"cannot read {error}") from error

@@ -21,12 +21,14 @@ from uap_dist.errors import ConfigError
 from uap_dist.fooling import Rate
 from uap_dist.history import RoundRecord
 from uap_dist.label_graph import dominant_labels, label_graph, save_label_graph
+from uap_dist.locations import copy_folder, is_url, join
 from uap_dist.norms import measure
 from uap_dist.perturbations import PERTURBATION_FILE, save_perturbation
 from uap_dist.shards import UNKNOWN_CLASS
 from uap_dist.worker import Predictions
 
 RESULT_FILE = "result.json"
+RESULTS_FOLDER = "results"  # beside the checkpoints
 ROUNDS_FILE = "rounds.parquet"
 NUM_PICTURED = 8
 NUM_CSV_ROWS = 100
@@ -41,7 +43,9 @@ def output_folder(output: Path | None, name: str, *, may_hold_files: bool = Fals
     """
     folder = output or Path("outputs") / f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     if re.match(r"\w+:/", str(folder)):
-        raise ConfigError(f"--output {output} is a URL; give a folder (the same files go to MLflow)")
+        raise ConfigError(
+            f"--output {output} is a URL; give a folder (the same files go to MLflow, and to --storage s3://…)"
+        )
     if not may_hold_files and folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty; give another --output")
     try:  # now, not when hours of work are to be saved
@@ -51,6 +55,21 @@ def output_folder(output: Path | None, name: str, *, may_hold_files: bool = Fals
     except OSError as error:
         raise ConfigError(f"cannot write to --output {folder}: {error.strerror}") from error
     return folder.resolve()
+
+
+def publish(folder: Path, storage: str) -> None:
+    """Where a job is committed to a URL, copy its finished files below it; result.json comes last: where it is, all are.
+
+    Raises:
+        ConfigError: they cannot be written.
+    """
+    if is_url(storage):
+        try:
+            copy_folder(folder, join(storage, RESULTS_FOLDER), last=RESULT_FILE)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write results to {error}; all is computed and lies in {folder}; go on with --resume {storage}"
+            ) from error
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,18 @@
 import hashlib
 import io
 import json
+import logging
+import platform
 import tarfile
+import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import cached_property
 from pathlib import Path
+from shutil import copyfileobj
+from tempfile import TemporaryFile, gettempdir
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -21,12 +28,19 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from uap_dist.classifiers import Geometry
 from uap_dist.errors import ShardError
-from uap_dist.locations import is_url, locate, split_query
+from uap_dist.locations import explain, is_refusal, is_url, locate, split_query
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-READ_SIZE = 1 << 20  # without a buffer pyarrow sends one request to S3 for each read of a few hundred bytes
+READ_SIZE = 1 << 20
+COPY_SIZE = 8 << 20  # each is a request to the store
+FETCH_ATTEMPTS, SECONDS_BEFORE_RETRY = (
+    5,
+    0.5,
+)  # which double each time, and come on top of the retries of single requests
 END_MARK_SIZE = 1024
 UNKNOWN_CLASS = -1
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,6 +61,11 @@ class DecodedShard:
     bad: tuple[str, ...]
     digest: str
 
+    @cached_property
+    def rows(self) -> dict[str, int]:
+        """Place of each key."""
+        return {key: row for row, key in enumerate(self.keys)}
+
 
 def expand_patterns(patterns: Sequence[str]) -> list[str]:
     """URLs of the shards that patterns name, in order: {0000..0009}, `::` between lists, * ? [] in file names.
@@ -66,21 +85,104 @@ def expand_patterns(patterns: Sequence[str]) -> list[str]:
     return urls
 
 
+class ShardFile:
+    """A shard's bytes on this machine, read once from the start to the end; hashes, counts and times them on their way.
+
+    Attributes:
+        url: of the shard.
+        num_retries: attempts at fetching it beyond the first.
+        num_bytes: read so far.
+        seconds: spent in reading them.
+    """
+
+    def __init__(self, url: str, file: BinaryIO, num_retries: int = 0) -> None:
+        self.url, self.num_retries = url, num_retries
+        self._file = file
+        self._hash = hashlib.sha256()
+        self._tail = b""
+        self.num_bytes, self.seconds = 0, 0.0
+
+    @property
+    def ends_with_mark(self) -> bool:
+        """Whether the last bytes are two blocks of zeros: tarfile takes a file that is cut inside a header for whole."""
+        return self._tail == bytes(END_MARK_SIZE)
+
+    def read(self, size: int = -1) -> bytes:
+        """The next bytes, as a file gives them."""
+        started = time.perf_counter()
+        data = self._file.read(size)
+        self.seconds += time.perf_counter() - started
+        self._hash.update(data)
+        self._tail = (self._tail + data[-END_MARK_SIZE:])[-END_MARK_SIZE:]
+        self.num_bytes += len(data)
+        return data
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._file.close()
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of the whole file, which is read to its end and closed."""
+        while self.read(READ_SIZE):  # tarfile stops at the end mark
+            pass
+        self.close()
+        return self._hash.hexdigest()
+
+
+def fetch(url: str) -> ShardFile:
+    """A local shard, opened; or a copy of one that lies elsewhere, in a temporary file without a name, which no kill leaves behind.
+
+    Decoding never meets the network so: what a store does wrong is done again here, and a tar that is cut short is one.
+
+    Raises:
+        ShardError: there is none, the store refuses or fails again and again, or this machine has no room.
+    """
+    if not is_url(url):
+        try:
+            return ShardFile(url, open(url, "rb", READ_SIZE))
+        except FileNotFoundError as error:
+            raise ShardError(
+                f"no shard {url} on {platform.node()}; every node must see it: give a path that all of them share, or s3://, gs://"
+            ) from error
+        except OSError as error:
+            raise ShardError(f"cannot open shard {url}: {error}") from error
+    for attempt in range(1, FETCH_ATTEMPTS + 1):
+        try:
+            return ShardFile(url, _copy(url), num_retries=attempt - 1)
+        except OSError as error:
+            if error.errno is not None and not isinstance(
+                error, FileNotFoundError
+            ):  # not of the store, which sets none
+                raise ShardError(f"cannot keep shard {url} in {gettempdir()} (TMPDIR): {error.strerror}") from error
+            if is_refusal(error):
+                raise ShardError(f"cannot read shard {explain(url, error)}") from error
+            if attempt == FETCH_ATTEMPTS:
+                raise ShardError(f"cannot read shard {explain(url, error)}; {attempt} attempts failed") from error
+            logger.warning("shard %s; attempt %d of %d follows", explain(url, error), attempt + 1, FETCH_ATTEMPTS)
+            time.sleep(SECONDS_BEFORE_RETRY * 2 ** (attempt - 1))
+    raise AssertionError("the last attempt returns or raises")
+
+
 def load_shard(url: str, geometry: Geometry, keys: Collection[str] | None = None) -> DecodedShard:
+    """`fetch` a shard and `decode_shard` it."""
+    return decode_shard(fetch(url), geometry, keys)
+
+
+def decode_shard(file: ShardFile, geometry: Geometry, keys: Collection[str] | None = None) -> DecodedShard:
     """Read a shard once and decode its images, or only those with the given keys.
 
     Grey, CMYK, palette and EXIF-rotated images come out as the RGB that a viewer shows (transparency on white).
 
     Raises:
-        ShardError: the shard is missing, cut short or no tar, or images differ in size where `geometry` keeps their own.
+        ShardError: the shard is cut short or no tar, or images differ in size where `geometry` keeps their own.
     """
+    url = file.url
     images: list[np.ndarray] = []
     good: list[str] = []
     seen: set[str] = set()
     truths: list[int] = []
     bad: list[str] = []
-    stream = _HashingStream(_open(url))
-    for sample in _samples(url, stream):
+    for sample in _samples(file):
         key = sample["__key__"]
         if key in seen:
             raise ShardError(f"shard {url} holds the key {key} twice")
@@ -103,8 +205,8 @@ def load_shard(url: str, geometry: Geometry, keys: Collection[str] | None = None
         images.append(image)
         good.append(key)
         truths.append(truth)
-    digest = stream.digest()
-    if stream.num_bytes and split_query(url)[0].endswith(".tar") and not stream.ends_with_mark:
+    digest = file.digest()
+    if file.num_bytes and split_query(url)[0].endswith(".tar") and not file.ends_with_mark:
         raise ShardError(f"shard {url} is cut short: it does not end as a tar does")
     if not images and not bad and keys is None:
         raise ShardError(f"{url} is empty: no sample with an image")
@@ -141,47 +243,15 @@ def write_shards(samples: Iterable[dict[str, Any]], folder: Path, *, prefix: str
     return counts
 
 
-class _HashingStream:
-    """What tarfile reads from: hashes and counts every byte on its way.
-
-    Attributes:
-        num_bytes: read so far.
-        ends_with_mark: whether the last bytes are two blocks of zeros. tarfile takes a file that is cut inside a header for whole.
-    """
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
-        self._hash = hashlib.sha256()
-        self._tail = b""
-        self.num_bytes = 0
-
-    @property
-    def ends_with_mark(self) -> bool:
-        return self._tail == bytes(END_MARK_SIZE)
-
-    def read(self, size: int = -1) -> bytes:
-        data = self._stream.read(size) if size >= 0 else self._stream.read()
-        self._hash.update(data)
-        self._tail = (self._tail + data[-END_MARK_SIZE:])[-END_MARK_SIZE:]
-        self.num_bytes += len(data)
-        return data
-
-    def close(self) -> None:
-        self._stream.close()
-
-    def digest(self) -> str:
-        while self.read(READ_SIZE):  # tarfile stops at the end mark; the digest is of the whole file
-            pass
-        self.close()
-        return self._hash.hexdigest()
-
-
 def _existing(url: str) -> str:
     filesystem, path = locate(url)
     try:
         info = filesystem.get_file_info(path)
+        bucket = info if info.type == fs.FileType.File else filesystem.get_file_info(path.partition("/")[0])
     except OSError as error:
-        raise ShardError(f"cannot reach {url}: {error}") from error
+        raise ShardError(f"cannot read shard {explain(url, error)}") from error
+    if is_url(url) and bucket.type == fs.FileType.NotFound:
+        raise ShardError(f"no shard {url}: there is no bucket {bucket.path}")
     if info.type != fs.FileType.File:
         raise ShardError(f"no shard {url}")
     return url if is_url(url) else str(Path(url).resolve())
@@ -200,7 +270,7 @@ def _glob(url: str) -> list[str]:
     try:
         infos = filesystem.get_file_info(fs.FileSelector(path))
     except OSError as error:
-        raise ShardError(f"{url} matches nothing: {error}") from error
+        raise ShardError(f"{url} matches nothing: {explain(folder + query, error)}") from error
     names = sorted(
         info.base_name for info in infos if info.type == fs.FileType.File and fnmatch(info.base_name, pattern)
     )
@@ -209,19 +279,30 @@ def _glob(url: str) -> list[str]:
     return [_existing(f"{folder}/{name}{query}" if folder else name) for name in names]
 
 
-def _open(url: str) -> BinaryIO:
+def _copy(url: str) -> BinaryIO:
+    """What a store holds, in a temporary file that is open at its start; OSError where it comes in part, or as parts of two objects."""
     filesystem, path = locate(url)
-    try:
-        return filesystem.open_input_stream(path, compression=None, buffer_size=READ_SIZE)
-    except OSError as error:
-        raise ShardError(f"cannot open shard {url}: {error}") from error
+    with ExitStack() as failing:
+        file = failing.enter_context(TemporaryFile())
+        with filesystem.open_input_file(path) as stream:
+            size, before = stream.size(), stream.metadata()
+            copyfileobj(stream, file, COPY_SIZE)
+        if file.tell() != size:
+            raise OSError(f"{file.tell()} of {size} bytes came")
+        with filesystem.open_input_file(path) as stream:
+            if stream.metadata() != before:
+                raise OSError("it was replaced while it was read")
+        file.seek(0)
+        failing.pop_all()
+    return file
 
 
-def _samples(url: str, stream: _HashingStream) -> Iterator[dict[str, Any]]:
+def _samples(file: ShardFile) -> Iterator[dict[str, Any]]:
+    url = file.url
     try:
-        yield from group_by_keys(tar_file_expander([{"url": url, "stream": stream}]))
+        yield from group_by_keys(tar_file_expander([{"url": url, "stream": file}]))
     except (tarfile.TarError, EOFError, OSError) as error:
-        if stream.num_bytes == 0:
+        if file.num_bytes == 0:
             raise ShardError(f"shard {url} is empty") from error
         reason = str(error.args[0]) if error.args else type(error).__name__
         raise ShardError(f"shard {url} is cut short or no tar: {reason}") from error

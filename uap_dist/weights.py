@@ -1,30 +1,37 @@
 """Weights files: reading and writing them without pickle, putting them into a network, and their digest."""
 
 import hashlib
+import io
 import json
+import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from uap_dist.errors import ClassifierError
+from uap_dist.locations import is_url, read_file, split_query
 
 
 def read_weights(path: str) -> dict[str, Tensor]:
-    """The tensors of a .safetensors or weights-only .pth file.
+    """The tensors of a .safetensors or weights-only .pth file, local, s3:// or gs://.
 
     Raises:
         ClassifierError: no such file, or not a state dictionary.
     """
-    if not Path(path).is_file():
-        raise ClassifierError(f"no weights file {path}")
+    if not is_url(path) and not Path(path).is_file():
+        raise ClassifierError(f"no weights file {path} on {platform.node()}")
     try:
-        if path.endswith(".safetensors"):
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        data = read_file(path)
+    except OSError as error:
+        raise ClassifierError(f"cannot read weights file {error}") from error
+    try:
+        if split_query(path)[0].endswith(".safetensors"):
+            return load(data)
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # each library raises its own kinds, all of them mean the same to the user
         reason = str(error).splitlines()[0]
         raise ClassifierError(f"{path} is not a readable .safetensors or weights-only .pth file: {reason}") from error

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from uap_dist.accelerate import accelerate
 from uap_dist.augment import Augmentation, augment
+from uap_dist.cache import ShardCache, Traffic
 from uap_dist.classifiers import Classifier, check_classifier, load_classifier
 from uap_dist.deepfool import add_perturbation, deepfool, log_odds_sum
 from uap_dist.errors import ShardError
-from uap_dist.shards import DecodedShard, load_shard
+from uap_dist.shards import DecodedShard
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 
@@ -122,28 +123,35 @@ class Normals:
 class Worker:
     """Blocks of shards in, sums and labels out."""
 
-    def __init__(self, classifier: Classifier, *, cache_bytes: int, num_threads: int) -> None:
+    def __init__(
+        self, classifier: Classifier, *, cache_bytes: int, disk_cache_bytes: int = 0, num_threads: int
+    ) -> None:
         """Take a classifier to the GPU where there is one, with kernels that give the same bits each time.
 
         Args:
             classifier: as `load_classifier` gives it.
-            cache_bytes: decoded images kept at most; what does not fit is read and decoded again for each block.
+            cache_bytes: decoded images kept in memory at most.
+            disk_cache_bytes: kept on disk at most, beyond these; what does not fit is read and decoded again for each block.
             num_threads: of torch on the CPU; results may depend on it.
         """
         set_up_torch(num_threads)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.classifier = classifier.to(self.device)
-        self._room = cache_bytes
-        self._shards: dict[str, DecodedShard] = {}
-        self._rows: dict[str, dict[str, int]] = {}
-        self._seen: set[str] = set()
+        self._cache = ShardCache(classifier.geometry, memory_bytes=cache_bytes, disk_bytes=disk_cache_bytes)
         self._is_fast = False
 
+    @property
+    def traffic(self) -> Traffic:
+        """What was read, by this worker and those that it took over from."""
+        return self._cache.traffic
+
     def adopt(self, predecessor: "Worker") -> None:
-        """Take over what another worker has decoded, if it is what this one would have decoded."""
-        if predecessor.classifier.geometry == self.classifier.geometry:
-            self._shards, self._rows = predecessor._shards, predecessor._rows
-            self._seen, self._room = predecessor._seen, predecessor._room
+        """Take over what another worker has counted, has on its way and, if this one would decode it so, has decoded."""
+        self._cache = predecessor._cache.at(self.classifier.geometry)
+
+    def prefetch(self, url: str) -> None:
+        """Start to fetch a shard in the background, one at a time; a task that needs it then waits for the rest only."""
+        self._cache.prefetch(url)
 
     def load(self, examples: Examples) -> ShardListing:
         """Read and decode a whole shard, keep it if there is room, and say what it holds.
@@ -152,7 +160,7 @@ class Worker:
             ShardError: see `load_shard`.
             ClassifierError: the network cannot be used on these images, see `check_classifier`.
         """
-        shard = self._shards.get(examples.shard) or self._keep(examples.shard)
+        shard = self._cache.whole(examples.shard)
         if shard.keys:
             self._accelerate(shard)
         return ShardListing(shard.keys, shard.truths, shard.bad, shard.digest, shard.images.shape[1:])
@@ -163,16 +171,13 @@ class Worker:
         Raises:
             ShardError: the shard is not what it was when its digest was taken.
         """
-        url = examples.shard
-        shard = self._shards.get(url)
-        if shard is None:
-            too_large = url in self._seen
-            shard = load_shard(url, self.classifier.geometry, set(examples.keys)) if too_large else self._keep(url)
+        shard = self._cache.some(examples.shard, set(examples.keys))
         if shard.digest != examples.digest:
-            raise ShardError(f"shard {url} changed during the run; start again with shards that stay as they are")
+            raise ShardError(
+                f"shard {examples.shard} changed during the run; start again with shards that stay as they are"
+            )
         self._accelerate(shard)
-        rows = self._rows.get(url) or {key: row for row, key in enumerate(shard.keys)}
-        return shard.images[[rows[key] for key in examples.keys]]
+        return shard.images[[shard.rows[key] for key in examples.keys]]
 
     def classify(self, examples: Examples, perturbation: np.ndarray, quantize: bool = False) -> Predictions:
         """What the classifier says of clip(x + v, 0, 255), rounded to whole pixel values or not; v is C×H×W float32, pixels."""
@@ -246,15 +251,6 @@ class Worker:
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.tensor(array, dtype=torch.float32, device=self.device)
 
-    def _keep(self, url: str) -> DecodedShard:
-        shard = load_shard(url, self.classifier.geometry)
-        self._seen.add(url)
-        if shard.images.nbytes <= self._room:
-            self._room -= shard.images.nbytes
-            self._shards[url] = shard
-            self._rows[url] = {key: row for row, key in enumerate(shard.keys)}
-        return shard
-
 
 def set_up_torch(num_threads: int) -> None:
     """Have torch use so many CPU threads, and kernels that give the same bits each time."""
@@ -276,6 +272,9 @@ def _keep_freed_memory() -> None:
             mallopt(parameter, value)
 
 
-def make_worker(model: str, weights: str | None, *, cache_bytes: int, num_threads: int) -> Worker:
+def make_worker(
+    model: str, weights: str | None, *, cache_bytes: int, disk_cache_bytes: int, num_threads: int
+) -> Worker:
     """A worker with the classifier of that name (see `load_classifier`)."""
-    return Worker(load_classifier(model, weights), cache_bytes=cache_bytes, num_threads=num_threads)
+    classifier = load_classifier(model, weights)
+    return Worker(classifier, cache_bytes=cache_bytes, disk_cache_bytes=disk_cache_bytes, num_threads=num_threads)

@@ -1,0 +1,315 @@
+"""Shards, checkpoints and results in an object store that fails as such stores do."""
+
+import re
+import resource
+import tempfile
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, tiny_worker
+from faulty_store import FaultyStore
+from test_checkpoint import checkpoint
+
+from uap_dist import shards as shards_module
+from uap_dist.checkpoint import CheckpointStore
+from uap_dist.classifiers import Geometry, load_classifier
+from uap_dist.compute import ComputeConfig
+from uap_dist.errors import ClassifierError, ConfigError, ShardError, UapDistError
+from uap_dist.locations import locate
+from uap_dist.shards import expand_patterns, load_shard
+from uap_dist.weights import read_weights, write_weights
+from uap_dist.worker import Examples, Worker
+
+AS_IS = Geometry()
+V = np.random.default_rng(0).normal(0, 5, size=(3, 16, 16)).astype(np.float32)
+ONCE = "retries=1"  # of a request by pyarrow, so that ours are seen
+
+
+@pytest.fixture(scope="module")
+def server(s3):
+    server = FaultyStore()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def store(server, monkeypatch):
+    monkeypatch.setattr(shards_module, "SECONDS_BEFORE_RETRY", 0.01)
+    server.reset()
+    yield server
+    server.reset()
+
+
+@pytest.fixture
+def put(store, shards):
+    """Put a file, or bytes, into the bucket; the URL of what is there then."""
+
+    def put(name, data):
+        filesystem, path = locate(f"s3://bucket/{name}?{store.query}")
+        with filesystem.open_output_stream(path) as file:
+            file.write(data if isinstance(data, bytes) else (shards / data).read_bytes())
+        store.requests.clear()
+        return f"s3://bucket/{name}?{store.query}&{ONCE}"
+
+    return put
+
+
+@pytest.mark.parametrize("fault", [("status", 500), ("status", 503), ("cut", 1000)])
+def test_a_store_that_fails_is_asked_again_and_that_is_reported(store, put, shards, caplog, fault):
+    url = put("t.tar", "train-0000.tar")
+    store.fail_first(2, fault)
+    remote, local = load_shard(url, AS_IS), load_shard(str(shards / "train-0000.tar"), AS_IS)
+    assert remote.digest == local.digest and np.array_equal(remote.images, local.images)
+    assert [f"attempt {n} of 5 follows" in r.message for n, r in zip((2, 3), caplog.records, strict=True)] == [
+        True,
+        True,
+    ]
+    assert url in caplog.text
+
+
+def test_a_store_that_does_not_answer_in_time_is_asked_again(store, put, caplog):
+    url = put("t.tar", "train-0000.tar") + "&request_timeout=1"
+    store.fail_first(1, ("wait", 1.8))
+    assert len(load_shard(url, AS_IS).keys) == 20
+    assert "Timeout was reached" in caplog.text and "attempt 2 of 5 follows" in caplog.text
+
+
+def test_after_five_attempts_it_is_an_error(store, put):
+    url = put("t.tar", "train-0000.tar")
+    store.fault = lambda method, path: ("status", 500)
+    with pytest.raises(ShardError, match="cannot read shard s3://bucket/t.tar.*HTTP status 500.*; 5 attempts failed"):
+        load_shard(url, AS_IS)
+    assert len(store.requests) == 5
+
+
+def test_a_tar_that_is_cut_in_the_store_is_not_read_again(store, put, shards):
+    whole = (shards / "train-0000.tar").read_bytes()
+    url = put("cut.tar", whole[: len(whole) // 2 + 100])
+    with pytest.raises(ShardError, match="is cut short"):
+        load_shard(url, AS_IS)
+    assert store.count("GET") == 1
+
+
+def test_a_shard_that_is_replaced_between_two_blocks_ends_the_run(put):
+    url = put("t.tar", "train-0000.tar")
+    worker = tiny_worker(cache_bytes=1)
+    listing = worker.load(Examples(url))
+    task = Examples(url, listing.digest, listing.keys[:4], (0,) * 4, seed=(1,))
+    worker.solve(task, V, ComputeConfig().solver)
+    put("t.tar", "train-0001.tar")
+    with pytest.raises(ShardError, match=r"shard s3://bucket/t.tar\S* changed during the run"):
+        worker.solve(task, V, ComputeConfig().solver)
+
+
+def test_a_shard_that_is_replaced_while_it_is_read_is_read_again(store, put, shards, caplog, monkeypatch):
+    monkeypatch.setattr(
+        shards_module, "COPY_SIZE", 10_000
+    )  # several requests, between the first two of which it is replaced
+    url = put("t.tar", "train-0000.tar")
+
+    def replace():
+        store.reset()
+        put("t.tar", "train-0001.tar")
+
+    store.fail_first(1, None, action=replace)
+    shard = load_shard(url, AS_IS)
+    assert shard.digest == load_shard(str(shards / "train-0001.tar"), AS_IS).digest
+    assert "it was replaced while it was read; attempt 2 of 5" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("address", "status", "message"),
+    [
+        (
+            "bucket/t.tar?{}",
+            403,
+            r"bucket/t.tar\?.*: access is denied; give credentials that may do this as AWS_ACCESS_KEY_ID",
+        ),
+        ("bucket/t.tar?{}", 301, "the bucket is in another region .*; give its region as .region="),
+        ("absent/t.tar?{}", None, r"no shard s3://absent/t.tar\?.*: there is no bucket absent$"),
+        ("absent/*.tar?{}", None, "absent/.*: there is no such bucket; look at its name"),
+        ("bucket/absent.tar?{}", None, r"no shard s3://bucket/absent.tar\?"),
+        (
+            "bucket/t.tar?endpoint_override=127.0.0.1:9&scheme=http&retries=1",
+            None,
+            "127.0.0.1:9 does not answer; look at",
+        ),
+        ("bucket/t.tar?{}&retrys=3", None, "unknown option 'retrys'; there are region, endpoint_override, "),
+        ("bucket/t.tar?{}&retries=many", None, "option retries is 'many'; it must be a number"),
+        ("bucket/t.tar?{}&anonymous=1", None, "option anonymous is '1'; it must be true or false"),
+        (
+            "key:secret@bucket/t.tar",
+            None,
+            "s3://…@bucket/t.tar holds credentials, which runs and checkpoints would keep",
+        ),
+    ],
+)
+def test_what_cannot_be_is_one_line_at_once(store, address, status, message):
+    store.fault = lambda method, path: status and ("status", status)
+    with pytest.raises(UapDistError, match=message) as caught:
+        expand_patterns([f"s3://{address.format(store.query)}"])
+    assert "\n" not in str(caught.value) and "secret" not in str(caught.value)
+    assert len(store.requests) <= 3
+
+
+def test_a_worker_is_not_refused_twice(store, put):
+    url = put("t.tar", "train-0000.tar")
+    store.fault = lambda method, path: ("status", 403)
+    with pytest.raises(ShardError, match="access is denied"):
+        load_shard(url, AS_IS)
+    assert len(store.requests) == 1
+
+
+def test_public_buckets_need_no_credentials_and_others_say_that_there_are_none(store, put, monkeypatch):
+    url = put("t.tar", "train-0000.tar")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    assert len(load_shard(f"{url}&anonymous=true", AS_IS).keys) == 20
+    assert not any(is_signed for *_, is_signed in store.requests)
+    store.fault = lambda method, path: ("status", 403)
+    with pytest.raises(
+        ShardError, match="access is denied, and no AWS_ACCESS_KEY_ID is set; .*or .anonymous=true where"
+    ):
+        load_shard(url, AS_IS)
+
+
+def test_the_endpoint_may_come_from_the_environment(store, put, monkeypatch):
+    endpoint = re.search(r"127.0.0.1:\d+", put("t.tar", "train-0000.tar"))[0]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{endpoint}")
+    assert len(load_shard("s3://bucket/t.tar?region=us-east-1", AS_IS).keys) == 20
+
+
+def test_a_public_bucket_of_google_is_opened_without_credentials():
+    filesystem, path = locate("gs://bucket/a/t.tar?anonymous=true&retry_limit_seconds=1")
+    assert (filesystem.type_name, path) == ("gcs", "bucket/a/t.tar")
+    with pytest.raises(ConfigError, match="unknown option 'region'"):
+        locate("gs://bucket/t.tar?region=x")
+
+
+def test_a_prefetched_shard_is_not_waited_for_and_read_once(store, put):
+    store.fault = lambda method, path: ("wait", 0.3) if method == "GET" else None
+    urls = [put(f"{i}.tar", f"train-000{i}.tar") for i in range(2)]
+    worker = tiny_worker()
+    worker.load(Examples(urls[0]))
+    first = worker.traffic
+    assert first.seconds_reading > 0.3 and (first.shards_read, first.cache_hits) == (1, 0)
+    worker.prefetch(urls[1])
+    worker.prefetch(urls[0])  # which it has
+    time.sleep(0.6)
+    successor = tiny_worker()
+    successor.adopt(worker)
+    successor.load(Examples(urls[1]))
+    second = successor.traffic - first
+    assert second.seconds_reading < 0.2 and second.shards_read == 1
+    assert (
+        second.bytes_read == first.bytes_read > 10_000
+        and store.count("GET") == 1
+        and first + second == successor.traffic
+    )
+
+
+def test_a_prefetch_that_fails_is_tried_again_when_the_shard_is_wanted(store, put):
+    url = f"s3://bucket/late.tar?{store.query}"
+    worker = tiny_worker()
+    for _ in range(2):  # nothing comes of it
+        worker.prefetch(url)
+        with pytest.raises(ShardError, match="there is no such file"):
+            worker.load(Examples(url))
+    worker.prefetch(url)
+    time.sleep(0.3)
+    put("late.tar", "train-0000.tar")
+    assert len(worker.load(Examples(url)).keys) == 20
+
+
+def solve_all(url, **budgets):
+    """Two blocks of a shard by a worker of its own, and what it read."""
+    worker = Worker(load_classifier(TINY), num_threads=1, **budgets)
+    listing = worker.load(Examples(url))
+    tasks = [Examples(url, listing.digest, listing.keys[i : i + 4], (0,) * 4, seed=(i,)) for i in (0, 4)]
+    return [worker.solve(task, V, ComputeConfig().solver).digest() for task in tasks], worker.traffic
+
+
+def test_where_decoded_images_are_kept_changes_no_bit_but_what_is_read(put):
+    url = put("t.tar", "train-0000.tar")
+    size = 20 * 3 * 16 * 16
+    before = set(tempfile.gettempdir())
+    in_memory, on_disk, nowhere, too_small = (
+        solve_all(url, cache_bytes=memory, disk_cache_bytes=disk)
+        for memory, disk in ((size, 0), (size - 1, size), (1, 0), (1, size - 1))
+    )
+    assert in_memory[0] == on_disk[0] == nowhere[0] == too_small[0]
+    found = [(t.shards_read, t.cache_hits, t.cache_misses) for _, t in (in_memory, on_disk, nowhere, too_small)]
+    assert found == [(1, 2, 0), (1, 2, 0), (3, 0, 2), (3, 0, 2)]
+    assert set(tempfile.gettempdir()) == before
+
+
+def test_a_disk_that_takes_no_more_costs_only_time(put, caplog):
+    url = put("t.tar", "train-0000.tar")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((shards_size := 15_000), hard))
+    try:
+        results, traffic = solve_all(str(url), cache_bytes=1, disk_cache_bytes=1 << 30)
+    except ShardError as error:  # the copy of the shard itself is larger than what may be written
+        assert (
+            shards_size
+            and "cannot keep shard s3://bucket/t.tar" in str(error)
+            and "(TMPDIR): File too large" in str(error)
+        )
+    else:
+        raise AssertionError(f"{results} {traffic}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_weights_lie_in_a_store_as_well(store, put, tmp_path):
+    network = load_classifier(TINY).network
+    write_weights(tmp_path / "w.safetensors", network, {})
+    torch.save(network.state_dict(), tmp_path / "w.pth")
+    for name in ("w.safetensors", "w.pth"):
+        read = read_weights(put(name, (tmp_path / name).read_bytes()))
+        assert all(torch.equal(read[key], value) for key, value in network.state_dict().items())
+    with pytest.raises(
+        ClassifierError, match=r"cannot read weights file s3://bucket/no.pth\?.*: there is no such file"
+    ):
+        read_weights(f"s3://bucket/no.pth?{store.query}")
+
+
+def test_a_worker_that_misses_a_local_shard_says_what_to_give():
+    with pytest.raises(
+        ShardError, match="no shard /absent/t.tar on .*; every node must see it: give a path that all of them share"
+    ):
+        load_shard("/absent/t.tar", AS_IS)
+
+
+@pytest.mark.parametrize(
+    ("bucket", "denied", "message"),
+    [
+        ("bucket", "PUT", "access is denied"),
+        ("bucket", "POST", "access is denied"),
+        ("bucket", "DELETE", "access is denied"),
+        ("absent", "none", "there is no such bucket"),
+    ],
+)
+def test_a_storage_without_rights_is_known_before_any_work(store, bucket, denied, message):
+    store.fault = lambda method, path: ("status", 403) if method == denied else None
+    with pytest.raises(ConfigError, match=f"cannot write checkpoints to s3://{bucket}/run.*: {message}"):
+        CheckpointStore(f"s3://{bucket}/run?{store.query}").prepare()
+
+
+def test_a_commit_that_is_cut_off_is_none(store):
+    """Bytes of an object that is not completed are no object."""
+    location = f"s3://bucket/cut-off?{store.query}&{ONCE}"
+    with CheckpointStore(location) as checkpoints:
+        checkpoints.start(checkpoint(0))
+        store.fault = lambda method, path: (
+            ("status", 500) if method == "POST" and len(store.requests) % 2 == 0 else None
+        )
+        store.fault = lambda method, path: ("status", 500) if method == "PUT" else None
+        checkpoints.commit(checkpoint(1))
+        checkpoints.wait()
+        store.reset()
+        assert checkpoints.newest().state.num_rounds == 0
+        checkpoints.commit(checkpoint(2))
+    assert checkpoints.newest().state.num_rounds == 2
