@@ -226,7 +226,7 @@ class Lab:
             "RAY_memory_usage_threshold": "0.6",
             "RAY_USAGE_STATS_ENABLED": "0",
         }
-        _write_shards(folder / "shards")
+        write_shards(folder / "shards")
         health = {
             "health_check_initial_delay_ms": 1000,
             "health_check_period_ms": 500,
@@ -265,7 +265,7 @@ class Lab:
         found = []
         for process in psutil.Process().children(recursive=True):
             with suppress(psutil.NoSuchProcess):
-                if process.name().startswith("ray::_Actor"):
+                if process.name().startswith(("ray::UapWorker", "ray::worker-")):
                     found.append(process)
         return found
 
@@ -606,7 +606,7 @@ def shards_harmed(lab: Lab) -> list[Line]:
     broken.mkdir(exist_ok=True)
     for path in (lab.folder / "shards").glob("train-*.tar"):
         shutil.copy(path, broken / path.name)
-    _write_shards(broken, broken_image=True)
+    write_shards(broken, broken_image=True)
     trial = Trial(lab, "image", "--train-shards", f"{broken}/train-*.tar", "--max-bad-fraction", "0.05")
     trial.start()
     trial.finish()
@@ -680,7 +680,7 @@ def _read(path: Path) -> list[Line]:
     return [Line(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def _write_shards(folder: Path, *, broken_image: bool = False) -> None:
+def write_shards(folder: Path, *, broken_image: bool = False) -> None:
     """47 training and 20 held-out images of coloured noise, the broken one beside them."""
     import io
 

@@ -9,6 +9,7 @@ the way of v and of the sums, and the reduce; not the start of processes, nor a 
 import resource
 import time
 from dataclasses import dataclass, field
+from math import ceil
 from statistics import median
 from typing import Any
 
@@ -17,6 +18,8 @@ import ray
 import torch
 import tyro
 
+from uap_dist.actor import Answer
+from uap_dist.cache import Traffic
 from uap_dist.cluster import connect
 from uap_dist.compute import ComputeConfig, State, run_round
 from uap_dist.dataset import Dataset, Shard
@@ -34,8 +37,8 @@ class Options:
 
     num_workers: tuple[int, ...] = (1, 4, 16, 64, 256, 1024)
     """Logical workers."""
-    blocks_per_worker: int = 1
-    """In a round."""
+    num_blocks: int | None = None
+    """In a round. Default: one a worker."""
     side: int = 224
     """Of the perturbation, pixels."""
     sleep_s: float = 0.05
@@ -51,14 +54,15 @@ class Sleeper:
         self._sleep_s = sleep_s
         self._total = np.ones((3, side, side), np.float32)
 
-    def start(self, *_: Any) -> str:
-        """As fleet._Actor."""
+    def start(self, *_: Any, **__: Any) -> str:
+        """As actor.UapWorker."""
         return "sleeper"
 
-    def call(self, method: str, task: Any, perturbation: np.ndarray, solver: Any) -> BlockResult:
-        """As fleet._Actor, after a while."""
+    def call(self, method: str, task: Any, upcoming: str, perturbation: np.ndarray, solver: Any) -> Answer:
+        """As actor.UapWorker, after a while."""
         time.sleep(self._sleep_s)
-        return BlockResult(self._total, len(task.keys), 0, 2, {"mean_log_odds": (0.0, 1)})
+        result = BlockResult(self._total, len(task.keys), 0, 2, {"mean_log_odds": (0.0, 1)})
+        return Answer(result, Traffic(), self._sleep_s, ())
 
 
 @dataclass
@@ -71,8 +75,12 @@ class SleepingFleet(Fleet):
         self.sleepers = sleepers
         super().__init__("sleeper", None, FleetConfig(num_workers=num_workers))
 
+    def _check_room(self) -> None:
+        """Threads need none."""
+
     def _start_member(self) -> None:
-        self._prepare(_Member(self.sleepers[len(self._running) % len(self.sleepers)]))
+        number = len(self._running)
+        self._prepare(_Member(self.sleepers[number % len(self.sleepers)], f"sleeper-{number}"))
 
     def close(self) -> None:
         """Leave the actors to the next fleet."""
@@ -92,7 +100,7 @@ def main() -> None:
     for num_workers in options.num_workers:
         fleet = SleepingFleet(num_workers, sleepers)
         fleet.wait()
-        num_blocks = options.blocks_per_worker * num_workers
+        num_blocks = options.num_blocks or num_workers
         keys = tuple(map(str, range(num_blocks)))
         labels = Predictions(np.zeros(num_blocks, np.int64), np.zeros(num_blocks, np.float32))
         data = Dataset((Shard("shard", "digest", keys, labels.labels),), (3, options.side, options.side), (), labels)
@@ -105,7 +113,7 @@ def main() -> None:
             run_round(fleet, data, round_, State(Iterate.zero(data.shape)), ComputeConfig(), planned=1)
             seconds.append(time.perf_counter() - started)
         fleet.close()
-        whole, asleep = 1e3 * median(seconds[1:]), 1e3 * options.sleep_s * options.blocks_per_worker
+        whole, asleep = 1e3 * median(seconds[1:]), 1e3 * options.sleep_s * ceil(num_blocks / num_workers)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         print(
             f"| {num_workers:,} | {num_blocks:,} | {whole:.0f} | {asleep:.0f} | {whole - asleep:.0f} "

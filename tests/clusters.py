@@ -80,7 +80,7 @@ class RayCluster:
 
     def workers(self) -> list[psutil.Process]:
         """Processes of actors."""
-        return self._find(lambda p: p.name().startswith("ray::worker-"))
+        return self._find(lambda p: p.name().startswith(("ray::UapWorker", "ray::worker-")))
 
     def kill_node(self) -> None:
         """As a spot market does: SIGKILL to a raylet and all that runs below it."""
