@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType, TracebackType
 
 from rich.console import Console
@@ -80,6 +81,12 @@ def set_up_logging(console: Console, *, debug: bool) -> None:
     logger = logging.getLogger("uap_dist")
     logger.setLevel(logging.DEBUG if debug else logging.INFO)
     logger.addHandler(RichHandler(console=console, show_path=False, show_time=False, markup=False))
+
+
+def command() -> str:
+    """How this job was started, for messages that say how to go on: `python jobs/compute.py`, or `uap-compute` where it is installed."""
+    script = Path(sys.argv[0])
+    return f"python {script}" if script.suffix == ".py" else script.name
 
 
 def raise_on_sigterm() -> None:
