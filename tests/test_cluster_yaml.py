@@ -86,7 +86,7 @@ def test_launched_nodes_are_what_their_types_say(aws):
     with pytest.raises(NodeLaunchException, match="profile uap-dist-worker not found"):
         launch("gpu_spot")
     for profile in ("uap-dist-head", "uap-dist-worker"):
-        boto3.client("iam").create_instance_profile(InstanceProfileName=profile)
+        boto3.client("iam", region_name="us-east-1").create_instance_profile(InstanceProfileName=profile)
     for name, market in (("gpu_spot", "spot"), ("gpu_on_demand", None), ("head", None)):
         instance = launch(name)
         assert instance.get("InstanceLifecycle") == market

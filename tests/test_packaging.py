@@ -9,6 +9,8 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+from ray._private.ray_constants import get_runtime_env_default_excludes
+from ray._private.runtime_env.packaging import create_package
 
 import uap_dist
 
@@ -70,3 +72,20 @@ def test_its_commands_start_and_it_claims_no_commit_of_a_checkout_around_it(whee
     commands, described = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site")).splitlines()
     assert commands.split() == [str(tmp_path / "site/uap_dist/__init__.py"), *(f"uap-{job}" for job in JOBS)]
     assert described.split() == ["unknown", uap_dist.__version__]
+
+
+def test_of_a_checkout_ray_uploads_the_code_and_networks_beside_it(tmp_path):
+    for name in (
+        "uap_dist/worker.py",
+        "jobs/compute.py",
+        "network.py",
+        "weights.safetensors",
+        "imagenet/train-0000.tar",
+        "tests/tiny.py",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    shutil.copy(ROOT / ".rayignore", tmp_path)
+    package = tmp_path.with_suffix(".zip")
+    create_package(str(tmp_path), package, include_gitignore=True, excludes=get_runtime_env_default_excludes())
+    assert set(zipfile.ZipFile(package).namelist()) == {"uap_dist/worker.py", "jobs/compute.py", "network.py"}
