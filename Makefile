@@ -15,7 +15,7 @@ check: .venv/test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-wheel: .venv/test  # dist/uap_dist-VERSION-py3-none-any.whl
+wheel: .venv/demo  # dist/uap_dist-VERSION-py3-none-any.whl
 	rm -rf build
 	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps -w dist .
 
