@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test check wheel clean
 
 demo: .venv/demo
 	$(BIN)/python jobs/compute.py
@@ -15,6 +15,10 @@ check: .venv/test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+wheel: .venv/demo  # dist/uap_dist-VERSION-py3-none-any.whl
+	rm -rf build
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps -w dist .
+
 .venv/demo: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo]'
@@ -26,4 +30,4 @@ check: .venv/test
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -41,7 +41,7 @@ from uap_dist.pool_run import (
 from uap_dist.report import output_folder, publish
 from uap_dist.resume import Resumed, find_resumed
 from uap_dist.shards import expand_patterns
-from uap_dist.terminal import one_line_errors, raise_on_sigterm, set_up_logging
+from uap_dist.terminal import command, one_line_errors, raise_on_sigterm, set_up_logging
 from uap_dist.tracking import CHECKPOINTS_TAG, Tracker
 
 console = Console(soft_wrap=True, highlight=False)
@@ -172,7 +172,7 @@ def run(options: Options, tracker: Tracker, resumed: Resumed | None) -> None:
         except TrackingError as error:
             raise TrackingError(
                 f"{error}; all is computed and lies in {output}; when the server answers again: "
-                f"python jobs/compute.py --resume {storage}"
+                f"{command()} --resume {storage}"
             ) from error
     finished = pool or members[""].finished
     assert finished is not None

@@ -30,7 +30,7 @@ from uap_dist.repetition import REPETITIONS_FOLDER, Job, Network, group, measure
 from uap_dist.report import output_folder, publish
 from uap_dist.resume import Resumed, find_resumed
 from uap_dist.shards import expand_patterns
-from uap_dist.terminal import one_line_errors, raise_on_sigterm, set_up_logging
+from uap_dist.terminal import command, one_line_errors, raise_on_sigterm, set_up_logging
 from uap_dist.tracking import CHECKPOINTS_TAG, Tracker
 
 console = Console(soft_wrap=True, highlight=False)
@@ -161,8 +161,7 @@ def run(options: Options, tracker: Tracker, resumed: Resumed | None) -> None:
         tracker.log_classifier(load_classifier(options.model, last), job.train.shape)
     except TrackingError as error:
         raise TrackingError(
-            f"{error}; what is done lies in {output}; when the server answers again: "
-            f"python jobs/finetune.py --resume {job.storage}"
+            f"{error}; what is done lies in {output}; when the server answers again: {command()} --resume {job.storage}"
         ) from error
     console.print(f"MLflow: {tracker.how_to_open()}", markup=False)
 

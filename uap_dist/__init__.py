@@ -3,6 +3,8 @@
 The names here need neither Ray nor MLflow.
 """
 
+__version__ = "0.1.0"  # the one place; above the imports, because provenance.py reads it
+
 from uap_dist.accelerate import accelerate
 from uap_dist.classifiers import Classifier, load_classifier
 from uap_dist.compute import ComputeConfig, RoundReport, compute

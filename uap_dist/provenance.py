@@ -7,12 +7,14 @@ from pathlib import Path
 
 import torch
 
+from uap_dist import __version__
+
 LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "ray", "mlflow", "webdataset", "pyarrow", "timm")
 
 
 def versions() -> dict[str, str]:
     """Versions of this package, Python and the libraries that are installed."""
-    found = {"python": platform.python_version(), "uap_dist": version("uap-dist")}
+    found = {"python": platform.python_version(), "uap_dist": __version__}
     for library in LIBRARIES:
         try:
             found[library] = version(library)
@@ -22,18 +24,21 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str:
-    """Commit of the checkout that the package runs from, "+changes" where files differ from it; "unknown" outside one."""
-    folder = Path(__file__).parent
+    """Commit of the checkout that the package runs from, "+changes" where files differ from it.
+
+    "unknown" where it runs from none, as an installed wheel does; `versions` then says which one.
+    """
     try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True
-        ).stdout
-        changes = subprocess.run(
-            ["git", "status", "--porcelain", "--", "."], cwd=folder, capture_output=True, text=True, check=True
-        ).stdout
+        _git("ls-files", "--error-unmatch", __file__)  # an environment inside somebody's checkout is not of that commit
+        commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--", ".", "../jobs")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return commit.strip() + ("+changes" if changes else "")
+
+
+def _git(*words: str) -> str:
+    folder = Path(__file__).parent
+    return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout
 
 
 def describe_code() -> dict[str, str]:

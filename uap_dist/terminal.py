@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType, TracebackType
 
 from rich.console import Console
@@ -92,6 +93,12 @@ class _Lines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         line = f"{record.levelname.lower()}: {record.getMessage()}"
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def command() -> str:
+    """How this job was started, for messages that say how to go on: `python jobs/compute.py`, or `uap-compute` where it is installed."""
+    script = Path(sys.argv[0])
+    return f"python {script}" if script.suffix == ".py" else script.name
 
 
 def raise_on_sigterm() -> None:

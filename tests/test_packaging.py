@@ -1,0 +1,91 @@
+"""The wheel, as it is built from the checkout and as it runs where there is none."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+from ray._private.ray_constants import get_runtime_env_default_excludes
+from ray._private.runtime_env.packaging import create_package
+
+import uap_dist
+
+ROOT = Path(__file__).parents[1]
+JOBS = ("analyze", "compute", "evaluate", "finetune", "shard")
+
+
+def run(*words, cwd, **environment):
+    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, env=os.environ | environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Built from a copy: setuptools leaves its build folder beside the sources."""
+    source = tmp_path_factory.mktemp("source")
+    for name in ("uap_dist", "jobs"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, source)
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-index",
+        "--no-build-isolation",
+        "-w",
+        "dist",
+        ".",
+        cwd=source,
+    )
+    (path,) = (source / "dist").iterdir()
+    return path
+
+
+def test_the_wheel_holds_package_and_jobs_and_nothing_else(wheel):
+    with zipfile.ZipFile(wheel) as file:
+        names = {name for name in file.namelist() if ".dist-info/" not in name}
+        metadata = Parser().parsestr(file.read(f"uap_dist-{uap_dist.__version__}.dist-info/METADATA").decode())
+    package = {f"uap_dist/{path.name}" for path in (ROOT / "uap_dist").glob("*.py")}
+    assert names == package | {"uap_dist/py.typed"} | {f"uap_dist/jobs/{name}.py" for name in ("__init__", *JOBS)}
+    assert metadata["Version"] == uap_dist.__version__
+    assert set(metadata.get_all("Provides-Extra")) == {"demo", "bench", "test", "timm"}
+
+
+def test_its_commands_start_and_it_claims_no_commit_of_a_checkout_around_it(wheel, tmp_path):
+    run("git", "init", "--quiet", cwd=tmp_path)
+    run("git", "-c", "user.name=n", "-c", "user.email=e", "commit", "--quiet", "--allow-empty", "-m", "m", cwd=tmp_path)
+    run(sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", "site", wheel, cwd=tmp_path)
+    code = (
+        "from importlib.metadata import distribution; from uap_dist.provenance import describe_code; import uap_dist;"
+        "points = distribution('uap-dist').entry_points;"
+        "print(uap_dist.__file__, *sorted(point.name for point in points if callable(point.load())));"
+        "print(describe_code()['git_commit'], describe_code()['version.uap_dist'])"
+    )
+    commands, described = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site")).splitlines()
+    assert commands.split() == [str(tmp_path / "site/uap_dist/__init__.py"), *(f"uap-{job}" for job in JOBS)]
+    assert described.split() == ["unknown", uap_dist.__version__]
+
+
+def test_of_a_checkout_ray_uploads_the_code_and_networks_beside_it(tmp_path):
+    for name in (
+        "uap_dist/worker.py",
+        "jobs/compute.py",
+        "network.py",
+        "weights.safetensors",
+        "imagenet/train-0000.tar",
+        "tests/tiny.py",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    shutil.copy(ROOT / ".rayignore", tmp_path)
+    package = tmp_path.with_suffix(".zip")
+    create_package(str(tmp_path), package, include_gitignore=True, excludes=get_runtime_env_default_excludes())
+    assert set(zipfile.ZipFile(package).namelist()) == {"uap_dist/worker.py", "jobs/compute.py", "network.py"}
