@@ -2,22 +2,29 @@
 
 import re
 import resource
+import subprocess
+import sys
 import tempfile
 import time
+from urllib.request import Request, urlopen
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY, tiny_worker
 from faulty_store import FaultyStore
+from pyarrow import fs
 from test_checkpoint import checkpoint
+from test_job import JOB, environment, finish, runs, start
 
 from uap_dist import shards as shards_module
 from uap_dist.checkpoint import CheckpointStore
 from uap_dist.classifiers import Geometry, load_classifier
-from uap_dist.compute import ComputeConfig
+from uap_dist.compute import ComputeConfig, compute
+from uap_dist.dataset import LocalWorkers, load_dataset
 from uap_dist.errors import ClassifierError, ConfigError, ShardError, UapDistError
-from uap_dist.locations import locate
+from uap_dist.locations import join, locate
+from uap_dist.pool import PerturbationPool
 from uap_dist.shards import expand_patterns, load_shard
 from uap_dist.weights import read_weights, write_weights
 from uap_dist.worker import Examples, Worker
@@ -104,14 +111,16 @@ def test_a_shard_that_is_replaced_between_two_blocks_ends_the_run(put):
 
 
 def test_a_shard_that_is_replaced_while_it_is_read_is_read_again(store, put, shards, caplog, monkeypatch):
-    monkeypatch.setattr(
-        shards_module, "COPY_SIZE", 10_000
-    )  # several requests, between the first two of which it is replaced
     url = put("t.tar", "train-0000.tar")
+    other = (shards / "train-0001.tar").read_bytes()
+    monkeypatch.setattr(
+        shards_module, "COPY_SIZE", len(other) // 3
+    )  # a request each; replaced before the first is answered
+    endpoint = re.search(r"127.0.0.1:\d+", url)[0]
 
     def replace():
-        store.reset()
-        put("t.tar", "train-0001.tar")
+        kind = {"Content-Type": "application/x-tar"}
+        urlopen(Request(f"http://{endpoint}/bucket/t.tar", other, kind, method="PUT")).close()
 
     store.fail_first(1, None, action=replace)
     shard = load_shard(url, AS_IS)
@@ -205,7 +214,7 @@ def test_a_prefetched_shard_is_not_waited_for_and_read_once(store, put):
     assert second.seconds_reading < 0.2 and second.shards_read == 1
     assert (
         second.bytes_read == first.bytes_read > 10_000
-        and store.count("GET") == 1
+        and store.count("GET") == 2
         and first + second == successor.traffic
     )
 
@@ -231,10 +240,10 @@ def solve_all(url, **budgets):
     return [worker.solve(task, V, ComputeConfig().solver).digest() for task in tasks], worker.traffic
 
 
-def test_where_decoded_images_are_kept_changes_no_bit_but_what_is_read(put):
+def test_where_decoded_images_are_kept_changes_no_bit_but_what_is_read(put, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     url = put("t.tar", "train-0000.tar")
     size = 20 * 3 * 16 * 16
-    before = set(tempfile.gettempdir())
     in_memory, on_disk, nowhere, too_small = (
         solve_all(url, cache_bytes=memory, disk_cache_bytes=disk)
         for memory, disk in ((size, 0), (size - 1, size), (1, 0), (1, size - 1))
@@ -242,25 +251,24 @@ def test_where_decoded_images_are_kept_changes_no_bit_but_what_is_read(put):
     assert in_memory[0] == on_disk[0] == nowhere[0] == too_small[0]
     found = [(t.shards_read, t.cache_hits, t.cache_misses) for _, t in (in_memory, on_disk, nowhere, too_small)]
     assert found == [(1, 2, 0), (1, 2, 0), (3, 0, 2), (3, 0, 2)]
-    assert set(tempfile.gettempdir()) == before
+    assert not list(tmp_path.iterdir())  # nothing has a name that could be left behind
 
 
-def test_a_disk_that_takes_no_more_costs_only_time(put, caplog):
-    url = put("t.tar", "train-0000.tar")
+def test_a_disk_that_takes_no_more_costs_time_or_is_one_line(put, shards, caplog):
+    url, local = put("t.tar", "train-0000.tar"), str(shards / "train-0000.tar")
+    expected, _ = solve_all(local, cache_bytes=1 << 30)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, ((shards_size := 15_000), hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # no file may be larger, as if the disk were full
     try:
-        results, traffic = solve_all(str(url), cache_bytes=1, disk_cache_bytes=1 << 30)
-    except ShardError as error:  # the copy of the shard itself is larger than what may be written
-        assert (
-            shards_size
-            and "cannot keep shard s3://bucket/t.tar" in str(error)
-            and "(TMPDIR): File too large" in str(error)
-        )
-    else:
-        raise AssertionError(f"{results} {traffic}")
+        results, traffic = solve_all(local, cache_bytes=1, disk_cache_bytes=1 << 30)
+        with pytest.raises(
+            ShardError, match=r"cannot keep shard s3://bucket/t.tar\S* in \S+ \(TMPDIR\): File too large"
+        ):
+            load_shard(url, AS_IS)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert results == expected and traffic.cache_misses == 2
+    assert "decoded images are no longer kept in" in caplog.text
 
 
 def test_weights_lie_in_a_store_as_well(store, put, tmp_path):
@@ -313,3 +321,80 @@ def test_a_commit_that_is_cut_off_is_none(store):
         assert checkpoints.newest().state.num_rounds == 0
         checkpoints.commit(checkpoint(2))
     assert checkpoints.newest().state.num_rounds == 2
+
+
+SEEDS = (4, 5)
+OPTIONS = ("--num-perturbations", "2", "--seed", "4", "--max-passes", "4", "--evaluate-every", "4", "--radius", "20")
+OPTIONS += (
+    "--round-size",
+    "10",
+    "--block-size",
+    "5",
+    "--output",
+    "out",
+    "--cache-gib",
+    "1e-9",
+    "--disk-cache-gib",
+    "0",
+)
+
+
+def list_names(location):
+    filesystem, path = locate(location)
+    infos = filesystem.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
+    return [info.path.removeprefix(f"{path}/") for info in infos if info.is_file]
+
+
+def test_a_job_lives_on_a_store_that_fails_and_is_resumed_from_it(store, s3, put, shards, tmp_path):
+    """Shards, network, checkpoints and results on S3; each object is cut once, and every 20th answer an error; killed once."""
+    for path in shards.glob("*.tar"):
+        put(f"data/{path.name}", path.name)
+    write_weights(tmp_path / "w.safetensors", load_classifier(TINY).network, {})
+    weights = put("w.safetensors", (tmp_path / "w.safetensors").read_bytes()).removesuffix(f"&{ONCE}")
+    data, storage = (f"s3://bucket/{name}?{store.query}" for name in ("data", "uap"))
+
+    whole = set()
+
+    def fault(method, path):
+        if method == "GET" and path not in whole:
+            whole.add(path)
+            return "cut", 1000
+        return ("status", 503) if len(store.requests) % 20 == 0 else None
+
+    store.fault = fault
+    train, val = join(data, "train-{0000..0002}.tar"), join(data, "val-*.tar")
+    words = ("--weights", weights, "--train-shards", train, "--val-shards", val, "--storage", storage)
+    process = start(tmp_path, *words, *OPTIONS)
+    seen = f"s3://bucket/uap?{s3}"  # the same, by a server without faults
+    while not any("round-00000002" in name for name in list_names(seen)):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.3)
+    process.kill()
+    process.communicate()
+    names = list_names(seen)
+    run_id = names[0].partition("/")[0]
+    assert not any("/results/" in name for name in names)
+    resume = [sys.executable, str(JOB), "--resume", join(storage, run_id)]
+    done = subprocess.run(resume, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    store.reset()
+    results = join(join(storage, run_id), "results")
+    local = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert set(list_names(results)) == local >= {"result.json", "members/seed-4/perturbation.safetensors"}
+    workers = LocalWorkers(tiny_worker())
+    sets = [load_dataset(workers, expand_patterns([str(shards / name)])) for name in ("train-*.tar", "val-*.tar")]
+    pool = PerturbationPool.load(join(results, "pool"))
+    for seed, v in zip(SEEDS, pool.perturbations, strict=True):
+        config = ComputeConfig(max_passes=4, round_size=10, block_size=5, radius=20.0, seed=seed, random_start=0.5)
+        *_, final = compute(workers, *sets, config)
+        assert torch.equal(v, final.perturbation)
+
+
+def test_a_job_that_may_not_write_to_its_storage_ends_before_any_work(store, shards, tmp_path):
+    store.fault = lambda method, path: ("status", 403) if method in ("PUT", "POST") else None
+    data = ("--train-shards", str(shards / "train-*.tar"), "--val-shards", str(shards / "val-*.tar"))
+    code, out, err = finish(start(tmp_path, *data, "--storage", f"s3://bucket/uap?{store.query}"))
+    assert code == 1 and err.startswith("error: cannot write checkpoints to s3://bucket/uap/") and err.count("\n") == 1
+    assert "access is denied" in err and "decoding" not in out and "waiting" not in out
+    _, (run,) = runs(tmp_path)
+    assert run.info.status == "FAILED" and "access is denied" in run.data.tags["reason"]

@@ -99,6 +99,8 @@ class ShardCache:
         What goes wrong is nobody's concern before the shard is asked for, and then tried again.
         """
         if is_url(url) and url not in self._kept and (self._ahead is None or self._ahead[0] != url):
+            if self._ahead is not None:
+                self._ahead[1].cancel()  # if it has not begun
             self._ahead = url, self._thread.submit(fetch, url)
 
     def _find(self, url: str) -> DecodedShard | None:

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
@@ -160,7 +161,7 @@ def explain(location: str, error: Exception) -> str:
             f"{lack}; give credentials that may do this as {CREDENTIALS}, or ?anonymous=true where the bucket is public"
         )
     if isinstance(error, FileNotFoundError):
-        meaning = "there is no such file"
+        meaning = "there is no such file or folder"
     if re.search(UNREACHABLE, text):
         meaning = (
             f"{_endpoint(location)} does not answer; look at ?endpoint_override=… (or AWS_ENDPOINT_URL) and the network"
@@ -181,12 +182,18 @@ def _options(location: str, query: str, known: Mapping[str, Callable[[str], Any]
     return options
 
 
+@cache
+def _region(bucket: str) -> str:
+    region: str = fs.resolve_s3_region(bucket)
+    return region
+
+
 def _s3(bucket: str, options: dict[str, Any]) -> fs.S3FileSystem:
     endpoint = urlsplit(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "")
     if endpoint.netloc:
         options = {"endpoint_override": endpoint.netloc, "scheme": endpoint.scheme} | options
     if "region" not in options and "endpoint_override" not in options and bucket:
-        options["region"] = fs.resolve_s3_region(bucket)
+        options["region"] = _region(bucket)
     retries = fs.AwsStandardS3RetryStrategy(max_attempts=options.pop("retries", RETRIES))
     timeouts = {"connect_timeout": CONNECT_TIMEOUT_S, "request_timeout": REQUEST_TIMEOUT_S}
     return fs.S3FileSystem(**timeouts | options, retry_strategy=retries)

@@ -1,5 +1,6 @@
 """WebDataset tar shards: from patterns to URLs, from a tar to decoded examples, and back."""
 
+import errno
 import hashlib
 import io
 import json
@@ -27,7 +28,7 @@ from webdataset.shardlists import expand_urls
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from uap_dist.classifiers import Geometry
-from uap_dist.errors import ShardError
+from uap_dist.errors import ConfigError, ShardError
 from uap_dist.locations import explain, is_refusal, is_url, locate, split_query
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -37,6 +38,7 @@ FETCH_ATTEMPTS, SECONDS_BEFORE_RETRY = (
     5,
     0.5,
 )  # which double each time, and come on top of the retries of single requests
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # on this machine; what a store says has no such number
 END_MARK_SIZE = 1024
 UNKNOWN_CLASS = -1
 
@@ -150,9 +152,7 @@ def fetch(url: str) -> ShardFile:
         try:
             return ShardFile(url, _copy(url), num_retries=attempt - 1)
         except OSError as error:
-            if error.errno is not None and not isinstance(
-                error, FileNotFoundError
-            ):  # not of the store, which sets none
+            if error.errno in NO_ROOM:
                 raise ShardError(f"cannot keep shard {url} in {gettempdir()} (TMPDIR): {error.strerror}") from error
             if is_refusal(error):
                 raise ShardError(f"cannot read shard {explain(url, error)}") from error
@@ -281,7 +281,12 @@ def _glob(url: str) -> list[str]:
 
 def _copy(url: str) -> BinaryIO:
     """What a store holds, in a temporary file that is open at its start; OSError where it comes in part, or as parts of two objects."""
-    filesystem, path = locate(url)
+    try:
+        filesystem, path = locate(url)
+    except ConfigError as error:
+        if isinstance(error.__cause__, OSError):  # the store was asked for the bucket's region
+            raise error.__cause__ from error
+        raise
     with ExitStack() as failing:
         file = failing.enter_context(TemporaryFile())
         with filesystem.open_input_file(path) as stream:
