@@ -6,7 +6,7 @@ from math import ceil
 import mlflow
 import pytest
 from conftest import TINY, random_samples, tiny_worker
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_job import JOB, data, finish, runs, start
 
@@ -44,7 +44,7 @@ class CountingWorkers(LocalWorkers):
 
 
 def sizes_of(dataset, num_bytes=1000):
-    return ShardSizes(tuple(dataset.sizes), tuple(num_bytes for _ in dataset.sizes))
+    return ShardSizes(tuple(dataset.sizes), tuple(dataset.sizes), tuple(num_bytes for _ in dataset.sizes))
 
 
 @pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS)
@@ -69,7 +69,9 @@ def test_the_papers_rule_costs_what_its_solves_are_said_to(tiny_data, options):
     work = count_work(*map(sizes_of, tiny_data), config, evaluations_per_solve=Span(mean, 1, 2 * mean))
     assert work.num_evaluations.expected == pytest.approx(final.num_evaluations, rel=0.1)
     is_budget = "max_evaluations" in options
-    assert (work.num_evaluations.low < work.num_evaluations.expected) != is_budget  # a budget is spent whatever one costs
+    assert (
+        work.num_evaluations.low < work.num_evaluations.expected
+    ) != is_budget  # a budget is spent whatever one costs
     assert work.num_rounds == pytest.approx(final.round_number + 1, abs=is_budget)
 
 
@@ -81,7 +83,7 @@ def free(**seconds):
 
 
 def planned(config, costs, num_workers, num_perturbations=1, cache_bytes=1 << 40, images=(60, 60, 60, 60)):
-    sizes = ShardSizes(images, tuple(1000 * n for n in images))
+    sizes = ShardSizes(images, images, tuple(1000 * n for n in images))
     work = count_work(sizes, sizes, config, num_perturbations=num_perturbations)
     return plan_fleet(work, costs, config, num_workers=num_workers, cache_bytes=cache_bytes)
 
@@ -103,7 +105,9 @@ def test_a_round_is_solved_in_waves_of_as_many_blocks_as_there_are_workers(num_w
 def test_a_pool_fills_the_gaps_and_no_worker_makes_it_slower(num_workers, num_perturbations):
     config = ComputeConfig(round_size=24, block_size=6, max_passes=1)
     costs = free(evaluation=Span.exactly(1.0))
-    rounds = [planned(config, costs, n, num_perturbations).parts["rounds"].expected for n in (num_workers, num_workers + 1)]
+    rounds = [
+        planned(config, costs, n, num_perturbations).parts["rounds"].expected for n in (num_workers, num_workers + 1)
+    ]
     alone = planned(config, costs, num_workers).parts["rounds"].expected
     assert rounds[1] <= rounds[0] + 1e-9
     work_alone = 12 * 40
@@ -131,6 +135,14 @@ def test_images_that_no_cache_holds_are_read_again_for_each_block():
     assert tight.parts["rounds"].high == pytest.approx(roomy.parts["rounds"].high + 80 * 60 * 0.1)
 
 
+def test_a_shard_of_which_a_few_images_take_part_is_decoded_whole():
+    costs = free(decode=Span.exactly(1.0))
+    few, rest = ShardSizes((30,), (1000,), (5000,)), ShardSizes((10,), (10,), (50,))
+    config = ComputeConfig(max_passes=1)
+    fleet = plan_fleet(count_work(few, rest, config), costs, config, num_workers=1, cache_bytes=1 << 40)
+    assert fleet.parts["decoding"].expected == 1010 and fleet.cached_bytes == 1010 * 768
+
+
 @given(num_workers=st.integers(1, 5000))
 def test_sizes_worth_a_line_end_with_the_one_asked_for(num_workers):
     sizes = fleet_sizes(num_workers)
@@ -140,7 +152,7 @@ def test_sizes_worth_a_line_end_with_the_one_asked_for(num_workers):
 def test_a_plan_fits_a_screen_and_says_what_idles_and_what_it_costs():
     config = ComputeConfig(round_size=24, block_size=6, max_passes=1)
     costs = free(evaluation=Span.exactly(90.0), start=Span.once(60.0))
-    sizes = ShardSizes((60,) * 4, (1000,) * 4, is_estimated=True)
+    sizes = ShardSizes((60,) * 4, (60,) * 4, (1000,) * 4, is_estimated=True)
     work = count_work(sizes, sizes, config)
     fleets = [plan_fleet(work, costs, config, num_workers=n, cache_bytes=1) for n in (1, 16)]
     plan = Plan({"model": "m"}, config, work, fleets, (1,), 1, True, 1 / 2**30, 2.5)
@@ -246,7 +258,8 @@ def test_a_plan_of_another_job_is_refused_and_what_differs_is_named(tmp_path, op
     assert read_plan(tmp_path / "plan.json", job)["planned/seconds"] == 1
     other = options_class(compute=ComputeConfig(max_evaluations=8000), num_perturbations=2).costly()
     with pytest.raises(
-        ConfigError, match="of another job: max_evaluations was 3000, is 8000; num_perturbations was 1, is 2; plan again"
+        ConfigError,
+        match="of another job: max_evaluations was 3000, is 8000; num_perturbations was 1, is 2; plan again",
     ):
         read_plan(tmp_path / "plan.json", other)
 
@@ -271,7 +284,9 @@ def test_a_planned_run_says_what_was_planned_and_what_it_took(shards, tmp_path):
     code, out, err = finish(start(tmp_path, *options, has_store=False))
     assert code == 0, err
     assert "on 1 workers, took 0:" in out and "planned 329 network evaluations, spent 329." in out
-    run = next(run for run in mlflow.MlflowClient(client.tracking_uri).search_runs(["1"]) if "plan" not in run.info.run_name)
+    run = next(
+        run for run in mlflow.MlflowClient(client.tracking_uri).search_runs(["1"]) if "plan" not in run.info.run_name
+    )
     metrics = run.data.metrics
     assert metrics["actual/evaluations"] == metrics["planned/evaluations"] == 329
     assert metrics["planned/solves"] == metrics["actual/solves"] == 141

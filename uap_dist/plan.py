@@ -61,21 +61,24 @@ OF_LOG_ODDS = Span.exactly(EVALUATIONS_PER_LOG_ODDS_SOLVE)
 
 @dataclass(frozen=True)
 class ShardSizes:
-    """Images and bytes of the shards of a data set that take part; counted, or estimated from bytes."""
+    """The shards of a data set that take part.
+
+    Attributes:
+        num_images: of each shard, that take part.
+        num_held: of each shard, that it holds and a worker decodes.
+        num_bytes: of each shard.
+        is_estimated: whether images were not counted, but follow from bytes.
+    """
 
     num_images: tuple[int, ...]
+    num_held: tuple[int, ...]
     num_bytes: tuple[int, ...]
     is_estimated: bool = False
 
     @property
     def total_images(self) -> int:
-        """In all shards."""
+        """That take part."""
         return sum(self.num_images)
-
-    @property
-    def total_bytes(self) -> int:
-        """Of all shards."""
-        return sum(self.num_bytes)
 
 
 @dataclass(frozen=True)
@@ -278,17 +281,17 @@ def plan_fleet(work: Work, costs: Costs, config: ComputeConfig, *, num_workers: 
         cache_bytes: of decoded images that each worker keeps.
     """
     num_shards, count = len(work.train.num_images), work.num_perturbations
-    mean_images, mean_bytes = work.train.total_images / num_shards, work.train.total_bytes / num_shards
+    mean_images, mean_bytes = (sum(sizes) / num_shards for sizes in (work.train.num_held, work.train.num_bytes))
     others = _shards_of_others(work, config, num_workers)
-    share_held = 1 / num_workers + others.expected / num_shards
-    cached = round(costs.image_bytes * (share_held * work.train.total_images + work.val.total_images / num_workers))
+    num_cached = (num_shards / num_workers + others.expected) * mean_images + sum(work.val.num_held) / num_workers
+    cached = round(costs.image_bytes * num_cached)
     missing = max(0.0, 1 - cache_bytes / cached)
     block_images = work.num_solves / work.num_blocks
     # a block of a shard that is not kept has all of it read, and at least its own images decoded
     decoded_again = Span((block_images + mean_images) / 2, block_images, mean_images) * missing
     block = costs.evaluation * work.evaluations_per_solve * block_images + costs.decode * decoded_again
     classify = costs.classify + costs.decode * Span.exactly(missing)
-    first_reads = sum(_in_waves(sizes.num_images, num_workers) for sizes in (work.train, work.val))
+    first_reads = sum(_in_waves(sizes.num_held, num_workers) for sizes in (work.train, work.val))
     rounds = _rounds(work, block, costs.driver, config, num_workers)
     reads_again = count * work.num_blocks * missing
     return FleetPlan(
@@ -296,12 +299,12 @@ def plan_fleet(work: Work, costs: Costs, config: ComputeConfig, *, num_workers: 
         parts={
             "start": costs.start,
             "decoding": costs.decode * (Span.exactly(first_reads) + others * mean_images),
-            "clean labels": classify * (_in_a_row(work.labels, num_workers)),
+            "clean labels": classify * _in_a_row(work.labels, num_workers),
             "rounds": rounds,
             "measurements": classify * (count * _in_a_row(work.measurements, num_workers)),
-            "report": costs.report * (count),
+            "report": costs.report * count,
         },
-        read_bytes=Span.exactly(work.train.total_bytes + work.val.total_bytes + reads_again * mean_bytes)
+        read_bytes=Span.exactly(sum(work.train.num_bytes) + sum(work.val.num_bytes) + reads_again * mean_bytes)
         + others * (num_workers * mean_bytes),
         worker_bytes=costs.worker_bytes + min(cached, cache_bytes),
         gpu_bytes=costs.gpu_bytes,

@@ -127,17 +127,20 @@ def _try_fleet(
                 "--price-per-gpu-hour wants workers with GPUs, and Ray has none here; plan on the cluster that will compute"
             )
         fleet.wait()
+        ready_s = time.perf_counter() - started
         store.prepare()
-        found = try_out(
-            fleet,
-            job.train_urls,
-            job.config,
-            start_s=before_s + time.perf_counter() - started,
-            keep=partial(_keep, store, tracker, num_workers),
-            class_names=class_names,
-            max_bad_fraction=job.max_bad_fraction,
-        )
-        store.remove()
+        try:
+            found = try_out(
+                fleet,
+                job.train_urls,
+                job.config,
+                start_s=before_s + ready_s,
+                keep=partial(_keep, store, tracker, num_workers),
+                class_names=class_names,
+                max_bad_fraction=job.max_bad_fraction,
+            )
+        finally:
+            store.remove()
     return found, fleet.uses_gpu
 
 
@@ -172,10 +175,10 @@ def _size_shards(
         for count, size in zip(known, num_bytes, strict=True)
     ]
     if num_images is None:
-        return ShardSizes(tuple(sizes), tuple(num_bytes), is_estimated=None in known)
-    ends = list(accumulate(sizes))
-    if ends[-1] < num_images and None not in known:
-        raise ConfigError(f"asked for {num_images} images, but the {len(urls)} shards from {urls[0]} hold {ends[-1]}")
-    count = sum(end - size < num_images for end, size in zip(ends, sizes, strict=True))
-    taken = [min(size, num_images - (end - size)) for end, size in zip(ends, sizes, strict=True)][:count]
-    return ShardSizes(tuple(taken), tuple(num_bytes[:count]), is_estimated=None in known[:count])
+        return ShardSizes(tuple(sizes), tuple(sizes), tuple(num_bytes), is_estimated=None in known)
+    starts = list(accumulate(sizes, initial=0))
+    if starts[-1] < num_images and None not in known:
+        raise ConfigError(f"asked for {num_images} images, but the {len(urls)} shards from {urls[0]} hold {starts[-1]}")
+    taken = [min(size, num_images - start) for start, size in zip(starts, sizes, strict=False) if start < num_images]
+    count = len(taken)
+    return ShardSizes(tuple(taken), tuple(sizes[:count]), tuple(num_bytes[:count]), is_estimated=None in known[:count])
