@@ -10,13 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_job import JOB, data, finish, runs, start
 
-from uap_dist.compute import ComputeConfig, compute
+from uap_dist.checkpoint import Checkpoint, CheckpointStore, JobRecord
+from uap_dist.compute import ComputeConfig, State, compute
 from uap_dist.dataset import LocalWorkers
 from uap_dist.errors import ConfigError, ShardError
 from uap_dist.plan import Costs, ShardSizes, Span, count_work, plan_fleet
 from uap_dist.plan_report import Plan, Spent, fleet_sizes, read_plan
 from uap_dist.shards import count_bytes, expand_patterns, read_indexes, write_shards
 from uap_dist.trial import try_out
+from uap_dist.update import Iterate
 
 CONFIGS = {
     "passes": {"max_passes": 3},
@@ -204,6 +206,19 @@ def test_a_trial_reads_two_shards_and_tells_what_everything_costs(shards, rule):
     assert (costs.evaluations_per_solve.expected == 2) == (rule == "log-odds")
 
 
+def test_what_a_trial_commits_goes_away(tmp_path, s3):
+    state = State(Iterate.zero((3, 4, 4)))
+    for location in (str(tmp_path / "trial"), f"s3://bucket/trial?{s3}"):
+        with CheckpointStore(location) as store:
+            store.prepare()
+            store.commit(Checkpoint(JobRecord("run", {}, {}, {}), state, ()))
+            store.wait()
+            assert store.find_newest() is not None
+            store.remove()
+            assert store.find_newest() is None
+    assert not list(tmp_path.iterdir())
+
+
 def test_trial_takes_more_shards_where_two_hold_no_block(tmp_path):
     write_shards(random_samples(12, seed=1), tmp_path, prefix="small", shard_size=2)
     urls = expand_patterns([str(tmp_path / "small-*.tar")])
@@ -283,7 +298,7 @@ def test_a_planned_run_says_what_was_planned_and_what_it_took(shards, tmp_path):
     options = (*options, "--num-val-images", "15", "--planned", "plan/plan.json", "--output", "out")
     code, out, err = finish(start(tmp_path, *options, has_store=False))
     assert code == 0, err
-    assert "on 1 workers, took 0:" in out and "planned 329 network evaluations, spent 329." in out
+    assert "on 1 worker, took 0:" in out and "planned 329 network evaluations, spent 329." in out
     run = next(
         run for run in mlflow.MlflowClient(client.tracking_uri).search_runs(["1"]) if "plan" not in run.info.run_name
     )

@@ -88,8 +88,8 @@ class Plan:
             f"**{self.job['model']}**, {self.config.norm} ≤ {self.config.ball_radius:g} pixels, rule {self.config.rule}: "
             f"{times}{work.num_rounds:,} rounds of {max(work.rounds)} blocks, {times}{work.num_solves:,} solves, "
             f"{_between(work.num_evaluations, '{:,.0f}')} network evaluations; {work.num_classified:,} images classified for clean "
-            f"labels and measurements.\n\n{self.table()}\n\nOf the {duration(last.seconds.expected)} on {last.num_workers} "
-            f"worker{'s' * (last.num_workers > 1)}: {parts}.\n\n" + "\n".join(f"* {note}" for note in self.notes())
+            f"labels and measurements.\n\n{self.table()}\n\nOf the {duration(last.seconds.expected)} on "
+            f"{_workers(last.num_workers)}: {parts}.\n\n" + "\n".join(f"* {note}" for note in self.notes())
         )
 
     def table(self) -> str:
@@ -257,7 +257,7 @@ class Spent:
         )
         evaluations = f"{planned['planned/evaluations']:,.0f} network evaluations, spent {self.num_evaluations:,}"
         return (
-            f"Planned {expected} ({low}–{high}) on {planned['planned/workers']:.0f} workers, {took} on {self.num_workers}; "
+            f"Planned {expected} ({low}–{high}) on {_workers(round(planned['planned/workers']))}, {took} on {self.num_workers}; "
             f"planned {evaluations}."
         )
 
@@ -266,3 +266,7 @@ def _between(span: Span, form: str) -> str:
     """The amount, and in brackets between what it may lie where that is not one figure."""
     expected, low, high = (form.format(value) for value in (span.expected, span.low, span.high))
     return expected if low == high else f"{expected} ({low}–{high})"
+
+
+def _workers(count: int) -> str:
+    return f"{count} worker{'s' * (count > 1)}"
