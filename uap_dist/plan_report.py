@@ -59,20 +59,21 @@ class Plan:
             "uses_gpu": self.uses_gpu,
             "tried_workers": list(self.tried),
             "price_per_gpu_hour": self.price_per_gpu_hour,
-            "fleets": [
-                {
-                    "num_workers": fleet.num_workers,
-                    "seconds": asdict(fleet.seconds),
-                    "parts_s": {name: asdict(part) for name, part in fleet.parts.items()},
-                    "worker_hours": asdict(fleet.worker_hours),
-                    "price": self._price(fleet) and asdict(self._price(fleet) or Span.exactly(0)),
-                    "read_gib": asdict(fleet.read_bytes * (1 / GIB)),
-                    "worker_gib": fleet.worker_bytes / GIB,
-                    "gpu_gib": fleet.gpu_bytes / GIB,
-                    "idle": fleet.idle,
-                }
-                for fleet in self.fleets
-            ],
+            "fleets": [self._fleet_result(fleet) for fleet in self.fleets],
+        }
+
+    def _fleet_result(self, fleet: FleetPlan) -> dict[str, Any]:
+        price = self._price(fleet)
+        return {
+            "num_workers": fleet.num_workers,
+            "seconds": asdict(fleet.seconds),
+            "parts_s": {name: asdict(part) for name, part in fleet.parts.items()},
+            "worker_hours": asdict(fleet.worker_hours),
+            "price": None if price is None else asdict(price),
+            "read_gib": asdict(fleet.read_bytes * (1 / GIB)),
+            "worker_gib": fleet.worker_bytes / GIB,
+            "gpu_gib": fleet.gpu_bytes / GIB,
+            "idle": fleet.idle,
         }
 
     def metrics(self) -> dict[str, float]:
@@ -94,37 +95,25 @@ class Plan:
 
     def table(self) -> str:
         """A line for each size of the fleet."""
-        hours, price = ("GPU-hours" if self.uses_gpu else "worker-hours"), self.price_per_gpu_hour is not None
-        gpu = ["GPU, GiB"] if self.uses_gpu else []
-        names = [
-            "workers",
-            "time",
-            "between",
-            hours,
-            *["price"] * price,
-            "read, GiB",
-            "each",
-            "memory, GiB",
-            *gpu,
-            "idle",
-        ]
-        lines = ["| " + " | ".join(names) + " |", "| --- " * len(names) + "|"]
-        for fleet in self.fleets:
-            seconds, cost = fleet.seconds, self._price(fleet)
-            cells = [
-                str(fleet.num_workers),
-                duration(seconds.expected),
-                f"{duration(seconds.low)}–{duration(seconds.high)}",
-                _between(fleet.worker_hours, "{:.3g}"),
-                *([_between(cost, "{:.2f}")] if cost else []),
-                _between(fleet.read_bytes * (1 / GIB), "{:.2g}"),
-                f"{fleet.read_bytes.expected / GIB / fleet.num_workers:.2g}",
-                f"{fleet.worker_bytes / GIB:.1f}",
-                *[f"{fleet.gpu_bytes / GIB:.1f}"] * self.uses_gpu,
-                f"{fleet.idle:.0%}",
-            ]
-            lines.append("| " + " | ".join(cells) + " |")
-        return "\n".join(lines)
+        rows = [self._row(fleet) for fleet in self.fleets]
+        lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    def _row(self, fleet: FleetPlan) -> dict[str, str]:
+        seconds, price, read = fleet.seconds, self._price(fleet), fleet.read_bytes * (1 / GIB)
+        return {
+            "workers": str(fleet.num_workers),
+            "time": duration(seconds.expected),
+            "between": f"{duration(seconds.low)}–{duration(seconds.high)}",
+            "GPU-hours" if self.uses_gpu else "worker-hours": _between(fleet.worker_hours, "{:.3g}"),
+            **({} if price is None else {"price": _between(price, "{:.2f}")}),
+            "read, GiB": _between(read, "{:.2g}"),
+            "by each": f"{read.expected / fleet.num_workers:.2g}",
+            "memory of each": f"{fleet.worker_bytes / GIB:.1f}",
+            "decoded images": f"{fleet.cached_bytes / GIB:.2g}",
+            **({"GPU memory": f"{fleet.gpu_bytes / GIB:.1f}"} if self.uses_gpu else {}),
+            "idle in rounds": f"{fleet.idle:.0%}",
+        }
 
     def notes(self) -> list[str]:
         """What is to be known about the figures, and what could be better."""
