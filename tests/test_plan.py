@@ -1,19 +1,18 @@
-import importlib.util
 import json
 from collections import Counter
 from math import ceil
 
-import mlflow
 import pytest
 from conftest import TINY, random_samples, tiny_worker
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_job import JOB, data, finish, runs, start
+from test_job import data, finish, job_options, runs, start, write_plan
 
 from uap_dist.checkpoint import Checkpoint, CheckpointStore, JobRecord
 from uap_dist.compute import ComputeConfig, State, compute
 from uap_dist.dataset import LocalWorkers
 from uap_dist.errors import ConfigError, ShardError
+from uap_dist.fleet import FleetConfig
 from uap_dist.plan import Costs, ShardSizes, Span, count_work, plan_fleet
 from uap_dist.plan_report import Plan, Spent, fleet_sizes, read_plan
 from uap_dist.shards import count_bytes, expand_patterns, read_indexes, write_shards
@@ -227,14 +226,6 @@ def test_trial_takes_more_shards_where_two_hold_no_block(tmp_path):
     assert trial.num_images == (2, 2, 2)
 
 
-@pytest.fixture(scope="module")
-def options_class():
-    spec = importlib.util.spec_from_file_location("compute_job", JOB)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.Options
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -244,9 +235,9 @@ def options_class():
         ({"price_per_gpu_hour": -2.0, "plan": True}, "price per gpu hour is -2.0; it must be positive"),
     ],
 )
-def test_options_that_do_not_go_together_are_refused(options_class, options, message):
+def test_options_that_do_not_go_together_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
-        options_class(**options)
+        job_options(**options)
 
 
 @pytest.mark.parametrize(
@@ -264,18 +255,13 @@ def test_what_is_no_plan_is_refused(tmp_path, content, message):
         read_plan(tmp_path / "plan.json", {})
 
 
-def test_a_plan_of_another_job_is_refused_and_what_differs_is_named(tmp_path, options_class):
-    span = {"expected": 1.0, "low": 1.0, "high": 1.0}
-    fleets = [{"num_workers": 2, "seconds": span, "worker_hours": span}]
-    job = options_class(compute=ComputeConfig(max_evaluations=3000)).costly()
-    plan = {"job": job, "fleets": fleets, "num_evaluations": span, "num_solves": 1}
-    (tmp_path / "plan.json").write_text(json.dumps(plan))
-    assert read_plan(tmp_path / "plan.json", job)["planned/seconds"] == 1
-    other = options_class(compute=ComputeConfig(max_evaluations=8000), num_perturbations=2).costly()
-    with pytest.raises(
-        ConfigError,
-        match="of another job: max_evaluations was 3000, is 8000; num_perturbations was 1, is 2; plan again",
-    ):
+def test_a_plan_of_another_job_is_refused_and_what_differs_is_named(tmp_path):
+    job = job_options(compute=ComputeConfig(max_evaluations=3000)).costly()
+    write_plan(tmp_path / "plan.json", job)
+    assert read_plan(tmp_path / "plan.json", job)["planned/seconds"] == 60
+    other = job_options(compute=ComputeConfig(max_evaluations=8000), num_perturbations=2).costly()
+    message = "of another job: max_evaluations was 3000, is 8000; num_perturbations was 1, is 2; plan again"
+    with pytest.raises(ConfigError, match=message):
         read_plan(tmp_path / "plan.json", other)
 
 
@@ -284,26 +270,20 @@ def test_a_resumed_run_does_not_pretend_to_know_its_time():
     assert spent.metrics() == {"actual/evaluations": 20, "actual/solves": 10} and spent.beside({}) == ""
 
 
-def test_a_planned_run_says_what_was_planned_and_what_it_took(shards, tmp_path):
-    options = (*data(shards), "--round-size", "10", "--block-size", "5", "--max-passes", "3")
-    code, out, err = finish(start(tmp_path, *options, "--plan", "--output", "plan", "--num-val-images", "15"))
+def test_a_plan_is_a_run_in_mlflow_and_a_file_for_the_run_that_is_planned(shards, tmp_path):
+    options = ("--round-size", "10", "--block-size", "5", "--max-passes", "3", "--num-val-images", "15")
+    code, out, err = finish(start(tmp_path, *data(shards), *options, "--plan", "--output", "plan"))
     assert code == 0, err
-    assert "15 rounds of 2 blocks, 141 solves, 329 network evaluations" in out and "worker-hours" in out
-    client, (run,) = runs(tmp_path)
+    assert "15 rounds of 2 blocks, 141 solves, 329 network evaluations" in out and "| worker-hours |" in out
+    _, (run,) = runs(tmp_path)
     assert run.info.run_name == "tiny.py-Tiny-linf-seed0-plan" and run.info.status == "FINISHED"
-    assert run.data.metrics["planned/evaluations"] == 329 and not list(tmp_path.glob("checkpoints/*"))
+    assert not list(tmp_path.glob("checkpoints/*"))
     plan = json.loads((tmp_path / "plan/plan.json").read_text())
-    assert plan["job"]["model"] == TINY and plan["num_val_images"] == 15 and not plan["images_are_estimated"]
-
-    options = (*options, "--num-val-images", "15", "--planned", "plan/plan.json", "--output", "out")
-    code, out, err = finish(start(tmp_path, *options, has_store=False))
-    assert code == 0, err
-    assert "on 1 worker, took 0:" in out and "planned 329 network evaluations, spent 329." in out
-    run = next(
-        run for run in mlflow.MlflowClient(client.tracking_uri).search_runs(["1"]) if "plan" not in run.info.run_name
-    )
-    metrics = run.data.metrics
-    assert metrics["actual/evaluations"] == metrics["planned/evaluations"] == 329
-    assert metrics["planned/solves"] == metrics["actual/solves"] == 141
-    assert metrics["planned/seconds"] == plan["fleets"][-1]["seconds"]["expected"]
-    assert 1 < metrics["actual/seconds"] < 150 and "took 0:" in run.data.tags["mlflow.note.content"]
+    assert plan["num_val_images"] == 15 and not plan["images_are_estimated"]
+    assert run.data.metrics["planned/evaluations"] == 329
+    assert 1 < run.data.metrics["planned/seconds"] == plan["fleets"][0]["seconds"]["expected"] < 150
+    train, _, val = data(shards)[1:]
+    config = ComputeConfig(round_size=10, block_size=5, max_passes=3)
+    planned = {"model": TINY, "train_shards": (train,), "val_shards": (val,), "num_val_images": 15, "compute": config}
+    job = job_options(**planned, fleet=FleetConfig(num_workers=1)).costly()
+    assert read_plan(tmp_path / "plan/plan.json", job)["planned/solves"] == 141
