@@ -1,9 +1,9 @@
-"""A job on nodes that come and go, as a spot market's do: from none to four and back, the same bits as one worker. See benchmarks/cluster.md.
+"""A job on nodes that come and go, as spot nodes do: from none to four and back, the bits of one worker. See benchmarks/cluster.md.
 
     python benchmarks/spot.py
 
-Ray's own autoscaler starts nodes of one CPU and one pretended GPU on demand, as processes of this machine; they are killed with SIGKILL, raylet
-and workers. The network and the images are those of benchmarks/chaos.py: a block takes 0.15 s.
+Ray's autoscaler starts nodes of one CPU and one pretended GPU on demand, as processes of this machine; they are killed (SIGKILL)
+with their workers. Network and images are those of benchmarks/chaos.py: a block takes 0.15 s.
 """
 
 import json

@@ -25,6 +25,8 @@ from uap_dist.errors import ConfigError, TrackingError
 from uap_dist.fleet import Fleet, FleetConfig
 from uap_dist.locations import join
 from uap_dist.member import Member
+from uap_dist.plan_report import PLAN_FILE, Spent, read_plan
+from uap_dist.plan_run import PlannedJob, make_plan
 from uap_dist.pool_report import POOL_FOLDER, FinishedPool, save_pool
 from uap_dist.pool_run import (
     MemberPlan,
@@ -38,11 +40,23 @@ from uap_dist.pool_run import (
     member_folder,
     open_members,
 )
-from uap_dist.report import output_folder, publish
+from uap_dist.provenance import describe_code, seconds_since_start
+from uap_dist.report import FinishedRun, output_folder, publish
 from uap_dist.resume import Resumed, find_resumed
 from uap_dist.shards import expand_patterns
 from uap_dist.terminal import command, one_line_errors, raise_on_sigterm, set_up_logging
 from uap_dist.tracking import CHECKPOINTS_TAG, Tracker
+
+JOB_COSTS = (
+    "model",
+    "weights",
+    "train_shards",
+    "val_shards",
+    "num_train_images",
+    "num_val_images",
+    "num_perturbations",
+)
+FLEET_COSTS = ("num_workers", "gpus_per_worker", "threads_per_worker", "cache_gib", "disk_cache_gib")
 
 console = Console(soft_wrap=True, highlight=False)
 
@@ -81,6 +95,13 @@ class Options:
     then those of that run; of those given anew, only such that do not change the result are accepted."""
     register_as: str | None = None
     """Model in MLflow's registry that the finished pool becomes a version of. Default: it is not registered."""
+    plan: bool = False
+    """Compute nothing: try a few blocks on one worker (on CPUs, on as many as share its machine), and say what the
+    run takes in network evaluations, time, worker-hours, data and memory, by size of the fleet; plan.json has it all."""
+    price_per_gpu_hour: float | None = None
+    """With --plan: what an hour of one GPU costs, in any currency."""
+    planned: str | None = None
+    """plan.json of this run: MLflow and the last lines then hold what was planned against what it took."""
     experiment: str = "uap_dist"
     """MLflow experiment; the server is taken from MLFLOW_TRACKING_URI, else mlflow.db in the working directory."""
     debug: bool = False
@@ -99,13 +120,30 @@ class Options:
                 f"--register-as {self.register_as!r} is no name for a model: it must not hold / : ' or \""
             )
 
+        if self.plan and self.resume is not None:
+            raise ConfigError("--plan plans a run from its beginning; leave out --resume")
+        if self.plan and self.fleet.verify_determinism:
+            raise ConfigError("--plan does not count what --verify-determinism solves twice; leave it out")
+        if self.plan and self.planned is not None:
+            raise ConfigError("--plan makes what --planned takes; give one of them")
+        if self.price_per_gpu_hour is not None and not self.plan:
+            raise ConfigError("--price-per-gpu-hour belongs to --plan")
+        if self.price_per_gpu_hour is not None and not self.price_per_gpu_hour > 0:
+            raise ConfigError(f"price per gpu hour is {self.price_per_gpu_hour}; it must be positive")
+
     @property
     def name(self) -> str:
         """Of the MLflow run and, with the time, of the output folder."""
         model = "-".join(Path(self.model).parts[-2:]) if ".py:" not in self.model else Path(self.model).name
         seed = self.compute.seed
         which = f"seed{seed}" if self.num_perturbations == 1 else f"pool{self.num_perturbations}-seed{seed}"
-        return f"{model.replace(':', '-')}-{self.compute.norm}-{which}"
+        return f"{model.replace(':', '-')}-{self.compute.norm}-{which}{'-plan' * self.plan}"
+
+    def costly(self) -> dict[str, Any]:
+        """What time and money depend on: a plan that differs in it is of another run."""
+        values = self.to_json()
+        fleet = {name: values["fleet"][name] for name in FLEET_COSTS}
+        return {name: values[name] for name in JOB_COSTS} | values["compute"] | fleet
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for the checkpoint."""
@@ -138,7 +176,39 @@ def main() -> None:
         with Tracker(experiment=options.experiment, run_name=name, run_id=run_id) as tracker:
             if refusal is not None:
                 raise refusal
-            run(options, tracker, resumed)
+            if options.plan:
+                plan(options, tracker)
+            else:
+                run(options, tracker, resumed)
+
+
+def plan(options: Options, tracker: Tracker) -> None:
+    """Try a little of the job, and say what all of it costs."""
+    output = output_folder(options.output, options.name)
+    classifier = load_classifier(options.model, options.weights)
+    tracker.log_params(describe_settings(classifier, options.weights, options.compute, options.fleet))
+    train_urls, val_urls = _shards(options, output)
+    connect()
+    raise_on_sigterm()  # again: ray.init installs a handler of its own
+    job = PlannedJob(
+        model=options.model,
+        weights=options.weights,
+        train_urls=train_urls,
+        val_urls=val_urls,
+        num_train_images=options.num_train_images,
+        num_val_images=options.num_val_images,
+        max_bad_fraction=options.max_bad_fraction,
+        num_perturbations=options.num_perturbations,
+        config=options.compute,
+        fleet=options.fleet,
+        storage=options.storage or str(output.parent / "checkpoints"),
+        price_per_gpu_hour=options.price_per_gpu_hour,
+        options=options.costly(),
+    )
+    made = make_plan(job, classifier, tracker, console)
+    (output / PLAN_FILE).write_text(json.dumps(made.result() | {"code": describe_code()}, indent=2) + "\n")
+    tracker.complete(tags={}, metrics=made.metrics(), step=0, markdown=made.summary(), folder=output)
+    console.print(f"\n{made.summary()}\n\nFiles: {output}\nMLflow: {tracker.how_to_open()}", markup=False)
 
 
 def run(options: Options, tracker: Tracker, resumed: Resumed | None) -> None:
@@ -146,6 +216,10 @@ def run(options: Options, tracker: Tracker, resumed: Resumed | None) -> None:
     output = output_folder(options.output, options.name, may_hold_files=resumed is not None)
     below = options.storage or str(output.parent / "checkpoints")
     storage = resumed.storage if resumed else join(below, tracker.run_id)
+    planned = {}
+    if options.planned is not None and resumed is None:
+        planned = read_plan(Path(options.planned), options.costly())
+        tracker.log_metrics(planned)
     setting = _set_up(options, output, storage, tracker, resumed)
     checkpoint = _start(setting, replace(options, output=output), tracker, resumed)
     with ExitStack() as stack:
@@ -176,7 +250,16 @@ def run(options: Options, tracker: Tracker, resumed: Resumed | None) -> None:
             ) from error
     finished = pool or members[""].finished
     assert finished is not None
-    console.print(f"\n{finished.summary()}\n\nFiles: {output}\nMLflow: {tracker.how_to_open()}", markup=False)
+    results = [finished.result()] if isinstance(finished, FinishedRun) else list(finished.results.values())
+    # what its earlier processes took, a resumed run does not know
+    spent = Spent.of(results, setting.fleet.num_workers, None if resumed else seconds_since_start())
+    summary = f"{finished.summary()}\n\n{spent.beside(planned)}".rstrip()
+    try:
+        tracker.log_metrics(spent.metrics())
+        tracker.describe(summary)
+    except TrackingError as error:  # all else is delivered, and the run is finished
+        console.print(f"what the run took is not in MLflow: {error}", markup=False)
+    console.print(f"\n{summary}\n\nFiles: {output}\nMLflow: {tracker.how_to_open()}", markup=False)
 
 
 def _set_up(options: Options, output: Path, storage: str, tracker: Tracker, resumed: Resumed | None) -> Setting:

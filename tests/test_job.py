@@ -1,5 +1,6 @@
 """jobs/compute.py as a user starts it: a process, a local Ray, MLflow in a file."""
 
+import importlib.util
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from safetensors import safe_open
 
 from uap_dist.compute import ComputeConfig, compute
 from uap_dist.dataset import LocalWorkers, load_dataset
+from uap_dist.fleet import FleetConfig
 from uap_dist.shards import expand_patterns
 
 JOB = Path(__file__).parents[1] / "jobs/compute.py"
@@ -62,10 +64,30 @@ def runs(folder):
     return client, client.search_runs([e.experiment_id for e in client.search_experiments()])
 
 
+def job_options(**options):
+    """The job's own dataclass."""
+    spec = importlib.util.spec_from_file_location("compute_job", JOB)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.Options(**options)
+
+
+def write_plan(path, job):
+    """A plan of a job on one worker that takes a minute."""
+    spans = [{"expected": amount, "low": amount - 10, "high": amount + 10} for amount in (60, 330)]
+    fleet = {"num_workers": 1, "seconds": spans[0], "worker_hours": spans[0]}
+    path.write_text(json.dumps({"job": job, "fleets": [fleet], "num_evaluations": spans[1], "num_solves": 140}))
+
+
 @pytest.fixture(scope="module")
 def finished(shards, tmp_path_factory):
     folder = tmp_path_factory.mktemp("job")
+    config = ComputeConfig(round_size=10, block_size=5, radius=20.0, max_passes=3)
+    patterns = {"train_shards": (data(shards)[1],), "val_shards": (data(shards)[3],)}
+    job = job_options(model=TINY, compute=config, fleet=FleetConfig(num_workers=1), **patterns)
+    write_plan(folder / "plan.json", job.costly())
     options = ("--round-size", "10", "--block-size", "5", "--radius", "20", "--max-passes", "3", "--output", "out")
+    options += ("--planned", "plan.json")
     code, out, err = finish(start(folder, *data(shards), *options, has_store=False))
     assert code == 0, err
     return folder, out
@@ -107,6 +129,20 @@ def test_the_mlflow_run_holds_all_of_it(finished):
     names = {a.path for a in client.list_artifacts(run.info.run_id)}
     assert Path(run.info.artifact_uri.removeprefix("file://")).is_relative_to(folder / "mlruns")
     assert names == {p.name for p in (folder / "out").iterdir()}
+
+
+def test_what_was_planned_stands_beside_what_it_took(finished):
+    folder, out = finished
+    _, (run,) = runs(folder)
+    metrics = run.data.metrics
+    assert (metrics["planned/seconds"], metrics["planned/seconds_low"], metrics["planned/solves"]) == (60, 50, 140)
+    assert metrics["actual/evaluations"] == 329 and metrics["actual/solves"] == 141
+    assert metrics["actual/worker_hours"] == pytest.approx(metrics["actual/seconds"] / 3600)
+    took = re.search(
+        r"Planned 1:00 \(0:50–1:10\) on 1 worker, took (\d+):(\d\d) on 1; planned 330 network .*, spent 329\.", out
+    )
+    assert 60 * int(took[1]) + int(took[2]) == pytest.approx(metrics["actual/seconds"], abs=1)
+    assert took[0] in run.data.tags["mlflow.note.content"]
 
 
 def test_the_log_is_plain_lines(finished):

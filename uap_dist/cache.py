@@ -75,6 +75,11 @@ class ShardCache:
             self._memory_room, self._disk_room = self._memory_bytes, self._disk_bytes
         return self
 
+    @property
+    def memory_bytes(self) -> int:
+        """Of decoded images that are kept in memory."""
+        return self._memory_bytes - self._memory_room
+
     def whole(self, url: str) -> DecodedShard:
         """All of a shard; kept if there is room.
 

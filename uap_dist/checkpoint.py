@@ -9,7 +9,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from typing import Any
@@ -137,6 +137,12 @@ class CheckpointStore:
         if self._last is not None:
             self._last.result()
 
+    def remove(self) -> None:
+        """Delete the folder with all in it; a store that does not let us is left as it is."""
+        self.wait()
+        with suppress(OSError):
+            self._filesystem.delete_dir(self._folder)
+
     def newest(self) -> Checkpoint:
         """The last commit that is whole.
 
@@ -207,17 +213,18 @@ def check_identity(saved: JobRecord, now: JobRecord) -> None:
     Raises:
         ResumeError: names what differs.
     """
-    differences = _differences(saved.identity, now.identity)
+    differences = name_differences(saved.identity, now.identity)
     if differences:
         raise ResumeError(
             f"run {saved.run_id} cannot be resumed, its result would be another one: {differences}; give it what it had, or start a new run"
         )
-    differences = _differences(saved.environment, now.environment)
+    differences = name_differences(saved.environment, now.environment)
     if differences:
         logger.warning("resumed elsewhere, the bits may differ from those of an uninterrupted run: %s", differences)
 
 
-def _differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+def name_differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """In what two mappings differ, in words; empty where they do not."""
     return "; ".join(
         f"{name} was {saved.get(name)}, is {now.get(name)}"
         for name in sorted({*saved, *now})

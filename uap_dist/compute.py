@@ -249,13 +249,14 @@ def compute(
             f"{train.num_examples} training images"
         )
     state = state or State.start(train, config)
-    every, some = _plan_measurements(train, val, config)
+    every, num_glanced = plan_measurements(train.num_examples, val.num_examples, config)
+    some = None if num_glanced is None else val.thin(num_glanced)
     for round_ in islice(_plan(train.sizes, config), state.num_rounds, None):
         state, report = run_round(workers, train, round_, state, config, planned)
         ends = state.num_rounds == planned or _is_spent(state, config)
-        if ends or (some is None and _is_due(round_, every)):
+        if ends or (some is None and is_due(round_, every)):
             report = replace(report, evaluation=evaluate(workers, train, val, report.perturbation))
-        elif some is not None and _is_due(round_, every):
+        elif some is not None and is_due(round_, every):
             report = replace(report, evaluation=evaluate(workers, None, some, report.perturbation))
         train_rate = report.evaluation.train if report.evaluation is not None else None
         reached = train_rate is not None and train_rate.rate >= config.target_fooling_rate
@@ -308,16 +309,17 @@ def evaluate(workers: Workers, train: Dataset | None, val: Dataset, perturbation
     return Evaluation(train_rate, fooling_rate(val, predictions), predictions)
 
 
-def _plan_measurements(train: Dataset, val: Dataset, config: ComputeConfig) -> tuple[int, Dataset | None]:
-    """After how many passes the fooling rates are measured each time, and on which held-out images; None: on all images."""
+def plan_measurements(num_train: int, num_val: int, config: ComputeConfig) -> tuple[int, int | None]:
+    """After how many passes the fooling rates are measured each time, and on how many held-out images; None: on all images."""
     if config.evaluate_every is not None or config.target_fooling_rate < 1:
         return config.evaluate_every or 1, None
-    affordable = GLANCE_SHARE * EVALUATIONS_PER_LOG_ODDS_SOLVE * train.num_examples  # in a pass
-    every = ceil(min(GLANCE_IMAGES, val.num_examples) / affordable)
-    return every, val.thin(min(val.num_examples, int(every * affordable)))
+    affordable = GLANCE_SHARE * EVALUATIONS_PER_LOG_ODDS_SOLVE * num_train  # in a pass
+    every = ceil(min(GLANCE_IMAGES, num_val) / affordable)
+    return every, min(num_val, int(every * affordable))
 
 
-def _is_due(round_: Round, every: int) -> bool:
+def is_due(round_: Round, every: int) -> bool:
+    """Whether the round is followed by a measurement, unless it is the last one."""
     return round_.ends_pass and (round_.pass_number + 1) % every == 0
 
 

@@ -160,7 +160,19 @@ class Dataset:
 def load_dataset(
     workers: Workers, urls: Sequence[str], *, num_images: int | None = None, max_bad_fraction: float = 0.01
 ) -> Dataset:
-    """Have the workers decode shards until there are enough images, and classify them.
+    """Have the workers decode shards until there are enough images, and classify them; arguments as for `list_dataset`.
+
+    Raises:
+        ShardError: a shard that cannot be used, or too many bad images.
+        ConfigError: fewer images than asked for, or an option outside its range.
+    """
+    return predict(workers, list_dataset(workers, urls, num_images=num_images, max_bad_fraction=max_bad_fraction))
+
+
+def list_dataset(
+    workers: Workers, urls: Sequence[str], *, num_images: int | None = None, max_bad_fraction: float = 0.01
+) -> Dataset:
+    """Have the workers decode shards until there are enough images; clean labels are to be had from `predict`.
 
     Args:
         workers: who reads them.
@@ -196,8 +208,7 @@ def load_dataset(
     shapes = {listing.shape for _, listing in listings if listing.keys}
     if len(shapes) > 1:
         raise ShardError(f"shards hold images of different sizes {sorted(shapes)}; give shards with images of one size")
-    dataset = Dataset(shards, shapes.pop(), bad, Predictions(np.full(found, -1), np.zeros(found, np.float32)))
-    return _predict(workers, dataset)
+    return Dataset(shards, shapes.pop(), bad, Predictions(np.full(found, -1), np.zeros(found, np.float32)))
 
 
 def reload_dataset(workers: Workers, dataset: Dataset) -> Dataset:
@@ -208,10 +219,11 @@ def reload_dataset(workers: Workers, dataset: Dataset) -> Dataset:
     """
     for _ in workers.map("load", [Examples(shard.url) for shard in dataset.shards]):  # each is decoded once
         pass
-    return _predict(workers, dataset)
+    return predict(workers, dataset)
 
 
-def _predict(workers: Workers, dataset: Dataset) -> Dataset:
+def predict(workers: Workers, dataset: Dataset) -> Dataset:
+    """The dataset with the clean predictions of its examples."""
     return replace(dataset, clean=classify(workers, dataset, np.zeros(dataset.shape, np.float32)))
 
 

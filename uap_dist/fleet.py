@@ -94,6 +94,12 @@ class FleetConfig:
         return low, high
 
 
+def need_of(config: FleetConfig) -> Need:
+    """What each worker takes of a node of the cluster."""
+    gpus = config.gpus_per_worker if config.gpus_per_worker is not None else float(cluster.has_gpus())
+    return Need(config.threads_per_worker, gpus)
+
+
 @dataclass(eq=False)
 class _Member:
     """An actor, and the shards that it has read or is about to read."""
@@ -195,8 +201,7 @@ class Fleet:
             ConfigError: more workers, or other ones, than a cluster that does not grow can ever hold.
         """
         self._config, self._run = config, run
-        gpus = config.gpus_per_worker if config.gpus_per_worker is not None else float(cluster.has_gpus())
-        self.need = Need(config.threads_per_worker, gpus)
+        self.need = need_of(config)
         self._first, self._most = config.bounds
         self._check_room()
         self._last_look = self._last_complaint = self._last_shown = time.monotonic()

@@ -2,9 +2,11 @@
 
 import platform
 import subprocess
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import psutil
 import torch
 
 from uap_dist import __version__
@@ -50,3 +52,8 @@ def machine() -> str:
     """What the bits may depend on, of the machine that asks: kind of device and CPU instruction set."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     return f"{device}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def seconds_since_start() -> float:
+    """How long this process has run, imports included."""
+    return time.time() - psutil.Process().create_time()

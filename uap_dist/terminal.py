@@ -53,7 +53,7 @@ class RoundProgress:
         prefix = f"{name}: " if name else ""
         status = (
             f"{prefix}round {report.round_number + 1}{of}, pass {report.pass_number + 1}, fooled {report.fooling.rate:.2f} of the "
-            f"round, {report.fooling.num_examples / report.seconds:.1f} images/s, {_duration(left)} left"
+            f"round, {report.fooling.num_examples / report.seconds:.1f} images/s, {duration(left)} left"
         )
         self._bar.update(self._task, completed=done, description=status)
         if not self._console.is_terminal and time.monotonic() > self._last_line + SECONDS_BETWEEN_LINES:
@@ -134,7 +134,8 @@ def one_line_errors(*, debug: bool) -> Iterator[None]:
         sys.exit(1)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Minutes and seconds, with hours where there are some, as 1:02:03."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -60,5 +60,10 @@ def compute_together(
 
 
 def keep_busy(workers: Workers, config: ComputeConfig) -> Callable[[], int]:
-    """How many computations of a config, asked each time, keep all workers busy: one more than have a block for each."""
-    return lambda: 1 + ceil(workers.num_workers * config.block_size / config.round_size)
+    """How many computations of a config keep all workers busy, asked each time, since workers may join."""
+    return lambda: at_once(workers.num_workers, config)
+
+
+def at_once(num_workers: int, config: ComputeConfig) -> int:
+    """How many computations of a config keep so many workers busy: one more than have a block for each."""
+    return 1 + ceil(num_workers * config.block_size / config.round_size)

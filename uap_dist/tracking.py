@@ -124,6 +124,12 @@ class Tracker:
         if record.step not in self._delivered:
             self._outbox.put(record)
 
+    def log_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Metrics that belong to no round."""
+        now = time.time_ns() // 1_000_000
+        with _answering(self.uri):
+            self._client.log_batch(self.run_id, metrics=[Metric(key, value, now, 0) for key, value in metrics.items()])
+
     def wait_for_delivery(self, timeout_s: float) -> None:
         """Return when every round's metrics have arrived.
 
@@ -165,7 +171,7 @@ class Tracker:
                 metrics=[Metric(key, value, now, step) for key, value in metrics.items() if key not in known],
                 tags=[RunTag(key, str(value)) for key, value in tags.items()],
             )
-            self.set_tag("mlflow.note.content", markdown)
+            self.describe(markdown)
             for path in sorted(folder.iterdir()):
                 if path.name not in leave_out:
                     self._client.log_artifact(self.run_id, str(path))
@@ -215,6 +221,10 @@ class Tracker:
         """A tag of the run."""
         with _answering(self.uri):
             self._client.set_tag(self.run_id, key, value)
+
+    def describe(self, markdown: str) -> None:
+        """What the run's page says at its top."""
+        self.set_tag("mlflow.note.content", markdown)
 
     def register(self, artifact: str, name: str) -> str:
         """Make an artifact (file or folder) a version of a model in MLflow's registry, unless it is one; its address there."""

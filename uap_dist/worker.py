@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
@@ -120,6 +121,16 @@ class Normals:
     num_left_out: int
 
 
+@dataclass(frozen=True)
+class Resources:
+    """Of a worker: bytes of its process, of decoded images among them, of its GPU at most; CPUs of its machine."""
+
+    process_bytes: int
+    decoded_bytes: int
+    gpu_bytes: int
+    num_cpus: int
+
+
 class Worker:
     """Blocks of shards in, sums and labels out."""
 
@@ -209,6 +220,15 @@ class Worker:
         """Sum of the examples' images, C×H×W int64."""
         total: np.ndarray = self.pixels(examples).sum(0, dtype=np.int64)
         return total
+
+    def resources(self, examples: Examples) -> Resources:
+        """What it has used so far, and what its machine has."""
+        return Resources(
+            process_bytes=psutil.Process().memory_info().rss,
+            decoded_bytes=self._cache.memory_bytes,
+            gpu_bytes=torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0,
+            num_cpus=os.cpu_count() or 1,
+        )
 
     def _solve_log_odds(self, pixels: Tensor, perturbation: Tensor, labels: Tensor, solver: Solver) -> BlockResult:
         found = log_odds_sum(self.classifier, pixels, perturbation, labels, margin=solver.margin)

@@ -1,0 +1,294 @@
+import json
+from collections import Counter
+from dataclasses import replace
+from math import ceil
+
+import pytest
+from conftest import TINY, random_samples, tiny_worker
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_job import data, finish, job_options, runs, start, write_plan
+
+from uap_dist.checkpoint import Checkpoint, CheckpointStore, JobRecord
+from uap_dist.compute import ComputeConfig, State, compute
+from uap_dist.dataset import LocalWorkers
+from uap_dist.errors import ConfigError, ShardError
+from uap_dist.fleet import FleetConfig
+from uap_dist.plan import Costs, ShardSizes, Span, count_work, plan_fleet
+from uap_dist.plan_report import Plan, Spent, fleet_sizes, read_plan
+from uap_dist.shard_sizes import count_bytes, read_indexes
+from uap_dist.shards import expand_patterns, write_shards
+from uap_dist.trial import try_out
+from uap_dist.update import Iterate
+
+CONFIGS = {
+    "passes": {"max_passes": 3},
+    "budget": {"max_evaluations": 260},
+    "glances": {"max_passes": 30},
+    "all images every other pass": {"max_passes": 5, "evaluate_every": 2},
+    "blocks of one": {"max_passes": 1, "round_size": 7, "block_size": 1},
+    "one big round": {"max_passes": 2, "round_size": 100, "block_size": 25},
+}
+
+
+class CountingWorkers(LocalWorkers):
+    """A real worker that remembers what it was asked for: method, and examples of each task."""
+
+    def __init__(self, worker):
+        super().__init__(worker)
+        self.calls = []
+
+    def map(self, method, tasks, *shared):
+        self.calls.append((method, [len(task.keys) for task in tasks]))
+        return super().map(method, tasks, *shared)
+
+    def examples(self, method):
+        return sum(sum(sizes) for name, sizes in self.calls if name == method)
+
+
+def sizes_of(dataset, num_bytes=1000):
+    return ShardSizes(tuple(dataset.sizes), tuple(dataset.sizes), tuple(num_bytes for _ in dataset.sizes))
+
+
+@pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS)
+def test_the_work_that_is_counted_is_the_work_that_is_done(tiny_data, options):
+    config = ComputeConfig(**{"round_size": 10, "block_size": 5, "seed": 3} | options)
+    work = count_work(*map(sizes_of, tiny_data), config)
+    workers = CountingWorkers(tiny_worker())
+    *_, final = compute(workers, *tiny_data, config)
+    assert work.num_evaluations == Span.exactly(final.num_evaluations)
+    assert (work.num_rounds, work.num_solves) == (final.round_number + 1, final.num_solves)
+    assert work.rounds == Counter(len(sizes) for name, sizes in workers.calls if name == "solve")
+    labels, random = sum(data.num_examples for data in tiny_data), tiny_data[1].num_examples
+    assert work.num_classified == labels + workers.examples("classify") + random
+
+
+@pytest.mark.parametrize("options", [{"max_passes": 2}, {"max_evaluations": 600}], ids=["passes", "budget"])
+def test_the_papers_rule_costs_what_its_solves_are_said_to(tiny_data, options):
+    config = ComputeConfig(rule="paper", round_size=10, block_size=5, **options)
+    workers = CountingWorkers(tiny_worker())
+    *_, final = compute(workers, *tiny_data, config)
+    mean = (final.num_evaluations - tiny_data[0].num_examples) / final.num_solves
+    work = count_work(*map(sizes_of, tiny_data), config, evaluations_per_solve=Span(mean, 1, 2 * mean))
+    assert work.num_evaluations.expected == pytest.approx(final.num_evaluations, rel=0.1)
+    is_budget = "max_evaluations" in options
+    assert (
+        work.num_evaluations.low < work.num_evaluations.expected
+    ) != is_budget  # a budget is spent whatever one costs
+    assert work.num_rounds == pytest.approx(final.round_number + 1, abs=is_budget)
+
+
+def free(**seconds):
+    """Costs of which only those given are any."""
+    nothing = Span.exactly(0.0)
+    spans = dict.fromkeys(("start", "decode", "classify", "evaluation", "driver", "report"), nothing) | seconds
+    return Costs(1, **spans, evaluations_per_solve=Span.exactly(2), worker_bytes=0, gpu_bytes=0, image_bytes=768)
+
+
+def planned(config, costs, num_workers, num_perturbations=1, cache_bytes=1 << 40, images=(60, 60, 60, 60)):
+    sizes = ShardSizes(images, images, tuple(1000 * n for n in images))
+    work = count_work(sizes, sizes, config, num_perturbations=num_perturbations)
+    return plan_fleet(work, costs, config, num_workers=num_workers, memory_bytes=cache_bytes, disk_bytes=0)
+
+
+@given(num_workers=st.integers(1, 100), blocks_per_round=st.integers(1, 20), num_rounds=st.integers(1, 12))
+@settings(max_examples=30, deadline=None)
+def test_a_round_is_solved_in_waves_of_as_many_blocks_as_there_are_workers(num_workers, blocks_per_round, num_rounds):
+    config = ComputeConfig(round_size=6 * blocks_per_round, block_size=6, max_passes=1)
+    whole, rest = divmod(40, blocks_per_round)  # 240 images
+    waves = whole * ceil(blocks_per_round / num_workers) + ceil(rest / num_workers)
+    fleet = planned(config, free(evaluation=Span.exactly(1.0)), num_workers)
+    seconds = 12 * waves
+    assert fleet.parts["rounds"].expected == pytest.approx(seconds, rel=0.01)  # 2 ms for each block's dispatch
+    assert fleet.idle == pytest.approx(1 - 12 * 40 / num_workers / seconds, abs=0.01)
+
+
+@given(num_workers=st.integers(1, 64), num_perturbations=st.integers(1, 40))
+@settings(max_examples=30, deadline=None)
+def test_a_pool_fills_the_gaps_and_no_worker_makes_it_slower(num_workers, num_perturbations):
+    config = ComputeConfig(round_size=24, block_size=6, max_passes=1)
+    costs = free(evaluation=Span.exactly(1.0))
+    rounds = [
+        planned(config, costs, n, num_perturbations).parts["rounds"].expected for n in (num_workers, num_workers + 1)
+    ]
+    alone = planned(config, costs, num_workers).parts["rounds"].expected
+    assert rounds[1] <= rounds[0] + 1e-9
+    work_alone = 12 * 40
+    assert rounds[0] >= max(alone, num_perturbations * work_alone / num_workers) - 1e-9
+    assert rounds[0] <= num_perturbations * alone + 1e-9
+
+
+def test_a_pool_of_as_many_as_run_at_once_leaves_no_worker_idle():
+    config = ComputeConfig(round_size=24, block_size=6, max_passes=1)
+    costs = free(evaluation=Span.exactly(1.0))
+    assert planned(config, costs, 16).idle == pytest.approx(0.75, abs=0.01)
+    assert planned(config, costs, 16, num_perturbations=5).idle == pytest.approx(0, abs=0.01)
+    assert planned(config, costs, 16, num_perturbations=10).parts["rounds"].expected == pytest.approx(
+        2 * planned(config, costs, 16, num_perturbations=5).parts["rounds"].expected, rel=0.01
+    )
+
+
+def test_images_that_no_cache_holds_are_read_again_for_each_block():
+    config = ComputeConfig(round_size=24, block_size=6, max_passes=2)
+    costs = free(evaluation=Span.exactly(1.0), decode=Span.exactly(0.1))
+    roomy, tight = (planned(config, costs, 1, cache_bytes=size) for size in (1 << 40, 0))
+    assert roomy.read_bytes == Span.exactly(480_000) and roomy.worker_bytes == 480 * 768
+    assert tight.read_bytes.expected == 480_000 + 80 * 60_000 and tight.worker_bytes == 0
+    assert tight.parts["rounds"].low == pytest.approx(roomy.parts["rounds"].low + 480 * 0.1)
+    assert tight.parts["rounds"].high == pytest.approx(roomy.parts["rounds"].high + 80 * 60 * 0.1)
+
+
+def test_a_shard_of_which_a_few_images_take_part_is_decoded_whole():
+    costs = free(decode=Span.exactly(1.0))
+    few, rest = ShardSizes((30,), (1000,), (5000,)), ShardSizes((10,), (10,), (50,))
+    config = ComputeConfig(max_passes=1)
+    fleet = plan_fleet(count_work(few, rest, config), costs, config, num_workers=1, memory_bytes=1 << 40, disk_bytes=0)
+    assert fleet.parts["decoding"].expected == 1010 and fleet.cached_bytes == 1010 * 768
+
+
+@given(num_workers=st.integers(1, 5000))
+def test_sizes_worth_a_line_end_with_the_one_asked_for(num_workers):
+    sizes = fleet_sizes(num_workers, num_workers)
+    assert sizes[-1] == num_workers and sizes == sorted(set(sizes)) and (sizes[0] == 1)
+    assert fleet_sizes(3, 12) == [3, 4, 8, 12]
+
+
+def test_a_plan_fits_a_screen_and_says_what_idles_and_what_it_costs():
+    config = ComputeConfig(round_size=24, block_size=6, max_passes=1)
+    costs = free(evaluation=Span.exactly(90.0), start=Span.once(60.0))
+    sizes = ShardSizes((60,) * 4, (60,) * 4, (1000,) * 4, is_estimated=True)
+    work = count_work(sizes, sizes, config)
+    fleets = [plan_fleet(work, costs, config, num_workers=n, memory_bytes=1, disk_bytes=0) for n in (1, 16)]
+    plan = Plan({"model": "m"}, config, work, fleets, (1,), 1, 1.0, 1 / 2**30, 0.0, 2.5)
+    text = plan.summary()
+    assert "240 solves, 720 network evaluations; 1,200 images classified" in text
+    assert "| GPU-hours | price |" in text and "| 16 | 3:01:00 | 3:00:48–3:01:15 | 48.3 (48.2–48.3) | 120.67 (" in text
+    assert "at most 4 blocks (--round-size 24, --block-size 6), so 12 of 16 workers have nothing to do" in text
+    assert "a pool of 5 (--num-perturbations) would keep all 16 busy" in text
+    assert "more than --cache-gib" in text and "about 240 training and 240 held-out images by their bytes" in text
+    assert len(text.splitlines()) < 25 and all(len(line) < 400 for line in text.splitlines())
+    assert json.loads(json.dumps(plan.result()))["fleets"][-1]["price"]["expected"] == pytest.approx(120.67, abs=0.01)
+    shared = replace(plan, gpus_per_worker=0.25).result()["fleets"][-1]
+    assert shared["price"]["expected"] == pytest.approx(120.67 / 4, abs=0.01)
+
+
+def test_shards_are_weighed_and_counted_without_being_read(shards, tmp_path, s3):
+    urls = expand_patterns([str(shards / "train-*.tar"), str(shards / "val-*.tar")])
+    assert count_bytes(urls) == [(shards / name.rpartition("/")[2]).stat().st_size for name in urls]
+    assert [read_indexes(urls)[url] for url in urls] == [20, 20, 7, 20]
+    from pyarrow import fs
+
+    store, folder = fs.FileSystem.from_uri(f"s3://bucket/weighed?{s3}")
+    fs.copy_files(str(shards), folder, destination_filesystem=store)
+    remote = expand_patterns([f"s3://bucket/weighed/train-*.tar?{s3}"])
+    assert count_bytes(remote) == count_bytes(urls[:3]) and list(read_indexes(remote).values()) == [20, 20, 7]
+    write_shards(random_samples(3, seed=1), tmp_path, prefix="own", shard_size=3)
+    (tmp_path / "own-index.json").write_text('["of another program"]')
+    own = expand_patterns([str(tmp_path / "own-*.tar")])
+    assert read_indexes(own) == {} and count_bytes(own) == [(tmp_path / "own-0000.tar").stat().st_size]
+    with pytest.raises(ShardError, match="no shard .*own-0001.tar"):
+        count_bytes([str(tmp_path / "own-0001.tar")])
+
+
+@pytest.mark.parametrize("rule", ["log-odds", "paper"])
+def test_a_trial_reads_two_shards_and_tells_what_everything_costs(shards, rule):
+    workers, kept = CountingWorkers(tiny_worker()), []
+    urls = expand_patterns([str(shards / "train-*.tar")])
+    trial = try_out(
+        workers,
+        urls,
+        ComputeConfig(rule=rule, round_size=10, block_size=5, max_evaluations=1),  # which the whole run would refuse
+        start_s=3.0,
+        keep=lambda report, history: kept.append(len(history)),
+    )
+    costs = trial.costs
+    assert trial.num_images == (20, 20) and costs.image_bytes == 768 and 1 << 20 < costs.worker_bytes < 1 << 34
+    assert kept == list(range(1, len(kept) + 1)) and len(kept) >= 5
+    assert 3.0 <= costs.start.expected < 10 and costs.report.expected > 0
+    for span in (costs.decode, costs.classify, costs.evaluation, costs.driver):
+        assert 0 < span.low <= span.expected <= span.high < 1
+    assert (costs.evaluations_per_solve.expected == 2) == (rule == "log-odds")
+
+
+def test_what_a_trial_commits_goes_away(tmp_path, s3):
+    state = State(Iterate.zero((3, 4, 4)))
+    for location in (str(tmp_path / "trial"), f"s3://bucket/trial?{s3}"):
+        with CheckpointStore(location) as store:
+            store.prepare()
+            store.commit(Checkpoint(JobRecord("run", {}, {}, {}), state, ()))
+            store.wait()
+            assert store.find_newest() is not None
+            store.remove()
+            assert store.find_newest() is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_trial_takes_more_shards_where_two_hold_no_block(tmp_path):
+    write_shards(random_samples(12, seed=1), tmp_path, prefix="small", shard_size=2)
+    urls = expand_patterns([str(tmp_path / "small-*.tar")])
+    config = ComputeConfig(round_size=5, block_size=5, max_passes=1)
+    trial = try_out(LocalWorkers(tiny_worker()), urls, config, start_s=0.0, keep=lambda report, history: None)
+    assert trial.num_images == (2, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"plan": True, "resume": "x"}, "--plan plans a run from its beginning; leave out --resume"),
+        ({"plan": True, "planned": "plan.json"}, "--plan makes what --planned takes"),
+        ({"price_per_gpu_hour": 2.0}, "--price-per-gpu-hour belongs to --plan"),
+        ({"price_per_gpu_hour": -2.0, "plan": True}, "price per gpu hour is -2.0; it must be positive"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        job_options(**options)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot read a plan from --planned .*: No such file"),
+        ("{", "it is none; give the plan.json of --plan"),
+        ('{"fooling": 1}', "it is none; give the plan.json of --plan"),
+    ],
+)
+def test_what_is_no_plan_is_refused(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "plan.json").write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        read_plan(tmp_path / "plan.json", {})
+
+
+def test_a_plan_of_another_job_is_refused_and_what_differs_is_named(tmp_path):
+    job = job_options(compute=ComputeConfig(max_evaluations=3000)).costly()
+    write_plan(tmp_path / "plan.json", job)
+    assert read_plan(tmp_path / "plan.json", job)["planned/seconds"] == 60
+    other = job_options(compute=ComputeConfig(max_evaluations=8000), num_perturbations=2).costly()
+    message = "of another job: max_evaluations was 3000, is 8000; num_perturbations was 1, is 2; plan again"
+    with pytest.raises(ConfigError, match=message):
+        read_plan(tmp_path / "plan.json", other)
+
+
+def test_a_resumed_run_does_not_pretend_to_know_its_time():
+    spent = Spent.of([{"num_evaluations": 10, "num_solves": 5}] * 2, 4, None)
+    assert spent.metrics() == {"actual/evaluations": 20, "actual/solves": 10} and spent.beside({}) == ""
+
+
+def test_a_plan_is_a_run_in_mlflow_and_a_file_for_the_run_that_is_planned(shards, tmp_path):
+    options = ("--round-size", "10", "--block-size", "5", "--max-passes", "3", "--num-val-images", "15")
+    code, out, err = finish(start(tmp_path, *data(shards), *options, "--plan", "--output", "plan"))
+    assert code == 0, err
+    assert "15 rounds of 2 blocks, 141 solves, 329 network evaluations" in out and "| worker-hours |" in out
+    _, (run,) = runs(tmp_path)
+    assert run.info.run_name == "tiny.py-Tiny-linf-seed0-plan" and run.info.status == "FINISHED"
+    assert not list(tmp_path.glob("checkpoints/*"))
+    plan = json.loads((tmp_path / "plan/plan.json").read_text())
+    assert plan["num_val_images"] == 15 and not plan["images_are_estimated"]
+    assert run.data.metrics["planned/evaluations"] == 329
+    assert 1 < run.data.metrics["planned/seconds"] == plan["fleets"][0]["seconds"]["expected"] < 150
+    train, _, val = data(shards)[1:]
+    config = ComputeConfig(round_size=10, block_size=5, max_passes=3)
+    planned = {"model": TINY, "train_shards": (train,), "val_shards": (val,), "num_val_images": 15, "compute": config}
+    job = job_options(**planned, fleet=FleetConfig(num_workers=1)).costly()
+    assert read_plan(tmp_path / "plan/plan.json", job)["planned/solves"] == 141
