@@ -2,13 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check wheel clean
+.PHONY: demo test test-slow check wheel clean
 
 demo: .venv/demo
 	$(BIN)/python jobs/compute.py
 
 test: .venv/test check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-slow: .venv/test
+	$(BIN)/python -m pytest -m slow
 
 check: .venv/test
 	$(BIN)/ruff check .

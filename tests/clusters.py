@@ -83,8 +83,8 @@ class RayCluster:
         return self._find(lambda p: p.name().startswith(("ray::UapWorker", "ray::worker-")))
 
     def kill_node(self) -> None:
-        """As a spot market does: SIGKILL to a raylet and all that runs below it."""
-        raylet = self.raylets()[-1]
+        """SIGKILL to the raylet of the oldest node but the head, and to all that runs below it."""
+        raylet = self.raylets()[1]
         for process in [raylet, *raylet.children(recursive=True)]:
             with suppress(psutil.NoSuchProcess):
                 process.kill()

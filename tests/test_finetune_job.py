@@ -120,6 +120,7 @@ def learn(number, task, folder):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_kills_change_no_bit_of_the_network(disturbed, weights, data, pool, tmp_path):
     folder, *_ = disturbed
     workers = LocalWorkers(Worker(load_classifier(SLOW, weights), cache_bytes=1 << 30, num_threads=1))
@@ -136,6 +137,7 @@ def test_kills_change_no_bit_of_the_network(disturbed, weights, data, pool, tmp_
         assert all(row[name] == value for name, value in record.metrics.items() if "second" not in name)
 
 
+@pytest.mark.slow
 def test_no_epoch_was_repeated_or_lost_in_mlflow(disturbed):
     folder, run_id, killed = disturbed
     client, found = runs(folder)
@@ -152,6 +154,7 @@ def test_no_epoch_was_repeated_or_lost_in_mlflow(disturbed):
     assert job.data.metrics["after/fooling_rate_fresh"] < job.data.metrics["before/fooling_rate_fresh"]
 
 
+@pytest.mark.slow
 def test_the_fresh_pool_is_that_of_the_tuned_network_by_the_same_config(disturbed, data):
     folder, *_ = disturbed
     fresh = PerturbationPool.load(folder / "out/repetitions/1/fresh-pool/pool")
@@ -161,6 +164,7 @@ def test_the_fresh_pool_is_that_of_the_tuned_network_by_the_same_config(disturbe
     assert [member["seed"] for member in fresh.members] == [3, 4]
 
 
+@pytest.mark.slow
 def test_the_table_is_what_jobs_evaluate_says(disturbed):
     folder, *_ = disturbed
     rows = {(r["network"], r["group"]): r for r in json.loads((folder / "out/result.json").read_text())["comparisons"]}
@@ -176,6 +180,7 @@ def test_the_table_is_what_jobs_evaluate_says(disturbed):
     assert {p.name for p in (folder / "out/pictures").iterdir()} == {"1-transfer-held-out.png", "2-epochs.png"}
 
 
+@pytest.mark.slow
 def test_the_model_in_mlflow_takes_pixels(disturbed):
     import mlflow
 

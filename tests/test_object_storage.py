@@ -345,6 +345,7 @@ def list_names(location):
     return [info.path.removeprefix(f"{path}/") for info in infos if info.is_file]
 
 
+@pytest.mark.slow
 def test_a_job_lives_on_a_store_that_fails_and_is_resumed_from_it(store, s3, put, shards, tmp_path):
     """Shards, network, checkpoints and results on S3; each object is cut once, and every 20th answer an error; killed once."""
     for path in shards.glob("*.tar"):
@@ -390,6 +391,7 @@ def test_a_job_lives_on_a_store_that_fails_and_is_resumed_from_it(store, s3, put
         assert torch.equal(v, final.perturbation)
 
 
+@pytest.mark.slow
 def test_a_job_that_may_not_write_to_its_storage_ends_before_any_work(store, shards, tmp_path):
     store.fault = lambda method, path: ("status", 403) if method in ("PUT", "POST") else None
     data = ("--train-shards", str(shards / "train-*.tar"), "--val-shards", str(shards / "val-*.tar"))
