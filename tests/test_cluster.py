@@ -19,7 +19,18 @@ from uap_dist.dataset import LocalWorkers, load_dataset
 pytestmark = pytest.mark.slow
 JOB = Path(__file__).parents[1] / "jobs/compute.py"
 CONFIG = ComputeConfig(round_size=12, block_size=4, max_passes=150, radius=20.0, evaluate_every=150)
-OPTIONS = ("--round-size", "12", "--block-size", "4", "--max-passes", "150", "--radius", "20", "--evaluate-every", "150")
+OPTIONS = (
+    "--round-size",
+    "12",
+    "--block-size",
+    "4",
+    "--max-passes",
+    "150",
+    "--radius",
+    "20",
+    "--evaluate-every",
+    "150",
+)
 
 
 def start(cluster, folder, *options):

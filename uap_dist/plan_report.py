@@ -112,10 +112,10 @@ class Plan:
             ),
             **({} if price is None else {"price": _between(price, "{:.2f}")}),
             "read, GiB": _between(read, "{:.2g}"),
-            "by each": f"{read.expected / fleet.num_workers:.2g}",
-            "memory of each": f"{fleet.worker_bytes / GIB:.1f}",
-            "decoded images": f"{fleet.cached_bytes / GIB:.2g}",
-            **({"GPU memory": f"{fleet.gpu_bytes / GIB:.1f}"} if self.gpus_per_worker else {}),
+            "by each, GiB": f"{read.expected / fleet.num_workers:.2g}",
+            "memory of each, GiB": f"{fleet.worker_bytes / GIB:.1f}",
+            "decoded images, GiB": f"{fleet.cached_bytes / GIB:.2g}",
+            **({"GPU memory, GiB": f"{fleet.gpu_bytes / GIB:.1f}"} if self.gpus_per_worker else {}),
             "idle in rounds": f"{fleet.idle:.0%}",
         }
 
