@@ -8,6 +8,7 @@ if "RAY_ADDRESS" not in os.environ:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import logging
+import socket
 from dataclasses import dataclass
 
 import ray
@@ -15,6 +16,7 @@ import ray
 from uap_dist.errors import ConfigError
 
 LOCAL = "local"
+ANSWER_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,24 @@ def connect() -> None:
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS", LOCAL)
+    _check_answers(address)
     include_dashboard = False if address == LOCAL else None
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=include_dashboard)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        hint = "" if "RAY_AUTH_MODE" in os.environ else "; if it has token authentication, set RAY_AUTH_MODE=token"
+        has_token = os.environ.get("RAY_AUTH_MODE") == "token"
+        hint = "" if has_token else "; if it has token authentication, set RAY_AUTH_MODE=token"
         raise ConfigError(f"cannot join the Ray cluster at {address} (RAY_ADDRESS): {error}{hint}") from error
+
+
+def _check_answers(address: str) -> None:
+    """Ray itself would try a host and port for minutes."""
+    host, _, port = address.rpartition(":")
+    if "://" not in address and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=ANSWER_TIMEOUT_S).close()
+        except OSError as error:
+            raise ConfigError(f"no Ray cluster answers at {address} (RAY_ADDRESS): {error}") from error
 
 
 def can_grow() -> bool:

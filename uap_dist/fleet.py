@@ -502,7 +502,8 @@ class Fleet:
             )
         self.machines.add(machine)
         if self._ready.is_set():
-            logger.info("%s joins; %d of %d are there", member.name, len(self._idle), self.num_asked)
+            num_there = len(self._idle) + sum(call.batch is not None for call in self._running.values())
+            logger.info("%s joins; %d of %d are there", member.name, num_there, self.num_asked)
 
     def _dismiss(self, member: _Member, error: Exception) -> None:
         """A worker could not load the classifier: that ends a fleet that begins, and costs a fleet that computes this worker."""
