@@ -1,0 +1,256 @@
+"""Changes of the log-odds rule, tried on held-in images: benchmarks/rules.md, "What was tried".
+
+    python benchmarks/rules_tried.py --network resnet20 --budget 8000 --grid '[{}, {"weight": "sigmoid"}]'
+    python benchmarks/rules_tried.py --table
+
+A loop of its own, short enough to change: one process, a round in one batch. The first entry `{}` is the rule as it is; every other entry
+says what differs. Runs that are in the output already are not repeated. Nothing here looks at the held-out shards.
+"""
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from networks import NETWORKS
+from torch import Tensor
+
+from uap_dist.augment import Augmentation, augment
+from uap_dist.classifiers import Classifier, load_classifier
+from uap_dist.dataset import Dataset, LocalWorkers, classify, fooling_rate, load_dataset
+from uap_dist.deepfool import add_perturbation, log_odds
+from uap_dist.norms import Norm, mean_absolute, project, root_mean_square
+from uap_dist.shards import expand_patterns
+from uap_dist.update import cosine, default_step_size, finish
+from uap_dist.worker import Worker
+
+RADIUS = {"linf": (10.0, 10.0), "l2": (2000.0, 285.7)}  # of 224×224 images, of 32×32 ones: alike per pixel
+MAX_HELD_IN = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """The rule; the defaults are uap_dist's."""
+
+    weight: str = "even"
+    """Of an image's gradient of the log-odds f: even (margin 500), sigmoid σ((f + offset)/width), bell (that sigmoid's slope),
+    entropy (the cross-entropy's, clamped)."""
+    offset: float = 10.0
+    width: float = 5.0
+    clamp: float = 12.0
+    late: bool = False
+    """Weights go over from even to the named ones during the run."""
+    momentum: float = 0.9
+    nesterov: bool = False
+    direction: str = "sign"
+    """sign, adam (divided by the root of a running mean square), soft (m/(|m| + mean |m|)); for l2 plain."""
+    step: float = 1.0
+    """Factor on the default first step."""
+    average: float = 0.0
+    """Share of the last rounds whose iterates are averaged."""
+    drop: float = 0.0
+    """Share of the pixels where v is left out, drawn per image."""
+    augment: Augmentation = "flip-shift"
+    round_size: int = 24
+    num_images: int = 0
+    """That increments are computed from; 0: all of the training part."""
+    skip_dominant: float = 1.0
+    """Images whose clean label is that of so large a share of the network's answers get no weight."""
+    target_bias: float = 0.0
+    """Of log popularity (labels under v so far) added to the other logits: above 0 the most frequent ends attract more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Try entries of a grid, or print what has been tried."""
+
+    network: str = "resnet20"
+    norm: Norm = "linf"
+    budget: int = 8000
+    """Network evaluations, clean labels included."""
+    grid: str = "[{}]"
+    """JSON list of Variant fields, one object an entry."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    table: bool = False
+    data: Path = Path("../shared")
+    output: Path = Path(__file__).with_name("rules_tried.jsonl")
+
+
+def main() -> None:
+    """Run what is missing, then print the table."""
+    options = tyro.cli(Options)
+    if not options.table:
+        run(options)
+    print_table(options)
+
+
+def run(options: Options) -> None:
+    """A line for each entry and seed."""
+    network = NETWORKS[options.network]
+    worker = Worker(load_classifier(*network.locate(options.data)), cache_bytes=8 << 30, num_threads=1)
+    workers = LocalWorkers(worker)
+    urls = expand_patterns([str(options.data / network.train)])
+    shards = [load_dataset(workers, [url]) for url in urls]
+    done = {key(line) for line in lines(options.output)}
+    for seed in options.seeds:
+        parts = shards[seed % len(shards) :] + shards[: seed % len(shards)]
+        for entry in json.loads(options.grid):
+            line = {
+                "network": options.network,
+                "norm": options.norm,
+                "budget": options.budget,
+                "entry": entry,
+                "seed": seed,
+            }
+            if key(line) in done:
+                continue
+            started = time.perf_counter()
+            images = [
+                worker.pixels(part.examples(0, range(part.num_examples))) for part in parts[: network.tune_shards]
+            ]
+            labels = [part.clean.labels for part in parts[: network.tune_shards]]
+            v = compute(
+                worker.classifier, np.concatenate(images), np.concatenate(labels), Variant(**entry), seed, options
+            )
+            line["rate"] = rate(workers, parts[network.tune_shards :], v, MAX_HELD_IN)
+            line["train_rate"] = rate(workers, parts[: network.tune_shards], v, 500)
+            line["seconds"] = round(time.perf_counter() - started, 1)
+            with options.output.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            print(json.dumps(line), flush=True)
+
+
+def rate(workers: LocalWorkers, parts: list[Dataset], v: Tensor, most: int) -> float:
+    """Fooling rate over the first so many images of the parts."""
+    found, count = 0, 0
+    for part in parts:
+        some = part.thin(min(part.num_examples, most - count))
+        if some.num_examples:
+            fooled = fooling_rate(some, classify(workers, some, v.float().numpy()))
+            found, count = found + fooled.num_hits, count + fooled.num_examples
+    return round(found / count, 4)
+
+
+def compute(
+    classifier: Classifier, images: np.ndarray, labels: np.ndarray, variant: Variant, seed: int, options: Options
+) -> Tensor:
+    """V as it is delivered."""
+    count = min(variant.num_images or len(images), len(images))
+    images, labels = images[:count], labels[:count]
+    radius = RADIUS[options.norm][images.shape[-1] <= 32]
+    num_rounds = (options.budget - count) // (2 * variant.round_size)
+    start = variant.step * default_step_size(
+        norm=options.norm, radius=radius, num_values=images[0].size, num_rounds=num_rounds
+    )
+    rng = np.random.default_rng(seed)
+    v = torch.zeros(images.shape[1:], dtype=torch.float64)
+    momentum, square, mean_v = torch.zeros_like(v), torch.zeros_like(v), torch.zeros_like(v)
+    popularity: Tensor | None = None
+    order = np.empty(0, int)
+    for number in range(num_rounds):
+        while len(order) < variant.round_size:
+            order = np.concatenate([order, rng.permutation(count)])
+        rows, order = order[: variant.round_size], order[variant.round_size :]
+        x = torch.tensor(augment(images[rows], variant.augment, rng)).float()
+        shown = v.float().expand_as(x)
+        if variant.drop:
+            shown = shown * torch.tensor(rng.random((len(x), 1, *x.shape[2:])) >= variant.drop)
+        total, popularity = solve(
+            classifier, x, shown, torch.tensor(labels[rows]), number / num_rounds, variant, popularity
+        )
+        total = total / max(mean_absolute(total), 1e-300)
+        momentum = variant.momentum * momentum + total
+        square = 0.99 * square + 0.01 * total.square()
+        ahead = total + variant.momentum * momentum if variant.nesterov else momentum
+        if options.norm == "l2":
+            direction = ahead / root_mean_square(ahead)
+        elif variant.direction == "sign":
+            direction = ahead.sign()
+        elif variant.direction == "adam":
+            direction = ahead / (square / (1 - 0.99 ** (number + 1))).sqrt().clamp(min=1e-9)
+            direction = direction / mean_absolute(direction)
+        else:
+            direction = ahead / (ahead.abs() + mean_absolute(ahead))
+        v = project(v + cosine(start, number, num_rounds) * direction, norm=options.norm, radius=radius)
+        if number >= (1 - variant.average) * num_rounds:
+            mean_v += v
+    if variant.average:
+        v = mean_v / mean_v.abs().max() * radius if options.norm == "linf" else mean_v
+    return finish(project(v, norm=options.norm, radius=radius), norm=options.norm, radius=radius)
+
+
+def solve(
+    classifier: Classifier,
+    x: Tensor,
+    shown: Tensor,
+    labels: Tensor,
+    progress: float,
+    variant: Variant,
+    popularity: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Weighted sum of the gradients (C×H×W float64), and the popularity of labels so far."""
+    with torch.enable_grad():
+        logits, leaf = classifier.linearise(add_perturbation(x, shown))
+        if popularity is None:
+            popularity = torch.full((logits.shape[1],), 1 / logits.shape[1])
+        bias = variant.target_bias * (popularity * logits.shape[1]).clamp(min=1e-3).log()
+        gaps = log_odds(logits + bias, labels)
+        is_dominant = popularity[labels] > variant.skip_dominant
+        weights = torch.where(is_dominant, 0.0, weigh(gaps.detach(), progress, variant))
+        (slopes,) = torch.autograd.grad((weights * gaps).sum(), leaf)
+    popularity = 0.9 * popularity + 0.1 * logits.detach().softmax(1).mean(0)
+    return -classifier.pull_back(slopes.sum(0, keepdim=True), x.shape[1:]).double(), popularity
+
+
+def weigh(gaps: Tensor, progress: float, variant: Variant) -> Tensor:
+    """N weights of log-odds."""
+    even = torch.ones_like(gaps)
+    if variant.weight == "even":
+        return even
+    if variant.weight == "sigmoid":
+        named = torch.sigmoid((gaps + variant.offset) / variant.width)
+    elif variant.weight == "bell":
+        share = torch.sigmoid((gaps + variant.offset) / variant.width)
+        named = 4 * share * (1 - share)
+    else:
+        named = torch.where(gaps > -variant.clamp, torch.sigmoid(-gaps), 0.0)
+    return (1 - progress) * even + progress * named if variant.late else named
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """What has been tried."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def key(line: dict[str, Any]) -> str:
+    """Of a run."""
+    return json.dumps([line["network"], line["norm"], line["budget"], asdict(Variant(**line["entry"])), line["seed"]])
+
+
+def print_table(options: Options) -> None:
+    """A line for each entry: mean, spread, and the paired difference to the rule as it is."""
+    groups: dict[tuple[str, str, int], dict[str, dict[int, dict[str, Any]]]] = {}
+    for line in lines(options.output):
+        group = groups.setdefault((line["network"], line["norm"], line["budget"]), {})
+        group.setdefault(json.dumps(line["entry"]), {})[line["seed"]] = line
+    print("| network, norm, evaluations | what differs | held-in | difference | sd of it | training | seeds |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for (network, norm, budget), entries in groups.items():
+        for entry, runs in sorted(entries.items(), key=lambda item: -mean(run["rate"] for run in item[1].values())):
+            base = entries.get("{}", {})
+            paired = [run["rate"] - base[seed]["rate"] for seed, run in runs.items() if seed in base]
+            spread = f"{stdev(paired):.3f}" if len(paired) > 1 else "–"
+            print(
+                f"| {network}, {norm}, {budget:,} | {entry} | {mean(run['rate'] for run in runs.values()):.3f} "
+                f"| {mean(paired) if paired else float('nan'):+.3f} | {spread} "
+                f"| {mean(run['train_rate'] for run in runs.values()):.3f} | {len(runs)} |"
+            )
+
+
+if __name__ == "__main__":
+    main()
