@@ -47,13 +47,11 @@ def clamped_slope(classifier: Classifier, pixels: Tensor, v: Tensor, labels: Ten
 class CrossEntropyWorker(Worker):
     """Gives the clamped cross-entropy's gradient where ours gives increments: schedule, momentum, steps and corner are our rule's."""
 
-    clamp = CLAMP
-
     def solve(self, examples: Examples, perturbation: np.ndarray, solver: Solver) -> BlockResult:
         """See Worker."""
         views = augment(self.pixels(examples), solver.augmentation, np.random.default_rng(examples.seed))
         pixels, labels = torch.tensor(views, dtype=torch.float32), torch.tensor(examples.labels)
-        slope = clamped_slope(self.classifier, pixels, torch.tensor(perturbation), labels, self.clamp)
+        slope = clamped_slope(self.classifier, pixels, torch.tensor(perturbation), labels, CLAMP)
         return BlockResult(
             total=slope.numpy(), num_examples=len(pixels), num_fooled=0, num_evaluations=2 * len(pixels), sums={}
         )

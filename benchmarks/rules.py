@@ -127,7 +127,7 @@ def main() -> None:
             draw(rows, runs, options.output.with_suffix(".png"))
         return
     for network in dict.fromkeys(row.network for row in rows):
-        measure([row for row in rows if row.network == network], Bench(network, options), options)
+        measure([row for row in rows if row.network == network], options)
 
 
 class Bench:
@@ -178,9 +178,9 @@ def join(parts: list[Dataset]) -> Dataset:
     return replace(parts[0], shards=tuple(shard for part in parts for shard in part.shards), clean=clean)
 
 
-def measure(rows: list[Row], bench: Bench, options: Options) -> None:
+def measure(rows: list[Row], options: Options) -> None:
     """All missing runs of one network: seed by seed within a norm and budget, so that what there is can be compared."""
-    done = read(options.output)
+    bench, done = Bench(rows[0].network, options), read(options.output)
     for some in group(rows):
         for seed, row in product(options.seeds, some):
             if (row, seed) in done:

@@ -9,6 +9,7 @@ says what differs. Runs that are in the output already are not repeated. Nothing
 
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -57,6 +58,11 @@ class Variant:
     """Share of the pixels where v is left out, drawn per image."""
     augment: Augmentation = "flip-shift"
     round_size: int = 24
+    """Of a batch."""
+    local_steps: int = 1
+    """Batches of a block, each a step on the block's own copy of v and momentum."""
+    num_blocks: int = 1
+    """Blocks of a round, whose ends are averaged."""
     num_images: int = 0
     """That increments are computed from; 0: all of the training part."""
     skip_dominant: float = 1.0
@@ -114,9 +120,8 @@ def run(options: Options) -> None:
                 worker.pixels(part.examples(0, range(part.num_examples))) for part in parts[: network.tune_shards]
             ]
             labels = [part.clean.labels for part in parts[: network.tune_shards]]
-            v = compute(
-                worker.classifier, np.concatenate(images), np.concatenate(labels), Variant(**entry), seed, options
-            )
+            images, labels = np.concatenate(images), np.concatenate(labels)
+            v = Trial(worker.classifier, images, labels, Variant(**entry), options.norm).compute(seed, options.budget)
             line["rate"] = rate(workers, parts[network.tune_shards :], v, MAX_HELD_IN)
             line["train_rate"] = rate(workers, parts[: network.tune_shards], v, 500)
             line["seconds"] = round(time.perf_counter() - started, 1)
@@ -136,75 +141,104 @@ def rate(workers: LocalWorkers, parts: list[Dataset], v: Tensor, most: int) -> f
     return round(found / count, 4)
 
 
-def compute(
-    classifier: Classifier, images: np.ndarray, labels: np.ndarray, variant: Variant, seed: int, options: Options
-) -> Tensor:
-    """V as it is delivered."""
-    count = min(variant.num_images or len(images), len(images))
-    images, labels = images[:count], labels[:count]
-    radius = RADIUS[options.norm][images.shape[-1] <= 32]
-    num_rounds = (options.budget - count) // (2 * variant.round_size)
-    start = variant.step * default_step_size(
-        norm=options.norm, radius=radius, num_values=images[0].size, num_rounds=num_rounds
-    )
-    rng = np.random.default_rng(seed)
-    v = torch.zeros(images.shape[1:], dtype=torch.float64)
-    momentum, square, mean_v = torch.zeros_like(v), torch.zeros_like(v), torch.zeros_like(v)
-    popularity: Tensor | None = None
-    order = np.empty(0, int)
-    for number in range(num_rounds):
-        while len(order) < variant.round_size:
-            order = np.concatenate([order, rng.permutation(count)])
-        rows, order = order[: variant.round_size], order[variant.round_size :]
-        x = torch.tensor(augment(images[rows], variant.augment, rng)).float()
-        shown = v.float().expand_as(x)
+@dataclass(frozen=True)
+class State:
+    """What a step starts from; the last two serve variants only: running mean of squares, labels' share of the answers."""
+
+    v: Tensor
+    momentum: Tensor
+    square: Tensor
+    popularity: Tensor
+
+
+class Trial:
+    """One run."""
+
+    def __init__(self, classifier: Classifier, images: np.ndarray, labels: np.ndarray, variant: Variant, norm: Norm):
+        self.classifier, self.variant, self.norm = classifier, variant, norm
+        count = min(variant.num_images or len(images), len(images))
+        self.images, self.labels = images[:count], labels[:count]
+        self.radius = RADIUS[norm][images.shape[-1] <= 32]
+
+    def compute(self, seed: int, budget: int) -> Tensor:
+        """V as it is delivered."""
+        variant = self.variant
+        cost = 2 * variant.round_size * variant.num_blocks * variant.local_steps
+        num_rounds = (budget - len(self.images)) // cost
+        num_steps = num_rounds * variant.local_steps
+        start = variant.step * default_step_size(
+            norm=self.norm, radius=self.radius, num_values=self.images[0].size, num_rounds=num_steps
+        )
+        rng = np.random.default_rng(seed)
+        batches = self.batches(rng)
+        zero = torch.zeros(self.images.shape[1:], dtype=torch.float64)
+        with torch.no_grad():
+            num_classes = self.classifier(torch.tensor(self.images[:1]).float()).shape[1]
+        state = State(zero, zero, zero, torch.full((num_classes,), 1 / num_classes))
+        mean_v = zero
+        for number in range(num_rounds):
+            ends = []
+            for _ in range(variant.num_blocks):
+                end = state
+                for step in range(number * variant.local_steps, (number + 1) * variant.local_steps):
+                    end = self.step(end, next(batches), cosine(start, step, num_steps), step / num_steps, rng)
+                ends.append(end)
+            state = State(
+                *(sum(field) / len(ends) for field in zip(*(vars(end).values() for end in ends), strict=True))
+            )
+            if number >= (1 - variant.average) * num_rounds:
+                mean_v = mean_v + state.v
+        v = state.v
+        if variant.average:
+            v = mean_v / mean_v.abs().max() * self.radius if self.norm == "linf" else mean_v
+        return finish(project(v, norm=self.norm, radius=self.radius), norm=self.norm, radius=self.radius)
+
+    def batches(self, rng: np.random.Generator) -> Iterator[np.ndarray]:
+        """Rows, every image once a pass."""
+        order = np.empty(0, int)
+        while True:
+            while len(order) < self.variant.round_size:
+                order = np.concatenate([order, rng.permutation(len(self.images))])
+            yield order[: self.variant.round_size]
+            order = order[self.variant.round_size :]
+
+    def step(self, state: State, rows: np.ndarray, size: float, progress: float, rng: np.random.Generator) -> State:
+        """One batch's."""
+        variant = self.variant
+        x = torch.tensor(augment(self.images[rows], variant.augment, rng)).float()
+        shown = state.v.float().expand_as(x)
         if variant.drop:
             shown = shown * torch.tensor(rng.random((len(x), 1, *x.shape[2:])) >= variant.drop)
-        total, popularity = solve(
-            classifier, x, shown, torch.tensor(labels[rows]), number / num_rounds, variant, popularity
-        )
+        total, answers = self.solve(x, shown, torch.tensor(self.labels[rows]), progress, state.popularity)
         total = total / max(mean_absolute(total), 1e-300)
-        momentum = variant.momentum * momentum + total
-        square = 0.99 * square + 0.01 * total.square()
+        momentum = variant.momentum * state.momentum + total
+        square = 0.99 * state.square + 0.01 * total.square()
         ahead = total + variant.momentum * momentum if variant.nesterov else momentum
-        if options.norm == "l2":
+        if self.norm == "l2":
             direction = ahead / root_mean_square(ahead)
         elif variant.direction == "sign":
             direction = ahead.sign()
         elif variant.direction == "adam":
-            direction = ahead / (square / (1 - 0.99 ** (number + 1))).sqrt().clamp(min=1e-9)
+            direction = ahead / square.sqrt().clamp(min=1e-9)
             direction = direction / mean_absolute(direction)
         else:
             direction = ahead / (ahead.abs() + mean_absolute(ahead))
-        v = project(v + cosine(start, number, num_rounds) * direction, norm=options.norm, radius=radius)
-        if number >= (1 - variant.average) * num_rounds:
-            mean_v += v
-    if variant.average:
-        v = mean_v / mean_v.abs().max() * radius if options.norm == "linf" else mean_v
-    return finish(project(v, norm=options.norm, radius=radius), norm=options.norm, radius=radius)
+        v = project(state.v + size * direction, norm=self.norm, radius=self.radius)
+        return State(v, momentum, square, 0.9 * state.popularity + 0.1 * answers)
 
-
-def solve(
-    classifier: Classifier,
-    x: Tensor,
-    shown: Tensor,
-    labels: Tensor,
-    progress: float,
-    variant: Variant,
-    popularity: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Weighted sum of the gradients (C×H×W float64), and the popularity of labels so far."""
-    with torch.enable_grad():
-        logits, leaf = classifier.linearise(add_perturbation(x, shown))
-        if popularity is None:
-            popularity = torch.full((logits.shape[1],), 1 / logits.shape[1])
-        bias = variant.target_bias * (popularity * logits.shape[1]).clamp(min=1e-3).log()
-        gaps = log_odds(logits + bias, labels)
-        is_dominant = popularity[labels] > variant.skip_dominant
-        weights = torch.where(is_dominant, 0.0, weigh(gaps.detach(), progress, variant))
-        (slopes,) = torch.autograd.grad((weights * gaps).sum(), leaf)
-    popularity = 0.9 * popularity + 0.1 * logits.detach().softmax(1).mean(0)
-    return -classifier.pull_back(slopes.sum(0, keepdim=True), x.shape[1:]).double(), popularity
+    def solve(
+        self, x: Tensor, shown: Tensor, labels: Tensor, progress: float, popularity: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Weighted sum of the gradients (C×H×W float64), and each label's share of the answers."""
+        with torch.enable_grad():
+            logits, leaf = self.classifier.linearise(add_perturbation(x, shown))
+            bias = self.variant.target_bias * (popularity * logits.shape[1]).clamp(min=1e-3).log()
+            gaps = log_odds(logits + bias, labels)
+            is_dominant = popularity[labels] > self.variant.skip_dominant
+            weights = torch.where(is_dominant, 0.0, weigh(gaps.detach(), progress, self.variant))
+            (slopes,) = torch.autograd.grad((weights * gaps).sum(), leaf)
+        total = -self.classifier.pull_back(slopes.sum(0, keepdim=True), x.shape[1:]).double()
+        return total, logits.detach().softmax(1).mean(0)
 
 
 def weigh(gaps: Tensor, progress: float, variant: Variant) -> Tensor:
