@@ -29,10 +29,11 @@ import numpy as np
 import torch
 import tyro
 from networks import NETWORKS
-from opponents import BATCH, CrossEntropyWorker, sgd_uap
+from opponents import BATCH, LossWorker, clamped_cross_entropy, sgd_uap, smooth_fooling
 from scipy.stats import t as student
 from torch import Tensor
 
+from uap_dist.augment import Augmentation
 from uap_dist.classifiers import load_classifier
 from uap_dist.compute import ComputeConfig, compute
 from uap_dist.dataset import Dataset, LocalWorkers, classify, fooling_rate, load_dataset
@@ -41,17 +42,20 @@ from uap_dist.provenance import git_commit
 from uap_dist.shards import expand_patterns
 from uap_dist.worker import Worker
 
-RULES: dict[str, dict[str, dict[str, Any]]] = {  # what differs from ComputeConfig's defaults, for each norm
-    "ours": {"linf": {}, "l2": {}},
-    "tuned": {"linf": {}, "l2": {}},
-    "published": {"linf": {}, "l2": {}},
-    "paper": {"linf": {"rule": "paper"}, "l2": {"rule": "paper"}},
+RULES = ("ours", "smooth", "tuned", "published", "paper")
+LOSSES = {"smooth": smooth_fooling, "tuned": clamped_cross_entropy}  # in the place of ours
+TITLES = {
+    "ours": "ours",
+    "smooth": "ours, smoothed rate",
+    "tuned": "SGD-UAP, tuned",
+    "published": "SGD-UAP, as published",
+    "paper": "the paper's rule",
 }
-TITLES = {"ours": "ours", "tuned": "SGD-UAP, tuned", "published": "SGD-UAP, as published", "paper": "the paper's rule"}
 RADII: dict[str, dict[Norm, float]] = {  # of 224×224 and of 32×32 images: alike for each pixel
     "imagenet": {"linf": 10.0, "l2": 2000.0},
     "cifar": {"linf": 10.0, "l2": 285.7},
 }
+AUGMENTATIONS: dict[str, Augmentation] = {"imagenet": "flip-shift", "cifar": "none"}  # for tuned and smooth
 BUDGETS = (1_000, 2_000, 4_000, 8_000, 16_000, 32_000)
 SEEDS = (0, 1, 2, 3, 4)
 MAX_LABEL_SHARE = 4  # at most a quarter of the budget pays for clean labels, so small budgets get fewer images
@@ -73,15 +77,19 @@ class Row:
         return f"{self.network}-{self.norm}-{self.budget}-{self.rule}"
 
     @property
-    def radius(self) -> float:
-        """Of the ball, pixels."""
-        return RADII["cifar" if self.network.startswith("resnet") else "imagenet"][self.norm]
+    def collection(self) -> str:
+        """Of images."""
+        return "cifar" if self.network.startswith("resnet") else "imagenet"
 
     @property
     def config(self) -> dict[str, Any]:
         """Fields of ComputeConfig but the seed; of SGD-UAP as published it says norm, radius and budget."""
-        ball = {"norm": self.norm, "radius": self.radius, "max_evaluations": self.budget}
-        return ball | RULES[self.rule][self.norm]
+        config = {"norm": self.norm, "radius": RADII[self.collection][self.norm], "max_evaluations": self.budget}
+        if self.rule == "paper":
+            config["rule"] = "paper"
+        if self.rule in LOSSES:
+            config["augment"] = AUGMENTATIONS[self.collection]
+        return config
 
 
 ROWS = [
@@ -141,12 +149,9 @@ class Bench:
         """Ours."""
         return Worker(load_classifier(*self.network.locate(self.data)), cache_bytes=8 << 30, num_threads=1)
 
-    @cached_property
-    def opponent(self) -> Worker:
-        """Of SGD-UAP tuned."""
-        worker = CrossEntropyWorker(self.worker.classifier, cache_bytes=8 << 30, num_threads=1)
-        worker.adopt(self.worker)
-        return worker
+    def worker_of(self, rule: str) -> Worker:
+        """With the loss of that rule."""
+        return LossWorker(self.worker, LOSSES[rule]) if rule in LOSSES else self.worker
 
     @cached_property
     def shards(self) -> list[Dataset]:
@@ -204,11 +209,13 @@ def run(row: Row, seed: int, train: Dataset, bench: Bench) -> tuple[Tensor, int]
         pixels = [bench.worker.pixels(train.examples(s, range(n))) for s, n in enumerate(train.sizes)]
         x, labels = torch.tensor(np.concatenate(pixels)).float(), torch.tensor(train.clean.labels)
         spent = len(x)
-        for v, cost in sgd_uap(bench.worker.classifier, x, labels, seed=seed, norm=row.norm, radius=row.radius):
+        for v, cost in sgd_uap(
+            bench.worker.classifier, x, labels, seed=seed, norm=row.norm, radius=row.config["radius"]
+        ):
             spent += cost
             if spent + 2 * BATCH > row.budget:
                 return v, spent
-    workers = LocalWorkers(bench.opponent if row.rule == "tuned" else bench.worker)
+    workers = LocalWorkers(bench.worker_of(row.rule))
     glance = train.thin(1)  # held-in and held-out rates are measured by the caller
     *_, final = compute(workers, train, glance, ComputeConfig(seed=seed, **row.config))
     return final.perturbation, final.num_evaluations

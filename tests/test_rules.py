@@ -44,7 +44,7 @@ def read(options):
 
 
 def test_every_rule_is_measured_once_for_each_seed_within_its_budget(options):
-    rules.measure(rows()[:2], options)
+    rules.measure(rows()[:1], options)
     rules.measure(rows(), options)
     lines = read(options)
     assert sorted((line["rule"], line["seed"]) for line in lines) == sorted((r, s) for r in rules.RULES for s in (0, 1))
@@ -56,13 +56,13 @@ def test_every_rule_is_measured_once_for_each_seed_within_its_budget(options):
 def test_the_table_pairs_by_seed_and_leaves_out_runs_of_another_config(options, monkeypatch):
     rates = {"ours": (0.9, 0.7, 0.8), "tuned": (0.8, 0.6, 0.7)}
     with options.output.open("w") as file:
-        for row in rows()[:2]:
+        for row in (rows()[0], rows()[2]):
             for seed, rate in enumerate(rates[row.rule]):
                 line = rules.row_line(row, seed, BUDGET, 1.0) | {"held_out": rate}
                 file.write(json.dumps(line) + "\n")
     ours, tuned = list(rules.table(rows(), rules.read(options.output), "held_out"))[2:]
     assert "**0.800** ± 0.100 | +0.100 ± 0.000" in ours and "**0.700**" in tuned
-    monkeypatch.setitem(rules.RULES["ours"], "linf", {"margin": 50.0})
+    monkeypatch.setitem(rules.AUGMENTATIONS, "imagenet", "flip")
     assert len(list(rules.table(rows(), rules.read(options.output), "held_out"))[2:]) == 1
 
 
