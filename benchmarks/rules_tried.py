@@ -9,6 +9,7 @@ says what differs. Runs that are in the output already are not repeated. Nothing
 
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from uap_dist.augment import Augmentation, augment
 from uap_dist.classifiers import Classifier, load_classifier
-from uap_dist.dataset import Dataset, LocalWorkers, classify, fooling_rate, load_dataset
+from uap_dist.dataset import Dataset, LocalWorkers, classify, load_dataset
 from uap_dist.deepfool import add_perturbation, log_odds
 from uap_dist.norms import Norm, mean_absolute, project, root_mean_square
 from uap_dist.shards import expand_patterns
@@ -44,6 +45,8 @@ class Variant:
     offset: float = 10.0
     width: float = 5.0
     clamp: float = 12.0
+    relative: bool = False
+    """Offset and width are in units of the batch's mean |f|, not of logits."""
     late: bool = False
     """Weights go over from even to the named ones during the run."""
     momentum: float = 0.9
@@ -122,23 +125,30 @@ def run(options: Options) -> None:
             labels = [part.clean.labels for part in parts[: network.tune_shards]]
             images, labels = np.concatenate(images), np.concatenate(labels)
             v = Trial(worker.classifier, images, labels, Variant(**entry), options.norm).compute(seed, options.budget)
-            line["rate"] = rate(workers, parts[network.tune_shards :], v, MAX_HELD_IN)
-            line["train_rate"] = rate(workers, parts[: network.tune_shards], v, 500)
+            line |= measure(workers, parts[network.tune_shards :], v, MAX_HELD_IN)
+            line["train_rate"] = measure(workers, parts[: network.tune_shards], v, 500)["rate"]
             line["seconds"] = round(time.perf_counter() - started, 1)
             with options.output.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             print(json.dumps(line), flush=True)
 
 
-def rate(workers: LocalWorkers, parts: list[Dataset], v: Tensor, most: int) -> float:
-    """Fooling rate over the first so many images of the parts."""
-    found, count = 0, 0
+def measure(workers: LocalWorkers, parts: list[Dataset], v: Tensor, most: int) -> dict[str, Any]:
+    """Of the first so many images: shares that are fooled, get the most frequent label, and are left of those whose clean label it is."""
+    clean, answers = [], []
     for part in parts:
-        some = part.thin(min(part.num_examples, most - count))
+        some = part.thin(min(part.num_examples, most - sum(map(len, clean))))
         if some.num_examples:
-            fooled = fooling_rate(some, classify(workers, some, v.float().numpy()))
-            found, count = found + fooled.num_hits, count + fooled.num_examples
-    return round(found / count, 4)
+            clean.append(some.clean.labels)
+            answers.append(classify(workers, some, v.float().numpy()).labels)
+    before, after = np.concatenate(clean), np.concatenate(answers)
+    label, count = max(Counter(after.tolist()).items(), key=lambda item: item[1])
+    return {
+        "rate": round(float((after != before).mean()), 4),
+        "most_frequent": int(label),
+        "most_frequent_share": round(count / len(after), 4),
+        "left_of_it": round(float(((after == before) & (before == label)).mean()), 4),
+    }
 
 
 @dataclass(frozen=True)
@@ -244,15 +254,14 @@ class Trial:
 def weigh(gaps: Tensor, progress: float, variant: Variant) -> Tensor:
     """N weights of log-odds."""
     even = torch.ones_like(gaps)
-    if variant.weight == "even":
-        return even
-    if variant.weight == "sigmoid":
-        named = torch.sigmoid((gaps + variant.offset) / variant.width)
-    elif variant.weight == "bell":
-        share = torch.sigmoid((gaps + variant.offset) / variant.width)
-        named = 4 * share * (1 - share)
-    else:
-        named = torch.where(gaps > -variant.clamp, torch.sigmoid(-gaps), 0.0)
+    unit = gaps.abs().mean() if variant.relative else 1.0
+    share = torch.sigmoid((gaps / unit + variant.offset) / variant.width)
+    named = {
+        "even": even,
+        "sigmoid": share,
+        "bell": 4 * share * (1 - share),
+        "entropy": torch.where(gaps > -variant.clamp, torch.sigmoid(-gaps), 0.0),
+    }[variant.weight]
     return (1 - progress) * even + progress * named if variant.late else named
 
 
