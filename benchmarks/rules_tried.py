@@ -32,7 +32,7 @@ from uap_dist.update import cosine, default_step_size, finish
 from uap_dist.worker import Worker
 
 RADIUS = {"linf": (10.0, 10.0), "l2": (2000.0, 285.7)}  # of 224×224 images, of 32×32 ones: alike per pixel
-MAX_HELD_IN = 2000
+MAX_HELD_IN_SHARDS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +67,11 @@ class Variant:
     num_blocks: int = 1
     """Blocks of a round, whose ends are averaged."""
     num_images: int = 0
-    """That increments are computed from; 0: all of the training part."""
+    """That increments are computed from, if need be of more shards; 0: the shards that tune.py computes from."""
     skip_dominant: float = 1.0
     """Images whose clean label is that of so large a share of the network's answers get no weight."""
+    aim: int = -1
+    """A label that all images are sent to: f is then z_y − z_aim, and its own images get no weight."""
     target_bias: float = 0.0
     """Of log popularity (labels under v so far) added to the other logits: above 0 the most frequent ends attract more."""
 
@@ -119,28 +121,25 @@ def run(options: Options) -> None:
             if key(line) in done:
                 continue
             started = time.perf_counter()
-            images = [
-                worker.pixels(part.examples(0, range(part.num_examples))) for part in parts[: network.tune_shards]
-            ]
-            labels = [part.clean.labels for part in parts[: network.tune_shards]]
-            images, labels = np.concatenate(images), np.concatenate(labels)
+            count = network.tune_shards
+            held_in = parts[count : count + MAX_HELD_IN_SHARDS]
+            more = parts[count + MAX_HELD_IN_SHARDS :] if Variant(**entry).num_images else []
+            train = [*parts[:count], *more]
+            images = np.concatenate([worker.pixels(part.examples(0, range(part.num_examples))) for part in train])
+            labels = np.concatenate([part.clean.labels for part in train])
             v = Trial(worker.classifier, images, labels, Variant(**entry), options.norm).compute(seed, options.budget)
-            line |= measure(workers, parts[network.tune_shards :], v, MAX_HELD_IN)
-            line["train_rate"] = measure(workers, parts[: network.tune_shards], v, 500)["rate"]
+            line |= measure(workers, held_in, v)
+            line["train_rate"] = measure(workers, [parts[0].thin(min(500, parts[0].num_examples))], v)["rate"]
             line["seconds"] = round(time.perf_counter() - started, 1)
             with options.output.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             print(json.dumps(line), flush=True)
 
 
-def measure(workers: LocalWorkers, parts: list[Dataset], v: Tensor, most: int) -> dict[str, Any]:
-    """Of the first so many images: shares that are fooled, get the most frequent label, and are left of those whose clean label it is."""
-    clean, answers = [], []
-    for part in parts:
-        some = part.thin(min(part.num_examples, most - sum(map(len, clean))))
-        if some.num_examples:
-            clean.append(some.clean.labels)
-            answers.append(classify(workers, some, v.float().numpy()).labels)
+def measure(workers: LocalWorkers, parts: list[Dataset], v: Tensor) -> dict[str, Any]:
+    """Shares that are fooled, get the most frequent label, and are left of those whose clean label it is."""
+    clean = [part.clean.labels for part in parts]
+    answers = [classify(workers, part, v.float().numpy()).labels for part in parts]
     before, after = np.concatenate(clean), np.concatenate(answers)
     label, count = max(Counter(after.tolist()).items(), key=lambda item: item[1])
     return {
@@ -245,6 +244,9 @@ class Trial:
             bias = self.variant.target_bias * (popularity * logits.shape[1]).clamp(min=1e-3).log()
             gaps = log_odds(logits + bias, labels)
             is_dominant = popularity[labels] > self.variant.skip_dominant
+            if self.variant.aim >= 0:
+                gaps = logits.gather(1, labels[:, None])[:, 0] - logits[:, self.variant.aim]
+                is_dominant = labels == self.variant.aim
             weights = torch.where(is_dominant, 0.0, weigh(gaps.detach(), progress, self.variant))
             (slopes,) = torch.autograd.grad((weights * gaps).sum(), leaf)
         total = -self.classifier.pull_back(slopes.sum(0, keepdim=True), x.shape[1:]).double()
