@@ -13,13 +13,14 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import numpy as np
 import torch
 import tyro
 from networks import NETWORKS
+from rules import interval, spread
 from torch import Tensor
 
 from uap_dist.augment import Augmentation, augment
@@ -278,23 +279,28 @@ def key(line: dict[str, Any]) -> str:
 
 
 def print_table(options: Options) -> None:
-    """A line for each entry: mean, spread, and the paired difference to the rule as it is."""
+    """A line for each entry: mean, spread, and the paired difference to even weights on the same views."""
     groups: dict[tuple[str, str, int], dict[str, dict[int, dict[str, Any]]]] = {}
     for line in lines(options.output):
         group = groups.setdefault((line["network"], line["norm"], line["budget"]), {})
         group.setdefault(json.dumps(line["entry"]), {})[line["seed"]] = line
-    print("| network, norm, evaluations | what differs | held-in | difference | sd of it | training | seeds |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
     for (network, norm, budget), entries in groups.items():
+        print(f"\n{network}, {norm}, {budget:,} evaluations:\n")
+        print("| what differs | held-in rate, mean ± sd | to even weights, paired | training | seeds |")
+        print("| --- | --- | --- | --- | --- |")
         for entry, runs in sorted(entries.items(), key=lambda item: -mean(run["rate"] for run in item[1].values())):
-            base = entries.get("{}", {})
-            paired = [run["rate"] - base[seed]["rate"] for seed, run in runs.items() if seed in base]
-            spread = f"{stdev(paired):.3f}" if len(paired) > 1 else "–"
+            base = {name: value for name, value in json.loads(entry).items() if name == "augment"}
+            even = entries.get(json.dumps(base), {}) if base != json.loads(entry) else {}
             print(
-                f"| {network}, {norm}, {budget:,} | {entry} | {mean(run['rate'] for run in runs.values()):.3f} "
-                f"| {mean(paired) if paired else float('nan'):+.3f} | {spread} "
+                f"| {describe(entry)} | {spread([run['rate'] for run in runs.values()])} "
+                f"| {interval([run['rate'] - even[seed]['rate'] for seed, run in runs.items() if seed in even])} "
                 f"| {mean(run['train_rate'] for run in runs.values()):.3f} | {len(runs)} |"
             )
+
+
+def describe(entry: str) -> str:
+    """In words."""
+    return ", ".join(f"{name} {value}" for name, value in json.loads(entry).items()) or "nothing"
 
 
 if __name__ == "__main__":
