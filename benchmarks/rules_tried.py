@@ -286,16 +286,25 @@ def print_table(options: Options) -> None:
         group.setdefault(json.dumps(line["entry"]), {})[line["seed"]] = line
     for (network, norm, budget), entries in groups.items():
         print(f"\n{network}, {norm}, {budget:,} evaluations:\n")
-        print("| what differs | held-in rate, mean ± sd | to even weights, paired | training | seeds |")
-        print("| --- | --- | --- | --- | --- |")
+        print(
+            "| what differs | held-in rate, mean ± sd | to even weights, paired | training | one label, left of it | seeds |"
+        )
+        print("| --- | --- | --- | --- | --- | --- |")
         for entry, runs in sorted(entries.items(), key=lambda item: -mean(run["rate"] for run in item[1].values())):
             base = {name: value for name, value in json.loads(entry).items() if name == "augment"}
             even = entries.get(json.dumps(base), {}) if base != json.loads(entry) else {}
             print(
                 f"| {describe(entry)} | {spread([run['rate'] for run in runs.values()])} "
                 f"| {interval([run['rate'] - even[seed]['rate'] for seed, run in runs.items() if seed in even])} "
-                f"| {mean(run['train_rate'] for run in runs.values()):.3f} | {len(runs)} |"
+                f"| {mean(run['train_rate'] for run in runs.values()):.3f} | {average_answers(list(runs.values()))} | {len(runs)} |"
             )
+
+
+def average_answers(runs: list[dict[str, Any]]) -> str:
+    """The most frequent label's share of the answers, and the share of images that are not fooled because it is theirs."""
+    if any("left_of_it" not in run for run in runs):
+        return ""
+    return ", ".join(f"{mean(run[name] for run in runs):.2f}" for name in ("most_frequent_share", "left_of_it"))
 
 
 def describe(entry: str) -> str:
