@@ -32,7 +32,11 @@ def sgd_uap(
     v = torch.zeros_like(pixels[0])
     while True:
         for rows in torch.randperm(len(pixels), generator=generator).split(BATCH):
-            slope = ascend(classifier, pixels[rows], v, labels[rows], clamped_cross_entropy)
+            leaf = (
+                v.detach().requires_grad_()
+            )  # through the clip, as published: ours takes slopes at the clipped pixels
+            losses = clamped_cross_entropy(classifier(add_perturbation(pixels[rows], leaf)), labels[rows])
+            (slope,) = torch.autograd.grad(losses.sum(), leaf)
             direction = slope.sign() if norm == "linf" else slope / max(measure(slope, "l2"), 1e-300)
             v = project(v + STEP_DECAY * radius * direction, norm=norm, radius=radius)
             yield v, 2 * len(rows)
