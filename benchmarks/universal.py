@@ -6,15 +6,14 @@
 SqueezeNet 1.0, ℓ∞ 10, 500 training and 500 held-out photographs, one process, one thread. Counted are clean labels and whatever the
 method itself does; measuring held-out rates on the way is not.
 
-SGD-UAP: Shafahi et al., "Universal adversarial training", AAAI 2020, with the constants of github.com/kenny-co/sgd-uap-torch
-(batches of 100, cross-entropy clamped at 12, steps of 0.8 of the radius, start at zero), written again here. Ours is given budgets from
-small to large, since its step depends on them. ART's UniversalPerturbation is given a few images once: a pass over 500 takes hours.
+SGD-UAP is that of opponents.py. Ours is given budgets from small to large, since its step depends on them. ART's
+UniversalPerturbation is given a few images once: a pass over 500 takes hours.
 """
 
 import time
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -22,17 +21,17 @@ import torch
 import tyro
 from deepfool import Counting
 from networks import NETWORKS
+from opponents import BATCH, sgd_uap
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from uap_dist.classifiers import load_classifier
+from uap_dist.classifiers import Classifier, load_classifier
 from uap_dist.compute import ComputeConfig, compute
 from uap_dist.dataset import Dataset, LocalWorkers, classify, fooling_rate, load_dataset
 from uap_dist.fooling import Rate
 from uap_dist.shards import expand_patterns
 from uap_dist.worker import Worker
 
-RADIUS, BATCH, CLAMP, STEP_DECAY = 10.0, 100, 12.0, 0.8
+RADIUS = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +117,7 @@ def by_us(workers: LocalWorkers, train: Dataset, val: Dataset, seed: int, option
 
 
 def by_sgd(
-    classifier: nn.Module,
+    classifier: Classifier,
     workers: LocalWorkers,
     val: Dataset,
     pixels: Tensor,
@@ -132,28 +131,17 @@ def by_sgd(
         for x in pixels.split(BATCH):
             classifier(x)  # the clean labels
     seconds, num_evaluations = time.perf_counter() - started, len(pixels)
-    v = torch.zeros_like(pixels[0])
-    for number, rows in enumerate(batches(len(pixels), seed, options.max_passes), start=1):
+    attempts = sgd_uap(classifier, pixels, labels, seed=seed, norm="linf", radius=RADIUS)
+    num_batches = -(-len(pixels) // BATCH)
+    for _ in range(options.max_passes):
         started = time.perf_counter()
-        delta = v.expand(len(rows), -1, -1, -1).clone().requires_grad_()
-        losses = F.cross_entropy(classifier((pixels[rows] + delta).clamp(0, 255)), labels[rows], reduction="none")
-        (slope,) = torch.autograd.grad(losses.clamp(max=CLAMP).mean(), delta)
-        v = (v + STEP_DECAY * RADIUS * slope.mean(0).sign()).clamp(-RADIUS, RADIUS)
+        *_, (v, _) = islice(attempts, num_batches)
         seconds += time.perf_counter() - started
-        num_evaluations += 2 * len(rows)
-        if number % (len(pixels) // BATCH):
-            continue
+        num_evaluations += 2 * len(pixels)
         rate = fooling_rate(val, classify(workers, val, v.numpy()))
         if rate.rate >= options.rate:
             break
     return Outcome(rate, seconds, num_evaluations)
-
-
-def batches(count: int, seed: int, num_passes: int) -> Iterator[Tensor]:
-    """A new order each pass."""
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(num_passes):
-        yield from torch.randperm(count, generator=generator).split(BATCH)
 
 
 def by_art(classifier: nn.Module, workers: LocalWorkers, val: Dataset, pixels: Tensor, options: Options) -> Outcome:

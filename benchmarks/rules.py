@@ -1,0 +1,316 @@
+"""Fooling rate against network evaluations: ours, the paper's rule, SGD-UAP as published and tuned. See benchmarks/rules.md.
+
+    python benchmarks/rules.py --only 'resnet20-linf-1000-*'     # a part, minutes; without --only all of it, about a day on one core
+    python benchmarks/rules.py --table                           # what has been measured; --held-in: on the images that choose constants
+    python benchmarks/rules.py --picture                         # benchmarks/rules.png
+
+One process, one thread. Runs that are in the output already are not repeated, so it goes on where it was stopped.
+"""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from fnmatch import fnmatch
+from functools import cached_property
+from itertools import groupby, product
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import tyro
+from networks import NETWORKS
+from opponents import BATCH, LossWorker, clamped_cross_entropy, sgd_uap, smooth_fooling
+from scipy.stats import t as student
+from torch import Tensor
+
+from uap_dist.augment import Augmentation
+from uap_dist.classifiers import load_classifier
+from uap_dist.compute import ComputeConfig, compute
+from uap_dist.dataset import Dataset, LocalWorkers, classify, fooling_rate, load_dataset
+from uap_dist.norms import Norm
+from uap_dist.provenance import git_commit
+from uap_dist.shards import expand_patterns
+from uap_dist.worker import Worker
+
+RULES = ("ours", "smooth", "tuned", "published", "paper")
+LOSSES = {"smooth": smooth_fooling, "tuned": clamped_cross_entropy}  # in the place of ours
+TITLES = {
+    "ours": "ours",
+    "smooth": "ours, smoothed rate",
+    "tuned": "SGD-UAP, tuned",
+    "published": "SGD-UAP, as published",
+    "paper": "the paper's rule",
+}
+RADII: dict[str, dict[Norm, float]] = {  # of 224×224 and of 32×32 images: alike for each pixel
+    "imagenet": {"linf": 10.0, "l2": 2000.0},
+    "cifar": {"linf": 10.0, "l2": 285.7},
+}
+AUGMENTATIONS: dict[str, Augmentation] = {"imagenet": "flip-shift", "cifar": "none"}  # for tuned and smooth
+BUDGETS = (1_000, 2_000, 4_000, 8_000, 16_000, 32_000)
+SEEDS = (0, 1, 2, 3, 4)
+MAX_LABEL_SHARE = 4  # at most a quarter of the budget pays for clean labels, so small budgets get fewer images
+MAX_HELD_IN = 1_000
+
+
+@dataclass(frozen=True)
+class Row:
+    """A rule on a network, at a norm and a budget."""
+
+    network: str
+    norm: Norm
+    budget: int
+    rule: str
+
+    @property
+    def name(self) -> str:
+        """As --only selects it."""
+        return f"{self.network}-{self.norm}-{self.budget}-{self.rule}"
+
+    @property
+    def collection(self) -> str:
+        """Of images."""
+        return "cifar" if self.network.startswith("resnet") else "imagenet"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Fields of ComputeConfig but the seed; of SGD-UAP as published it says norm, radius and budget."""
+        config = {"norm": self.norm, "radius": RADII[self.collection][self.norm], "max_evaluations": self.budget}
+        if self.rule == "paper":
+            config["rule"] = "paper"
+        if self.rule in LOSSES:
+            config["augment"] = AUGMENTATIONS[self.collection]
+        return config
+
+
+ROWS = [
+    Row(network, norm, budget, rule)
+    for network, norm, budget, rule in product(
+        ("resnet20", "resnet56", "squeezenet", "lite0"), ("linf", "l2"), BUDGETS, RULES
+    )
+]
+
+
+Runs = dict[tuple[Row, int], dict[str, Any]]  # by row and seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Measure, or show what has been measured."""
+
+    only: tuple[str, ...] = ("*",)
+    """Patterns of the rows to measure or show: network-norm-budget-rule."""
+    seeds: tuple[int, ...] = SEEDS
+    """Of the training images, their order and views."""
+    table: bool = False
+    """Print the table and measure nothing."""
+    held_in: bool = False
+    """The table is of held-in images."""
+    picture: bool = False
+    """Draw benchmarks/rules.png and measure nothing."""
+    data: Path = Path("../shared")
+    """Folder of the images and networks."""
+    output: Path = Path(__file__).with_name("rules.jsonl")
+    """One line of JSON for each run is added here."""
+
+
+def main() -> None:
+    """Measure what is missing, or show what there is."""
+    options = tyro.cli(Options)
+    rows = [row for row in ROWS if any(fnmatch(row.name, pattern) for pattern in options.only)]
+    if options.table or options.picture:
+        runs = read(options.output)
+        if options.table:
+            print("\n".join(table(rows, runs, "held_in" if options.held_in else "held_out")))
+        if options.picture:
+            draw(rows, runs, options.output.with_suffix(".png"))
+        return
+    for network in dict.fromkeys(row.network for row in rows):
+        measure([row for row in rows if row.network == network], options)
+
+
+class Bench:
+    """A network with its images, loaded when they are needed."""
+
+    def __init__(self, network: str, options: Options) -> None:
+        self.network, self.data = NETWORKS[network], options.data
+
+    @cached_property
+    def worker(self) -> Worker:
+        """Ours."""
+        return Worker(load_classifier(*self.network.locate(self.data)), cache_bytes=8 << 30, num_threads=1)
+
+    def worker_of(self, rule: str) -> Worker:
+        """With the loss of that rule."""
+        return LossWorker(self.worker, LOSSES[rule]) if rule in LOSSES else self.worker
+
+    @cached_property
+    def shards(self) -> list[Dataset]:
+        """Of training images."""
+        urls = expand_patterns([str(self.data / self.network.train)])
+        return [load_dataset(LocalWorkers(self.worker), [url]) for url in urls]
+
+    @cached_property
+    def held_out(self) -> Dataset:
+        """As the main job's."""
+        urls = expand_patterns([str(self.data / self.network.val)])
+        return load_dataset(LocalWorkers(self.worker), urls, num_images=self.network.num_val_images)
+
+    def split(self, seed: int) -> tuple[Dataset, Dataset]:
+        """Images to compute from, and held-in ones: other shards for each seed, as in tune.py."""
+        shift = seed % len(self.shards)
+        shards = self.shards[shift:] + self.shards[:shift]
+        train, held_in = join(shards[: self.network.tune_shards]), join(shards[self.network.tune_shards :])
+        return train, held_in.thin(min(MAX_HELD_IN, held_in.num_examples))
+
+
+def join(parts: list[Dataset]) -> Dataset:
+    """One data set of several."""
+    clean = replace(
+        parts[0].clean,
+        labels=np.concatenate([part.clean.labels for part in parts]),
+        confidences=np.concatenate([part.clean.confidences for part in parts]),
+    )
+    return replace(parts[0], shards=tuple(shard for part in parts for shard in part.shards), clean=clean)
+
+
+def measure(rows: list[Row], options: Options) -> None:
+    """All missing runs of one network: seed by seed within a norm and budget, so that what there is can be compared."""
+    bench, done = Bench(rows[0].network, options), read(options.output)
+    for some in group(rows):
+        for seed, row in product(options.seeds, some):
+            if (row, seed) in done:
+                continue
+            train, held_in = bench.split(seed)
+            train = train.thin(min(train.num_examples, row.budget // MAX_LABEL_SHARE))
+            started = time.perf_counter()
+            v, num_evaluations = run(row, seed, train, bench)
+            line = row_line(row, seed, num_evaluations, time.perf_counter() - started)
+            for name, images in (("held_in", held_in), ("held_out", bench.held_out)):
+                found = fooling_rate(images, classify(LocalWorkers(bench.worker), images, v.numpy()))
+                line |= {name: found.rate, f"num_{name}": found.num_examples}
+            with options.output.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            print(row.name, seed, f"held-in {line['held_in']:.3f}", f"{line['seconds']} s", flush=True)
+
+
+def run(row: Row, seed: int, train: Dataset, bench: Bench) -> tuple[Tensor, int]:
+    """V as the rule delivers it, and the network evaluations that it took."""
+    if row.rule == "published":
+        pixels = [bench.worker.pixels(train.examples(s, range(n))) for s, n in enumerate(train.sizes)]
+        x, labels = torch.tensor(np.concatenate(pixels)).float(), torch.tensor(train.clean.labels)
+        spent = len(x)
+        for v, cost in sgd_uap(
+            bench.worker.classifier, x, labels, seed=seed, norm=row.norm, radius=row.config["radius"]
+        ):
+            spent += cost
+            if spent + 2 * BATCH > row.budget:
+                return v, spent
+    workers = LocalWorkers(bench.worker_of(row.rule))
+    glance = train.thin(1)  # held-in and held-out rates are measured by the caller
+    *_, final = compute(workers, train, glance, ComputeConfig(seed=seed, **row.config))
+    return final.perturbation, final.num_evaluations
+
+
+def row_line(row: Row, seed: int, num_evaluations: int, seconds: float) -> dict[str, Any]:
+    """What is kept of a run beside its rates."""
+    return vars(row) | {
+        "seed": seed,
+        "config": row.config,
+        "evaluations": num_evaluations,
+        "seconds": round(seconds, 1),
+        "commit": git_commit(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+    }
+
+
+def read(path: Path) -> Runs:
+    """Runs by row and seed; those of a row whose config has changed since are left out."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    found = {
+        (Row(*(line[name] for name in ("network", "norm", "budget", "rule"))), line["seed"]): line for line in lines
+    }
+    return {key: line for key, line in found.items() if key[0].config == line["config"]}
+
+
+def group(rows: list[Row]) -> Iterator[list[Row]]:
+    """Rows of one network, norm and budget together."""
+    for _, some in groupby(rows, key=lambda row: (row.network, row.norm, row.budget)):
+        yield list(some)
+
+
+def table(rows: list[Row], runs: Runs, images: str) -> Iterator[str]:
+    """Markdown: a line for each row that has runs."""
+    rate = f"{images.replace('_', '-')} fooling rate, mean ± sd"
+    yield f"| network, norm, evaluations | rule | {rate} | to SGD-UAP tuned, paired | seconds | seeds |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    for some in group(rows):
+        for row in some:
+            rates = rates_of(row, runs, images)
+            if not rates:
+                continue
+            tuned = rates_of(replace(row, rule="tuned"), runs, images)
+            differences = [rate - tuned[seed] for seed, rate in rates.items() if seed in tuned]
+            seconds = mean(runs[row, seed]["seconds"] for seed in rates)
+            yield (
+                f"| {row.network}, {row.norm}, {row.budget:,} | {TITLES[row.rule]} | {spread(list(rates.values()))} "
+                f"| {'' if row.rule == 'tuned' else interval(differences)} | {seconds:.0f} | {len(rates)} |"
+            )
+
+
+def rates_of(row: Row, runs: Runs, images: str) -> dict[int, float]:
+    """Fooling rate by seed."""
+    return {seed: runs[row, seed][images] for seed in SEEDS if (row, seed) in runs}
+
+
+def spread(rates: list[float]) -> str:
+    """Mean and standard deviation."""
+    return f"**{mean(rates):.3f}**" + (f" ± {stdev(rates):.3f}" if len(rates) > 1 else "")
+
+
+def interval(differences: list[float]) -> str:
+    """Mean and 95 % interval of Student's t."""
+    if len(differences) < 2:
+        return "–"
+    half = student.ppf(0.975, len(differences) - 1) * stdev(differences) / len(differences) ** 0.5
+    return f"{mean(differences):+.3f} ± {half:.3f}"
+
+
+def draw(rows: list[Row], runs: Runs, path: Path) -> None:
+    """Held-out fooling rate against evaluations: a panel for each network and norm that has runs, the spread of seeds as a band."""
+    panels = list(dict.fromkeys((row.network, row.norm) for row in rows if rates_of(row, runs, "held_out")))
+    columns = min(len(panels), 4)
+    lines = -(-len(panels) // columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(4 * columns, 3.6 * lines), layout="constrained", squeeze=False, sharey=True
+    )
+    for axis, (network, norm) in zip(axes.flat, panels, strict=False):
+        for rule, title in TITLES.items():
+            some = [row for row in rows if (row.network, row.norm, row.rule) == (network, norm, rule)]
+            found = {row.budget: list(rates_of(row, runs, "held_out").values()) for row in some}
+            found = {budget: rates for budget, rates in found.items() if len(rates) > 1}
+            means, sds = ([f(rates) for rates in found.values()] for f in (mean, stdev))
+            (line,) = axis.plot(list(found), means, marker="o", ms=4, label=title)
+            low, high = ([m + sign * sd for m, sd in zip(means, sds, strict=True)] for sign in (-1, 1))
+            axis.fill_between(list(found), low, high, color=line.get_color(), alpha=0.2, lw=0)
+        axis.set(title=f"{network}, {norm}", xscale="log", xlabel="network evaluations", ylim=(0, 1))
+        axis.set_xticks(BUDGETS, [f"{budget // 1000}k" for budget in BUDGETS], minor=False)
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("held-out fooling rate")
+    axes[0, 0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,316 @@
+"""Changes of the log-odds rule, tried on held-in images: benchmarks/rules.md, "What was tried".
+
+    python benchmarks/rules_tried.py --network resnet20 --budget 8000 --grid '[{}, {"weight": "sigmoid"}]'
+    python benchmarks/rules_tried.py --table
+
+A loop of its own, short enough to change: one process, a round in one batch. The first entry `{}` is the rule as it is; every other entry
+says what differs. Runs that are in the output already are not repeated. Nothing here looks at the held-out shards.
+"""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from networks import NETWORKS
+from rules import interval, spread
+from torch import Tensor
+
+from uap_dist.augment import Augmentation, augment
+from uap_dist.classifiers import Classifier, load_classifier
+from uap_dist.dataset import Dataset, LocalWorkers, classify, load_dataset
+from uap_dist.deepfool import add_perturbation, log_odds
+from uap_dist.norms import Norm, mean_absolute, project, root_mean_square
+from uap_dist.shards import expand_patterns
+from uap_dist.update import cosine, default_step_size, finish
+from uap_dist.worker import Worker
+
+RADIUS = {"linf": (10.0, 10.0), "l2": (2000.0, 285.7)}  # of 224×224 images, of 32×32 ones: alike per pixel
+MAX_HELD_IN_SHARDS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """The rule; the defaults are uap_dist's."""
+
+    weight: str = "even"
+    """Of an image's gradient of the log-odds f: even (margin 500), sigmoid σ((f + offset)/width), bell (that sigmoid's slope),
+    entropy (the cross-entropy's, clamped)."""
+    offset: float = 10.0
+    width: float = 5.0
+    clamp: float = 12.0
+    relative: bool = False
+    """Offset and width are in units of the batch's mean |f|, not of logits."""
+    late: bool = False
+    """Weights go over from even to the named ones during the run."""
+    momentum: float = 0.9
+    nesterov: bool = False
+    direction: str = "sign"
+    """sign, adam (divided by the root of a running mean square), soft (m/(|m| + mean |m|)); for l2 plain."""
+    step: float = 1.0
+    """Factor on the default first step."""
+    average: float = 0.0
+    """Share of the last rounds whose iterates are averaged."""
+    drop: float = 0.0
+    """Share of the pixels where v is left out, drawn per image."""
+    augment: Augmentation = "flip-shift"
+    round_size: int = 24
+    """Of a batch."""
+    local_steps: int = 1
+    """Batches of a block, each a step on the block's own copy of v and momentum."""
+    num_blocks: int = 1
+    """Blocks of a round, whose ends are averaged."""
+    num_images: int = 0
+    """That increments are computed from, if need be of more shards; 0: the shards that tune.py computes from."""
+    skip_dominant: float = 1.0
+    """Images whose clean label is that of so large a share of the network's answers get no weight."""
+    aim: int = -1
+    """A label that all images are sent to: f is then z_y − z_aim, and its own images get no weight."""
+    target_bias: float = 0.0
+    """Of log popularity (labels under v so far) added to the other logits: above 0 the most frequent ends attract more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Try entries of a grid, or print what has been tried."""
+
+    network: str = "resnet20"
+    norm: Norm = "linf"
+    budget: int = 8000
+    """Network evaluations, clean labels included."""
+    grid: str = "[{}]"
+    """JSON list of Variant fields, one object an entry."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    table: bool = False
+    data: Path = Path("../shared")
+    output: Path = Path(__file__).with_name("rules_tried.jsonl")
+
+
+def main() -> None:
+    """Run what is missing, then print the table."""
+    options = tyro.cli(Options)
+    if not options.table:
+        run(options)
+    print_table(options)
+
+
+def run(options: Options) -> None:
+    """A line for each entry and seed."""
+    network = NETWORKS[options.network]
+    worker = Worker(load_classifier(*network.locate(options.data)), cache_bytes=8 << 30, num_threads=1)
+    workers = LocalWorkers(worker)
+    urls = expand_patterns([str(options.data / network.train)])
+    shards = [load_dataset(workers, [url]) for url in urls]
+    done = {key(line) for line in lines(options.output)}
+    for seed in options.seeds:
+        parts = shards[seed % len(shards) :] + shards[: seed % len(shards)]
+        for entry in json.loads(options.grid):
+            line = {
+                "network": options.network,
+                "norm": options.norm,
+                "budget": options.budget,
+                "entry": entry,
+                "seed": seed,
+            }
+            if key(line) in done:
+                continue
+            started = time.perf_counter()
+            count = network.tune_shards
+            held_in = parts[count : count + MAX_HELD_IN_SHARDS]
+            more = parts[count + MAX_HELD_IN_SHARDS :] if Variant(**entry).num_images else []
+            train = [*parts[:count], *more]
+            images = np.concatenate([worker.pixels(part.examples(0, range(part.num_examples))) for part in train])
+            labels = np.concatenate([part.clean.labels for part in train])
+            v = Trial(worker.classifier, images, labels, Variant(**entry), options.norm).compute(seed, options.budget)
+            line |= measure(workers, held_in, v)
+            line["train_rate"] = measure(workers, [parts[0].thin(min(500, parts[0].num_examples))], v)["rate"]
+            line["seconds"] = round(time.perf_counter() - started, 1)
+            with options.output.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            print(json.dumps(line), flush=True)
+
+
+def measure(workers: LocalWorkers, parts: list[Dataset], v: Tensor) -> dict[str, Any]:
+    """Shares that are fooled, get the most frequent label, and are left of those whose clean label it is."""
+    clean = [part.clean.labels for part in parts]
+    answers = [classify(workers, part, v.float().numpy()).labels for part in parts]
+    before, after = np.concatenate(clean), np.concatenate(answers)
+    label, count = max(Counter(after.tolist()).items(), key=lambda item: item[1])
+    return {
+        "rate": round(float((after != before).mean()), 4),
+        "most_frequent": int(label),
+        "most_frequent_share": round(count / len(after), 4),
+        "left_of_it": round(float(((after == before) & (before == label)).mean()), 4),
+    }
+
+
+@dataclass(frozen=True)
+class State:
+    """What a step starts from; the last two serve variants only: running mean of squares, labels' share of the answers."""
+
+    v: Tensor
+    momentum: Tensor
+    square: Tensor
+    popularity: Tensor
+
+
+class Trial:
+    """One run."""
+
+    def __init__(self, classifier: Classifier, images: np.ndarray, labels: np.ndarray, variant: Variant, norm: Norm):
+        self.classifier, self.variant, self.norm = classifier, variant, norm
+        count = min(variant.num_images or len(images), len(images))
+        self.images, self.labels = images[:count], labels[:count]
+        self.radius = RADIUS[norm][images.shape[-1] <= 32]
+
+    def compute(self, seed: int, budget: int) -> Tensor:
+        """V as it is delivered."""
+        variant = self.variant
+        cost = 2 * variant.round_size * variant.num_blocks * variant.local_steps
+        num_rounds = (budget - len(self.images)) // cost
+        num_steps = num_rounds * variant.local_steps
+        start = variant.step * default_step_size(
+            norm=self.norm, radius=self.radius, num_values=self.images[0].size, num_rounds=num_steps
+        )
+        rng = np.random.default_rng(seed)
+        batches = self.batches(rng)
+        zero = torch.zeros(self.images.shape[1:], dtype=torch.float64)
+        with torch.no_grad():
+            num_classes = self.classifier(torch.tensor(self.images[:1]).float()).shape[1]
+        state = State(zero, zero, zero, torch.full((num_classes,), 1 / num_classes))
+        mean_v = zero
+        for number in range(num_rounds):
+            ends = []
+            for _ in range(variant.num_blocks):
+                end = state
+                for step in range(number * variant.local_steps, (number + 1) * variant.local_steps):
+                    end = self.step(end, next(batches), cosine(start, step, num_steps), step / num_steps, rng)
+                ends.append(end)
+            state = State(
+                *(sum(field) / len(ends) for field in zip(*(vars(end).values() for end in ends), strict=True))
+            )
+            if number >= (1 - variant.average) * num_rounds:
+                mean_v = mean_v + state.v
+        v = state.v
+        if variant.average:
+            v = mean_v / mean_v.abs().max() * self.radius if self.norm == "linf" else mean_v
+        return finish(project(v, norm=self.norm, radius=self.radius), norm=self.norm, radius=self.radius)
+
+    def batches(self, rng: np.random.Generator) -> Iterator[np.ndarray]:
+        """Rows, every image once a pass."""
+        order = np.empty(0, int)
+        while True:
+            while len(order) < self.variant.round_size:
+                order = np.concatenate([order, rng.permutation(len(self.images))])
+            yield order[: self.variant.round_size]
+            order = order[self.variant.round_size :]
+
+    def step(self, state: State, rows: np.ndarray, size: float, progress: float, rng: np.random.Generator) -> State:
+        """One batch's."""
+        variant = self.variant
+        x = torch.tensor(augment(self.images[rows], variant.augment, rng)).float()
+        shown = state.v.float().expand_as(x)
+        if variant.drop:
+            shown = shown * torch.tensor(rng.random((len(x), 1, *x.shape[2:])) >= variant.drop)
+        total, answers = self.solve(x, shown, torch.tensor(self.labels[rows]), progress, state.popularity)
+        total = total / max(mean_absolute(total), 1e-300)
+        momentum = variant.momentum * state.momentum + total
+        square = 0.99 * state.square + 0.01 * total.square()
+        ahead = total + variant.momentum * momentum if variant.nesterov else momentum
+        if self.norm == "l2":
+            direction = ahead / root_mean_square(ahead)
+        elif variant.direction == "sign":
+            direction = ahead.sign()
+        elif variant.direction == "adam":
+            direction = ahead / square.sqrt().clamp(min=1e-9)
+            direction = direction / mean_absolute(direction)
+        else:
+            direction = ahead / (ahead.abs() + mean_absolute(ahead))
+        v = project(state.v + size * direction, norm=self.norm, radius=self.radius)
+        return State(v, momentum, square, 0.9 * state.popularity + 0.1 * answers)
+
+    def solve(
+        self, x: Tensor, shown: Tensor, labels: Tensor, progress: float, popularity: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Weighted sum of the gradients (C×H×W float64), and each label's share of the answers."""
+        with torch.enable_grad():
+            logits, leaf = self.classifier.linearise(add_perturbation(x, shown))
+            bias = self.variant.target_bias * (popularity * logits.shape[1]).clamp(min=1e-3).log()
+            gaps = log_odds(logits + bias, labels)
+            is_dominant = popularity[labels] > self.variant.skip_dominant
+            if self.variant.aim >= 0:
+                gaps = logits.gather(1, labels[:, None])[:, 0] - logits[:, self.variant.aim]
+                is_dominant = labels == self.variant.aim
+            weights = torch.where(is_dominant, 0.0, weigh(gaps.detach(), progress, self.variant))
+            (slopes,) = torch.autograd.grad((weights * gaps).sum(), leaf)
+        total = -self.classifier.pull_back(slopes.sum(0, keepdim=True), x.shape[1:]).double()
+        return total, logits.detach().softmax(1).mean(0)
+
+
+def weigh(gaps: Tensor, progress: float, variant: Variant) -> Tensor:
+    """N weights of log-odds."""
+    even = torch.ones_like(gaps)
+    unit = gaps.abs().mean() if variant.relative else 1.0
+    share = torch.sigmoid((gaps / unit + variant.offset) / variant.width)
+    named = {
+        "even": even,
+        "sigmoid": share,
+        "bell": 4 * share * (1 - share),
+        "entropy": torch.where(gaps > -variant.clamp, torch.sigmoid(-gaps), 0.0),
+    }[variant.weight]
+    return (1 - progress) * even + progress * named if variant.late else named
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """What has been tried."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def key(line: dict[str, Any]) -> str:
+    """Of a run."""
+    return json.dumps([line["network"], line["norm"], line["budget"], asdict(Variant(**line["entry"])), line["seed"]])
+
+
+def print_table(options: Options) -> None:
+    """A line for each entry: mean, spread, and the paired difference to even weights on the same views."""
+    groups: dict[tuple[str, str, int], dict[str, dict[int, dict[str, Any]]]] = {}
+    for line in lines(options.output):
+        group = groups.setdefault((line["network"], line["norm"], line["budget"]), {})
+        group.setdefault(json.dumps(line["entry"]), {})[line["seed"]] = line
+    for (network, norm, budget), entries in groups.items():
+        print(f"\n{network}, {norm}, {budget:,} evaluations:\n")
+        print(
+            "| what differs | held-in rate, mean ± sd | to even weights, paired | training | one label, left of it | seeds |"
+        )
+        print("| --- | --- | --- | --- | --- | --- |")
+        for entry, runs in sorted(entries.items(), key=lambda item: -mean(run["rate"] for run in item[1].values())):
+            base = {name: value for name, value in json.loads(entry).items() if name == "augment"}
+            even = entries.get(json.dumps(base), {}) if base != json.loads(entry) else {}
+            print(
+                f"| {describe(entry)} | {spread([run['rate'] for run in runs.values()])} "
+                f"| {interval([run['rate'] - even[seed]['rate'] for seed, run in runs.items() if seed in even])} "
+                f"| {mean(run['train_rate'] for run in runs.values()):.3f} | {average_answers(list(runs.values()))} | {len(runs)} |"
+            )
+
+
+def average_answers(runs: list[dict[str, Any]]) -> str:
+    """The most frequent label's share of the answers, and the share of images that are not fooled because it is theirs."""
+    if any("left_of_it" not in run for run in runs):
+        return ""
+    return ", ".join(f"{mean(run[name] for run in runs):.2f}" for name in ("most_frequent_share", "left_of_it"))
+
+
+def describe(entry: str) -> str:
+    """In words."""
+    return ", ".join(f"{name} {value}" for name, value in json.loads(entry).items()) or "nothing"
+
+
+if __name__ == "__main__":
+    main()

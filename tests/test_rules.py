@@ -1,0 +1,89 @@
+"""The comparison of rules (benchmarks/rules.py) at toy size: on a tiny network in this process."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import opponents
+import rules
+from networks import Network
+
+from uap_dist.classifiers import load_classifier
+from uap_dist.deepfool import add_perturbation
+
+BUDGET = 400
+
+
+@pytest.fixture
+def options(shards, tmp_path, monkeypatch):
+    network = Network(
+        model=TINY,
+        weights=None,
+        train="train-*.tar",
+        val="val-*.tar",
+        num_train_images=47,
+        num_val_images=20,
+        tune_shards=2,
+    )
+    monkeypatch.setitem(rules.NETWORKS, "tiny", network)
+    return rules.Options(data=shards, output=tmp_path / "rules.jsonl", seeds=(0, 1))
+
+
+def rows(norm="linf"):
+    return [rules.Row("tiny", norm, BUDGET, rule) for rule in rules.RULES]
+
+
+def read(options):
+    return [json.loads(line) for line in options.output.read_text().splitlines()]
+
+
+def test_every_rule_is_measured_once_for_each_seed_within_its_budget(options):
+    rules.measure(rows()[:1], options)
+    rules.measure(rows(), options)
+    lines = read(options)
+    assert sorted((line["rule"], line["seed"]) for line in lines) == sorted((r, s) for r in rules.RULES for s in (0, 1))
+    assert all(line["evaluations"] <= BUDGET for line in lines if line["rule"] != "paper")
+    assert {line["num_held_in"] for line in lines} == {7, 20} and {line["num_held_out"] for line in lines} == {20}
+    assert len({line["held_in"] for line in lines}) > 1
+
+
+def test_the_table_pairs_by_seed_and_leaves_out_runs_of_another_config(options, monkeypatch):
+    rates = {"ours": (0.9, 0.7, 0.8), "tuned": (0.8, 0.6, 0.7)}
+    with options.output.open("w") as file:
+        for row in (rows()[0], rows()[2]):
+            for seed, rate in enumerate(rates[row.rule]):
+                line = rules.row_line(row, seed, BUDGET, 1.0) | {"held_out": rate}
+                file.write(json.dumps(line) + "\n")
+    ours, tuned = list(rules.table(rows(), rules.read(options.output), "held_out"))[2:]
+    assert "**0.800** ± 0.100 | +0.100 ± 0.000" in ours and "**0.700**" in tuned
+    monkeypatch.setitem(rules.AUGMENTATIONS, "imagenet", "flip")
+    assert len(list(rules.table(rows(), rules.read(options.output), "held_out"))[2:]) == 1
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_sgd_uap_climbs_the_clamped_cross_entropy(norm):
+    classifier = load_classifier(TINY)
+    rng = np.random.default_rng(0)
+    pixels = torch.tensor(rng.integers(0, 256, (130, 3, 16, 16))).float()
+    labels = classifier(pixels).argmax(1)
+    radius = {"linf": 10.0, "l2": 285.7}[norm]
+    (first, cost), (_, rest) = [
+        step
+        for step, _ in zip(
+            opponents.sgd_uap(classifier, pixels, labels, seed=0, norm=norm, radius=radius), range(2), strict=False
+        )
+    ]
+    assert (cost, rest) == (200, 60)
+    length = first.abs().max() if norm == "linf" else first.norm()
+    assert length == pytest.approx(0.8 * radius)
+
+    def loss(v):
+        return torch.nn.functional.cross_entropy(classifier(add_perturbation(pixels, v)), labels)
+
+    assert loss(first) > loss(-first)
