@@ -19,11 +19,12 @@ import torch
 import tyro
 
 from uap_dist.actor import Answer
+from uap_dist.batch import ActorRecord
 from uap_dist.cache import Traffic
 from uap_dist.cluster import connect
 from uap_dist.compute import ComputeConfig, State, run_round
 from uap_dist.dataset import Dataset, Shard
-from uap_dist.fleet import Fleet, FleetConfig, _Member
+from uap_dist.fleet import Fleet, FleetConfig
 from uap_dist.schedule import Block, Round
 from uap_dist.update import Iterate
 from uap_dist.worker import BlockResult, Predictions
@@ -80,7 +81,7 @@ class SleepingFleet(Fleet):
 
     def _start_member(self) -> None:
         number = len(self._running)
-        self._prepare(_Member(self.sleepers[number % len(self.sleepers)], f"sleeper-{number}"))
+        self._prepare(ActorRecord(self.sleepers[number % len(self.sleepers)], f"sleeper-{number}"))
 
     def close(self) -> None:
         """Leave the actors to the next fleet."""

@@ -4,10 +4,9 @@ import atexit
 import logging
 import time
 from bisect import insort
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from itertools import count
 from threading import Condition, Event, Thread
 from typing import Any
@@ -16,10 +15,10 @@ from uap_dist import cluster  # before Ray, which reads on import what this sets
 
 # isort: split
 import ray
-from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from uap_dist.actor import Answer, decisive_versions, start_actor
+from uap_dist.batch import ActorRecord, Batch, Call
 from uap_dist.cluster import Need
 from uap_dist.errors import ConfigError, DeterminismError, WorkerLostError
 from uap_dist.tally import Dashboard, Tally
@@ -100,81 +99,6 @@ def need_of(config: FleetConfig) -> Need:
     return Need(config.threads_per_worker, gpus)
 
 
-@dataclass(eq=False)
-class _Member:
-    """An actor, and the shards that it has read or is about to read."""
-
-    actor: ActorHandle[Any]
-    name: str
-    shards: dict[str, None] = field(default_factory=dict)
-
-
-@dataclass(eq=False)
-class _Batch:
-    """The tasks of one `map` and how far they are."""
-
-    method: str
-    tasks: Sequence[Examples]
-    shared: list[ray.ObjectRef]
-    unverified: set[int]  # tasks that want a second answer, of another worker
-    given: defaultdict[int, set[_Member]] = field(default_factory=lambda: defaultdict(set))
-    error: Exception | None = None
-    results: dict[int, Any] = field(default_factory=dict)  # that nobody has taken yet
-    answered: set[int] = field(default_factory=set)
-    digests: dict[int, str] = field(default_factory=dict)  # of first answers that want a second one
-    durations: list[float] = field(default_factory=list)  # ascending
-    losses: Counter[int] = field(default_factory=Counter)
-    changed: Condition = field(default_factory=Condition)
-
-    def __post_init__(self) -> None:
-        """All tasks wait: in their order, and by shard."""
-        self.waiting: dict[int, int] = {}  # how many answers are wanted of a task
-        self._by_shard: defaultdict[str, dict[int, None]] = defaultdict(dict)
-        for task in [*range(len(self.tasks)), *self.unverified]:
-            self.put(task)
-
-    @property
-    def is_complete(self) -> bool:
-        """Nothing more is to be computed."""
-        return self.error is not None or (len(self.answered) == len(self.tasks) and not self.unverified)
-
-    def has(self, task: int) -> bool:
-        """Whether its answer, or an error, is there."""
-        return task in self.results or self.error is not None
-
-    def put(self, task: int) -> None:
-        """Have one more worker asked."""
-        self.waiting[task] = self.waiting.get(task, 0) + 1
-        self._by_shard[self.tasks[task].shard][task] = None
-
-    def next_shard(self, held: set[str]) -> str:
-        """Of the first task that waits and is of none of these shards; empty where there is none."""
-        return next((self.tasks[task].shard for task in self.waiting if self.tasks[task].shard not in held), "")
-
-    def take(self, member: _Member, *, must_hold: bool) -> int | None:
-        """A task for a member, no longer waiting: of a shard that it holds, or the first of all; None where there is none for it."""
-        held = (task for shard in member.shards for task in self._by_shard.get(shard, ()))
-        tasks = held if must_hold else iter(self.waiting)
-        task = next((task for task in tasks if member not in self.given[task]), None)
-        if task is not None:
-            self.waiting[task] -= 1
-            if not self.waiting[task]:
-                del self.waiting[task]
-                del self._by_shard[self.tasks[task].shard][task]
-        return task
-
-
-@dataclass(frozen=True)
-class _Call:
-    """What a member computes: a task of a batch by its index, or its start (no batch)."""
-
-    member: _Member
-    batch: _Batch | None = None
-    task: int = -1
-    started: float = 0.0
-    deadline: float = float("inf")  # a worker that waits for its place is not lost
-
-
 class Fleet:
     """Workers with one classifier on a connected Ray; see dataset.Workers.
 
@@ -209,9 +133,9 @@ class Fleet:
         self.tally, self._dashboard = Tally(), Dashboard(run)
         self.machines: set[str] = set()
         self._classifier = (model, weights)
-        self._idle: list[_Member] = []
-        self._running: dict[ray.ObjectRef, _Call] = {}
-        self._batches: list[_Batch] = []
+        self._idle: list[ActorRecord] = []
+        self._running: dict[ray.ObjectRef, Call] = {}
+        self._batches: list[Batch] = []
         self._held: set[str] = set()  # shards that some member has read or is about to read
         self._last_call = time.monotonic()
         self._changes: deque[Callable[[], None]] = deque()  # by callers, made by the thread
@@ -261,9 +185,9 @@ class Fleet:
             raise WorkerLostError("the fleet was closed")
         twice = {self.tally.rounds % len(tasks)} if self._config.verify_determinism and method == "solve" else set()
         self.tally.rounds += method == "solve"
-        batch = _Batch(method, tasks, [ray.put(value) for value in shared], unverified=twice)
+        batch = Batch(method, tasks, [ray.put(value) for value in shared], unverified=twice)
         self._change(lambda: self._accept(batch))
-        return self._answers(batch)
+        return batch.answers()
 
     def describe(self) -> dict[str, Any]:
         """What it was made of, and what became of it so far."""
@@ -314,19 +238,6 @@ class Fleet:
             self._changes.append(change)
             self._changed.notify()
 
-    def _answers(self, batch: _Batch) -> Iterator[Any]:
-        for task in range(len(batch.tasks)):
-            with batch.changed:
-                batch.changed.wait_for(partial(batch.has, task))
-                if batch.error is not None:
-                    raise batch.error
-                result = batch.results.pop(task)
-            yield result
-        with batch.changed:  # second answers may still be on their way
-            batch.changed.wait_for(lambda: batch.is_complete)
-        if batch.error is not None:
-            raise batch.error
-
     def _dispatch(self) -> None:
         """What the thread does until the fleet is closed."""
         while not self._is_closed and ray.is_initialized():  # else its calls would start a Ray of their own
@@ -362,7 +273,7 @@ class Fleet:
         if not self._ready.is_set() or (self._batches and not self._num_ready):
             self._complain()
 
-    def _accept(self, batch: _Batch) -> None:
+    def _accept(self, batch: Batch) -> None:
         self._batches.append(batch)
         self._last_call = time.monotonic()
         if self._error is not None:
@@ -370,13 +281,8 @@ class Fleet:
 
     def _fail(self, error: Exception) -> None:
         for batch in self._batches:
-            self._spoil(batch, error)
+            batch.fail(error)
         self._batches = []
-
-    def _spoil(self, batch: _Batch, error: Exception) -> None:
-        with batch.changed:
-            batch.error = error
-            batch.changed.notify()
 
     def _load(self, model: str, weights: str | None, changed: Event) -> None:
         """Have idle workers load another classifier, and replace those that still compute with the old one."""
@@ -405,9 +311,9 @@ class Fleet:
 
     def _start_member(self) -> None:
         name = f"worker-{next(worker_numbers)}"
-        self._prepare(_Member(start_actor(name, self._run, cpus=self.need.cpus, gpus=self.need.gpus), name))
+        self._prepare(ActorRecord(start_actor(name, self._run, cpus=self.need.cpus, gpus=self.need.gpus), name))
 
-    def _prepare(self, member: _Member) -> None:
+    def _prepare(self, member: ActorRecord) -> None:
         """Have an actor load the classifier."""
         model, weights = self._classifier
         ref: ray.ObjectRef = member.actor.start.options(name=f"{member.name}: load {model}").remote(
@@ -418,9 +324,9 @@ class Fleet:
             disk_cache_bytes=int(self._config.disk_cache_gib * 2**30),
             num_threads=self._config.threads_per_worker,
         )
-        self._running[ref] = _Call(member)
+        self._running[ref] = Call(member)
 
-    def _call(self, member: _Member, batch: _Batch, task: int) -> None:
+    def _call(self, member: ActorRecord, batch: Batch, task: int) -> None:
         self._idle.remove(member)
         batch.given[task].add(member)
         examples = batch.tasks[task]
@@ -435,11 +341,11 @@ class Fleet:
         ref: ray.ObjectRef = member.actor.call.options(name=name).remote(
             batch.method, examples, upcoming, *batch.shared
         )
-        self._running[ref] = _Call(member, batch, task, now, now + self._config.task_timeout_s)
+        self._running[ref] = Call(member, batch, task, now, now + self._config.task_timeout_s)
 
-    def _assign(self, batch: _Batch) -> list[tuple[_Member, int]]:
+    def _assign(self, batch: Batch) -> list[tuple[ActorRecord, int]]:
         """Idle workers and waiting tasks for them: first those whose shard they have read, then any."""
-        pairs: list[tuple[_Member, int]] = []
+        pairs: list[tuple[ActorRecord, int]] = []
         idle = list(self._idle)
         for must_hold in (True, False):
             for member in list(idle):
@@ -449,7 +355,7 @@ class Fleet:
                     pairs.append((member, task))
         return pairs
 
-    def _assign_again(self, batch: _Batch) -> list[tuple[_Member, int]]:
+    def _assign_again(self, batch: Batch) -> list[tuple[ActorRecord, int]]:
         """Workers that still idle, and tasks that take far longer than the others did: the first answer wins, same bits."""
         if not batch.durations or not self._idle:
             return []
@@ -483,7 +389,7 @@ class Fleet:
                     self._dismiss(call.member, cause)
                 else:
                     self._idle.append(call.member)
-                    self._spoil(call.batch, cause)
+                    call.batch.fail(cause)
             except RayError as error:  # lost, out of memory, or no answer in time
                 self._bury(call, error)
             else:
@@ -493,7 +399,7 @@ class Fleet:
                 else:
                     self._keep(call, call.batch, answer)
 
-    def _greet(self, member: _Member, machine: str) -> None:
+    def _greet(self, member: ActorRecord, machine: str) -> None:
         if self.machines and machine not in self.machines:
             logger.warning(
                 "workers run on different kinds of machines (%s; %s); the bits may depend on which of them solves what",
@@ -505,14 +411,14 @@ class Fleet:
             num_there = len(self._idle) + sum(call.batch is not None for call in self._running.values())
             logger.info("%s joins; %d of %d are there", member.name, num_there, self.num_asked)
 
-    def _dismiss(self, member: _Member, error: Exception) -> None:
+    def _dismiss(self, member: ActorRecord, error: Exception) -> None:
         """A worker could not load the classifier: that ends a fleet that begins, and costs a fleet that computes this worker."""
         ray.kill(member.actor)
         if not self._ready.is_set():
             raise error
         logger.warning("%s cannot be used, and no other one is asked for in its place: %s", member.name, error)
 
-    def _keep(self, call: _Call, batch: _Batch, answer: Answer) -> None:
+    def _keep(self, call: Call, batch: Batch, answer: Answer) -> None:
         """The first answer to a task is its result; a second one is compared where that is wanted, else dropped."""
         for warning in answer.warnings:
             logger.warning("%s", warning)
@@ -531,8 +437,7 @@ class Fleet:
         elif call.task in batch.unverified:
             task = batch.tasks[call.task]
             if answer.result.digest() != batch.digests[call.task]:
-                self._spoil(
-                    batch,
+                batch.fail(
                     DeterminismError(
                         f"two workers gave different bits for the same examples of {task.shard}: {_name_some(task.keys)}; "
                         f"look at the network's layers and at the machines ({'; '.join(sorted(self.machines))})"
@@ -542,7 +447,7 @@ class Fleet:
                 batch.unverified.remove(call.task)
                 batch.changed.notify()
 
-    def _bury(self, call: _Call, error: RayError) -> None:
+    def _bury(self, call: Call, error: RayError) -> None:
         """Replace a lost worker; its task, if nobody else has it, is to be done again."""
         ray.kill(call.member.actor)
         self.tally.workers_lost += 1
@@ -565,7 +470,7 @@ class Fleet:
                 f"{MAX_LOSSES_PER_TASK} workers were lost over the same examples of {task.shard}: "
                 f"{_name_some(task.keys)}; look at memory (--cache-gib, --block-size) and at these images"
             )
-            self._spoil(batch, lost)
+            batch.fail(lost)
         on_their_way = sum(other.batch is batch and other.task == call.task for other in self._running.values())
         wanted = (call.task not in batch.answered) + (call.task in batch.unverified)
         if on_their_way + batch.waiting.get(call.task, 0) < wanted:

@@ -1,6 +1,6 @@
 """Training workers as Ray Train runs them: placed, restarted from their last checkpoint, heard epoch by epoch.
 
-Ray is imported here, and in cluster.py, actor.py, fleet.py, tally.py and spot.py.
+Ray is imported here, and in cluster.py, actor.py, batch.py, fleet.py, tally.py and spot.py.
 """
 
 import os
