@@ -119,5 +119,14 @@ def test_files_that_only_the_driver_sees_are_named(nodes, shards):
         str(driver / "missing"),
     )
     out, _ = job.communicate(timeout=120)
+    assert job.returncode == 1 and str(own) in out.splitlines()[-1], out
+
+
+def test_a_node_with_another_version_is_refused(nodes):
+    cluster, driver, other, url = nodes
+    cluster.add_node(python_path=other)
+    data = ("--train-shards", url.format("train-*.tar"), "--val-shards", url.format("val-0000.tar"))
+    job = start(cluster, driver, *data, "--num-workers", "4", "--output", str(driver / "refused"))
+    out, _ = job.communicate(timeout=120)
     complaint = f"has torchvision 9.9 instead of {version('torchvision')}; the bits of a result depend on them"
     assert job.returncode == 1 and complaint in out, out

@@ -151,7 +151,9 @@ def test_shards_on_s3_are_the_same_shards(s3, shards):
     filesystem, path = locate(f"s3://bucket/test-shards/t.tar?{s3}")
     with filesystem.open_output_stream(path) as out:
         out.write((shards / "train-0000.tar").read_bytes())
-    remote, local = (load_shard(url, AS_IS) for url in (f"s3://bucket/test-shards/t.tar?{s3}", str(shards / "train-0000.tar")))
+    remote, local = (
+        load_shard(url, AS_IS) for url in (f"s3://bucket/test-shards/t.tar?{s3}", str(shards / "train-0000.tar"))
+    )
     assert remote.digest == local.digest and np.array_equal(remote.images, local.images)
     assert expand_patterns([f"s3://bucket/test-shards/*.tar?{s3}"]) == [f"s3://bucket/test-shards/t.tar?{s3}"]
     with pytest.raises(ShardError, match="no shard s3://bucket/test-shards/absent.tar"):
