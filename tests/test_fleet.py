@@ -17,7 +17,7 @@ from conftest import TINY
 from uap_dist.compute import ComputeConfig, compute
 from uap_dist.dataset import load_dataset
 from uap_dist.errors import ClassifierError, ConfigError, DeterminismError, WorkerLostError
-from uap_dist.fleet import Fleet, FleetConfig
+from uap_dist.fleet import Fleet, FleetConfig, need_of
 from uap_dist.worker import Examples
 
 CONFIG = ComputeConfig(round_size=20, block_size=5, max_passes=3, radius=20.0)
@@ -180,6 +180,7 @@ def test_workers_that_never_fit_are_refused_at_once(cluster):
         Fleet(TINY, None, FleetConfig(num_workers=3))
     with pytest.raises(ConfigError, match="1 worker of 1 CPU and 4 GPU each do not fit"):
         Fleet(TINY, None, FleetConfig(gpus_per_worker=4))
+    assert [need_of(FleetConfig(gpus_per_worker=gpus)).room() for gpus in (0, 0.5, 0.6, 1, 2)] == [4, 4, 2, 2, 1]
 
 
 def test_one_worker_per_gpu_by_default(cluster):

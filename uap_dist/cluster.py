@@ -35,8 +35,13 @@ class Need:
         return sum(self._room_on(node["Resources"]) for node in ray.nodes() if node["Alive"])
 
     def _room_on(self, resources: dict[str, float]) -> int:
-        by_cpu = resources.get("CPU", 0) // self.cpus
-        return int(min(by_cpu, resources.get("GPU", 0) / self.gpus) if self.gpus else by_cpu)
+        by_cpu = int(resources.get("CPU", 0) // self.cpus)
+        num_gpus = int(resources.get("GPU", 0))
+        if not self.gpus:
+            return by_cpu
+        if self.gpus < 1:  # a share is of one GPU: what two of them have left makes no third
+            return min(by_cpu, num_gpus * int(1 / self.gpus))
+        return min(by_cpu, num_gpus // int(self.gpus))
 
 
 def connect() -> None:
