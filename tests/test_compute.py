@@ -5,10 +5,11 @@ import pytest
 import torch
 from conftest import random_samples, tiny_worker
 
-from uap_dist.compute import ComputeConfig, State, compute, count_rounds
+from uap_dist.compute import ComputeConfig, State, compute, count_rounds, run_round
 from uap_dist.dataset import LocalWorkers, check_disjoint, classify, load_dataset
 from uap_dist.errors import ConfigError, PerturbationError, ShardError
 from uap_dist.norms import measure
+from uap_dist.schedule import Block, Round
 from uap_dist.shards import write_shards
 
 SMALL = {"round_size": 10, "block_size": 5, "radius": 20.0}
@@ -145,6 +146,37 @@ def test_a_random_start_lies_under_the_first_round(local_workers, tiny_data):
     assert plain[0].fooling.rate == 0 and moved[0].num_evaluations == plain[0].num_evaluations
 
 
+def test_local_steps_of_a_lone_block_are_rounds_of_their_own(local_workers, tiny_data):
+    """Three rounds of five images of one shard, and the same images as one block in three steps."""
+    train = tiny_data[0].part(0, 3)
+    block = Block(0, tuple(range(15)))
+    common = {"radius": 20.0, "augment": "none", "step_size": 2.0, "max_passes": 1}
+    local = ComputeConfig(round_size=15, block_size=15, local_steps=3, **common)
+    start = State.start(train, local)
+    after, report = run_round(local_workers, train, Round(0, 0, False, (block,)), start, local, planned=1)
+    alone, state = ComputeConfig(round_size=5, block_size=5, **common), start
+    for number in range(3):
+        part = Block(0, block.examples[5 * number : 5 * number + 5])
+        state, _ = run_round(local_workers, train, Round(number, 0, False, (part,)), state, alone, planned=3)
+    assert torch.allclose(after.iterate.v, state.iterate.v, atol=1e-5) and state.iterate.v.abs().max() > 2
+    assert torch.allclose(after.iterate.momentum, state.iterate.momentum, atol=1e-5)
+    assert (after.num_solves, after.num_evaluations) == (state.num_solves, state.num_evaluations)
+    assert report.fooling.num_examples == 15
+
+
+def test_local_steps_fool_in_a_fraction_of_the_rounds(local_workers, tiny_data):
+    reports = run(local_workers, tiny_data, max_passes=4, round_size=20, block_size=10, local_steps=5, radius=20.0)
+    assert len(reports) == 12
+    assert reports[-1].evaluation.val.rate >= run(local_workers, tiny_data, max_passes=4)[-1].evaluation.val.rate - 0.1
+    assert measure(reports[-1].perturbation, "linf") == 20
+
+
+def test_a_perturbation_repeats_itself_unless_the_period_is_the_image(local_workers, tiny_data):
+    for period, repeats in ((4, True), (16, False), (None, False)):
+        v = run(local_workers, tiny_data, max_passes=1, period=period)[-1].perturbation
+        assert torch.equal(v[:, 4:, 4:], v[:, :-4, :-4]) == repeats
+
+
 def test_passes_default_to_ten_unless_evaluations_bound_them():
     assert count_rounds([50], ComputeConfig(round_size=25, block_size=25)) == 20
     assert count_rounds([50], ComputeConfig(round_size=25, block_size=25, max_evaluations=10_050)) == 200
@@ -166,6 +198,11 @@ def test_passes_default_to_ten_unless_evaluations_bound_them():
         ({"seed": -1}, "seed is -1"),
         ({"margin": -1.0}, "margin is -1.0"),
         ({"rule": "paper", "candidates": 1}, "candidates is 1; it must be at least 2"),
+        ({"period": 0}, "period is 0; it must be positive"),
+        ({"rule": "paper", "period": 8}, "period does not belong to rule paper"),
+        ({"rule": "paper", "local_steps": 2}, "local steps does not belong to rule paper"),
+        ({"local_steps": 0}, "local steps is 0; it must be positive and divide the block size, 6"),
+        ({"local_steps": 4}, "local steps is 4; it must be positive and divide the block size, 6"),
         ({"round_size": 10, "block_size": 4}, "round size 10 is not a positive multiple of block size 4"),
     ],
 )

@@ -67,6 +67,20 @@ def test_same_bits_for_any_number_of_workers(cluster, shards, undisturbed, num_w
     assert torch.equal(final.perturbation, undisturbed)
 
 
+def test_same_bits_with_local_steps_for_one_two_and_three_workers_and_through_a_kill(cluster, shards):
+    config = replace(CONFIG, round_size=30, block_size=10, local_steps=5, period=8)
+    finals = []
+    for num_workers in (1, 2, 3):
+        fleet = make_fleet(num_workers, gpus_per_worker=0.5, verify_determinism=num_workers == 2)
+        for report in compute(fleet, *load(fleet, shards), config):
+            if num_workers == 3 and report.round_number == 1:
+                os.kill(worker_processes()[0].pid, signal.SIGKILL)
+        fleet.close()
+        finals.append(report.state.iterate)
+    for other in finals[1:]:
+        assert torch.equal(other.v, finals[0].v) and torch.equal(other.momentum, finals[0].momentum)
+
+
 def test_a_killed_worker_is_replaced_and_the_bits_stay(cluster, shards, undisturbed):
     fleet = make_fleet(2)
     data = load(fleet, shards)

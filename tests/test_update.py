@@ -1,9 +1,21 @@
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from uap_dist.norms import measure
-from uap_dist.update import MOMENTUM, Iterate, cosine, finish, log_odds_update, paper_update
+from uap_dist.update import (
+    MOMENTUM,
+    Iterate,
+    StepRule,
+    average_update,
+    cosine,
+    finish,
+    log_odds_update,
+    paper_update,
+    repeat_mean,
+)
 
 
 def random(seed, scale=1.0):
@@ -17,7 +29,7 @@ def test_paper_rule_adds_and_projects():
 
 def test_log_odds_rule_takes_a_sign_step_of_the_momentum_for_linf():
     before = Iterate(random(0, 0.1), random(1))
-    after = log_odds_update(before, random(2), step_size=0.5, norm="linf", radius=10.0)
+    after = log_odds_update(before, random(2), 0.5, StepRule("linf", 10.0, period=4))
     momentum = MOMENTUM * random(1) + random(2) / random(2).abs().mean()
     assert_close(after.momentum, momentum)
     assert_close(after.v, before.v + 0.5 * momentum.sign())
@@ -25,15 +37,42 @@ def test_log_odds_rule_takes_a_sign_step_of_the_momentum_for_linf():
 
 def test_log_odds_rule_does_not_depend_on_the_size_of_the_sum():
     start = Iterate.zero((3, 4, 4))
-    small, large = (log_odds_update(start, s * random(2), step_size=0.5, norm="l2", radius=10.0) for s in (1e-6, 1e6))
+    rule = StepRule("l2", 10.0, period=4)
+    small, large = (log_odds_update(start, scale * random(2), 0.5, rule) for scale in (1e-6, 1e6))
     assert_close(small.v, large.v)
     assert small.v.square().mean().sqrt().item() == pytest.approx(0.5)
 
 
 def test_a_round_without_increments_changes_nothing_but_the_momentum():
     before = Iterate(random(0), torch.zeros(3, 4, 4, dtype=torch.float64))
-    after = log_odds_update(before, torch.zeros(3, 4, 4, dtype=torch.float64), step_size=1.0, norm="l2", radius=100.0)
+    after = log_odds_update(before, torch.zeros(3, 4, 4, dtype=torch.float64), 1.0, StepRule("l2", 100.0, period=4))
     assert torch.equal(after.v, before.v) and after.v.isfinite().all()
+
+
+def test_blocks_that_moved_v_are_averaged_and_the_ball_is_kept():
+    start = Iterate(random(0), random(1))
+    after = average_update(start, torch.stack([random(2), random(3)]), StepRule("linf", 1.0, period=4))
+    assert_close(after.v, (random(0) + random(2)).clamp(-1, 1))
+    assert_close(after.momentum, random(3))
+
+
+@given(height=st.integers(1, 12), width=st.integers(1, 12), period=st.integers(1, 13))
+def test_a_mean_over_periods_is_the_nearest_that_repeats_itself(height, width, period):
+    values = torch.randn(2, height, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = repeat_mean(values, period)
+    if period >= max(height, width):
+        assert torch.equal(found, values)
+        return
+    assert_close(found[:, period:], found[:, : max(0, height - period)])
+    assert_close(found[:, :, period:], found[:, :, : max(0, width - period)])
+    assert_close(repeat_mean(found, period), found)
+    assert abs(float(((values - found) * found).sum())) < 1e-9  # an orthogonal projection
+
+
+def test_steps_repeat_themselves():
+    after = log_odds_update(Iterate.zero((3, 4, 4)), random(2), 0.5, StepRule("linf", 10.0, period=2))
+    tile = random(2).reshape(3, 2, 2, 2, 2).mean((1, 3)).sign() / 2
+    assert_close(after.v, tile.repeat(1, 2, 2))
 
 
 def test_cosine_falls_from_start_to_nearly_zero():

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import islice
-from math import ceil
+from math import ceil, prod
 from typing import Any, get_args
 
 import numpy as np
@@ -19,8 +19,8 @@ from uap_dist.errors import ConfigError, PerturbationError
 from uap_dist.fooling import Rate
 from uap_dist.norms import Norm, check_ball, measure, random_perturbation
 from uap_dist.schedule import Round, check_sizes, plan_rounds
-from uap_dist.update import Iterate
-from uap_dist.worker import Predictions, Rule, Solver
+from uap_dist.update import Iterate, StepRule
+from uap_dist.worker import LocalSteps, Predictions, Rule, Solver
 
 DEFAULT_PASSES = 10
 POOL_RANDOM_START = 0.5  # share of the radius; benchmarks/pools.md says why
@@ -61,13 +61,20 @@ class ComputeConfig:
     """Log-odds rule: how far beyond the boundary a step aims, in logits. Default 500."""
     step_size: float | None = None
     """Log-odds rule: size of the first step, in pixels (root mean square for l2). Default: 0.8 of the
-    radius for linf, 1.2 of what fills the ball for l2; beyond 125 rounds less, as 125/rounds."""
+    radius for linf, 1.2 of what fills the ball for l2; beyond 125 steps less, as 125/steps."""
+    period: int | None = None
+    """Log-odds rule: pixels after which the perturbation repeats itself, down and across; an image's side or more: it does
+    not. Default: 32, which the total stride of most networks for photographs divides."""
     augment: Augmentation | None = None
     """Log-odds rule: random views of the training images, drawn per image. Default flip-shift."""
     round_size: int = 24
     """Training images in a round: solved against one v, reduced once. Part of the result; never derived from the fleet."""
     block_size: int = 6
     """Training images solved together by one worker; divides the round size. Part of the result."""
+    local_steps: int | None = None
+    """Log-odds rule: steps that each block takes on its own copy of the perturbation, with its block size divided by so many
+    images each, before the round averages the copies: for large fleets. Part of the result. Default: blocks take none, the
+    round sums their increments and takes one step."""
     random_start: float | None = None
     """Share of the radius (0..1) that v starts with: random signs (linf) or a random direction (l2) of the seed.
     Default: 0 for one perturbation, 0.5 for the members of a pool, which are more diverse then."""
@@ -81,7 +88,7 @@ class ComputeConfig:
         check_ball(self.norm, self.ball_radius)
         if not 0 < self.target_fooling_rate <= 1:
             raise ConfigError(f"target fooling rate is {self.target_fooling_rate}; it must lie in (0, 1]")
-        for name in ("max_passes", "max_evaluations", "evaluate_every", "gain", "step_size"):
+        for name in ("max_passes", "max_evaluations", "evaluate_every", "gain", "step_size", "period"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"{name.replace('_', ' ')} is {value}; it must be positive")
@@ -94,8 +101,14 @@ class ComputeConfig:
         if self.random_start is not None and not 0 <= self.random_start <= 1:
             raise ConfigError(f"random start is {self.random_start}; it must lie in [0, 1], a share of the radius")
         check_sizes(self.round_size, self.block_size)
+        if self.local_steps is not None and (self.local_steps < 1 or self.block_size % self.local_steps):
+            raise ConfigError(
+                f"local steps is {self.local_steps}; it must be positive and divide the block size, {self.block_size}"
+            )
         foreign = (
-            ("candidates", "slope_ratio", "gain") if self.rule == "log-odds" else ("margin", "step_size", "augment")
+            ("candidates", "slope_ratio", "gain")
+            if self.rule == "log-odds"
+            else ("margin", "step_size", "period", "augment", "local_steps")
         )
         for name in foreign:
             if getattr(self, name) is not None:
@@ -124,6 +137,11 @@ class ComputeConfig:
     def ball_radius(self) -> float:
         """Radius in pixels, with the norm's default."""
         return self.radius if self.radius is not None else {"linf": 10.0, "l2": 2000.0}.get(self.norm, 0.0)
+
+    @property
+    def step_rule(self) -> StepRule:
+        """What all steps of the log-odds rule have in common."""
+        return StepRule(self.norm, self.ball_radius, self.period or update.PERIOD)
 
     @property
     def solver(self) -> Solver:
@@ -268,19 +286,24 @@ def compute(
 def run_round(
     workers: Workers, train: Dataset, round_: Round, state: State, config: ComputeConfig, planned: int | None
 ) -> tuple[State, RoundReport]:
-    """Solve the round's blocks against the state's v, sum in block order, update, project."""
+    """Solve the round's blocks against the state's v, reduce in block order, update, project."""
     started = time.perf_counter()
     tasks = [
         train.examples(block.shard, block.examples, seed=(config.seed, round_.number, number))
         for number, block in enumerate(round_.blocks)
     ]
-    total, results = np.zeros(train.shape), []
-    for result in workers.map("solve", tasks, state.iterate.v.float().numpy(), config.solver):
+    sizes = step_sizes(round_.number, planned, train.shape, config)
+    v, momentum = (field.float().numpy() for field in (state.iterate.v, state.iterate.momentum))
+    shared: tuple[Any, ...] = (v, config.solver)
+    if config.local_steps:
+        shared += (LocalSteps(momentum, sizes, config.block_size // config.local_steps, config.step_rule),)
+    total, results = np.zeros((2, *train.shape) if config.local_steps else train.shape), []
+    for result in workers.map("solve", tasks, *shared):
         total += result.total
         results.append(
             replace(result, total=np.empty(0))
         )  # a round may have more blocks than the driver has memory for
-    iterate, step = _update(state.iterate, torch.from_numpy(total), round_.number, planned, config)
+    iterate = _update(state.iterate, torch.from_numpy(total), len(results), sizes, config)
     state = State(
         iterate,
         num_rounds=round_.number + 1,
@@ -295,7 +318,7 @@ def run_round(
         fooling=Rate(sum(result.num_fooled for result in results), round_.num_examples),
         perturbation=_deliver(iterate, config),
         state=state,
-        step=step,
+        step=sizes[0],
         means={name: sum(s for s, _ in some) / max(1, sum(n for _, n in some)) for name, some in parts.items()},
         seconds=time.perf_counter() - started,
     )
@@ -355,19 +378,29 @@ def _is_spent(state: State, config: ComputeConfig) -> bool:
     return config.max_evaluations is not None and state.num_evaluations >= config.max_evaluations
 
 
-def _update(
-    iterate: Iterate, total: Tensor, round_number: int, planned: int | None, config: ComputeConfig
-) -> tuple[Iterate, float]:
-    norm, radius = config.norm, config.ball_radius
+def step_sizes(
+    round_number: int, num_rounds: int | None, shape: tuple[int, ...], config: ComputeConfig
+) -> tuple[float, ...]:
+    """Of the steps of a round, in pixels; the paper's gain."""
     if config.rule == "paper":
-        gain = config.gain or 1.0
-        return update.paper_update(iterate, total, gain=gain, norm=norm, radius=radius), gain
-    assert planned is not None
+        return (config.gain or 1.0,)
+    assert num_rounds is not None
+    in_round = config.local_steps or 1
+    num_steps = in_round * num_rounds
     start = config.step_size or update.default_step_size(
-        num_values=total.numel(), num_rounds=planned, norm=norm, radius=radius
+        norm=config.norm, radius=config.ball_radius, num_values=prod(shape), num_steps=num_steps
     )
-    step = update.cosine(start, round_number, planned)
-    return update.log_odds_update(iterate, total, step_size=step, norm=norm, radius=radius), step
+    return tuple(update.cosine(start, in_round * round_number + step, num_steps) for step in range(in_round))
+
+
+def _update(
+    iterate: Iterate, total: Tensor, num_blocks: int, sizes: tuple[float, ...], config: ComputeConfig
+) -> Iterate:
+    if config.rule == "paper":
+        return update.paper_update(iterate, total, gain=sizes[0], norm=config.norm, radius=config.ball_radius)
+    if config.local_steps:
+        return update.average_update(iterate, total / num_blocks, config.step_rule)
+    return update.log_odds_update(iterate, total, sizes[0], config.step_rule)
 
 
 def _deliver(iterate: Iterate, config: ComputeConfig) -> Tensor:

@@ -6,6 +6,7 @@ The constants of the log-odds rule stand here and nowhere else; benchmarks/main_
 from dataclasses import dataclass
 from math import cos, pi
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +15,8 @@ from uap_dist.norms import Norm, mean_absolute, project, root_mean_square, sprea
 MARGIN = 500.0  # logits; so far beyond the boundary that no example is ever done and weights 1/(f + margin) stay even
 MOMENTUM = 0.9
 FIRST_STEP = {"linf": 0.8, "l2": 1.2}  # of the radius, as root mean square of a perturbation that fills the ball
-FULL_STEP_ROUNDS = 125  # beyond them the first step falls as 1/rounds: all steps together stay as long
+FULL_STEPS = 125  # beyond so many the first step falls as 1/steps: all steps together stay as long
+PERIOD = 32  # pixels; the total stride of most networks for photographs
 CORNER = 4.0  # P(4 v): a v in the corner of the ℓ∞ ball fools more
 
 
@@ -47,19 +49,67 @@ def paper_update(iterate: Iterate, total: Tensor, *, gain: float, norm: Norm, ra
     return Iterate(project(iterate.v + gain * total, norm=norm, radius=radius), iterate.momentum)
 
 
-def log_odds_update(iterate: Iterate, total: Tensor, *, step_size: float, norm: Norm, radius: float) -> Iterate:
-    """Momentum of the round's sum at mean absolute value 1; a sign step for ℓ∞, a step of root mean square 1 for ℓ2.
+@dataclass(frozen=True)
+class StepRule:
+    """What all steps of the log-odds rule have in common.
+
+    Attributes:
+        norm, radius: of the ball, pixels.
+        period: pixels after which a step repeats itself, see `repeat_mean`.
+    """
+
+    norm: Norm
+    radius: float
+    period: int
+
+
+def log_odds_update(iterate: Iterate, total: Tensor, step_size: float, rule: StepRule) -> Iterate:
+    """Momentum of periodic sums at mean absolute value 1; a sign step for ℓ∞, a step of root mean square 1 for ℓ2.
 
     Args:
-        iterate: v and momentum before the round.
+        iterate: v and momentum before the step.
         total: C×H×W float64, sum of the increments, each divided by its squared length.
-        step_size: of this round, pixels (see `cosine`).
-        norm: of the ball.
-        radius: of the ball, pixels.
+        step_size: pixels (see `cosine`).
+        rule: what it shares with all other steps.
     """
+    total = repeat_mean(total, rule.period)
     momentum = MOMENTUM * iterate.momentum + total / max(mean_absolute(total), 1e-300)
-    direction = momentum.sign() if norm == "linf" else momentum / max(root_mean_square(momentum), 1e-300)
-    return Iterate(project(iterate.v + step_size * direction, norm=norm, radius=radius), momentum)
+    direction = momentum.sign() if rule.norm == "linf" else momentum / max(root_mean_square(momentum), 1e-300)
+    return Iterate(project(iterate.v + step_size * direction, norm=rule.norm, radius=rule.radius), momentum)
+
+
+def average_update(iterate: Iterate, mean: Tensor, rule: StepRule) -> Iterate:
+    """What blocks made of v and momentum in local steps, averaged.
+
+    Args:
+        iterate: that all blocks started from.
+        mean: 2×C×H×W float64, over the blocks: how far they moved v, and the momentum at their end.
+        rule: of their steps.
+
+    Source: Stich, "Local SGD converges fast and communicates little", ICLR 2019; averaging the momentum too is Yu, Jin and Yang's,
+    "On the linear speedup analysis of communication efficient momentum SGD", ICML 2019.
+    """
+    moved, momentum = mean
+    return Iterate(project(iterate.v + moved, norm=rule.norm, radius=rule.radius), momentum)
+
+
+def repeat_mean(total: Tensor, period: int) -> Tensor:
+    """Each pixel becomes the mean of all that lie whole periods away from it, so C×H×W repeats itself; unchanged below one period.
+
+    What a perturbation does to one place of an image it does to others: a network's layers are the same everywhere, up to its
+    stride. One image then gives as many increments of a tile as there are tiles; benchmarks/rules.md has what that is worth.
+    """
+    _, height, width = total.shape
+    if period >= max(height, width):
+        return total
+    rows, columns = -(-height // period), -(-width // period)
+
+    def fold(values: np.ndarray) -> np.ndarray:
+        whole = np.pad(values, ((0, 0), (0, -height % period), (0, -width % period)))
+        return whole.reshape(-1, rows, period, columns, period).sum((1, 3))
+
+    tile = fold(total.numpy()) / np.maximum(fold(np.ones((1, height, width))), 1)
+    return torch.from_numpy(np.tile(tile, (rows, columns))[:, :height, :width].copy())
 
 
 def cosine(start: float, round_number: int, num_rounds: int) -> float:
@@ -72,6 +122,6 @@ def finish(v: Tensor, *, norm: Norm, radius: float) -> Tensor:
     return project(CORNER * v, norm=norm, radius=radius) if norm == "linf" else v
 
 
-def default_step_size(*, norm: Norm, radius: float, num_values: int, num_rounds: int) -> float:
+def default_step_size(*, norm: Norm, radius: float, num_values: int, num_steps: int) -> float:
     """First step of the log-odds rule in pixels (root mean square for ℓ2), from what is known before the run."""
-    return FIRST_STEP[norm] * min(1.0, FULL_STEP_ROUNDS / num_rounds) * spread(norm, radius, num_values)
+    return FIRST_STEP[norm] * min(1.0, FULL_STEPS / num_steps) * spread(norm, radius, num_values)

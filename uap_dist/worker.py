@@ -21,6 +21,7 @@ from uap_dist.classifiers import Classifier, check_classifier, load_classifier
 from uap_dist.deepfool import add_perturbation, deepfool, log_odds_sum
 from uap_dist.errors import ShardError
 from uap_dist.shards import DecodedShard
+from uap_dist.update import Iterate, StepRule, log_odds_update
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 
@@ -83,13 +84,31 @@ class Solver:
 
 
 @dataclass(frozen=True)
+class LocalSteps:
+    """Steps that a block takes on its own copy of v and momentum.
+
+    Attributes:
+        momentum: C×H×W float32, that it starts from.
+        sizes: of the steps, in pixels; a block of fewer examples than `batch_size` each takes the first ones.
+        batch_size: examples of a step at most.
+        rule: of every step.
+    """
+
+    momentum: np.ndarray
+    sizes: tuple[float, ...]
+    batch_size: int
+    rule: StepRule
+
+
+@dataclass(frozen=True)
 class BlockResult:
     """One array for the driver's reduce, and counts.
 
     Attributes:
         total: C×H×W, summed over the block: increments in pixels under the paper's rule (float64), increments divided by their
-            squared length under the log-odds rule (float32).
-        num_examples, num_fooled: of the block, fooled by v before any step.
+            squared length under the log-odds rule (float32). After local steps 2×C×H×W float32: how far they moved v, in pixels,
+            and the momentum at their end.
+        num_examples, num_fooled: of the block, fooled by the v that they were solved against.
         num_evaluations: network evaluations spent.
         sums: what a round reports the mean of, by name: the sum over the block, and over how many examples.
     """
@@ -198,11 +217,15 @@ class Worker:
         top = logits.softmax(1).max(1)
         return Predictions(top.indices.cpu().numpy(), top.values.cpu().numpy())
 
-    def solve(self, examples: Examples, perturbation: np.ndarray, solver: Solver) -> BlockResult:
-        """Increments of the examples against v (C×H×W float32, pixels), in one sum."""
+    def solve(
+        self, examples: Examples, perturbation: np.ndarray, solver: Solver, local: LocalSteps | None = None
+    ) -> BlockResult:
+        """Increments of the examples against v (C×H×W float32, pixels), in one sum; or what local steps make of v."""
         views = augment(self.pixels(examples), solver.augmentation, np.random.default_rng(examples.seed))
-        solve = self._solve_log_odds if solver.rule == "log-odds" else self._solve_paper
         labels = torch.tensor(examples.labels, device=self.device)
+        if local is not None:
+            return self._step(self._tensor(views), perturbation, labels, solver, local)
+        solve = self._solve_log_odds if solver.rule == "log-odds" else self._solve_paper
         return solve(self._tensor(views), self._tensor(perturbation), labels, solver)
 
     def normals(self, examples: Examples) -> Normals:
@@ -238,6 +261,24 @@ class Worker:
             num_fooled=int(found.is_fooled.sum()),
             num_evaluations=found.num_evaluations,
             sums={"mean_log_odds": (float(found.log_odds.double().sum()), len(pixels))},
+        )
+
+    def _step(
+        self, pixels: Tensor, perturbation: np.ndarray, labels: Tensor, solver: Solver, local: LocalSteps
+    ) -> BlockResult:
+        start = end = Iterate(*(torch.from_numpy(array).double() for array in (perturbation, local.momentum)))
+        results = []
+        batches = np.array_split(np.arange(len(pixels)), -(-len(pixels) // local.batch_size))
+        for rows, size in zip(batches, local.sizes, strict=False):
+            found = self._solve_log_odds(pixels[rows], end.v.float().to(self.device), labels[rows], solver)
+            end = log_odds_update(end, torch.from_numpy(found.total).double(), size, local.rule)
+            results.append(found)
+        return BlockResult(
+            total=torch.stack([end.v - start.v, end.momentum]).float().numpy(),
+            num_examples=len(pixels),
+            num_fooled=sum(result.num_fooled for result in results),
+            num_evaluations=sum(result.num_evaluations for result in results),
+            sums={"mean_log_odds": (sum(result.sums["mean_log_odds"][0] for result in results), len(pixels))},
         )
 
     def _solve_paper(self, pixels: Tensor, perturbation: Tensor, labels: Tensor, solver: Solver) -> BlockResult:
