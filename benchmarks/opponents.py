@@ -1,22 +1,17 @@
-"""Gradient ascent on a loss: SGD-UAP as published, and our rule with another loss."""
+"""Gradient ascent on the cross-entropy: SGD-UAP as published, and in the place of our increments."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from uap_dist.augment import augment
 from uap_dist.classifiers import Classifier
-from uap_dist.deepfool import add_perturbation, log_odds
+from uap_dist.deepfool import add_perturbation
 from uap_dist.norms import Norm, measure, project
-from uap_dist.worker import BlockResult, Examples, Solver, Worker
-
-Loss = Callable[[Tensor, Tensor], Tensor]
+from uap_dist.worker import BlockResult, Solver, Worker
 
 BATCH, CLAMP, STEP_DECAY = 100, 12.0, 0.8
-WIDTH = 10.0  # logits
 
 
 def sgd_uap(
@@ -47,32 +42,17 @@ def clamped_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels, reduction="none").clamp(max=CLAMP)
 
 
-def smooth_fooling(logits: Tensor, labels: Tensor) -> Tensor:
-    """N shares, σ(−f/WIDTH) of the log-odds f: the fooling rate, smoothed; far on either side of the boundary it is flat."""
-    return torch.sigmoid(-log_odds(logits, labels) / WIDTH)
+class EntropyWorker(Worker):
+    """Gives the gradient of the clamped cross-entropy where ours gives increments: schedule, momentum, steps and corner are our rule's."""
 
-
-def ascend(classifier: Classifier, pixels: Tensor, v: Tensor, labels: Tensor, loss: Loss) -> Tensor:
-    """Gradient (C×H×W) of the images' summed losses at clip(x + v, 0, 255)."""
-    with torch.enable_grad():
-        logits, leaf = classifier.linearise(add_perturbation(pixels, v))
-        (slopes,) = torch.autograd.grad(loss(logits, labels).sum(), leaf)
-    return classifier.pull_back(slopes.sum(0, keepdim=True), pixels.shape[1:])
-
-
-class LossWorker(Worker):
-    """Gives the gradient of a loss where ours gives increments: schedule, momentum, steps and corner are our rule's."""
-
-    def __init__(self, worker: Worker, loss: Loss) -> None:
+    def __init__(self, worker: Worker) -> None:
         super().__init__(worker.classifier, cache_bytes=0, num_threads=1)
         self.adopt(worker)
-        self.loss = loss
 
-    def solve(self, examples: Examples, perturbation: np.ndarray, solver: Solver) -> BlockResult:
-        """See Worker."""
-        views = augment(self.pixels(examples), solver.augmentation, np.random.default_rng(examples.seed))
-        pixels, labels = torch.tensor(views, dtype=torch.float32), torch.tensor(examples.labels)
-        slope = ascend(self.classifier, pixels, torch.tensor(perturbation), labels, self.loss)
-        return BlockResult(
-            total=slope.numpy(), num_examples=len(pixels), num_fooled=0, num_evaluations=2 * len(pixels), sums={}
-        )
+    def _solve_log_odds(self, pixels: Tensor, perturbation: Tensor, labels: Tensor, solver: Solver) -> BlockResult:
+        with torch.enable_grad():
+            logits, leaf = self.classifier.linearise(add_perturbation(pixels, perturbation))
+            (slopes,) = torch.autograd.grad(clamped_cross_entropy(logits, labels).sum(), leaf)
+        slope = self.classifier.pull_back(slopes.sum(0, keepdim=True), pixels.shape[1:])
+        nothing = {"mean_log_odds": (0.0, len(pixels))}
+        return BlockResult(slope.numpy(), len(pixels), 0, 2 * len(pixels), nothing)

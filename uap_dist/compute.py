@@ -67,9 +67,9 @@ class ComputeConfig:
     not. Default: 32, which the total stride of most networks for photographs divides."""
     augment: Augmentation | None = None
     """Log-odds rule: random views of the training images, drawn per image. Default flip-shift."""
-    round_size: int = 24
+    round_size: int = 6
     """Training images in a round: solved against one v, reduced once. Part of the result; never derived from the fleet."""
-    block_size: int = 6
+    block_size: int = 3
     """Training images solved together by one worker; divides the round size. Part of the result."""
     local_steps: int | None = None
     """Log-odds rule: steps that each block takes on its own copy of the perturbation, with its block size divided by so many

@@ -1,0 +1,205 @@
+"""The law of the round: fooling rate against network evaluations and against rounds. See benchmarks/rounds.md.
+
+    python benchmarks/rounds.py --only 'resnet20-16000-*'    # a part; without --only all of it
+    python benchmarks/rounds.py --table                      # what has been measured; --held-in: on the images that choose constants
+    python benchmarks/rounds.py --picture                    # benchmarks/rounds.png
+
+One process, one thread: what a fleet computes does not depend on its size, so blocks are solved one after another. Runs that are in the
+output already are not repeated.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from itertools import product
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import tyro
+from rules import Bench, interval, spread, stamp
+
+from uap_dist.compute import ComputeConfig, compute, count_rounds, step_sizes
+from uap_dist.dataset import Dataset, LocalWorkers
+
+BASE = 6  # images of a round that others are compared with
+
+
+@dataclass(frozen=True)
+class Row:
+    """A network, a budget and the shape of a round.
+
+    Attributes:
+        network: one of networks.py.
+        budget: network evaluations.
+        blocks: of a round.
+        steps: that each block takes on its own copy; 0: the round sums its blocks and takes one.
+        images: of a block's step.
+        factor: on the first step that the package takes by default without local steps.
+    """
+
+    network: str
+    budget: int
+    blocks: int
+    steps: int
+    images: int
+    factor: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """As --only selects it."""
+        return f"{self.network}-{self.budget}-{self.shape}"
+
+    @property
+    def shape(self) -> str:
+        """Such as sum-4x6, or local-4x4x6-step2."""
+        shape = f"local-{self.blocks}x{self.steps}x{self.images}" if self.steps else f"sum-{self.blocks}x{self.images}"
+        return shape + (f"-step{self.factor:g}" if self.factor != 1 else "")
+
+    def config(self, seed: int, train: Dataset) -> ComputeConfig:
+        """Of a run."""
+        block = max(1, self.steps) * self.images
+        config = ComputeConfig(
+            max_evaluations=self.budget,
+            round_size=self.blocks * block,
+            block_size=block,
+            local_steps=self.steps or None,
+            seed=seed,
+        )
+        (first, *_) = step_sizes(0, count_rounds(train.sizes, config), train.shape, config)
+        return replace(config, step_size=self.factor * first)
+
+
+def _rows() -> list[Row]:
+    rows = []
+    for network, budget in (("squeezenet", 3_000), ("resnet20", 16_000), ("squeezenet", 10_000)):
+        rows += [Row(network, budget, 1, 0, images) for images in (3, 6, 12, 25, 50, 100, 200, 400, 800)]
+        rows += [
+            Row(network, budget, blocks, steps, 6, factor)
+            for blocks, steps, factor in product((2, 4, 8, 16), (1, 2, 4, 8), (1.0, 2.0, 4.0))
+        ]
+    return rows
+
+
+ROWS = _rows()
+Runs = dict[tuple[str, int], dict[str, Any]]  # by name of the row and seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Measure, or show what has been measured."""
+
+    only: tuple[str, ...] = ("*",)
+    """Patterns of the rows to measure or show."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of the training images, their order and views."""
+    table: bool = False
+    """Print the table and measure nothing."""
+    held_in: bool = False
+    """The table is of held-in images."""
+    picture: bool = False
+    """Draw benchmarks/rounds.png and measure nothing."""
+    data: Path = Path("../shared")
+    """Folder of the images and networks."""
+    output: Path = Path(__file__).with_name("rounds.jsonl")
+    """One line of JSON for each run is added here."""
+
+
+def main() -> None:
+    """Measure what is missing, or show what there is."""
+    options = tyro.cli(Options)
+    rows = [row for row in ROWS if any(fnmatch(row.name, pattern) for pattern in options.only)]
+    if options.table or options.picture:
+        runs = read(options.output)
+        if options.table:
+            print("\n".join(table(rows, runs, "held_in" if options.held_in else "held_out")))
+        if options.picture:
+            draw(rows, runs, options.output.with_suffix(".png"))
+        return
+    for network in dict.fromkeys(row.network for row in rows):
+        measure([row for row in rows if row.network == network], options)
+
+
+def measure(rows: list[Row], options: Options) -> None:
+    """All missing runs of one network, seed by seed."""
+    bench, done = Bench(rows[0].network, options.data), read(options.output)
+    for seed, row in product(options.seeds, rows):
+        if (row.name, seed) in done:
+            continue
+        train, held_in = bench.split(seed)
+        started = time.perf_counter()
+        *_, final = compute(LocalWorkers(bench.worker), train, train.thin(1), row.config(seed, train))
+        line = {
+            "name": row.name,
+            "seed": seed,
+            "rounds": final.round_number + 1,
+            "evaluations": final.num_evaluations,
+            "seconds": round(time.perf_counter() - started, 1),
+        } | stamp()
+        line |= bench.rates(final.perturbation, held_in)
+        with options.output.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(
+            row.name, seed, f"{line['rounds']} rounds, held-in {line['held_in']:.3f}, {line['seconds']} s", flush=True
+        )
+
+
+def read(path: Path) -> Runs:
+    """Runs by name and seed."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return {(line["name"], line["seed"]): line for line in lines}
+
+
+def table(rows: list[Row], runs: Runs, images: str) -> Iterator[str]:
+    """Markdown: a line for each row that has runs, beside rounds of the default size without local steps."""
+    rate = f"{images.replace('_', '-')} fooling rate, mean ± sd"
+    yield f"| network, evaluations | round | rounds | {rate} | to rounds of {BASE}, paired | seeds |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    for row in rows:
+        found = runs_of(row, runs)
+        if not found:
+            continue
+        base = runs_of(Row(row.network, row.budget, 1, 0, BASE), runs)
+        differences = [run[images] - base[seed][images] for seed, run in found.items() if seed in base]
+        yield (
+            f"| {row.network}, {row.budget:,} | {row.shape} | {mean(run['rounds'] for run in found.values()):.0f} "
+            f"| {spread([run[images] for run in found.values()])} | {interval(differences)} | {len(found)} |"
+        )
+
+
+def runs_of(row: Row, runs: Runs) -> dict[int, dict[str, Any]]:
+    """By seed."""
+    return {seed: run for (name, seed), run in runs.items() if name == row.name}
+
+
+def draw(rows: list[Row], runs: Runs, path: Path) -> None:
+    """Held-out fooling rate against rounds: a panel for each network and budget, sums and local steps."""
+    panels = list(dict.fromkeys((row.network, row.budget) for row in rows if runs_of(row, runs)))
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), layout="constrained", squeeze=False)
+    for axis, (network, budget) in zip(axes[0], panels, strict=True):
+        for title, has_steps in (("summed, one step a round", False), ("local steps, averaged", True)):
+            found = [
+                list(runs_of(row, runs).values())
+                for row in rows
+                if (row.network, row.budget, row.steps > 0) == (network, budget, has_steps) and runs_of(row, runs)
+            ]
+            points = sorted(
+                (mean(run["rounds"] for run in some), mean(run["held_out"] for run in some)) for some in found
+            )
+            axis.plot(*zip(*points, strict=True), "o" if has_steps else "o-", label=title)
+        axis.set(
+            title=f"{network}, {budget:,} evaluations", xscale="log", xlabel="rounds", ylabel="held-out fooling rate"
+        )
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend()
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
