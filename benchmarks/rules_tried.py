@@ -3,8 +3,9 @@
     python benchmarks/rules_tried.py --network resnet20 --budget 8000 --grid '[{}, {"weight": "sigmoid"}]'
     python benchmarks/rules_tried.py --table
 
-A loop of its own, short enough to change: one process, a round in one batch. The first entry `{}` is the rule as it is; every other entry
-says what differs. Runs that are in the output already are not repeated. Nothing here looks at the held-out shards.
+A loop of its own, short enough to change: one process, a round in one batch. The first entry `{}` is the rule as it was before it repeated
+itself, in rounds of 24 images; every other entry says what differs: the rule as it is now is {"period": 32, "round_size": 6}. Runs that are in
+the output already are not repeated. Nothing here looks at the held-out shards.
 """
 
 import json
@@ -29,7 +30,7 @@ from uap_dist.dataset import Dataset, LocalWorkers, classify, load_dataset
 from uap_dist.deepfool import add_perturbation, log_odds
 from uap_dist.norms import Norm, mean_absolute, project, root_mean_square
 from uap_dist.shards import expand_patterns
-from uap_dist.update import cosine, default_step_size, finish
+from uap_dist.update import cosine, default_step_size, finish, repeat_mean
 from uap_dist.worker import Worker
 
 RADIUS = {"linf": (10.0, 10.0), "l2": (2000.0, 285.7)}  # of 224×224 images, of 32×32 ones: alike per pixel
@@ -38,7 +39,7 @@ MAX_HELD_IN_SHARDS = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """The rule; the defaults are uap_dist's."""
+    """The rule, in rounds of 24 and without repetition unless it says so."""
 
     weight: str = "even"
     """Of an image's gradient of the log-odds f: even (margin 500), sigmoid σ((f + offset)/width), bell (that sigmoid's slope),
@@ -60,6 +61,12 @@ class Variant:
     """Share of the last rounds whose iterates are averaged."""
     drop: float = 0.0
     """Share of the pixels where v is left out, drawn per image."""
+    period: int = 0
+    """Pixels after which steps repeat themselves; 0: they do not."""
+    fades: bool = False
+    """The share of the repeated in a step falls to nothing during the run."""
+    mirror: bool = False
+    """Steps are mirror images of themselves."""
     augment: Augmentation = "flip-shift"
     round_size: int = 24
     """Of a batch."""
@@ -88,6 +95,8 @@ class Options:
     grid: str = "[{}]"
     """JSON list of Variant fields, one object an entry."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    train_shards: int | None = None
+    """To compute from; the next ones are held in, two at most. Default: networks.py's."""
     table: bool = False
     data: Path = Path("../shared")
     output: Path = Path(__file__).with_name("rules_tried.jsonl")
@@ -109,6 +118,7 @@ def run(options: Options) -> None:
     urls = expand_patterns([str(options.data / network.train)])
     shards = [load_dataset(workers, [url]) for url in urls]
     done = {key(line) for line in lines(options.output)}
+    count = options.train_shards or network.tune_shards
     for seed in options.seeds:
         parts = shards[seed % len(shards) :] + shards[: seed % len(shards)]
         for entry in json.loads(options.grid):
@@ -118,11 +128,11 @@ def run(options: Options) -> None:
                 "budget": options.budget,
                 "entry": entry,
                 "seed": seed,
+                "train_shards": count,
             }
             if key(line) in done:
                 continue
             started = time.perf_counter()
-            count = network.tune_shards
             held_in = parts[count : count + MAX_HELD_IN_SHARDS]
             more = parts[count + MAX_HELD_IN_SHARDS :] if Variant(**entry).num_images else []
             train = [*parts[:count], *more]
@@ -177,7 +187,7 @@ class Trial:
         num_rounds = (budget - len(self.images)) // cost
         num_steps = num_rounds * variant.local_steps
         start = variant.step * default_step_size(
-            norm=self.norm, radius=self.radius, num_values=self.images[0].size, num_rounds=num_steps
+            norm=self.norm, radius=self.radius, num_values=self.images[0].size, num_steps=num_steps
         )
         rng = np.random.default_rng(seed)
         batches = self.batches(rng)
@@ -224,6 +234,11 @@ class Trial:
         momentum = variant.momentum * state.momentum + total
         square = 0.99 * state.square + 0.01 * total.square()
         ahead = total + variant.momentum * momentum if variant.nesterov else momentum
+        if variant.mirror:
+            ahead = (ahead + ahead.flip(-1)) / 2
+        if variant.period:
+            share = 1 - progress if variant.fades else 1.0
+            ahead = (1 - share) * ahead + share * repeat_mean(ahead, variant.period)
         if self.norm == "l2":
             direction = ahead / root_mean_square(ahead)
         elif variant.direction == "sign":
@@ -275,17 +290,20 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def key(line: dict[str, Any]) -> str:
     """Of a run."""
-    return json.dumps([line["network"], line["norm"], line["budget"], asdict(Variant(**line["entry"])), line["seed"]])
+    shards = line.get("train_shards", NETWORKS[line["network"]].tune_shards)
+    variant = asdict(Variant(**line["entry"]))
+    return json.dumps([line["network"], line["norm"], line["budget"], variant, line["seed"], shards])
 
 
 def print_table(options: Options) -> None:
     """A line for each entry: mean, spread, and the paired difference to even weights on the same views."""
-    groups: dict[tuple[str, str, int], dict[str, dict[int, dict[str, Any]]]] = {}
+    groups: dict[tuple[str, str, int, int], dict[str, dict[int, dict[str, Any]]]] = {}
     for line in lines(options.output):
-        group = groups.setdefault((line["network"], line["norm"], line["budget"]), {})
+        shards = line.get("train_shards", NETWORKS[line["network"]].tune_shards)
+        group = groups.setdefault((line["network"], line["norm"], line["budget"], shards), {})
         group.setdefault(json.dumps(line["entry"]), {})[line["seed"]] = line
-    for (network, norm, budget), entries in groups.items():
-        print(f"\n{network}, {norm}, {budget:,} evaluations:\n")
+    for (network, norm, budget, shards), entries in groups.items():
+        print(f"\n{network}, {norm}, {budget:,} evaluations, computed from {shards} shards:\n")
         print(
             "| what differs | held-in rate, mean ± sd | to even weights, paired | training | one label, left of it | seeds |"
         )
