@@ -3,9 +3,9 @@
     python benchmarks/rules_tried.py --network resnet20 --budget 8000 --grid '[{}, {"weight": "sigmoid"}]'
     python benchmarks/rules_tried.py --table
 
-A loop of its own, short enough to change: one process, a round in one batch. The first entry `{}` is the rule as it was before it repeated
-itself, in rounds of 24 images; every other entry says what differs: the rule as it is now is {"period": 32, "round_size": 6}. Runs that are in
-the output already are not repeated. Nothing here looks at the held-out shards.
+A loop of its own, short enough to change: one process, a round in one batch. The first entry `{}` is the rule as it was before it
+repeated itself, in rounds of 24 images; every other entry says what differs: the rule as it is now is {"period": 32, "round_size": 6}.
+Runs that are in the output already are not repeated. Nothing here looks at the held-out shards.
 """
 
 import json
