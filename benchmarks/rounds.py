@@ -76,14 +76,17 @@ class Row:
         return replace(config, step_size=self.factor * first)
 
 
+# whole blocks of shards of 100 and of 1,000 images
+SUMS = ((1, 3), (1, 6), (1, 12), (1, 25), (2, 25), (4, 25), (8, 25), (16, 25), (40, 25))
+LOCAL = ((1, 4, 5), (2, 4, 5), (5, 4, 5), (10, 4, 5), (20, 4, 5), (4, 20, 5), (50, 8, 1), (50, 2, 4), (10, 4, 25))
+FACTORS = (1.0, 2.0, 4.0)
+
+
 def _rows() -> list[Row]:
     rows = []
     for network, budget in (("squeezenet", 3_000), ("resnet20", 16_000), ("squeezenet", 10_000)):
-        rows += [Row(network, budget, 1, 0, images) for images in (3, 6, 12, 25, 50, 100, 200, 400, 800)]
-        rows += [
-            Row(network, budget, blocks, steps, 6, factor)
-            for blocks, steps, factor in product((2, 4, 8, 16), (1, 2, 4, 8), (1.0, 2.0, 4.0))
-        ]
+        rows += [Row(network, budget, blocks, 0, images) for blocks, images in SUMS]
+        rows += [Row(network, budget, *shape, factor) for shape, factor in product(LOCAL, FACTORS)]
     return rows
 
 
