@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from itertools import product
+from math import prod
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -25,8 +26,9 @@ import matplotlib.pyplot as plt
 import tyro
 from rules import Bench, interval, spread, stamp
 
-from uap_dist.compute import ComputeConfig, compute, count_rounds, step_sizes
+from uap_dist.compute import ComputeConfig, compute, count_rounds
 from uap_dist.dataset import Dataset, LocalWorkers
+from uap_dist.update import default_step_size
 
 BASE = 6  # images of a round that others are compared with
 
@@ -41,7 +43,7 @@ class Row:
         blocks: of a round.
         steps: that each block takes on its own copy; 0: the round sums its blocks and takes one.
         images: of a block's step.
-        factor: on the first step that the package takes by default without local steps.
+        factor: on the first step that rounds which sum take by default.
     """
 
     network: str
@@ -72,7 +74,10 @@ class Row:
             local_steps=self.steps or None,
             seed=seed,
         )
-        (first, *_) = step_sizes(0, count_rounds(train.sizes, config), train.shape, config)
+        num_steps = (count_rounds(train.sizes, config) or 0) * max(1, self.steps)
+        first = default_step_size(
+            norm=config.norm, radius=config.ball_radius, num_values=prod(train.shape), num_steps=num_steps
+        )
         return replace(config, step_size=self.factor * first)
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import random_samples, tiny_worker
 
-from uap_dist.compute import ComputeConfig, State, compute, count_rounds, run_round
+from uap_dist.compute import ComputeConfig, State, compute, count_rounds, run_round, step_sizes
 from uap_dist.dataset import LocalWorkers, check_disjoint, classify, load_dataset
 from uap_dist.errors import ConfigError, PerturbationError, ShardError
 from uap_dist.norms import measure
@@ -171,6 +171,17 @@ def test_local_steps_fool_in_a_fraction_of_the_rounds(local_workers, tiny_data):
     assert measure(reports[-1].perturbation, "linf") == 20
 
 
+def test_the_first_step_doubles_where_blocks_are_averaged():
+    def first(**options):
+        return step_sizes(0, 100, (3, 16, 16), ComputeConfig(radius=10.0, **options))
+
+    assert first(round_size=20, block_size=10) == (8.0,)
+    alone, averaged = (first(round_size=size, block_size=10, local_steps=2) for size in (10, 20))
+    assert len(alone) == 2 and alone[0] == pytest.approx(8.0 * 125 / 200)
+    assert averaged == tuple(2 * size for size in alone)
+    assert first(round_size=20, block_size=10, local_steps=2, step_size=3.0)[0] == 3.0
+
+
 def test_a_perturbation_repeats_itself_unless_the_period_is_the_image(local_workers, tiny_data):
     for period, repeats in ((4, True), (16, False), (None, False)):
         v = run(local_workers, tiny_data, max_passes=1, period=period)[-1].perturbation
@@ -200,7 +211,7 @@ def test_passes_default_to_ten_unless_evaluations_bound_them():
         ({"rule": "paper", "candidates": 1}, "candidates is 1; it must be at least 2"),
         ({"period": 0}, "period is 0; it must be positive"),
         ({"rule": "paper", "period": 8}, "period does not belong to rule paper"),
-        ({"rule": "paper", "local_steps": 2}, "local steps does not belong to rule paper"),
+        ({"rule": "paper", "local_steps": 3}, "local steps does not belong to rule paper"),
         ({"local_steps": 0}, "local steps is 0; it must be positive and divide the block size, 3"),
         ({"local_steps": 2}, "local steps is 2; it must be positive and divide the block size, 3"),
         ({"round_size": 10, "block_size": 4}, "round size 10 is not a positive multiple of block size 4"),

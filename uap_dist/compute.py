@@ -61,7 +61,8 @@ class ComputeConfig:
     """Log-odds rule: how far beyond the boundary a step aims, in logits. Default 500."""
     step_size: float | None = None
     """Log-odds rule: size of the first step, in pixels (root mean square for l2). Default: 0.8 of the
-    radius for linf, 1.2 of what fills the ball for l2; beyond 125 steps less, as 125/steps."""
+    radius for linf, 1.2 of what fills the ball for l2; beyond 125 steps less, as 125/steps; twice that where local steps of
+    several blocks are averaged."""
     period: int | None = None
     """Log-odds rule: pixels after which the perturbation repeats itself, down and across; an image's side or more: it does
     not. Default: 32, which the total stride of most networks for photographs divides."""
@@ -387,9 +388,11 @@ def step_sizes(
     assert num_rounds is not None
     in_round = config.local_steps or 1
     num_steps = in_round * num_rounds
-    start = config.step_size or update.default_step_size(
+    default = update.default_step_size(
         norm=config.norm, radius=config.ball_radius, num_values=prod(shape), num_steps=num_steps
     )
+    is_averaged = config.local_steps and config.round_size > config.block_size
+    start = config.step_size or default * (update.AVERAGED if is_averaged else 1.0)
     return tuple(update.cosine(start, in_round * round_number + step, num_steps) for step in range(in_round))
 
 

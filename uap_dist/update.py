@@ -16,6 +16,9 @@ MARGIN = 500.0  # logits; so far beyond the boundary that no example is ever don
 MOMENTUM = 0.9
 FIRST_STEP = {"linf": 0.8, "l2": 1.2}  # of the radius, as root mean square of a perturbation that fills the ball
 FULL_STEPS = 125  # beyond so many the first step falls as 1/steps: all steps together stay as long
+AVERAGED = (
+    2.0  # of the first step where the steps of several blocks are averaged: a mean of signs is shorter than a sign
+)
 PERIOD = 32  # pixels; the total stride of most networks for photographs
 CORNER = 4.0  # P(4 v): a v in the corner of the ℓ∞ ball fools more
 
