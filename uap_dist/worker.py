@@ -224,7 +224,7 @@ class Worker:
         views = augment(self.pixels(examples), solver.augmentation, np.random.default_rng(examples.seed))
         labels = torch.tensor(examples.labels, device=self.device)
         if local is not None:
-            return self._step(self._tensor(views), perturbation, labels, solver, local)
+            return self._take_local_steps(self._tensor(views), perturbation, labels, solver, local)
         solve = self._solve_log_odds if solver.rule == "log-odds" else self._solve_paper
         return solve(self._tensor(views), self._tensor(perturbation), labels, solver)
 
@@ -263,14 +263,15 @@ class Worker:
             sums={"mean_log_odds": (float(found.log_odds.double().sum()), len(pixels))},
         )
 
-    def _step(
+    def _take_local_steps(
         self, pixels: Tensor, perturbation: np.ndarray, labels: Tensor, solver: Solver, local: LocalSteps
     ) -> BlockResult:
         start = end = Iterate(*(torch.from_numpy(array).double() for array in (perturbation, local.momentum)))
         results = []
-        batches = np.array_split(np.arange(len(pixels)), -(-len(pixels) // local.batch_size))
-        for rows, size in zip(batches, local.sizes, strict=False):
-            found = self._solve_log_odds(pixels[rows], end.v.float().to(self.device), labels[rows], solver)
+        num_batches = -(-len(pixels) // local.batch_size)
+        batches = zip(pixels.tensor_split(num_batches), labels.tensor_split(num_batches), strict=True)
+        for (some, some_labels), size in zip(batches, local.sizes, strict=False):
+            found = self._solve_log_odds(some, end.v.float().to(self.device), some_labels, solver)
             end = log_odds_update(end, torch.from_numpy(found.total).double(), size, local.rule)
             results.append(found)
         return BlockResult(
