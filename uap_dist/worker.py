@@ -266,7 +266,7 @@ class Worker:
     def _take_local_steps(
         self, pixels: Tensor, perturbation: np.ndarray, labels: Tensor, solver: Solver, local: LocalSteps
     ) -> BlockResult:
-        start = end = Iterate(*(torch.from_numpy(array).double() for array in (perturbation, local.momentum)))
+        start = end = Iterate(*(torch.tensor(array).double() for array in (perturbation, local.momentum)))
         results = []
         num_batches = -(-len(pixels) // local.batch_size)
         batches = zip(pixels.tensor_split(num_batches), labels.tensor_split(num_batches), strict=True)
