@@ -65,6 +65,8 @@ class Variant:
     """Pixels after which steps repeat themselves; 0: they do not."""
     fades: bool = False
     """The share of the repeated in a step falls to nothing during the run."""
+    until: float = 1.0
+    """Progress from which on steps do not repeat themselves."""
     mirror: bool = False
     """Steps are mirror images of themselves."""
     augment: Augmentation = "flip-shift"
@@ -237,7 +239,7 @@ class Trial:
         if variant.mirror:
             ahead = (ahead + ahead.flip(-1)) / 2
         if variant.period:
-            share = 1 - progress if variant.fades else 1.0
+            share = 1 - progress if variant.fades else float(progress < variant.until)
             ahead = (1 - share) * ahead + share * repeat_mean(ahead, variant.period)
         if self.norm == "l2":
             direction = ahead / root_mean_square(ahead)
