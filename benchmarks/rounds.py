@@ -200,7 +200,9 @@ def runs_of(row: Row, runs: Runs) -> dict[int, dict[str, Any]]:
 def draw(rows: list[Row], runs: Runs, path: Path) -> None:
     """Held-out fooling rate against rounds: a panel for each network and budget, sums and local steps."""
     panels = list(dict.fromkeys((row.network, row.budget) for row in rows if runs_of(row, runs)))
-    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(5 * len(panels), 4), layout="constrained", squeeze=False, sharey=True
+    )
     for axis, (network, budget) in zip(axes[0], panels, strict=True):
         for title, has_steps in (("summed, one step a round", False), ("local steps, averaged", True)):
             found = [
@@ -211,7 +213,8 @@ def draw(rows: list[Row], runs: Runs, path: Path) -> None:
             points = sorted(
                 (mean(run["rounds"] for run in some), mean(run["held_out"] for run in some)) for some in found
             )
-            axis.plot(*zip(*points, strict=True), "o" if has_steps else "o-", label=title)
+            if points:
+                axis.plot(*zip(*points, strict=True), "C1o" if has_steps else "C0o-", label=title)
         axis.set(
             title=f"{network}, {budget:,} evaluations", xscale="log", xlabel="rounds", ylabel="held-out fooling rate"
         )
