@@ -1,6 +1,6 @@
 """From the increments of a round to the next perturbation: two rules, one pure function each.
 
-The constants of the log-odds rule stand here and nowhere else; benchmarks/main_job.md says how they were chosen.
+The constants of the log-odds rule stand here and nowhere else; benchmarks/main_job.md and rules.md say how they were chosen.
 """
 
 from dataclasses import dataclass
@@ -16,9 +16,7 @@ MARGIN = 500.0  # logits; so far beyond the boundary that no example is ever don
 MOMENTUM = 0.9
 FIRST_STEP = {"linf": 0.8, "l2": 1.2}  # of the radius, as root mean square of a perturbation that fills the ball
 FULL_STEPS = 125  # beyond so many the first step falls as 1/steps: all steps together stay as long
-AVERAGED = (
-    2.0  # of the first step where the steps of several blocks are averaged: a mean of signs is shorter than a sign
-)
+AVERAGED = 2.0  # times the first step where blocks are averaged: a mean of signs is shorter than a sign
 PERIOD = 32  # pixels; the total stride of most networks for photographs
 CORNER = 4.0  # P(4 v): a v in the corner of the ℓ∞ ball fools more
 
@@ -99,8 +97,8 @@ def average_update(iterate: Iterate, mean: Tensor, rule: StepRule) -> Iterate:
 def repeat_mean(total: Tensor, period: int) -> Tensor:
     """Each pixel becomes the mean of all that lie whole periods away from it, so C×H×W repeats itself; unchanged below one period.
 
-    What a perturbation does to one place of an image it does to others: a network's layers are the same everywhere, up to its
-    stride. One image then gives as many increments of a tile as there are tiles; benchmarks/rules.md has what that is worth.
+    Steps of such a kind lead v to textures that move every place of every image the same way, where the increments of few images
+    agree; benchmarks/rules.md, "Why", has what that is worth.
     """
     _, height, width = total.shape
     if period >= max(height, width):
