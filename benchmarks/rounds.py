@@ -12,7 +12,6 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -23,6 +22,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import rules
 import tyro
 from rules import Bench, interval, spread, stamp
 
@@ -111,38 +111,16 @@ Runs = dict[tuple[str, int], dict[str, Any]]  # by name of the row and seed
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(rules.Options):
     """Measure, or show what has been measured."""
 
-    only: tuple[str, ...] = ("*",)
-    """Patterns of the rows to measure or show."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of the training images, their order and views."""
-    table: bool = False
-    """Print the table and measure nothing."""
-    held_in: bool = False
-    """The table is of held-in images."""
-    picture: bool = False
-    """Draw benchmarks/rounds.png and measure nothing."""
-    data: Path = Path("../shared")
-    """Folder of the images and networks."""
     output: Path = Path(__file__).with_name("rounds.jsonl")
-    """One line of JSON for each run is added here."""
 
 
 def main() -> None:
     """Measure what is missing, or show what there is."""
-    options = tyro.cli(Options)
-    rows = [row for row in ROWS if any(fnmatch(row.name, pattern) for pattern in options.only)]
-    if options.table or options.picture:
-        runs = read(options.output)
-        if options.table:
-            print("\n".join(table(rows, runs, "held_in" if options.held_in else "held_out")))
-        if options.picture:
-            draw(rows, runs, options.output.with_suffix(".png"))
-        return
-    for network in dict.fromkeys(row.network for row in rows):
-        measure([row for row in rows if row.network == network], options)
+    rules.run_or_show(tyro.cli(Options), ROWS, read=read, measure=measure, table=table, draw=draw)
 
 
 def measure(rows: list[Row], options: Options) -> None:

@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from fnmatch import fnmatch
@@ -109,7 +109,7 @@ class Options:
     """Measure, or show what has been measured."""
 
     only: tuple[str, ...] = ("*",)
-    """Patterns of the rows to measure or show: network-norm-budget-rule."""
+    """Patterns of the names of rows to measure or show."""
     seeds: tuple[int, ...] = SEEDS
     """Of the training images, their order and views."""
     table: bool = False
@@ -117,7 +117,7 @@ class Options:
     held_in: bool = False
     """The table is of held-in images."""
     picture: bool = False
-    """Draw benchmarks/rules.png and measure nothing."""
+    """Draw the picture beside the output and measure nothing."""
     data: Path = Path("../shared")
     """Folder of the images and networks."""
     output: Path = Path(__file__).with_name("rules.jsonl")
@@ -126,17 +126,28 @@ class Options:
 
 def main() -> None:
     """Measure what is missing, or show what there is."""
-    options = tyro.cli(Options)
-    rows = [row for row in ROWS if any(fnmatch(row.name, pattern) for pattern in options.only)]
+    run_or_show(tyro.cli(Options), ROWS, read=read, measure=measure, table=table, draw=draw)
+
+
+def run_or_show(
+    options: Options,
+    rows: Sequence[Any],
+    *,
+    read: Callable[[Path], Any],
+    measure: Callable[[list[Any], Any], None],
+    table: Callable[[list[Any], Any, str], Iterator[str]],
+    draw: Callable[[list[Any], Any, Path], None],
+) -> None:
+    """What the options ask for, with the functions of a comparison whose rows have a name and a network."""
+    chosen = [row for row in rows if any(fnmatch(row.name, pattern) for pattern in options.only)]
+    if options.table:
+        print("\n".join(table(chosen, read(options.output), "held_in" if options.held_in else "held_out")))
+    if options.picture:
+        draw(chosen, read(options.output), options.output.with_suffix(".png"))
     if options.table or options.picture:
-        runs = read(options.output)
-        if options.table:
-            print("\n".join(table(rows, runs, "held_in" if options.held_in else "held_out")))
-        if options.picture:
-            draw(rows, runs, options.output.with_suffix(".png"))
         return
-    for network in dict.fromkeys(row.network for row in rows):
-        measure([row for row in rows if row.network == network], options)
+    for network in dict.fromkeys(row.network for row in chosen):
+        measure([row for row in chosen if row.network == network], options)
 
 
 class Bench:

@@ -301,9 +301,8 @@ def run_round(
     total, results = np.zeros((2, *train.shape) if config.local_steps else train.shape), []
     for result in workers.map("solve", tasks, *shared):
         total += result.total
-        results.append(
-            replace(result, total=np.empty(0))
-        )  # a round may have more blocks than the driver has memory for
+        # without its array: a round may have more blocks than the driver has memory for
+        results.append(replace(result, total=np.empty(0)))
     iterate = _update(state.iterate, torch.from_numpy(total), len(results), sizes, config)
     state = State(
         iterate,
@@ -382,7 +381,7 @@ def _is_spent(state: State, config: ComputeConfig) -> bool:
 def step_sizes(
     round_number: int, num_rounds: int | None, shape: tuple[int, ...], config: ComputeConfig
 ) -> tuple[float, ...]:
-    """Of the steps of a round, in pixels; the paper's gain."""
+    """What a round's updates are scaled by: the sizes of its steps in pixels (one, or one for each local step), or the paper's gain."""
     if config.rule == "paper":
         return (config.gain or 1.0,)
     assert num_rounds is not None
