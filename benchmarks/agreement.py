@@ -13,7 +13,8 @@ import tyro
 from rules import Bench
 from torch import Tensor
 
-from uap_dist.compute import ComputeConfig, compute
+from uap_dist.compute import compute
+from uap_dist.config import ComputeConfig
 from uap_dist.dataset import LocalWorkers
 from uap_dist.deepfool import log_odds_sum
 from uap_dist.update import MARGIN, repeat_mean

@@ -22,7 +22,8 @@ from uap_dist.actor import Answer
 from uap_dist.batch import ActorRecord
 from uap_dist.cache import Traffic
 from uap_dist.cluster import connect
-from uap_dist.compute import ComputeConfig, State, run_round
+from uap_dist.compute import State, run_round
+from uap_dist.config import ComputeConfig
 from uap_dist.dataset import Dataset, Shard
 from uap_dist.fleet import Fleet, FleetConfig
 from uap_dist.schedule import Block, Round

@@ -22,7 +22,8 @@ import tyro
 from networks import NETWORKS
 
 from uap_dist.cluster import connect
-from uap_dist.compute import ComputeConfig, compute
+from uap_dist.compute import compute
+from uap_dist.config import ComputeConfig
 from uap_dist.dataset import classify, fooling_rate, load_dataset
 from uap_dist.fleet import Fleet, FleetConfig
 from uap_dist.norms import random_perturbation

@@ -18,7 +18,8 @@ import tyro
 from networks import NETWORKS
 
 from uap_dist.classifiers import load_classifier
-from uap_dist.compute import ComputeConfig, compute
+from uap_dist.compute import compute
+from uap_dist.config import ComputeConfig
 from uap_dist.dataset import LocalWorkers, load_dataset
 from uap_dist.shards import expand_patterns
 from uap_dist.worker import Worker

@@ -26,7 +26,8 @@ import tyro
 from networks import NETWORKS
 
 from uap_dist.cluster import connect
-from uap_dist.compute import POOL_RANDOM_START, ComputeConfig, compute
+from uap_dist.compute import compute
+from uap_dist.config import POOL_RANDOM_START, ComputeConfig
 from uap_dist.dataset import load_dataset
 from uap_dist.fleet import Fleet, FleetConfig
 from uap_dist.pool import PerturbationPool

@@ -26,7 +26,8 @@ import rules
 import tyro
 from rules import Bench, interval, spread, stamp
 
-from uap_dist.compute import ComputeConfig, compute, count_rounds
+from uap_dist.compute import compute, count_rounds
+from uap_dist.config import ComputeConfig
 from uap_dist.dataset import Dataset, LocalWorkers
 from uap_dist.update import default_step_size
 

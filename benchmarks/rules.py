@@ -35,7 +35,8 @@ from torch import Tensor
 
 from uap_dist.augment import Augmentation
 from uap_dist.classifiers import load_classifier
-from uap_dist.compute import ComputeConfig, compute
+from uap_dist.compute import compute
+from uap_dist.config import ComputeConfig
 from uap_dist.dataset import Dataset, LocalWorkers, classify, fooling_rate, load_dataset
 from uap_dist.norms import Norm
 from uap_dist.provenance import git_commit

@@ -25,7 +25,8 @@ from opponents import BATCH, sgd_uap
 from torch import Tensor, nn
 
 from uap_dist.classifiers import Classifier, load_classifier
-from uap_dist.compute import ComputeConfig, compute
+from uap_dist.compute import compute
+from uap_dist.config import ComputeConfig
 from uap_dist.dataset import Dataset, LocalWorkers, classify, fooling_rate, load_dataset
 from uap_dist.fooling import Rate
 from uap_dist.shards import expand_patterns

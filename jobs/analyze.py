@@ -15,7 +15,7 @@ from uap_dist.boundaries import Boundaries, analyze_boundaries, check_subspace, 
 from uap_dist.by_number import NumberPoint, Recipe, compute_by_number, default_numbers, plan_numbers
 from uap_dist.classifiers import load_classifier
 from uap_dist.cluster import connect
-from uap_dist.compute import ComputeConfig
+from uap_dist.config import ComputeConfig
 from uap_dist.dataset import Dataset, check_disjoint, load_dataset
 from uap_dist.errors import ConfigError
 from uap_dist.fleet import Fleet, FleetConfig

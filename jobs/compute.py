@@ -18,7 +18,8 @@ from rich.console import Console
 from uap_dist.checkpoint import Checkpoint, CheckpointStore, check_identity
 from uap_dist.classifiers import load_classifier
 from uap_dist.cluster import connect
-from uap_dist.compute import POOL_RANDOM_START, ComputeConfig, State
+from uap_dist.compute import State
+from uap_dist.config import POOL_RANDOM_START, ComputeConfig
 from uap_dist.dataset import check_disjoint, load_dataset
 from uap_dist.demo import write_demo_shards
 from uap_dist.errors import ConfigError, TrackingError

@@ -17,7 +17,8 @@ from rich.console import Console
 from uap_dist.checkpoint import Checkpoint, CheckpointStore, check_identity
 from uap_dist.classifiers import check_classifier, load_classifier
 from uap_dist.cluster import connect
-from uap_dist.compute import ComputeConfig, State
+from uap_dist.compute import State
+from uap_dist.config import ComputeConfig
 from uap_dist.dataset import check_disjoint, load_dataset
 from uap_dist.errors import ConfigError, PerturbationError, TrackingError
 from uap_dist.finetune import NETWORK_FILE, FinetuneConfig, check_labels

@@ -10,7 +10,8 @@ from torch import nn
 
 from uap_dist import boundaries, by_number, phase
 from uap_dist.classifiers import Classifier, Geometry
-from uap_dist.compute import ComputeConfig, compute
+from uap_dist.compute import compute
+from uap_dist.config import ComputeConfig
 from uap_dist.dataset import LocalWorkers, load_dataset
 from uap_dist.deepfool import deepfool
 from uap_dist.errors import ConfigError, PerturbationError

@@ -17,7 +17,7 @@ from test_job import data, empty_store, environment, runs
 
 from uap_dist.boundaries import SUBSPACE, analyze_boundaries, gather_normals, paper_norm_l2
 from uap_dist.by_number import Recipe, compute_by_number, plan_numbers
-from uap_dist.compute import ComputeConfig
+from uap_dist.config import ComputeConfig
 from uap_dist.dataset import LocalWorkers, load_dataset
 from uap_dist.errors import ConfigError
 from uap_dist.norms import measure

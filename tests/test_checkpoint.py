@@ -6,7 +6,8 @@ import torch
 from conftest import tiny_worker
 
 from uap_dist.checkpoint import Checkpoint, CheckpointStore, JobRecord, check_identity
-from uap_dist.compute import ComputeConfig, State, compute
+from uap_dist.compute import State, compute
+from uap_dist.config import ComputeConfig
 from uap_dist.dataset import LocalWorkers
 from uap_dist.errors import ConfigError, ResumeError
 from uap_dist.history import RoundRecord

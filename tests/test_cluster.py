@@ -13,7 +13,8 @@ from conftest import TINY, tiny_worker
 from pyarrow import fs
 from safetensors.torch import load_file
 
-from uap_dist.compute import ComputeConfig, compute
+from uap_dist.compute import compute
+from uap_dist.config import ComputeConfig
 from uap_dist.dataset import LocalWorkers, load_dataset
 
 pytestmark = pytest.mark.slow

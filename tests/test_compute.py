@@ -5,7 +5,8 @@ import pytest
 import torch
 from conftest import random_samples, tiny_worker
 
-from uap_dist.compute import ComputeConfig, State, compute, count_rounds, run_round, step_sizes
+from uap_dist.compute import State, compute, count_rounds, run_round, step_sizes
+from uap_dist.config import ComputeConfig
 from uap_dist.dataset import LocalWorkers, check_disjoint, classify, load_dataset
 from uap_dist.errors import ConfigError, PerturbationError, ShardError
 from uap_dist.norms import measure

@@ -17,7 +17,7 @@ from test_job import JOB, empty_store, environment, runs
 from torch.nn.parallel import DistributedDataParallel
 
 from uap_dist.classifiers import Geometry, load_classifier
-from uap_dist.compute import ComputeConfig
+from uap_dist.config import ComputeConfig
 from uap_dist.dataset import LocalWorkers, load_dataset
 from uap_dist.finetune import FinetuneConfig, Learner, Task
 from uap_dist.pool import PerturbationPool

@@ -14,7 +14,8 @@ import pytest
 import torch
 from conftest import TINY
 
-from uap_dist.compute import ComputeConfig, compute
+from uap_dist.compute import compute
+from uap_dist.config import ComputeConfig
 from uap_dist.dataset import load_dataset
 from uap_dist.errors import ClassifierError, ConfigError, DeterminismError, WorkerLostError
 from uap_dist.fleet import Fleet, FleetConfig, need_of

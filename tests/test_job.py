@@ -20,7 +20,8 @@ import pytest
 from conftest import TINY, tiny_worker
 from safetensors import safe_open
 
-from uap_dist.compute import ComputeConfig, compute
+from uap_dist.compute import compute
+from uap_dist.config import ComputeConfig
 from uap_dist.dataset import LocalWorkers, load_dataset
 from uap_dist.fleet import FleetConfig
 from uap_dist.shards import expand_patterns

@@ -20,7 +20,8 @@ from test_job import JOB, environment, finish, runs, start
 from uap_dist import shards as shards_module
 from uap_dist.checkpoint import CheckpointStore
 from uap_dist.classifiers import Geometry, load_classifier
-from uap_dist.compute import ComputeConfig, compute
+from uap_dist.compute import compute
+from uap_dist.config import ComputeConfig
 from uap_dist.dataset import LocalWorkers, load_dataset
 from uap_dist.errors import ClassifierError, ConfigError, ShardError, UapDistError
 from uap_dist.locations import join, locate

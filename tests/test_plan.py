@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from test_job import data, finish, job_options, runs, start, write_plan
 
 from uap_dist.checkpoint import Checkpoint, CheckpointStore, JobRecord
-from uap_dist.compute import ComputeConfig, State, compute
+from uap_dist.compute import State, compute
+from uap_dist.config import ComputeConfig
 from uap_dist.dataset import LocalWorkers
 from uap_dist.errors import ConfigError, ShardError
 from uap_dist.fleet import FleetConfig

@@ -13,7 +13,8 @@ import torch
 from conftest import tiny_worker
 from test_job import JOB, data, environment, finish, runs, start
 
-from uap_dist.compute import ComputeConfig, compute
+from uap_dist.compute import compute
+from uap_dist.config import ComputeConfig
 from uap_dist.dataset import LocalWorkers, load_dataset
 from uap_dist.errors import TrackingError
 from uap_dist.perturbations import load_perturbations

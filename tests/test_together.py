@@ -5,7 +5,8 @@ import pytest
 import torch
 from conftest import tiny_worker
 
-from uap_dist.compute import ComputeConfig, compute
+from uap_dist.compute import compute
+from uap_dist.config import ComputeConfig
 from uap_dist.dataset import LocalWorkers
 from uap_dist.errors import WorkerLostError
 from uap_dist.together import compute_together

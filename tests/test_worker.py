@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from conftest import tiny_worker
 
-from uap_dist.compute import ComputeConfig
+from uap_dist.config import ComputeConfig
 from uap_dist.errors import ShardError
 from uap_dist.worker import Examples
 

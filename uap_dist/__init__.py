@@ -7,7 +7,8 @@ __version__ = "0.1.0"  # the one place; above the imports, because provenance.py
 
 from uap_dist.accelerate import accelerate
 from uap_dist.classifiers import Classifier, load_classifier
-from uap_dist.compute import ComputeConfig, RoundReport, compute
+from uap_dist.compute import RoundReport, compute
+from uap_dist.config import ComputeConfig
 from uap_dist.dataset import LocalWorkers, load_dataset
 from uap_dist.deepfool import Increments, deepfool, log_odds_sum
 from uap_dist.errors import UapDistError

@@ -6,7 +6,8 @@ Source: Moosavi-Dezfooli, Fawzi, Fawzi, Frossard, "Universal adversarial perturb
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from uap_dist.compute import ComputeConfig, compute, count_rounds
+from uap_dist.compute import compute, count_rounds
+from uap_dist.config import ComputeConfig
 from uap_dist.dataset import Dataset, Workers
 from uap_dist.errors import ConfigError, PerturbationError
 from uap_dist.fooling import Rate

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from uap_dist.checkpoint import Checkpoint, CheckpointStore
-from uap_dist.compute import ComputeConfig, RoundReport, compute
+from uap_dist.compute import RoundReport, compute
+from uap_dist.config import ComputeConfig
 from uap_dist.dataset import Dataset, Workers, classify, fooling_rate
 from uap_dist.history import RoundRecord
 from uap_dist.norms import random_perturbation

@@ -8,7 +8,8 @@ from statistics import median
 
 import numpy as np
 
-from uap_dist.compute import EVALUATIONS_PER_LOG_ODDS_SOLVE, ComputeConfig, count_rounds, is_due, plan_measurements
+from uap_dist.compute import EVALUATIONS_PER_LOG_ODDS_SOLVE, count_rounds, is_due, plan_measurements
+from uap_dist.config import ComputeConfig
 from uap_dist.dataset import CLASSIFY_SIZE
 from uap_dist.schedule import plan_rounds
 from uap_dist.together import at_once

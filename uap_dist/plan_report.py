@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from uap_dist.checkpoint import name_differences
-from uap_dist.compute import ComputeConfig
+from uap_dist.config import ComputeConfig
 from uap_dist.errors import ConfigError
 from uap_dist.plan import FleetPlan, Span, Work
 from uap_dist.terminal import duration

@@ -13,7 +13,8 @@ from rich.console import Console
 from uap_dist.checkpoint import Checkpoint, CheckpointStore, JobRecord
 from uap_dist.classifiers import Classifier
 from uap_dist.cluster import Need
-from uap_dist.compute import ComputeConfig, RoundReport
+from uap_dist.compute import RoundReport
+from uap_dist.config import ComputeConfig
 from uap_dist.errors import ConfigError, WorkerLostError
 from uap_dist.fleet import Fleet, FleetConfig, need_of
 from uap_dist.history import RoundRecord

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from uap_dist.checkpoint import Checkpoint, CheckpointStore, JobRecord, check_identity
 from uap_dist.classifiers import Classifier
-from uap_dist.compute import ComputeConfig, State
+from uap_dist.compute import State
+from uap_dist.config import ComputeConfig
 from uap_dist.dataset import Dataset
 from uap_dist.errors import TrackingError
 from uap_dist.fleet import Fleet, FleetConfig

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from uap_dist.checkpoint import JobRecord
 from uap_dist.classifiers import load_classifier
-from uap_dist.compute import ComputeConfig
+from uap_dist.config import ComputeConfig
 from uap_dist.dataset import Dataset, reload_dataset
 from uap_dist.evaluate import Measurement, measure_perturbations
 from uap_dist.finetune import HELD_OUT, NETWORK_FILE, TRAINED_ON, FinetuneConfig, Task

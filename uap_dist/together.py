@@ -6,7 +6,8 @@ from math import ceil
 from queue import SimpleQueue
 from threading import Event, Thread
 
-from uap_dist.compute import ComputeConfig, RoundReport
+from uap_dist.compute import RoundReport
+from uap_dist.config import ComputeConfig
 from uap_dist.dataset import Workers
 
 Answer = tuple[str, RoundReport | BaseException | None]  # of a computation by name: a round, its failure, or its end

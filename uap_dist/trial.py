@@ -8,7 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from uap_dist.compute import ComputeConfig, RoundReport, compute, evaluate
+from uap_dist.compute import RoundReport, compute, evaluate
+from uap_dist.config import ComputeConfig
 from uap_dist.dataset import CLASSIFY_SIZE, Dataset, Workers, list_dataset, predict
 from uap_dist.history import RoundRecord
 from uap_dist.plan import OF_LOG_ODDS, Costs, Span
