@@ -17,7 +17,7 @@ from uap_dist.compute import compute
 from uap_dist.config import ComputeConfig
 from uap_dist.dataset import LocalWorkers
 from uap_dist.deepfool import log_odds_sum
-from uap_dist.update import MARGIN, repeat_mean
+from uap_dist.update import repeat_mean
 
 BATCH = 24
 
@@ -70,7 +70,7 @@ def main() -> None:
 def half_sum(bench: Bench, x: Tensor, labels: Tensor, v: Tensor) -> Tensor:
     """Of a step of the log-odds rule, C×H×W float64."""
     parts = [
-        log_odds_sum(bench.worker.classifier, x[i : i + BATCH], v, labels[i : i + BATCH], margin=MARGIN).total
+        log_odds_sum(bench.worker.classifier, x[i : i + BATCH], v, labels[i : i + BATCH], weigh=torch.ones_like).total
         for i in range(0, len(x), BATCH)
     ]
     return torch.stack(parts).double().sum(0)

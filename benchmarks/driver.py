@@ -28,7 +28,7 @@ from uap_dist.dataset import Dataset, Shard
 from uap_dist.fleet import Fleet, FleetConfig
 from uap_dist.schedule import Block, Round
 from uap_dist.update import Iterate
-from uap_dist.worker import BlockResult, Predictions
+from uap_dist.worker import LOG_ODDS_SIZE, BlockResult, Predictions
 
 NUM_ACTORS = 4
 
@@ -63,7 +63,7 @@ class Sleeper:
     def call(self, method: str, task: Any, upcoming: str, perturbation: np.ndarray, solver: Any) -> Answer:
         """As actor.UapWorker, after a while."""
         time.sleep(self._sleep_s)
-        result = BlockResult(self._total, len(task.keys), 0, 2, {"mean_log_odds": (0.0, 1)})
+        result = BlockResult(self._total, len(task.keys), 0, 2, {LOG_ODDS_SIZE: (0.0, 1)})
         return Answer(result, Traffic(), self._sleep_s, ())
 
 

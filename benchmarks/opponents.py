@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from uap_dist.classifiers import Classifier
 from uap_dist.deepfool import add_perturbation
 from uap_dist.norms import Norm, measure, project
-from uap_dist.worker import BlockResult, Solver, Worker
+from uap_dist.worker import LOG_ODDS_SIZE, BlockResult, Solver, Worker
 
 BATCH, CLAMP, STEP_DECAY = 100, 12.0, 0.8
 
@@ -54,5 +54,5 @@ class EntropyWorker(Worker):
             logits, leaf = self.classifier.linearise(add_perturbation(pixels, perturbation))
             (slopes,) = torch.autograd.grad(clamped_cross_entropy(logits, labels).sum(), leaf)
         slope = self.classifier.pull_back(slopes.sum(0, keepdim=True), pixels.shape[1:])
-        nothing = {"mean_log_odds": (0.0, len(pixels))}
+        nothing = {LOG_ODDS_SIZE: (0.0, 0)}
         return BlockResult(slope.numpy(), len(pixels), 0, 2 * len(pixels), nothing)

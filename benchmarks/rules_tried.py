@@ -4,7 +4,8 @@
     python benchmarks/rules_tried.py --table
 
 A loop of its own, short enough to change: one process, a round in one batch. The first entry `{}` is the rule as it was before it
-repeated itself, in rounds of 24 images; every other entry says what differs: the rule as it is now is {"period": 32, "round_size": 6}.
+repeated itself, in rounds of 24 images; every other entry says what differs. The rule as it is now is {"period": 32, "round_size": 6,
+"weight": "bell", "offset": 0, "width": 0.5, "relative": true, "memory": 0.9, "raw": true}.
 Runs that are in the output already are not repeated. Nothing here looks at the held-out shards.
 """
 
@@ -28,7 +29,7 @@ from uap_dist.augment import Augmentation, augment
 from uap_dist.classifiers import Classifier, load_classifier
 from uap_dist.dataset import Dataset, LocalWorkers, classify, load_dataset
 from uap_dist.deepfool import add_perturbation, log_odds
-from uap_dist.norms import Norm, mean_absolute, project, root_mean_square
+from uap_dist.norms import Norm, project, root_mean_square
 from uap_dist.shards import expand_patterns
 from uap_dist.update import cosine, default_step_size, finish, repeat_mean
 from uap_dist.worker import Worker
@@ -48,7 +49,11 @@ class Variant:
     width: float = 5.0
     clamp: float = 12.0
     relative: bool = False
-    """Offset and width are in units of the batch's mean |f|, not of logits."""
+    """Offset and width are in units of a mean |f|, not of logits: the batch's, or with a memory that of earlier steps."""
+    memory: float = 0.0
+    """Of that mean: the share that stays with each step."""
+    raw: bool = False
+    """Sums enter the momentum as they are, not at mean absolute value 1."""
     late: bool = False
     """Weights go over from even to the named ones during the run."""
     momentum: float = 0.9
@@ -82,6 +87,10 @@ class Variant:
     """Images whose clean label is that of so large a share of the network's answers get no weight."""
     aim: int = -1
     """A label that all images are sent to: f is then z_y − z_aim, and its own images get no weight."""
+    through: float = 0.0
+    """Progress from which on increments are computed at P(4 v), what is delivered, and applied to v."""
+    bf16: bool = False
+    """Convolutions in bfloat16: half the time on CPUs that have it (SqueezeNet), for exploring."""
     target_bias: float = 0.0
     """Of log popularity (labels under v so far) added to the other logits: above 0 the most frequent ends attract more."""
 
@@ -142,7 +151,8 @@ def run(options: Options) -> None:
             labels = np.concatenate([part.clean.labels for part in train])
             v = Trial(worker.classifier, images, labels, Variant(**entry), options.norm).compute(seed, options.budget)
             line |= measure(workers, held_in, v)
-            line["train_rate"] = measure(workers, [parts[0].thin(min(500, parts[0].num_examples))], v)["rate"]
+            train_parts = [part.thin(min(500, part.num_examples)) for part in parts[:count]]
+            line["train_rate"] = measure(workers, train_parts, v)["rate"]
             line["seconds"] = round(time.perf_counter() - started, 1)
             with options.output.open("a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -171,6 +181,7 @@ class State:
     momentum: Tensor
     square: Tensor
     popularity: Tensor
+    unit: Tensor = torch.tensor(torch.inf)
 
 
 class Trial:
@@ -228,11 +239,15 @@ class Trial:
         """One batch's."""
         variant = self.variant
         x = torch.tensor(augment(self.images[rows], variant.augment, rng)).float()
-        shown = state.v.float().expand_as(x)
+        shown = state.v
+        if variant.through and progress >= variant.through - 1e-9:
+            shown = finish(shown, norm=self.norm, radius=self.radius)
+        shown = shown.float().expand_as(x)
         if variant.drop:
             shown = shown * torch.tensor(rng.random((len(x), 1, *x.shape[2:])) >= variant.drop)
-        total, answers = self.solve(x, shown, torch.tensor(self.labels[rows]), progress, state.popularity)
-        total = total / max(mean_absolute(total), 1e-300)
+        labels = torch.tensor(self.labels[rows])
+        total, answers, unit = self.solve(x, shown, labels, progress, state)
+        total = total if variant.raw else total / total.abs().mean().clamp(min=1e-300)
         momentum = variant.momentum * state.momentum + total
         square = 0.99 * state.square + 0.01 * total.square()
         ahead = total + variant.momentum * momentum if variant.nesterov else momentum
@@ -247,34 +262,38 @@ class Trial:
             direction = ahead.sign()
         elif variant.direction == "adam":
             direction = ahead / square.sqrt().clamp(min=1e-9)
-            direction = direction / mean_absolute(direction)
+            direction = direction / direction.abs().mean()
         else:
-            direction = ahead / (ahead.abs() + mean_absolute(ahead))
+            direction = ahead / (ahead.abs() + ahead.abs().mean())
         v = project(state.v + size * direction, norm=self.norm, radius=self.radius)
-        return State(v, momentum, square, 0.9 * state.popularity + 0.1 * answers)
+        if state.unit.isfinite():
+            unit = variant.memory * state.unit + (1 - variant.memory) * unit
+        return State(v, momentum, square, 0.9 * state.popularity + 0.1 * answers, unit)
 
     def solve(
-        self, x: Tensor, shown: Tensor, labels: Tensor, progress: float, popularity: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Weighted sum of the gradients (C×H×W float64), and each label's share of the answers."""
-        with torch.enable_grad():
+        self, x: Tensor, shown: Tensor, labels: Tensor, progress: float, state: State
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Weighted sum of the gradients (C×H×W float64), each label's share of the answers, the mean |f|."""
+        popularity = state.popularity
+        with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16, enabled=self.variant.bf16):
             logits, leaf = self.classifier.linearise(add_perturbation(x, shown))
+            logits = logits.float()
             bias = self.variant.target_bias * (popularity * logits.shape[1]).clamp(min=1e-3).log()
             gaps = log_odds(logits + bias, labels)
             is_dominant = popularity[labels] > self.variant.skip_dominant
             if self.variant.aim >= 0:
                 gaps = logits.gather(1, labels[:, None])[:, 0] - logits[:, self.variant.aim]
                 is_dominant = labels == self.variant.aim
-            weights = torch.where(is_dominant, 0.0, weigh(gaps.detach(), progress, self.variant))
+            weights = torch.where(is_dominant, 0.0, weigh(gaps.detach(), progress, self.variant, state.unit))
             (slopes,) = torch.autograd.grad((weights * gaps).sum(), leaf)
         total = -self.classifier.pull_back(slopes.sum(0, keepdim=True), x.shape[1:]).double()
-        return total, logits.detach().softmax(1).mean(0)
+        return total, logits.detach().softmax(1).mean(0), gaps.detach().abs().mean()
 
 
-def weigh(gaps: Tensor, progress: float, variant: Variant) -> Tensor:
-    """N weights of log-odds."""
+def weigh(gaps: Tensor, progress: float, variant: Variant, known: Tensor) -> Tensor:
+    """N weights of log-odds, whose mean size is known from earlier steps."""
     even = torch.ones_like(gaps)
-    unit = gaps.abs().mean() if variant.relative else 1.0
+    unit = (known if variant.memory else gaps.abs().mean()) if variant.relative else torch.tensor(1.0)
     share = torch.sigmoid((gaps / unit + variant.offset) / variant.width)
     named = {
         "even": even,

@@ -1,11 +1,13 @@
+import io
 import time
+from math import inf
 
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_worker
 
-from uap_dist.checkpoint import Checkpoint, CheckpointStore, JobRecord, check_identity
+from uap_dist.checkpoint import Checkpoint, CheckpointStore, JobRecord, _digest, check_identity
 from uap_dist.compute import State, compute
 from uap_dist.config import ComputeConfig
 from uap_dist.dataset import LocalWorkers
@@ -13,13 +15,15 @@ from uap_dist.errors import ConfigError, ResumeError
 from uap_dist.history import RoundRecord
 from uap_dist.update import Iterate
 
-JOB = JobRecord("a" * 32, {"seed": 1}, {"margin": 500.0, "train_digest": "12"}, {"machines": ["CPU"]})
+JOB = JobRecord("a" * 32, {"seed": 1}, {"step_size": 5.0, "train_digest": "12"}, {"machines": ["CPU"]})
 
 
 def checkpoint(rounds):
     v, momentum = torch.rand(2, 3, 4, 5, generator=torch.Generator().manual_seed(rounds), dtype=torch.float64)
     history = [RoundRecord(n, 1000 + n, {"fooling_rate/round": n / 7}) for n in range(1, rounds + 1)]
-    return Checkpoint(JOB, State(Iterate(v, momentum), rounds, 10 * rounds, 20 * rounds), history)
+    return Checkpoint(
+        JOB, State(Iterate(v, momentum, scale=1 / rounds if rounds else inf), rounds, 10 * rounds, 20 * rounds), history
+    )
 
 
 def committed(location, count):
@@ -33,7 +37,9 @@ def committed(location, count):
 def same(a, b):
     tensors = [(x.iterate.v, x.iterate.momentum) for x in (a.state, b.state)]
     counters = [(x.num_rounds, x.num_solves, x.num_evaluations) for x in (a.state, b.state)]
-    bits = all(torch.equal(x, y) for x, y in zip(*tensors, strict=True))
+    bits = (
+        all(torch.equal(x, y) for x, y in zip(*tensors, strict=True)) and a.state.iterate.scale == b.state.iterate.scale
+    )
     return bits and counters[0] == counters[1] and a.job == b.job and list(a.history) == list(b.history)
 
 
@@ -112,9 +118,22 @@ def test_a_commit_does_not_make_the_next_round_wait(tmp_path):
     assert same(store.newest(), checkpoint(1))
 
 
+def test_a_checkpoint_of_another_version_is_refused(tmp_path):
+    store = committed(tmp_path, 1)
+    (path,) = tmp_path.glob("round-00000001-*.npz")
+    with np.load(path) as file:
+        arrays = {name: file[name] for name in file.files if name != "scale"}
+    path.unlink()
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    path.with_name(f"round-00000001-{_digest(buffer.getvalue())}.npz").write_bytes(buffer.getvalue())
+    with pytest.raises(ResumeError, match="is of another version of uap_dist"):
+        store.newest()
+
+
 def test_what_decides_the_bits_must_be_the_same_and_is_named(caplog):
-    other = JobRecord(JOB.run_id, {}, {"margin": 50.0, "train_digest": "12", "new": 1}, {"machines": ["GPU"]})
-    with pytest.raises(ResumeError, match=r"margin was 500.0, is 50.0; new was None, is 1"):
+    other = JobRecord(JOB.run_id, {}, {"step_size": 0.5, "train_digest": "12", "new": 1}, {"machines": ["GPU"]})
+    with pytest.raises(ResumeError, match=r"new was None, is 1; step_size was 5.0, is 0.5"):
         check_identity(JOB, other)
     check_identity(JOB, JobRecord(JOB.run_id, {"seed": 2}, JOB.identity, {"machines": ["GPU"]}))
     assert "the bits may differ" in caplog.text and "machines was ['CPU'], is ['GPU']" in caplog.text

@@ -103,20 +103,18 @@ def classifier_of(function):
     return Classifier(Wrapped(function), name="test", geometry=Geometry())
 
 
-def test_log_odds_sum_adds_deepfool_steps_divided_by_their_squared_length():
+def test_log_odds_sum_adds_weighted_directions_of_deepfool_steps():
     _, pixels, function = linear(3, 2)  # with two classes the log-odds are linear
     labels = function(pixels).argmax(1)
     zero = torch.zeros_like(pixels[0])
     expected = torch.zeros_like(pixels[0])
     for x, label in zip(pixels, labels, strict=True):
-        one = log_odds_sum(classifier_of(function), x[None], zero, label[None], margin=2.0)
-        step = one.total / one.total.square().sum()  # Δ of Δ/‖Δ‖²
+        one = log_odds_sum(classifier_of(function), x[None], zero, label[None], weigh=torch.ones_like)
+        step = one.total * one.log_odds / one.total.square().sum()
         after = log_odds(function((x + step)[None]), label[None])
-        assert_close(after, torch.tensor([-2.0], dtype=torch.float64))  # where the step aims
-        expected += step / step.square().sum()
-        beyond = log_odds_sum(classifier_of(function), (x + 1.5 * step)[None], zero, label[None], margin=2.0)
-        assert (beyond.total == 0).all()
-    found = log_odds_sum(classifier_of(function), pixels, zero, labels, margin=2.0)
+        assert_close(after, torch.zeros(1, dtype=torch.float64))  # on the boundary
+        expected += one.total * one.log_odds.square()
+    found = log_odds_sum(classifier_of(function), pixels, zero, labels, weigh=torch.square)
     assert_close(found.total, expected)
     assert_close(found.log_odds, log_odds(function(pixels), labels))
     assert found.num_evaluations == 10
@@ -128,8 +126,8 @@ def test_an_image_whose_slope_is_not_finite_is_left_out_of_the_sum():
     zero = torch.zeros_like(pixels[0])
     broken = classifier_of(lambda x: function(x) / (x.flatten(1).sum(1, keepdim=True) > 0))
     black = torch.cat([pixels, torch.zeros_like(pixels[:1])])  # 0/0 there
-    found = log_odds_sum(broken, black, zero, torch.cat([labels, labels[:1]]), margin=2.0)
-    assert_close(found.total, log_odds_sum(broken, pixels, zero, labels, margin=2.0).total)
+    found = log_odds_sum(broken, black, zero, torch.cat([labels, labels[:1]]), weigh=torch.ones_like)
+    assert_close(found.total, log_odds_sum(broken, pixels, zero, labels, weigh=torch.ones_like).total)
 
 
 def test_log_odds_are_the_log_of_p_over_one_minus_p():
@@ -152,7 +150,7 @@ def test_never_nan(broken):
     labels = broken(pixels).argmax(1)
     zero = torch.zeros(3, 4, 4)
     assert deepfool(broken, pixels, zero, labels).steps.isfinite().all()
-    assert log_odds_sum(classifier_of(broken), pixels, zero, labels, margin=5.0).total.isfinite().all()
+    assert log_odds_sum(classifier_of(broken), pixels, zero, labels, weigh=torch.sigmoid).total.isfinite().all()
 
 
 def test_images_do_not_influence_each_other():

@@ -182,11 +182,11 @@ def test_a_killed_driver_resumes_to_the_same_bits_with_every_metric_once(shards,
     assert run.info.status == "RUNNING" and not (tmp_path / "out/result.json").exists()
 
     resume = [sys.executable, str(JOB), "--resume", run.info.run_id]
-    for more, code in ((("--margin", "50"), 1), (("--num-workers", "2"), 0), ((), 1)):
+    for more, code in ((("--step-size", "5"), 1), (("--num-workers", "2"), 0), ((), 1)):
         done = subprocess.run([*resume, *more], cwd=tmp_path, env=environment(), capture_output=True, text=True)
         assert done.returncode == code, done.stderr
-        if more == ("--margin", "50"):
-            assert "cannot be resumed, its result would be another one: margin was None, is 50.0" in done.stderr
+        if more == ("--step-size", "5"):
+            assert "cannot be resumed, its result would be another one: step_size was None, is 5.0" in done.stderr
     assert done.stderr == f"error: run {run.info.run_id} is finished; there is nothing to resume\n"
 
     client, (run,) = runs(tmp_path)

@@ -1,3 +1,6 @@
+from dataclasses import replace
+from math import exp, inf
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,6 +10,8 @@ from torch.testing import assert_close
 from uap_dist.norms import measure
 from uap_dist.update import (
     MOMENTUM,
+    REMEMBERED,
+    WIDTH,
     Iterate,
     StepRule,
     average_update,
@@ -14,7 +19,9 @@ from uap_dist.update import (
     finish,
     log_odds_update,
     paper_update,
+    remember,
     repeat_mean,
+    weigh,
 )
 
 
@@ -30,12 +37,12 @@ def test_paper_rule_adds_and_projects():
 def test_log_odds_rule_takes_a_sign_step_of_the_momentum_for_linf():
     before = Iterate(random(0, 0.1), random(1))
     after = log_odds_update(before, random(2), 0.5, StepRule("linf", 10.0, period=4))
-    momentum = MOMENTUM * random(1) + random(2) / random(2).abs().mean()
+    momentum = MOMENTUM * random(1) + random(2)
     assert_close(after.momentum, momentum)
     assert_close(after.v, before.v + 0.5 * momentum.sign())
 
 
-def test_log_odds_rule_does_not_depend_on_the_size_of_the_sum():
+def test_log_odds_rule_does_not_depend_on_the_size_of_all_sums():
     start = Iterate.zero((3, 4, 4))
     rule = StepRule("l2", 10.0, period=4)
     small, large = (log_odds_update(start, scale * random(2), 0.5, rule) for scale in (1e-6, 1e6))
@@ -47,6 +54,29 @@ def test_a_round_without_increments_changes_nothing_but_the_momentum():
     before = Iterate(random(0), torch.zeros(3, 4, 4, dtype=torch.float64))
     after = log_odds_update(before, torch.zeros(3, 4, 4, dtype=torch.float64), 1.0, StepRule("l2", 100.0, period=4))
     assert torch.equal(after.v, before.v) and after.v.isfinite().all()
+
+
+def test_weights_are_the_slope_of_the_smoothed_fooling_rate():
+    log_odds = torch.linspace(-30, 30, 61, dtype=torch.float64, requires_grad=True)
+    rate = torch.sigmoid(-log_odds / (10 * WIDTH))
+    (slope,) = torch.autograd.grad(rate.sum(), log_odds)
+    weights = weigh(log_odds.detach(), 10.0)
+    assert_close(weights / weights.max(), slope / slope.min())
+    assert log_odds[weights.argmax()] == 0
+    assert weigh(log_odds.detach(), inf).unique().numel() == 1
+    assert not weigh(torch.tensor([1e30, -1e30, torch.inf]), 1.0).any()
+
+
+@given(sizes=st.lists(st.floats(0, 1e6), min_size=1, max_size=20), at_once=st.integers(1, 5))
+def test_the_scale_is_a_mean_of_what_was_seen_that_forgets(sizes, at_once):
+    iterate = Iterate.zero((1,))
+    assert iterate.scale == inf and remember(iterate, 0.0, 0) == iterate
+    for start in range(0, len(sizes), at_once):
+        some = sizes[start : start + at_once]
+        iterate = remember(iterate, sum(some), len(some))
+    assert min(sizes) * (1 - 1e-12) <= iterate.scale <= max(sizes) * (1 + 1e-12)
+    after = remember(replace(iterate, scale=1.0), 0.0, REMEMBERED)
+    assert after.scale == pytest.approx(exp(-1))
 
 
 def test_blocks_that_moved_v_are_averaged_and_the_ball_is_kept():

@@ -57,7 +57,7 @@ class Checkpoint:
     history: Sequence[RoundRecord]
 
     def to_bytes(self) -> bytes:
-        """An .npz file: v and momentum (C×H×W float64), all else as JSON."""
+        """An .npz file: v and momentum (C×H×W float64) and the log-odds' scale, all else as JSON."""
         state, file = self.state, io.BytesIO()
         texts = {
             "job": json.dumps(asdict(self.job)),
@@ -65,18 +65,19 @@ class Checkpoint:
             "history": "\n".join(record.json for record in self.history),
         }
         arrays: dict[str, Any] = {name: np.frombuffer(text.encode(), np.uint8) for name, text in texts.items()}
-        np.savez(file, v=state.iterate.v.numpy(), momentum=state.iterate.momentum.numpy(), **arrays)
+        arrays |= {name: np.asarray(value) for name, value in vars(state.iterate).items()}
+        np.savez(file, **arrays)
         return file.getvalue()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Checkpoint":
         """What `to_bytes` gave."""
         with np.load(io.BytesIO(data)) as file:
-            v, momentum = torch.tensor(file["v"]), torch.tensor(file["momentum"])
+            v, momentum, scale = torch.tensor(file["v"]), torch.tensor(file["momentum"]), file["scale"].item()
             job, counters, history = (file[name].tobytes().decode() for name in ("job", "counters", "history"))
         return cls(
             JobRecord(**json.loads(job)),
-            State(Iterate(v, momentum), *json.loads(counters)),
+            State(Iterate(v, momentum, scale), *json.loads(counters)),
             [RoundRecord.from_json(line) for line in history.splitlines()],
         )
 
@@ -160,18 +161,26 @@ class CheckpointStore:
         """The last commit that is whole, if there is one.
 
         Raises:
-            ResumeError: the storage cannot be read.
+            ResumeError: the storage cannot be read, or another version wrote it.
         """
         try:
             for path in reversed(self._paths()):
                 with self._filesystem.open_input_stream(path, compression=None) as stream:
                     data = stream.read()
                 if path.endswith(f"-{_digest(data)}.npz"):
-                    return Checkpoint.from_bytes(data)
+                    return self._unpack(data, path)
                 logger.warning("checkpoint %s is not whole; taking the one before", path)
         except OSError as error:
             raise ResumeError(f"cannot read checkpoints in {explain(self.location, error)}") from error
         return None
+
+    def _unpack(self, data: bytes, path: str) -> Checkpoint:
+        try:
+            return Checkpoint.from_bytes(data)
+        except KeyError as error:
+            raise ResumeError(
+                f"checkpoint {path} is of another version of uap_dist ({error}); go on with that version, or start a new run"
+            ) from error
 
     @contextmanager
     def _writable(self) -> Iterator[None]:

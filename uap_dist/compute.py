@@ -19,7 +19,7 @@ from uap_dist.fooling import Rate
 from uap_dist.norms import measure, random_perturbation
 from uap_dist.schedule import Round, plan_rounds
 from uap_dist.update import Iterate
-from uap_dist.worker import LocalSteps, Predictions
+from uap_dist.worker import LOG_ODDS_SIZE, LocalSteps, Predictions, add_sums
 
 DEFAULT_PASSES = 10
 EVALUATIONS_PER_LOG_ODDS_SOLVE = 2
@@ -50,8 +50,8 @@ class RoundReport:
         perturbation: C×H×W float32, pixels: what would be delivered now.
         state: what the next round starts from.
         step: step size in pixels, or the paper's gain.
-        means: log-odds rule: of the log-odds of the round's clean labels. Paper's rule: of ‖Δ‖2 in pixels over the images that
-            got an increment (0 where none did), and the share of the images that are fooled after theirs.
+        means: log-odds rule: of the log-odds of the round's clean labels, and of their absolute values. Paper's rule: of ‖Δ‖2 in
+            pixels over the images that got an increment (0 where none did), and the share of the images that are fooled after theirs.
         seconds: this round took, without evaluation.
         evaluation: at the end, of all images, and after passes (see `ComputeConfig.evaluate_every`).
         is_last: whether the run ends with it.
@@ -166,7 +166,7 @@ def run_round(
     ]
     sizes = step_sizes(round_.number, planned, train.shape, config)
     v, momentum = (field.float().numpy() for field in (state.iterate.v, state.iterate.momentum))
-    shared: tuple[Any, ...] = (v, config.solver)
+    shared: tuple[Any, ...] = (v, replace(config.solver, scale=state.iterate.scale))
     if config.local_steps:
         shared += (LocalSteps(momentum, sizes, config.block_size // config.local_steps, config.step_rule),)
     total, results = np.zeros((2, *train.shape) if config.local_steps else train.shape), []
@@ -174,14 +174,16 @@ def run_round(
         total += result.total
         # without its array: a round may have more blocks than the driver has memory for
         results.append(replace(result, total=np.empty(0)))
+    sums = add_sums(results)
     iterate = _update(state.iterate, torch.from_numpy(total), len(results), sizes, config)
+    if config.rule == "log-odds":
+        iterate = update.remember(iterate, *sums[LOG_ODDS_SIZE])
     state = State(
         iterate,
         num_rounds=round_.number + 1,
         num_solves=state.num_solves + round_.num_examples,
         num_evaluations=state.num_evaluations + sum(result.num_evaluations for result in results),
     )
-    parts = {name: [result.sums[name] for result in results] for name in results[0].sums}
     return state, RoundReport(
         round_number=round_.number,
         pass_number=round_.pass_number,
@@ -190,7 +192,7 @@ def run_round(
         perturbation=_deliver(iterate, config),
         state=state,
         step=sizes[0],
-        means={name: sum(s for s, _ in some) / max(1, sum(n for _, n in some)) for name, some in parts.items()},
+        means={name: total / max(1, count) for name, (total, count) in sums.items()},
         seconds=time.perf_counter() - started,
     )
 

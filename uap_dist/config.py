@@ -44,8 +44,6 @@ class ComputeConfig:
     nearest then are left out. Default 1.5; inf leaves none out."""
     gain: float | None = None
     """Paper's rule: factor on the summed increments of a round. Default 1, the paper."""
-    margin: float | None = None
-    """Log-odds rule: how far beyond the boundary a step aims, in logits. Default 500."""
     step_size: float | None = None
     """Log-odds rule: size of the first step, in pixels (root mean square for l2). Default: 0.8 of the
     radius for linf, 1.2 of what fills the ball for l2; beyond 125 steps less, as 125/steps; twice that where local steps of
@@ -80,8 +78,6 @@ class ComputeConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"{name.replace('_', ' ')} is {value}; it must be positive")
-        if self.margin is not None and not self.margin >= 0:
-            raise ConfigError(f"margin is {self.margin}; it must not be negative")
         if self.candidates is not None and self.candidates < 2:
             raise ConfigError(f"candidates is {self.candidates}; it must be at least 2, the clean label included")
         if self.slope_ratio is not None and not self.slope_ratio >= 1:
@@ -96,7 +92,7 @@ class ComputeConfig:
         foreign = (
             ("candidates", "slope_ratio", "gain")
             if self.rule == "log-odds"
-            else ("margin", "step_size", "period", "augment", "local_steps")
+            else ("step_size", "period", "augment", "local_steps")
         )
         for name in foreign:
             if getattr(self, name) is not None:
@@ -137,7 +133,6 @@ class ComputeConfig:
         return Solver(
             rule=self.rule,
             augmentation="none" if self.rule == "paper" else self.augment or "flip-shift",
-            margin=self.margin if self.margin is not None else update.MARGIN,
             candidates=self.candidates or 10,
             slope_ratio=self.slope_ratio or SLOPE_RATIO,
         )

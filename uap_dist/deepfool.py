@@ -41,7 +41,7 @@ class LogOddsSum:
     """Weighted increments of all images in one, and what they cost.
 
     Attributes:
-        total: C×H×W, 1/pixels.
+        total: C×H×W, logits/pixels.
         log_odds: N, of the clean labels at x + v.
         is_fooled: N, whether x + v was fooled.
         num_evaluations: images through the network, forward and backward counted each.
@@ -66,27 +66,24 @@ def log_odds(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def log_odds_sum(
-    classifier: Classifier, pixels: Tensor, perturbation: Tensor, labels: Tensor, *, margin: float
+    classifier: Classifier, pixels: Tensor, perturbation: Tensor, labels: Tensor, *, weigh: Callable[[Tensor], Tensor]
 ) -> LogOddsSum:
-    """One DeepFool step of each image toward the boundary between its clean label and everything else, summed.
+    """Directions of one DeepFool step of each image toward the boundary between its clean label and everything else, weighted, in one sum.
 
-    With f the log-odds of the clean label at x + v: Δ = −(f + margin)/‖∇f‖² ∇f where f > −margin, else zero; what is summed is
-    Δ/‖Δ‖² = −∇f/(f + margin). No image's gradient is needed by itself, so the classifier's first layer is passed backward
-    once for all of them. One forward and one backward an image.
+    With f the log-odds of the clean label at x + v: Σ −w(f) ∇f. No image's gradient is needed by itself, so the classifier's first layer is
+    passed backward once for all of them. One forward and one backward an image.
 
     Args:
         classifier: as `load_classifier` gives it; faster after `accelerate`.
         pixels: N×C×H×W, 0..255.
         perturbation: C×H×W, pixels.
         labels: N, the clean labels.
-        margin: how far beyond the boundary to aim, in logits.
+        weigh: N log-odds to N weights.
     """
     with torch.enable_grad():
         logits, leaf = classifier.linearise(add_perturbation(pixels, perturbation))
         gaps = log_odds(logits, labels)
-        aims = gaps.detach() + margin
-        weights = torch.where(aims > 0, aims.reciprocal(), 0.0)
-        (slopes,) = torch.autograd.grad((weights * gaps).sum(), leaf)
+        (slopes,) = torch.autograd.grad((weigh(gaps.detach()) * gaps).sum(), leaf)
     return LogOddsSum(
         total=-classifier.pull_back(_sum_finite(slopes), pixels.shape[1:]),
         log_odds=gaps.detach(),

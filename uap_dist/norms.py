@@ -25,11 +25,6 @@ def measure(v: Tensor, norm: Norm) -> float:
     return float(np.abs(values).max() if norm == "linf" else np.sqrt(np.square(values).sum()))
 
 
-def mean_absolute(v: Tensor) -> float:
-    """Mean of |v| over all entries, in float64; the same bits for any number of threads."""
-    return float(np.abs(_values(v)).mean())
-
-
 def root_mean_square(v: Tensor) -> float:
     """√(mean of v²) over all entries, in float64; the same bits for any number of threads."""
     return float(np.sqrt(np.square(_values(v)).mean()))

@@ -3,16 +3,17 @@
 The constants of the log-odds rule stand here and nowhere else; benchmarks/main_job.md and rules.md say how they were chosen.
 """
 
-from dataclasses import dataclass
-from math import cos, pi
+from dataclasses import dataclass, replace
+from math import cos, exp, inf, pi
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from uap_dist.norms import Norm, mean_absolute, project, root_mean_square, spread
+from uap_dist.norms import Norm, project, root_mean_square, spread
 
-MARGIN = 500.0  # logits; so far beyond the boundary that no example is ever done and weights 1/(f + margin) stay even
+WIDTH = 0.5  # of the boundary, in units of the mean size of log-odds: images whose log-odds lie there weigh most
+REMEMBERED = 60  # images, by that mean
 MOMENTUM = 0.9
 FIRST_STEP = {"linf": 0.8, "l2": 1.2}  # of the radius, as root mean square of a perturbation that fills the ball
 FULL_STEPS = 125  # beyond so many the first step falls as 1/steps: all steps together stay as long
@@ -23,10 +24,16 @@ CORNER = 4.0  # P(4 v): a v in the corner of the ℓ∞ ball fools more
 
 @dataclass(frozen=True)
 class Iterate:
-    """What a round starts from: v and the momentum, both C×H×W float64 (v in pixels)."""
+    """What a round starts from.
+
+    Attributes:
+        v, momentum: C×H×W float64 (v in pixels).
+        scale: of the log-odds: running mean of |f|; infinite before the first image.
+    """
 
     v: Tensor
     momentum: Tensor
+    scale: float = inf
 
     @classmethod
     def zero(cls, shape: tuple[int, ...]) -> "Iterate":
@@ -47,7 +54,7 @@ def paper_update(iterate: Iterate, total: Tensor, *, gain: float, norm: Norm, ra
     Source: Moosavi-Dezfooli et al., "Universal adversarial perturbations", CVPR 2017, algorithm 1, with one projection a
     round where the paper has one an image.
     """
-    return Iterate(project(iterate.v + gain * total, norm=norm, radius=radius), iterate.momentum)
+    return replace(iterate, v=project(iterate.v + gain * total, norm=norm, radius=radius))
 
 
 @dataclass(frozen=True)
@@ -65,18 +72,38 @@ class StepRule:
 
 
 def log_odds_update(iterate: Iterate, total: Tensor, step_size: float, rule: StepRule) -> Iterate:
-    """Momentum of periodic sums at mean absolute value 1; a sign step for ℓ∞, a step of root mean square 1 for ℓ2.
+    """Momentum of periodic sums; a sign step for ℓ∞, a step of root mean square 1 for ℓ2.
 
     Args:
-        iterate: v and momentum before the step.
-        total: C×H×W float64, sum of the increments, each divided by its squared length.
+        iterate: before the step.
+        total: C×H×W float64, sum of the weighted increments (see `weigh`).
         step_size: pixels (see `cosine`).
         rule: what it shares with all other steps.
     """
-    total = repeat_mean(total, rule.period)
-    momentum = MOMENTUM * iterate.momentum + total / max(mean_absolute(total), 1e-300)
+    momentum = MOMENTUM * iterate.momentum + repeat_mean(total, rule.period)
     direction = momentum.sign() if rule.norm == "linf" else momentum / max(root_mean_square(momentum), 1e-300)
-    return Iterate(project(iterate.v + step_size * direction, norm=rule.norm, radius=rule.radius), momentum)
+    return replace(
+        iterate, v=project(iterate.v + step_size * direction, norm=rule.norm, radius=rule.radius), momentum=momentum
+    )
+
+
+def weigh(log_odds: Tensor, scale: float) -> Tensor:
+    """Weights of images by the log-odds f of their clean labels (N): how steep a smoothed fooling rate is there.
+
+    That rate is the mean of σ(−f/(WIDTH scale)). So images near the boundary count, on either side: those far beyond it are done, and
+    those that nothing moves do not draw v toward them. All are even where the scale is infinite.
+    """
+    widths = log_odds / (WIDTH * scale)
+    return widths.sigmoid() * (-widths).sigmoid()
+
+
+def remember(iterate: Iterate, total_size: float, num_images: int) -> Iterate:
+    """With the |f| of so many images, given in sum, in the scale; REMEMBERED images later it has forgotten all but 1/e of them."""
+    if num_images == 0:
+        return iterate
+    mean = total_size / num_images
+    kept = exp(-num_images / REMEMBERED)
+    return replace(iterate, scale=mean if iterate.scale == inf else mean + kept * (iterate.scale - mean))
 
 
 def average_update(iterate: Iterate, mean: Tensor, rule: StepRule) -> Iterate:
@@ -91,7 +118,7 @@ def average_update(iterate: Iterate, mean: Tensor, rule: StepRule) -> Iterate:
     "On the linear speedup analysis of communication efficient momentum SGD", ICML 2019.
     """
     moved, momentum = mean
-    return Iterate(project(iterate.v + moved, norm=rule.norm, radius=rule.radius), momentum)
+    return replace(iterate, v=project(iterate.v + moved, norm=rule.norm, radius=rule.radius), momentum=momentum)
 
 
 def repeat_mean(total: Tensor, period: int) -> Tensor:

@@ -6,7 +6,10 @@ Everything it returns is a function of its arguments, its classifier and the sha
 import ctypes
 import hashlib
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from math import inf
 from typing import Literal
 
 import numpy as np
@@ -21,9 +24,11 @@ from uap_dist.classifiers import Classifier, check_classifier, load_classifier
 from uap_dist.deepfool import add_perturbation, deepfool, log_odds_sum
 from uap_dist.errors import ShardError
 from uap_dist.shards import DecodedShard
-from uap_dist.update import Iterate, StepRule, log_odds_update
+from uap_dist.update import Iterate, StepRule, log_odds_update, remember, weigh
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
+
+LOG_ODDS_SIZE = "mean_log_odds_size"  # name of a sum, which the next round needs
 
 Rule = Literal["log-odds", "paper"]
 
@@ -74,13 +79,13 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Solver:
-    """How a block is solved: the rule and what it needs of the config."""
+    """How a block is solved: the rule, what it needs of the config, and the scale of the log-odds so far (see `Iterate`)."""
 
     rule: Rule
     augmentation: Augmentation
-    margin: float
     candidates: int
     slope_ratio: float
+    scale: float = inf
 
 
 @dataclass(frozen=True)
@@ -105,8 +110,8 @@ class BlockResult:
     """One array for the driver's reduce, and counts.
 
     Attributes:
-        total: C×H×W, summed over the block: increments in pixels under the paper's rule (float64), increments divided by their
-            squared length under the log-odds rule (float32). After local steps 2×C×H×W float32: how far they moved v, in pixels,
+        total: C×H×W, summed over the block: increments in pixels under the paper's rule (float64), weighted ones
+            under the log-odds rule (float32). After local steps 2×C×H×W float32: how far they moved v, in pixels,
             and the momentum at their end.
         num_examples, num_fooled: of the block, fooled by the v that they were solved against.
         num_evaluations: network evaluations spent.
@@ -254,32 +259,35 @@ class Worker:
         )
 
     def _solve_log_odds(self, pixels: Tensor, perturbation: Tensor, labels: Tensor, solver: Solver) -> BlockResult:
-        found = log_odds_sum(self.classifier, pixels, perturbation, labels, margin=solver.margin)
+        found = log_odds_sum(self.classifier, pixels, perturbation, labels, weigh=partial(weigh, scale=solver.scale))
         return BlockResult(
             total=found.total.cpu().numpy(),
             num_examples=len(pixels),
             num_fooled=int(found.is_fooled.sum()),
             num_evaluations=found.num_evaluations,
-            sums={"mean_log_odds": (float(found.log_odds.double().sum()), len(pixels))},
+            sums={"mean_log_odds": _sum_finite(found.log_odds), LOG_ODDS_SIZE: _sum_finite(found.log_odds.abs())},
         )
 
     def _take_local_steps(
         self, pixels: Tensor, perturbation: np.ndarray, labels: Tensor, solver: Solver, local: LocalSteps
     ) -> BlockResult:
-        start = end = Iterate(*(torch.tensor(array).double() for array in (perturbation, local.momentum)))
+        v, momentum = (torch.tensor(array).double() for array in (perturbation, local.momentum))
+        start = end = Iterate(v, momentum, solver.scale)
         results = []
         num_batches = -(-len(pixels) // local.batch_size)
         batches = zip(pixels.tensor_split(num_batches), labels.tensor_split(num_batches), strict=True)
         for (some, some_labels), size in zip(batches, local.sizes, strict=False):
-            found = self._solve_log_odds(some, end.v.float().to(self.device), some_labels, solver)
+            now = replace(solver, scale=end.scale)
+            found = self._solve_log_odds(some, end.v.float().to(self.device), some_labels, now)
             end = log_odds_update(end, torch.from_numpy(found.total).double(), size, local.rule)
+            end = remember(end, *found.sums[LOG_ODDS_SIZE])
             results.append(found)
         return BlockResult(
             total=torch.stack([end.v - start.v, end.momentum]).float().numpy(),
             num_examples=len(pixels),
             num_fooled=sum(result.num_fooled for result in results),
             num_evaluations=sum(result.num_evaluations for result in results),
-            sums={"mean_log_odds": (sum(result.sums["mean_log_odds"][0] for result in results), len(pixels))},
+            sums=add_sums(results),
         )
 
     def _solve_paper(self, pixels: Tensor, perturbation: Tensor, labels: Tensor, solver: Solver) -> BlockResult:
@@ -312,6 +320,17 @@ class Worker:
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.tensor(array, dtype=torch.float32, device=self.device)
+
+
+def add_sums(results: Sequence[BlockResult]) -> dict[str, tuple[float, int]]:
+    """What to report the mean of, over all of them."""
+    pairs = {name: [result.sums[name] for result in results] for name in results[0].sums}
+    return {name: (sum(s for s, _ in some), sum(n for _, n in some)) for name, some in pairs.items()}
+
+
+def _sum_finite(values: Tensor) -> tuple[float, int]:
+    finite = values[values.isfinite()].double()
+    return float(finite.sum()), len(finite)
 
 
 def set_up_torch(num_threads: int) -> None:
