@@ -5,7 +5,7 @@
 
 A loop of its own, short enough to change: one process, a round in one batch. The first entry `{}` is the rule as it was before it
 repeated itself, in rounds of 24 images; every other entry says what differs. The rule as it is now is {"period": 32, "round_size": 6,
-"weight": "bell", "offset": 0, "width": 0.5, "relative": true, "memory": 0.9, "raw": true}.
+"weight": "bell", "offset": 0, "width": 0.5, "relative": true, "memory": 0.9, "raw": true, "decay": 0.5}.
 Runs that are in the output already are not repeated. Nothing here looks at the held-out shards.
 """
 
@@ -31,7 +31,7 @@ from uap_dist.dataset import Dataset, LocalWorkers, classify, load_dataset
 from uap_dist.deepfool import add_perturbation, log_odds
 from uap_dist.norms import Norm, project, root_mean_square
 from uap_dist.shards import expand_patterns
-from uap_dist.update import cosine, default_step_size, finish, repeat_mean
+from uap_dist.update import FULL_STEPS, cosine, default_step_size, finish, repeat_mean
 from uap_dist.worker import Worker
 
 RADIUS = {"linf": (10.0, 10.0), "l2": (2000.0, 285.7)}  # of 224×224 images, of 32×32 ones: alike per pixel
@@ -61,7 +61,9 @@ class Variant:
     direction: str = "sign"
     """sign, adam (divided by the root of a running mean square), soft (m/(|m| + mean |m|)); for l2 plain."""
     step: float = 1.0
-    """Factor on the default first step."""
+    """Factor on the first step of few steps, 0.8 of the radius (ℓ2: 1.2 of what fills the ball)."""
+    decay: float = 1.0
+    """Beyond 125 steps the first one falls as so high a power of 1/steps."""
     average: float = 0.0
     """Share of the last rounds whose iterates are averaged."""
     drop: float = 0.0
@@ -200,8 +202,9 @@ class Trial:
         num_rounds = (budget - len(self.images)) // cost
         num_steps = num_rounds * variant.local_steps
         start = variant.step * default_step_size(
-            norm=self.norm, radius=self.radius, num_values=self.images[0].size, num_steps=num_steps
+            norm=self.norm, radius=self.radius, num_values=self.images[0].size, num_steps=1
         )
+        start *= min(1.0, FULL_STEPS / num_steps) ** variant.decay
         rng = np.random.default_rng(seed)
         batches = self.batches(rng)
         zero = torch.zeros(self.images.shape[1:], dtype=torch.float64)

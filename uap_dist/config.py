@@ -46,7 +46,7 @@ class ComputeConfig:
     """Paper's rule: factor on the summed increments of a round. Default 1, the paper."""
     step_size: float | None = None
     """Log-odds rule: size of the first step, in pixels (root mean square for l2). Default: 0.8 of the
-    radius for linf, 1.2 of what fills the ball for l2; beyond 125 steps less, as 125/steps; twice that where local steps of
+    radius for linf, 1.2 of what fills the ball for l2; beyond 125 steps less, as √(125/steps); twice that where local steps of
     several blocks are averaged."""
     period: int | None = None
     """Log-odds rule: pixels after which the perturbation repeats itself, down and across; an image's side or more: it does

@@ -16,7 +16,7 @@ WIDTH = 0.5  # of the boundary, in units of the mean size of log-odds: images wh
 REMEMBERED = 60  # images, by that mean
 MOMENTUM = 0.9
 FIRST_STEP = {"linf": 0.8, "l2": 1.2}  # of the radius, as root mean square of a perturbation that fills the ball
-FULL_STEPS = 125  # beyond so many the first step falls as 1/steps: all steps together stay as long
+FULL_STEPS = 125  # beyond so many the first step falls as 1/√steps: by chance all steps together lead as far
 AVERAGED = 2.0  # times the first step where blocks are averaged: a mean of signs is shorter than a sign
 PERIOD = 32  # pixels; the total stride of most networks for photographs
 CORNER = 4.0  # P(4 v): a v in the corner of the ℓ∞ ball fools more
@@ -152,4 +152,4 @@ def finish(v: Tensor, *, norm: Norm, radius: float) -> Tensor:
 
 def default_step_size(*, norm: Norm, radius: float, num_values: int, num_steps: int) -> float:
     """First step of the log-odds rule in pixels (root mean square for ℓ2), from what is known before the run."""
-    return FIRST_STEP[norm] * min(1.0, FULL_STEPS / num_steps) * spread(norm, radius, num_values)
+    return FIRST_STEP[norm] * min(1.0, (FULL_STEPS / num_steps) ** 0.5) * spread(norm, radius, num_values)
