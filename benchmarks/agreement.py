@@ -5,6 +5,7 @@
 Looks at training images only.
 """
 
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def main() -> None:
     points = [torch.zeros(train.shape)]
     for period in (max(train.shape), None):
         config = ComputeConfig(max_evaluations=train.num_examples + options.evaluations, period=period)
-        *_, final = compute(LocalWorkers(bench.worker), train, train.thin(1), config)
+        (final,) = deque(compute(LocalWorkers(bench.worker), train, train.thin(1), config), maxlen=1)
         points.append(final.perturbation)
     some = train.thin(options.num_images)
     pixels = [bench.worker.pixels(some.examples(s, range(n))) for s, n in enumerate(some.sizes)]

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -119,7 +120,7 @@ def tune(options: Options, name: str, entry: dict[str, Any]) -> dict[str, Any]:
     workers = LocalWorkers(Worker(classifier, cache_bytes=8 << 30, num_threads=1))
     train, held_in = load_dataset(workers, shards), load_dataset(workers, [last])
     config = ComputeConfig.from_provenance(dict(pool.shared) | dict(pool.members[0]), pool_name)
-    *_, final = compute(workers, train, held_in, config)
+    (final,) = deque(compute(workers, train, held_in, config), maxlen=1)
     assert final.evaluation is not None
     return {
         "top1_clean_before": learner.history[0].metrics["top1/clean"],

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -137,7 +138,7 @@ def diversity(options: Options) -> Iterator[dict[str, Any]]:
                 train = load_dataset(fleet, shards[seed : seed + 1]) if "images" in way else same
                 start = POOL_RANDOM_START if "start" in way else None
                 config = ComputeConfig(seed=seed, random_start=start, **words)
-                *_, final = compute(fleet, train, held_in, config)
+                (final,) = deque(compute(fleet, train, held_in, config), maxlen=1)
                 assert final.evaluation is not None
                 rates.append(final.evaluation.val.rate)
                 found.append(final.perturbation)

@@ -10,6 +10,7 @@ output already are not repeated.
 
 import json
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
@@ -94,6 +95,9 @@ LOCAL = (
     (50, 8, 1),
     (52, 8, 1),
     (8, 8, 1),
+    (8, 4, 3),
+    (64, 2, 1),
+    (64, 4, 1),
     (10, 4, 25),
 )
 FACTORS = (1.0, 2.0, 4.0)
@@ -132,7 +136,7 @@ def measure(rows: list[Row], options: Options) -> None:
             continue
         train, held_in = bench.split(seed)
         started = time.perf_counter()
-        *_, final = compute(LocalWorkers(bench.worker), train, train.thin(1), row.config(seed, train))
+        (final,) = deque(compute(LocalWorkers(bench.worker), train, train.thin(1), row.config(seed, train)), maxlen=1)
         line = {
             "name": row.name,
             "seed": seed,

@@ -111,6 +111,8 @@ class Options:
     train_shards: int | None = None
     """To compute from; the next ones are held in, two at most. Default: networks.py's."""
     table: bool = False
+    base: str = "{}"
+    """Of the table: what entries are compared with, seed by seed."""
     data: Path = Path("../shared")
     output: Path = Path(__file__).with_name("rules_tried.jsonl")
 
@@ -320,7 +322,7 @@ def key(line: dict[str, Any]) -> str:
 
 
 def print_table(options: Options) -> None:
-    """A line for each entry: mean, spread, and the paired difference to even weights on the same views."""
+    """A line for each entry: mean, spread, and the paired difference to the base on the same views."""
     groups: dict[tuple[str, str, int, int], dict[str, dict[int, dict[str, Any]]]] = {}
     for line in lines(options.output):
         shards = line.get("train_shards", NETWORKS[line["network"]].tune_shards)
@@ -329,15 +331,16 @@ def print_table(options: Options) -> None:
     for (network, norm, budget, shards), entries in groups.items():
         print(f"\n{network}, {norm}, {budget:,} evaluations, computed from {shards} shards:\n")
         print(
-            "| what differs | held-in rate, mean ± sd | to even weights, paired | training | one label, left of it | seeds |"
+            "| what differs | held-in rate, mean ± sd | to the base, paired | training | one label, left of it | seeds |"
         )
         print("| --- | --- | --- | --- | --- | --- |")
         for entry, runs in sorted(entries.items(), key=lambda item: -mean(run["rate"] for run in item[1].values())):
-            base = {name: value for name, value in json.loads(entry).items() if name == "augment"}
-            even = entries.get(json.dumps(base), {}) if base != json.loads(entry) else {}
+            views = {name: value for name, value in json.loads(entry).items() if name == "augment"}
+            base = json.loads(options.base) | views
+            others = entries.get(json.dumps(base), {}) if base != json.loads(entry) else {}
             print(
                 f"| {describe(entry)} | {spread([run['rate'] for run in runs.values()])} "
-                f"| {interval([run['rate'] - even[seed]['rate'] for seed, run in runs.items() if seed in even])} "
+                f"| {interval([run['rate'] - others[seed]['rate'] for seed, run in runs.items() if seed in others])} "
                 f"| {mean(run['train_rate'] for run in runs.values()):.3f} | {average_answers(list(runs.values()))} | {len(runs)} |"
             )
 

@@ -8,6 +8,7 @@ which is another part for each seed (lines without `rotated` are older: one part
 
 import json
 import time
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def measure(workers: LocalWorkers, urls: list[str], entry: dict[str, Any], optio
         )
         budget = train.num_examples + 50 * options.num_rounds
         config = ComputeConfig(seed=seed, max_evaluations=budget, **entry)
-        *_, final = compute(workers, train, held_in, config)
+        (final,) = deque(compute(workers, train, held_in, config), maxlen=1)
         assert final.evaluation is not None
         rates.append(round(final.evaluation.val.rate, 4))
         trains.append(final.evaluation.train.rate)
