@@ -327,7 +327,7 @@ def print_table(options: Options) -> None:
     for line in lines(options.output):
         shards = line.get("train_shards", NETWORKS[line["network"]].tune_shards)
         group = groups.setdefault((line["network"], line["norm"], line["budget"], shards), {})
-        group.setdefault(json.dumps(line["entry"]), {})[line["seed"]] = line
+        group.setdefault(json.dumps(line["entry"], sort_keys=True), {})[line["seed"]] = line
     for (network, norm, budget, shards), entries in groups.items():
         print(f"\n{network}, {norm}, {budget:,} evaluations, computed from {shards} shards:\n")
         print(
@@ -337,7 +337,7 @@ def print_table(options: Options) -> None:
         for entry, runs in sorted(entries.items(), key=lambda item: -mean(run["rate"] for run in item[1].values())):
             views = {name: value for name, value in json.loads(entry).items() if name == "augment"}
             base = json.loads(options.base) | views
-            others = entries.get(json.dumps(base), {}) if base != json.loads(entry) else {}
+            others = entries.get(json.dumps(base, sort_keys=True), {}) if base != json.loads(entry) else {}
             print(
                 f"| {describe(entry)} | {spread([run['rate'] for run in runs.values()])} "
                 f"| {interval([run['rate'] - others[seed]['rate'] for seed, run in runs.items() if seed in others])} "
