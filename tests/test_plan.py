@@ -167,7 +167,7 @@ def test_a_plan_fits_a_screen_and_says_what_idles_and_what_it_costs():
     assert "| GPU-hours | price |" in text and "| 16 | 3:01:00 | 3:00:48–3:01:15 | 48.3 (48.2–48.3) | 120.67 (" in text
     assert "at most 4 blocks (--round-size 24, --block-size 6), so 12 of 16 workers have nothing to do" in text
     assert "a pool of 5 (--num-perturbations) would keep all 16 busy" in text
-    assert "or local steps" in text and "--round-size 128 --block-size 8 --local-steps 8" in text
+    assert "or local steps" in text and "--round-size 192 --block-size 12 --local-steps 4" in text
     assert "more than --cache-gib" in text and "about 240 training and 240 held-out images by their bytes" in text
     assert len(text.splitlines()) < 25 and all(len(line) < 400 for line in text.splitlines())
     assert json.loads(json.dumps(plan.result()))["fleets"][-1]["price"]["expected"] == pytest.approx(120.67, abs=0.01)

@@ -15,7 +15,7 @@ from uap_dist.terminal import duration
 from uap_dist.together import at_once
 
 PLAN_FILE = "plan.json"
-LOCAL_STEPS = 8  # of an image each, that are proposed; benchmarks/rounds.md
+LOCAL_STEPS, STEP_IMAGES = 4, 3  # of a block, that are proposed; benchmarks/rounds.md
 GIB = 2**30
 
 
@@ -131,9 +131,10 @@ class Plan:
         if size > blocks and work.num_perturbations < wanted:
             all_busy = f"a pool of {wanted} (--num-perturbations) would keep all {size} busy"
             if config.rule == "log-odds" and config.local_steps is None:
+                block = LOCAL_STEPS * STEP_IMAGES
                 all_busy += (
-                    f", or local steps, which give another perturbation in fewer rounds: --round-size {size * LOCAL_STEPS} "
-                    f"--block-size {LOCAL_STEPS} --local-steps {LOCAL_STEPS}"
+                    f", or local steps, which give another perturbation in fewer rounds: --round-size {size * block} "
+                    f"--block-size {block} --local-steps {LOCAL_STEPS}"
                 )
             notes.append(
                 f"A round has at most {blocks} blocks (--round-size {config.round_size}, --block-size {config.block_size}), so "
