@@ -54,6 +54,6 @@ class EntropyWorker(Worker):
             logits, leaf = self.classifier.linearise(add_perturbation(pixels, perturbation))
             (slopes,) = torch.autograd.grad(clamped_cross_entropy(logits, labels).sum(), leaf)
         slope = self.classifier.pull_back(slopes.sum(0, keepdim=True), pixels.shape[1:])
-        slope /= slope.abs().mean().clamp(min=1e-30)  # a block, which is its round; better than as they are
+        slope /= slope.abs().mean().clamp(min=1e-30)  # as when its constants were searched, a round being a block
         nothing = {LOG_ODDS_SIZE: (0.0, 0)}
         return BlockResult(slope.numpy(), len(pixels), 0, 2 * len(pixels), nothing)

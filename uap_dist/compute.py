@@ -125,7 +125,8 @@ def compute(
     """Rounds until the target, the passes or the evaluations are reached; the last report carries an evaluation.
 
     The result depends on data, network, config and seed only, not on the workers, nor on whether the rounds before
-    `state` (of an earlier report that was not the last) were computed here or elsewhere.
+    `state` (of an earlier report that was not the last) were computed here or elsewhere. Each report holds v three times over
+    (3 MB at 224×224): keep the last, not all of them.
 
     Raises:
         ConfigError: fewer training images than a block, a budget below one round, or datasets of different shapes.
@@ -164,7 +165,7 @@ def run_round(
         train.examples(block.shard, block.examples, seed=(config.seed, round_.number, number))
         for number, block in enumerate(round_.blocks)
     ]
-    sizes = step_sizes(round_.number, planned, train.shape, config)
+    sizes = () if config.rule == "paper" else step_sizes(round_.number, planned, train.shape, config)
     v, momentum = (field.float().numpy() for field in (state.iterate.v, state.iterate.momentum))
     shared: tuple[Any, ...] = (v, replace(config.solver, scale=state.iterate.scale))
     if config.local_steps:
@@ -191,7 +192,7 @@ def run_round(
         fooling=Rate(sum(result.num_fooled for result in results), round_.num_examples),
         perturbation=_deliver(iterate, config),
         state=state,
-        step=sizes[0],
+        step=sizes[0] if sizes else config.paper_gain,
         means={name: total / max(1, count) for name, (total, count) in sums.items()},
         seconds=time.perf_counter() - started,
     )
@@ -254,9 +255,7 @@ def _is_spent(state: State, config: ComputeConfig) -> bool:
 def step_sizes(
     round_number: int, num_rounds: int | None, shape: tuple[int, ...], config: ComputeConfig
 ) -> tuple[float, ...]:
-    """What a round's updates are scaled by: the sizes of its steps in pixels (one, or one for each local step), or the paper's gain."""
-    if config.rule == "paper":
-        return (config.gain or 1.0,)
+    """Of the log-odds rule in a round, in pixels (root mean square for ℓ2): one, or one for each local step."""
     assert num_rounds is not None
     in_round = config.local_steps or 1
     num_steps = in_round * num_rounds
@@ -272,7 +271,7 @@ def _update(
     iterate: Iterate, total: Tensor, num_blocks: int, sizes: tuple[float, ...], config: ComputeConfig
 ) -> Iterate:
     if config.rule == "paper":
-        return update.paper_update(iterate, total, gain=sizes[0], norm=config.norm, radius=config.ball_radius)
+        return update.paper_update(iterate, total, gain=config.paper_gain, norm=config.norm, radius=config.ball_radius)
     if config.local_steps:
         return update.average_update(iterate, total / num_blocks, config.step_rule)
     return update.log_odds_update(iterate, total, sizes[0], config.step_rule)

@@ -123,6 +123,11 @@ class ComputeConfig:
         return self.radius if self.radius is not None else {"linf": 10.0, "l2": 2000.0}.get(self.norm, 0.0)
 
     @property
+    def paper_gain(self) -> float:
+        """Factor on a round's summed increments under the paper's rule, with its default."""
+        return self.gain or 1.0
+
+    @property
     def step_rule(self) -> StepRule:
         """What all steps of the log-odds rule have in common."""
         return StepRule(self.norm, self.ball_radius, self.period or update.PERIOD)
