@@ -125,8 +125,8 @@ def compute(
     """Rounds until the target, the passes or the evaluations are reached; the last report carries an evaluation.
 
     The result depends on data, network, config and seed only, not on the workers, nor on whether the rounds before
-    `state` (of an earlier report that was not the last) were computed here or elsewhere. Each report holds v, the momentum and what is delivered
-    (3 MB at 224×224): keep the last one, not all.
+    `state` (of an earlier report that was not the last) were computed here or elsewhere. Each report holds v, the
+    momentum and what is delivered (3 MB at 224×224): keep the last one, not all.
 
     Raises:
         ConfigError: fewer training images than a block, a budget below one round, or datasets of different shapes.
