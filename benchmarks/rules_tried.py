@@ -60,6 +60,12 @@ class Variant:
     nesterov: bool = False
     direction: str = "sign"
     """sign, adam (divided by the root of a running mean square), soft (m/(|m| + mean |m|)); for l2 plain."""
+    power: float = 1.0
+    """For l2, of the momentum's values: 0 is their sign."""
+    spectral: float = 1.0
+    """For l2, of the size of the momentum's frequencies."""
+    narrow: float = 1.0
+    """Factor on the width at the end of the run, reached exponentially."""
     step: float = 1.0
     """Factor on the first step of few steps, 0.8 of the radius (ℓ2: 1.2 of what fills the ball)."""
     decay: float = 1.0
@@ -262,7 +268,10 @@ class Trial:
             share = 1 - progress if variant.fades else float(progress < variant.until)
             ahead = (1 - share) * ahead + share * repeat_mean(ahead, variant.period)
         if self.norm == "l2":
-            direction = ahead / root_mean_square(ahead)
+            waves = torch.fft.rfft2(ahead)
+            ahead = torch.fft.irfft2(waves * waves.abs() ** (variant.spectral - 1), s=ahead.shape[1:])
+            direction = ahead.sign() * ahead.abs() ** variant.power
+            direction = direction / root_mean_square(direction)
         elif variant.direction == "sign":
             direction = ahead.sign()
         elif variant.direction == "adam":
@@ -299,7 +308,7 @@ def weigh(gaps: Tensor, progress: float, variant: Variant, known: Tensor) -> Ten
     """N weights of log-odds, whose mean size is known from earlier steps."""
     even = torch.ones_like(gaps)
     unit = (known if variant.memory else gaps.abs().mean()) if variant.relative else torch.tensor(1.0)
-    share = torch.sigmoid((gaps / unit + variant.offset) / variant.width)
+    share = torch.sigmoid((gaps / unit + variant.offset) / (variant.width * variant.narrow**progress))
     named = {
         "even": even,
         "sigmoid": share,
