@@ -96,6 +96,7 @@ LOCAL = (
     (52, 8, 1),
     (8, 8, 1),
     (8, 4, 3),
+    (64, 1, 2),
     (64, 2, 1),
     (64, 4, 1),
     (10, 4, 25),
@@ -105,7 +106,12 @@ FACTORS = (1.0, 2.0, 4.0)
 
 def _rows() -> list[Row]:
     rows = []
-    for network, budget in (("squeezenet", 3_000), ("resnet20", 16_000), ("squeezenet", 10_000), ("squeezenet", 13_000)):
+    for network, budget in (
+        ("squeezenet", 3_000),
+        ("resnet20", 16_000),
+        ("squeezenet", 10_000),
+        ("squeezenet", 13_000),
+    ):
         rows += [Row(network, budget, blocks, 0, images) for blocks, images in SUMS]
         rows += [Row(network, budget, *shape, factor) for shape, factor in product(LOCAL, FACTORS)]
     return rows
