@@ -167,12 +167,30 @@ def test_a_plan_fits_a_screen_and_says_what_idles_and_what_it_costs():
     assert "| GPU-hours | price |" in text and "| 16 | 3:01:00 | 3:00:48–3:01:15 | 48.3 (48.2–48.3) | 120.67 (" in text
     assert "at most 4 blocks (--round-size 24, --block-size 6), so 12 of 16 workers have nothing to do" in text
     assert "a pool of 5 (--num-perturbations) would keep all 16 busy" in text
-    assert "or local steps" in text and "--round-size 192 --block-size 12 --local-steps 4" in text
+    assert "or local steps" not in text  # one round of the size that keeps 16 busy
     assert "more than --cache-gib" in text and "about 240 training and 240 held-out images by their bytes" in text
     assert len(text.splitlines()) < 25 and all(len(line) < 400 for line in text.splitlines())
     assert json.loads(json.dumps(plan.result()))["fleets"][-1]["price"]["expected"] == pytest.approx(120.67, abs=0.01)
     shared = replace(plan, gpus_per_worker=0.25).result()["fleets"][-1]
     assert shared["price"]["expected"] == pytest.approx(120.67 / 4, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "num_solves", "options"),
+    [
+        (8, 4_800, "--round-size 96 --block-size 12 --local-steps 4"),
+        (64, 6_200, "--round-size 128 --block-size 2 --local-steps 1"),
+        (64, 4_800, ""),
+    ],
+)
+def test_local_steps_are_proposed_while_they_leave_enough_rounds(num_workers, num_solves, options):
+    config = ComputeConfig(max_passes=1)
+    sizes = ShardSizes((num_solves,), (num_solves,), (1000,))
+    work = count_work(sizes, sizes, config)
+    fleet = plan_fleet(work, free(), config, num_workers=num_workers, memory_bytes=1, disk_bytes=0)
+    text = Plan({"model": "m"}, config, work, [fleet], (1,), 1, 0.0, 4.0, 0.0, None).summary()
+    assert f"so {num_workers - 2} of {num_workers} workers have nothing to do" in text
+    assert ("or local steps" in text) == bool(options) and options in text
 
 
 def test_shards_are_weighed_and_counted_without_being_read(shards, tmp_path, s3):

@@ -15,7 +15,8 @@ from uap_dist.terminal import duration
 from uap_dist.together import at_once
 
 PLAN_FILE = "plan.json"
-LOCAL_STEPS, STEP_IMAGES = 4, 3  # of a block, that are proposed; benchmarks/rounds.md
+# local steps and images of each, of one block for each worker, and the rounds that they need: those of benchmarks/rounds.md
+FLEET_BLOCKS, FLEET_ROUNDS = ((4, 3), (1, 2)), 48
 GIB = 2**30
 
 
@@ -131,11 +132,7 @@ class Plan:
         if size > blocks and work.num_perturbations < wanted:
             all_busy = f"a pool of {wanted} (--num-perturbations) would keep all {size} busy"
             if config.rule == "log-odds" and config.local_steps is None:
-                block = LOCAL_STEPS * STEP_IMAGES
-                all_busy += (
-                    f", or local steps, which give another perturbation in fewer rounds: --round-size {size * block} "
-                    f"--block-size {block} --local-steps {LOCAL_STEPS}"
-                )
+                all_busy += _local_steps(size, work.num_solves)
             notes.append(
                 f"A round has at most {blocks} blocks (--round-size {config.round_size}, --block-size {config.block_size}), so "
                 f"{size - blocks * work.num_perturbations} of {size} workers have nothing to do while it is solved; {all_busy}."
@@ -263,6 +260,18 @@ class Spent:
             f"Planned {expected} ({low}–{high}) on {_workers(round(planned['planned/workers']))}, {took} on {self.num_workers}; "
             f"planned {evaluations}."
         )
+
+
+def _local_steps(num_workers: int, num_solves: int) -> str:
+    """Advice of rounds with a block for each worker; none where those would be too few."""
+    for steps, images in FLEET_BLOCKS:
+        block = steps * images
+        if FLEET_ROUNDS * num_workers * block <= num_solves:
+            return (
+                f", or local steps, which give another perturbation in fewer rounds: --round-size {num_workers * block} "
+                f"--block-size {block} --local-steps {steps}"
+            )
+    return ""
 
 
 def _between(span: Span, form: str) -> str:
