@@ -348,7 +348,7 @@ def print_table(options: Options) -> None:
             base = json.loads(options.base) | views
             others = entries.get(json.dumps(base, sort_keys=True), {}) if base != json.loads(entry) else {}
             print(
-                f"| {describe(entry)} | {spread([run['rate'] for run in runs.values()])} "
+                f"| {describe(json.loads(entry), json.loads(options.base))} | {spread([run['rate'] for run in runs.values()])} "
                 f"| {interval([run['rate'] - others[seed]['rate'] for seed, run in runs.items() if seed in others])} "
                 f"| {mean(run['train_rate'] for run in runs.values()):.3f} | {average_answers(list(runs.values()))} | {len(runs)} |"
             )
@@ -361,9 +361,10 @@ def average_answers(runs: list[dict[str, Any]]) -> str:
     return ", ".join(f"{mean(run[name] for run in runs):.2f}" for name in ("most_frequent_share", "left_of_it"))
 
 
-def describe(entry: str) -> str:
-    """In words."""
-    return ", ".join(f"{name} {value}" for name, value in json.loads(entry).items()) or "nothing"
+def describe(entry: dict[str, Any], base: dict[str, Any]) -> str:
+    """What differs from the base, in words."""
+    values, usual = asdict(Variant(**entry)), asdict(Variant(**base))
+    return ", ".join(f"{name} {value}" for name, value in values.items() if value != usual[name]) or "nothing"
 
 
 if __name__ == "__main__":
