@@ -66,6 +66,11 @@ class Row:
         shape = f"local-{self.blocks}x{self.steps}x{self.images}" if self.steps else f"sum-{self.blocks}x{self.images}"
         return shape + (f"-step{self.factor:g}" if self.factor != 1 else "")
 
+    @property
+    def base(self) -> "Row":
+        """Rounds of the default size, which it is compared with; a fleet may take 1.3 times the evaluations."""
+        return Row(self.network, 10_000 if self.budget == 13_000 else self.budget, 1, 0, BASE)
+
     def config(self, seed: int, train: Dataset) -> ComputeConfig:
         """Of a run."""
         block = max(1, self.steps) * self.images
@@ -175,11 +180,12 @@ def table(rows: list[Row], runs: Runs, images: str) -> Iterator[str]:
         found = runs_of(row, runs)
         if not found:
             continue
-        base = runs_of(Row(row.network, row.budget, 1, 0, BASE), runs)
+        base = runs_of(row.base, runs)
         differences = [run[images] - base[seed][images] for seed, run in found.items() if seed in base]
         yield (
             f"| {row.network}, {row.budget:,} | {row.shape} | {mean(run['rounds'] for run in found.values()):.0f} "
-            f"| {spread([run[images] for run in found.values()])} | {interval(differences)} | {len(found)} |"
+            f"| {spread([run[images] for run in found.values()])} "
+            f"| {'' if row == row.base else interval(differences)} | {len(found)} |"
         )
 
 
@@ -189,28 +195,33 @@ def runs_of(row: Row, runs: Runs) -> dict[int, dict[str, Any]]:
 
 
 def draw(rows: list[Row], runs: Runs, path: Path) -> None:
-    """Held-out fooling rate against rounds: a panel for each network and budget, sums and local steps."""
-    panels = list(dict.fromkeys((row.network, row.budget) for row in rows if runs_of(row, runs)))
+    """Held-out fooling rate against rounds: a panel for each network and budget."""
+    rows = [row for row in rows if runs_of(row, runs)]
+    panels = list(dict.fromkeys(row.base for row in rows))
     figure, axes = plt.subplots(
-        1, len(panels), figsize=(5 * len(panels), 4), layout="constrained", squeeze=False, sharey=True
+        1, len(panels), figsize=(5 * len(panels), 4), layout="constrained", squeeze=False, sharex=True, sharey=True
     )
-    for axis, (network, budget) in zip(axes[0], panels, strict=True):
-        for title, has_steps in (("summed, one step a round", False), ("local steps, averaged", True)):
-            found = [
-                list(runs_of(row, runs).values())
-                for row in rows
-                if (row.network, row.budget, row.steps > 0) == (network, budget, has_steps) and runs_of(row, runs)
-            ]
+    kinds = {
+        "summed, one step a round": lambda row: not row.steps,
+        "averaged": lambda row: row.steps and row.budget == row.base.budget,
+        "averaged, 1.3 × the evaluations": lambda row: row.budget > row.base.budget,
+    }
+    for axis, base in zip(axes[0], panels, strict=True):
+        for color, (title, belongs) in enumerate(kinds.items()):
+            found = [list(runs_of(row, runs).values()) for row in rows if row.base == base and belongs(row)]
             points = sorted(
                 (mean(run["rounds"] for run in some), mean(run["held_out"] for run in some)) for some in found
             )
             if points:
-                axis.plot(*zip(*points, strict=True), "C1o" if has_steps else "C0o-", label=title)
+                axis.plot(*zip(*points, strict=True), f"C{color}o{'' if color else '-'}", label=title)
         axis.set(
-            title=f"{network}, {budget:,} evaluations", xscale="log", xlabel="rounds", ylabel="held-out fooling rate"
+            title=f"{base.network}, {base.budget:,} evaluations",
+            xscale="log",
+            xlabel="rounds",
+            ylabel="held-out fooling rate",
         )
         axis.grid(alpha=0.3)
-    axes[0, 0].legend()
+        axis.legend()
     figure.savefig(path, dpi=110)
 
 
