@@ -323,7 +323,8 @@ def interval(differences: list[float]) -> str:
 
 def draw(rows: list[Row], runs: Runs, path: Path) -> None:
     """Held-out fooling rate against evaluations: a panel for each network and norm that has runs, the spread of seeds as a band."""
-    panels = list(dict.fromkeys((row.network, row.norm) for row in rows if rates_of(row, runs, "held_out")))
+    rows = [row for row in rows if len(rates_of(row, runs, "held_out")) > 1]
+    panels = list(dict.fromkeys((row.network, row.norm) for row in rows))
     columns = min(len(panels), 4)
     lines = -(-len(panels) // columns)
     figure, axes = plt.subplots(
@@ -333,15 +334,20 @@ def draw(rows: list[Row], runs: Runs, path: Path) -> None:
         for rule, title in TITLES.items():
             some = [row for row in rows if (row.network, row.norm, row.rule) == (network, norm, rule)]
             found = {row.budget: list(rates_of(row, runs, "held_out").values()) for row in some}
-            found = {budget: rates for budget, rates in found.items() if len(rates) > 1}
+            if not found:
+                continue
             means, sds = ([f(rates) for rates in found.values()] for f in (mean, stdev))
-            (line,) = axis.plot(list(found), means, marker="o", ms=4, label=title)
+            color = f"C{RULES.index(rule)}"
+            axis.plot(list(found), means, color=color, marker="o", ms=4, label=title)
             low, high = ([m + sign * sd for m, sd in zip(means, sds, strict=True)] for sign in (-1, 1))
-            axis.fill_between(list(found), low, high, color=line.get_color(), alpha=0.2, lw=0)
-        axis.set(title=f"{network}, {norm}", xscale="log", xlabel="network evaluations", ylim=(0, 1))
+            axis.fill_between(list(found), low, high, color=color, alpha=0.2, lw=0)
+        limits = (0.8 * BUDGETS[0], 1.2 * BUDGETS[-1])
+        axis.set(title=f"{network}, {norm}", xscale="log", xlabel="network evaluations", xlim=limits, ylim=(0, 1))
         axis.set_xticks(BUDGETS, [f"{budget // 1000}k" for budget in BUDGETS], minor=False)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
     axes[0, 0].set_ylabel("held-out fooling rate")
     axes[0, 0].legend(fontsize=8)
     figure.savefig(path, dpi=110)

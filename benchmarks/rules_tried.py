@@ -1,4 +1,4 @@
-"""Changes of the log-odds rule, tried on held-in images: benchmarks/rules.md, "What was tried".
+"""Changes of the log-odds rule, tried on held-in images. See benchmarks/rules_tried.md.
 
     python benchmarks/rules_tried.py --network resnet20 --budget 8000 --grid '[{}, {"weight": "sigmoid"}]'
     python benchmarks/rules_tried.py --table

@@ -1,6 +1,6 @@
 """From the increments of a round to the next perturbation: two rules, one pure function each.
 
-The constants of the log-odds rule stand here and nowhere else; benchmarks/main_job.md and rules.md say how they were chosen.
+The constants of the log-odds rule stand here and nowhere else; benchmarks/rules_tried.md says how they were chosen.
 """
 
 from dataclasses import dataclass, replace
