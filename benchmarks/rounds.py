@@ -12,9 +12,8 @@ import json
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
-from math import prod
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -27,10 +26,9 @@ import rules
 import tyro
 from rules import Bench, interval, spread, stamp
 
-from uap_dist.compute import compute, count_rounds
+from uap_dist.compute import compute
 from uap_dist.config import ComputeConfig
-from uap_dist.dataset import Dataset, LocalWorkers
-from uap_dist.update import default_step_size
+from uap_dist.dataset import LocalWorkers
 
 BASE = 6  # images of a round that others are compared with
 
@@ -45,7 +43,6 @@ class Row:
         blocks: of a round.
         steps: that each block takes on its own copy; 0: the round sums its blocks and takes one.
         images: of a block's step.
-        factor: on the first step that rounds which sum take by default.
     """
 
     network: str
@@ -53,7 +50,6 @@ class Row:
     blocks: int
     steps: int
     images: int
-    factor: float = 1.0
 
     @property
     def name(self) -> str:
@@ -62,54 +58,29 @@ class Row:
 
     @property
     def shape(self) -> str:
-        """Such as sum-4x6, or local-4x4x6-step2."""
-        shape = f"local-{self.blocks}x{self.steps}x{self.images}" if self.steps else f"sum-{self.blocks}x{self.images}"
-        return shape + (f"-step{self.factor:g}" if self.factor != 1 else "")
+        """Such as sum-4x6, or local-4x4x6."""
+        return f"local-{self.blocks}x{self.steps}x{self.images}" if self.steps else f"sum-{self.blocks}x{self.images}"
 
     @property
     def base(self) -> "Row":
         """Rounds of the default size, which it is compared with; a fleet may take 1.3 times the evaluations."""
         return Row(self.network, 10_000 if self.budget == 13_000 else self.budget, 1, 0, BASE)
 
-    def config(self, seed: int, train: Dataset) -> ComputeConfig:
+    def config(self, seed: int) -> ComputeConfig:
         """Of a run."""
         block = max(1, self.steps) * self.images
-        config = ComputeConfig(
+        return ComputeConfig(
             max_evaluations=self.budget,
             round_size=self.blocks * block,
             block_size=block,
             local_steps=self.steps or None,
             seed=seed,
         )
-        num_steps = (count_rounds(train.sizes, config) or 0) * max(1, self.steps)
-        first = default_step_size(
-            norm=config.norm, radius=config.ball_radius, num_values=prod(train.shape), num_steps=num_steps
-        )
-        return replace(config, step_size=self.factor * first)
 
 
 # whole blocks of shards of 100 and of 1,000 images; of 400 photographs 67 blocks of two leave no short round at the end of a pass
 SUMS = ((1, 3), (1, 6), (1, 12), (1, 25), (2, 25), (4, 25), (8, 25), (16, 25), (40, 25))
-LOCAL = (
-    (1, 4, 5),
-    (2, 4, 5),
-    (5, 4, 5),
-    (10, 4, 5),
-    (20, 4, 5),
-    (4, 20, 5),
-    (50, 8, 1),
-    (52, 8, 1),
-    (8, 1, 2),
-    (8, 8, 1),
-    (8, 4, 3),
-    (64, 1, 2),
-    (67, 1, 1),
-    (67, 1, 2),
-    (64, 2, 1),
-    (64, 4, 1),
-    (10, 4, 25),
-)
-FACTORS = (1.0, 2.0, 4.0)
+LOCAL = ((8, 1, 2), (8, 4, 3), (64, 1, 2), (67, 1, 2), (67, 1, 1), (64, 2, 1))
 
 
 def _rows() -> list[Row]:
@@ -121,7 +92,7 @@ def _rows() -> list[Row]:
         ("squeezenet", 13_000),
     ):
         rows += [Row(network, budget, blocks, 0, images) for blocks, images in SUMS]
-        rows += [Row(network, budget, *shape, factor) for shape, factor in product(LOCAL, FACTORS)]
+        rows += [Row(network, budget, *shape) for shape in LOCAL]
     return rows
 
 
@@ -150,7 +121,7 @@ def measure(rows: list[Row], options: Options) -> None:
             continue
         train, held_in = bench.split(seed)
         started = time.perf_counter()
-        (final,) = deque(compute(LocalWorkers(bench.worker), train, train.thin(1), row.config(seed, train)), maxlen=1)
+        (final,) = deque(compute(LocalWorkers(bench.worker), train, train.thin(1), row.config(seed)), maxlen=1)
         line = {
             "name": row.name,
             "seed": seed,

@@ -268,8 +268,9 @@ class Trial:
             share = 1 - progress if variant.fades else float(progress < variant.until)
             ahead = (1 - share) * ahead + share * repeat_mean(ahead, variant.period)
         if self.norm == "l2":
-            waves = torch.fft.rfft2(ahead)
-            ahead = torch.fft.irfft2(waves * waves.abs() ** (variant.spectral - 1), s=ahead.shape[1:])
+            if variant.spectral != 1:
+                waves = torch.fft.rfft2(ahead)
+                ahead = torch.fft.irfft2(waves * waves.abs() ** (variant.spectral - 1), s=ahead.shape[1:])
             direction = ahead.sign() * ahead.abs() ** variant.power
             direction = direction / root_mean_square(direction)
         elif variant.direction == "sign":
