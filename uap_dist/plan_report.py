@@ -132,7 +132,7 @@ class Plan:
         if size > blocks and work.num_perturbations < wanted:
             all_busy = f"a pool of {wanted} (--num-perturbations) would keep all {size} busy"
             if config.rule == "log-odds" and config.local_steps is None:
-                all_busy += _local_steps(size, work.num_solves)
+                all_busy += _local_steps_advice(size, work.num_solves)
             notes.append(
                 f"A round has at most {blocks} blocks (--round-size {config.round_size}, --block-size {config.block_size}), so "
                 f"{size - blocks * work.num_perturbations} of {size} workers have nothing to do while it is solved; {all_busy}."
@@ -262,8 +262,8 @@ class Spent:
         )
 
 
-def _local_steps(num_workers: int, num_solves: int) -> str:
-    """Advice of rounds with a block for each worker; none where those would be too few."""
+def _local_steps_advice(num_workers: int, num_solves: int) -> str:
+    """Options of rounds with a block for each worker, as the end of a sentence; empty where those rounds would be too few to fool as many."""
     for steps, images in FLEET_BLOCKS:
         block = steps * images
         if FLEET_ROUNDS * num_workers * block <= num_solves:
