@@ -263,7 +263,7 @@ class Spent:
 
 
 def _local_steps_advice(num_workers: int, num_solves: int) -> str:
-    """Options of rounds with a block for each worker, as the end of a sentence; empty where those rounds would be too few to fool as many."""
+    """Options of rounds with a block for each worker, as the end of a sentence; empty where those rounds would be too few."""
     for steps, images in FLEET_BLOCKS:
         block = steps * images
         if FLEET_ROUNDS * num_workers * block <= num_solves:
