@@ -88,6 +88,8 @@ class Options:
 def main() -> None:
     """Measure what is missing, then print the table."""
     options = tyro.cli(Options)
+    if unknown := [name for name in options.only if name not in ROWS]:
+        raise SystemExit(f"--only {' '.join(unknown)}: no such row. There are {', '.join(ROWS)}.")
     if not options.table:
         connect()
         for network in dict.fromkeys(ROWS[name].network for name in options.only):

@@ -148,6 +148,8 @@ def run_or_show(
 ) -> None:
     """What the options ask for, with the functions of a comparison whose rows have a name and a network."""
     chosen = [row for row in rows if any(fnmatch(row.name, pattern) for pattern in options.only)]
+    if not chosen:
+        raise SystemExit(f"--only {' '.join(options.only)}: no such row. Rows have names such as {rows[0].name}.")
     if options.table:
         print("\n".join(table(chosen, read(options.output), "held_in" if options.held_in else "held_out")))
     if options.picture:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,12 @@ def test_the_table_pairs_by_seed_and_leaves_out_runs_of_another_config(options, 
     assert "**0.800** ± 0.100 | +0.100 ± 0.000" in ours and "**0.700**" in tuned
     monkeypatch.setattr(rules, "tuned_config", lambda *of: {"augment": "flip"})
     assert len(list(rules.table(rows(), rules.read(options.output), "held_out"))[2:]) == 1
+
+
+def test_a_pattern_that_names_no_row_is_an_error(options):
+    with pytest.raises(SystemExit, match="--only resnet2-.*: no such row.* such as tiny-linf-400-ours"):
+        parts = {"read": rules.read, "measure": rules.measure, "table": rules.table, "draw": rules.draw}
+        rules.run_or_show(replace(options, only=("resnet2-*",)), rows(), **parts)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
