@@ -80,7 +80,7 @@ class Row:
 
 # whole blocks of shards of 100 and of 1,000 images; of 400 photographs 67 blocks of two leave no short round at the end of a pass
 SUMS = ((1, 3), (1, 6), (1, 12), (1, 25), (2, 25), (4, 25), (8, 25), (16, 25), (40, 25))
-LOCAL = ((8, 1, 2), (8, 4, 3), (64, 1, 2), (67, 1, 2), (67, 1, 1), (64, 2, 1))
+LOCAL = ((8, 1, 2), (8, 4, 3), (64, 1, 2), (67, 1, 2), (67, 1, 1))
 
 
 def _rows() -> list[Row]:
