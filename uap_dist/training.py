@@ -152,6 +152,8 @@ def _train_to_the_end(task: Task, mailbox: ActorHandle[Any]) -> None:
                 learner.save(Path(folder))
             ray.train.report(dict(record.metrics), checkpoint=Checkpoint(folder) if is_first else None)
         if is_first:
+            # report returns before Ray has written down which checkpoint is the last; shown earlier, an epoch could be done twice
+            ray.train.get_all_reported_checkpoints(ray.train.CheckpointConsistencyMode.COMMITTED)
             _post(mailbox, record)
 
 
