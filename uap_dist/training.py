@@ -83,7 +83,7 @@ class Training:
         self._result: Result | None = None
 
     def epochs(self) -> Iterator[RoundRecord]:
-        """A record for each epoch when its checkpoint stands, from number 0, which is the network as it came; resumed, the earlier ones again.
+        """A record for each epoch when its checkpoint stands, from 0, the network as it came; resumed, the earlier ones again.
 
         Raises:
             UapDistError: what went wrong on a worker.
