@@ -56,4 +56,4 @@ class EntropyWorker(Worker):
         slope = self.classifier.pull_back(slopes.sum(0, keepdim=True), pixels.shape[1:])
         slope /= slope.abs().mean().clamp(min=1e-30)  # as when its constants were searched, a round being a block
         nothing = {LOG_ODDS_SIZE: (0.0, 0)}
-        return BlockResult(slope.numpy(), len(pixels), 0, 2 * len(pixels), nothing)
+        return BlockResult(slope.cpu().numpy(), len(pixels), 0, 2 * len(pixels), nothing)

@@ -9,7 +9,6 @@ One process, one thread. Runs that are in the output already are not repeated, s
 
 import json
 import os
-import platform
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -39,7 +38,7 @@ from uap_dist.compute import compute
 from uap_dist.config import ComputeConfig
 from uap_dist.dataset import Dataset, LocalWorkers, classify, fooling_rate, load_dataset
 from uap_dist.norms import Norm
-from uap_dist.provenance import git_commit
+from uap_dist.provenance import git_commit, machine
 from uap_dist.shards import expand_patterns
 from uap_dist.worker import Worker
 
@@ -234,14 +233,15 @@ def run(row: Row, seed: int, train: Dataset, bench: Bench) -> tuple[Tensor, int]
     """V as the rule delivers it, and the network evaluations that it took."""
     if row.rule == "published":
         pixels = [bench.worker.pixels(train.examples(s, range(n))) for s, n in enumerate(train.sizes)]
-        x, labels = torch.tensor(np.concatenate(pixels)).float(), torch.tensor(train.clean.labels)
+        x = torch.tensor(np.concatenate(pixels), device=bench.worker.device).float()
+        labels = torch.tensor(train.clean.labels, device=bench.worker.device)
         spent = len(x)
         for v, cost in sgd_uap(
             bench.worker.classifier, x, labels, seed=seed, norm=row.norm, radius=row.config["radius"]
         ):
             spent += cost
             if spent + 2 * BATCH > row.budget:
-                return v, spent
+                return v.cpu(), spent
     workers = LocalWorkers(bench.worker_of(row.rule))
     glance = train.thin(1)  # held-in and held-out rates are measured by the caller
     (final,) = deque(compute(workers, train, glance, ComputeConfig(seed=seed, **row.config)), maxlen=1)
@@ -267,7 +267,7 @@ def stamp() -> dict[str, str]:
     return {
         "commit": git_commit(),
         "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{machine()}, {os.cpu_count()} cores",
     }
 
 

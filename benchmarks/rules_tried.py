@@ -3,9 +3,9 @@
     python benchmarks/rules_tried.py --network resnet20 --budget 8000 --grid '[{}, {"weight": "sigmoid"}]'
     python benchmarks/rules_tried.py --table
 
-A loop of its own, short enough to change: one process, a round in one batch. The first entry `{}` is the rule as it was before it
-repeated itself, in rounds of 24 images; every other entry says what differs. The rule as it is now is {"period": 32, "round_size": 6,
-"weight": "bell", "offset": 0, "width": 0.5, "relative": true, "memory": 0.9, "raw": true, "decay": 0.5}.
+A loop of its own, short enough to change: one process, a round in one batch, on the GPU where there is one. The first entry `{}` is
+the rule as it was before it repeated itself, in rounds of 24 images; every other entry says what differs. The rule as it is now is
+{"period": 32, "round_size": 6, "weight": "bell", "offset": 0, "width": 0.5, "relative": true, "memory": 0.9, "raw": true, "decay": 0.5}.
 Runs that are in the output already are not repeated. Nothing here looks at the held-out shards.
 """
 
@@ -26,7 +26,7 @@ from rules import interval, spread
 from torch import Tensor
 
 from uap_dist.augment import Augmentation, augment
-from uap_dist.classifiers import Classifier, load_classifier
+from uap_dist.classifiers import load_classifier
 from uap_dist.dataset import Dataset, LocalWorkers, classify, load_dataset
 from uap_dist.deepfool import add_perturbation, log_odds
 from uap_dist.norms import Norm, project, root_mean_square
@@ -159,7 +159,7 @@ def run(options: Options) -> None:
             train = [*parts[:count], *more]
             images = np.concatenate([worker.pixels(part.examples(0, range(part.num_examples))) for part in train])
             labels = np.concatenate([part.clean.labels for part in train])
-            v = Trial(worker.classifier, images, labels, Variant(**entry), options.norm).compute(seed, options.budget)
+            v = Trial(worker, images, labels, Variant(**entry), options.norm).compute(seed, options.budget)
             line |= measure(workers, held_in, v)
             train_parts = [part.thin(min(500, part.num_examples)) for part in parts[:count]]
             line["train_rate"] = measure(workers, train_parts, v)["rate"]
@@ -197,8 +197,8 @@ class State:
 class Trial:
     """One run."""
 
-    def __init__(self, classifier: Classifier, images: np.ndarray, labels: np.ndarray, variant: Variant, norm: Norm):
-        self.classifier, self.variant, self.norm = classifier, variant, norm
+    def __init__(self, worker: Worker, images: np.ndarray, labels: np.ndarray, variant: Variant, norm: Norm):
+        self.classifier, self.device, self.variant, self.norm = worker.classifier, worker.device, variant, norm
         count = min(variant.num_images or len(images), len(images))
         self.images, self.labels = images[:count], labels[:count]
         self.radius = RADIUS[norm][images.shape[-1] <= 32]
@@ -217,7 +217,7 @@ class Trial:
         batches = self.batches(rng)
         zero = torch.zeros(self.images.shape[1:], dtype=torch.float64)
         with torch.no_grad():
-            num_classes = self.classifier(torch.tensor(self.images[:1]).float()).shape[1]
+            num_classes = self.classifier(torch.tensor(self.images[:1], device=self.device).float()).shape[1]
         state = State(zero, zero, zero, torch.full((num_classes,), 1 / num_classes))
         mean_v = zero
         for number in range(num_rounds):
@@ -249,14 +249,14 @@ class Trial:
     def step(self, state: State, rows: np.ndarray, size: float, progress: float, rng: np.random.Generator) -> State:
         """One batch's."""
         variant = self.variant
-        x = torch.tensor(augment(self.images[rows], variant.augment, rng)).float()
+        x = torch.tensor(augment(self.images[rows], variant.augment, rng), device=self.device).float()
         shown = state.v
         if variant.through and progress >= variant.through - 1e-9:
             shown = finish(shown, norm=self.norm, radius=self.radius)
-        shown = shown.float().expand_as(x)
+        shown = shown.float().to(self.device).expand_as(x)
         if variant.drop:
-            shown = shown * torch.tensor(rng.random((len(x), 1, *x.shape[2:])) >= variant.drop)
-        labels = torch.tensor(self.labels[rows])
+            shown = shown * torch.tensor(rng.random((len(x), 1, *x.shape[2:])) >= variant.drop, device=self.device)
+        labels = torch.tensor(self.labels[rows], device=self.device)
         total, answers, unit = self.solve(x, shown, labels, progress, state)
         total = total if variant.raw else total / total.abs().mean().clamp(min=1e-300)
         momentum = variant.momentum * state.momentum + total
@@ -289,8 +289,8 @@ class Trial:
         self, x: Tensor, shown: Tensor, labels: Tensor, progress: float, state: State
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Weighted sum of the gradients (C×H×W float64), each label's share of the answers, the mean |f|."""
-        popularity = state.popularity
-        with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16, enabled=self.variant.bf16):
+        popularity = state.popularity.to(self.device)
+        with torch.enable_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.variant.bf16):
             logits, leaf = self.classifier.linearise(add_perturbation(x, shown))
             logits = logits.float()
             bias = self.variant.target_bias * (popularity * logits.shape[1]).clamp(min=1e-3).log()
@@ -302,7 +302,8 @@ class Trial:
             weights = torch.where(is_dominant, 0.0, weigh(gaps.detach(), progress, self.variant, state.unit))
             (slopes,) = torch.autograd.grad((weights * gaps).sum(), leaf)
         total = -self.classifier.pull_back(slopes.sum(0, keepdim=True), x.shape[1:]).double()
-        return total, logits.detach().softmax(1).mean(0), gaps.detach().abs().mean()
+        answers = logits.detach().softmax(1).mean(0)
+        return total.cpu(), answers.cpu(), gaps.detach().abs().mean().cpu()
 
 
 def weigh(gaps: Tensor, progress: float, variant: Variant, known: Tensor) -> Tensor:
