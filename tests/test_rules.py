@@ -12,6 +12,7 @@ from conftest import TINY
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import opponents
+import periods
 import rules
 from networks import Network
 
@@ -94,3 +95,21 @@ def test_sgd_uap_climbs_the_clamped_cross_entropy(norm):
         return torch.nn.functional.cross_entropy(classifier(add_perturbation(pixels, v)), labels)
 
     assert loss(first) > loss(-first)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_runs_that_go_through_the_network_together_are_the_runs_of_the_rule(options, norm):
+    bench = rules.Bench("tiny", options.data)
+    configs = [
+        rules.ComputeConfig(norm=norm, radius=rules.RADII["imagenet"][norm], max_evaluations=BUDGET, seed=seed)
+        for seed in (0, 1)
+    ]
+    together = periods.Together(bench, periods.Pictures(bench), configs, (8, 224))
+    found = together.compute()
+    for i, config in enumerate(configs):
+        for j, period in enumerate((8, 224)):
+            (*_, last) = rules.compute(
+                rules.LocalWorkers(bench.worker), together.train[i], together.held_in[i], replace(config, period=period)
+            )
+            error = (found[i, j] - last.perturbation).norm() / last.perturbation.norm()
+            assert error < (0.05 if norm == "linf" else 1e-3)  # signs of momenta near zero depend on rounding
