@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from uap_dist.config import ComputeConfig
 from uap_dist.norms import measure
 from uap_dist.update import (
     MOMENTUM,
@@ -84,6 +85,13 @@ def test_blocks_that_moved_v_are_averaged_and_the_ball_is_kept():
     after = average_update(start, torch.stack([random(2), random(3)]), StepRule("linf", 1.0, period=4))
     assert_close(after.v, (random(0) + random(2)).clamp(-1, 1))
     assert_close(after.momentum, random(3))
+
+
+def test_under_l2_the_period_grows_with_the_images_of_the_run_unless_it_is_given():
+    config = ComputeConfig(norm="l2", round_size=10, block_size=5)
+    assert [config.step_rule(rounds).period for rounds in (1, 149, 150, 599, 600, 10**6)] == [32, 32, 64, 64, 128, 128]
+    assert ComputeConfig(norm="linf").step_rule(10**6).period == 32
+    assert replace(config, period=96).step_rule(600).period == 96
 
 
 @given(height=st.integers(1, 12), width=st.integers(1, 12), period=st.integers(1, 13))

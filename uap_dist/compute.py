@@ -18,7 +18,7 @@ from uap_dist.errors import ConfigError
 from uap_dist.fooling import Rate
 from uap_dist.norms import measure, random_perturbation
 from uap_dist.schedule import Round, plan_rounds
-from uap_dist.update import Iterate
+from uap_dist.update import Iterate, StepRule
 from uap_dist.worker import LOG_ODDS_SIZE, LocalSteps, Predictions, add_sums
 
 DEFAULT_PASSES = 10
@@ -166,17 +166,18 @@ def run_round(
         for number, block in enumerate(round_.blocks)
     ]
     sizes = () if config.rule == "paper" else step_sizes(round_.number, planned, train.shape, config)
+    rule = config.step_rule(planned or 0)  # rounds of the paper's rule, which has none, may not be planned
     v, momentum = (field.float().numpy() for field in (state.iterate.v, state.iterate.momentum))
     shared: tuple[Any, ...] = (v, replace(config.solver, scale=state.iterate.scale))
     if config.local_steps:
-        shared += (LocalSteps(momentum, sizes, config.block_size // config.local_steps, config.step_rule),)
+        shared += (LocalSteps(momentum, sizes, config.block_size // config.local_steps, rule),)
     total, results = np.zeros((2, *train.shape) if config.local_steps else train.shape), []
     for result in workers.map("solve", tasks, *shared):
         total += result.total
         # without its array: a round may have more blocks than the driver has memory for
         results.append(replace(result, total=np.empty(0)))
     sums = add_sums(results)
-    iterate = _update(state.iterate, torch.from_numpy(total), len(results), sizes, config)
+    iterate = _update(state.iterate, torch.from_numpy(total), len(results), sizes, config, rule)
     if config.rule == "log-odds":
         iterate = update.remember(iterate, *sums[LOG_ODDS_SIZE])
     state = State(
@@ -268,13 +269,13 @@ def step_sizes(
 
 
 def _update(
-    iterate: Iterate, total: Tensor, num_blocks: int, sizes: tuple[float, ...], config: ComputeConfig
+    iterate: Iterate, total: Tensor, num_blocks: int, sizes: tuple[float, ...], config: ComputeConfig, rule: StepRule
 ) -> Iterate:
     if config.rule == "paper":
         return update.paper_update(iterate, total, gain=config.paper_gain, norm=config.norm, radius=config.ball_radius)
     if config.local_steps:
-        return update.average_update(iterate, total / num_blocks, config.step_rule)
-    return update.log_odds_update(iterate, total, sizes[0], config.step_rule)
+        return update.average_update(iterate, total / num_blocks, rule)
+    return update.log_odds_update(iterate, total, sizes[0], rule)
 
 
 def _deliver(iterate: Iterate, config: ComputeConfig) -> Tensor:

@@ -19,6 +19,7 @@ FIRST_STEP = {"linf": 0.8, "l2": 1.2}  # of the radius, as root mean square of a
 FULL_STEPS = 125  # beyond so many the first step falls as 1/√steps: by chance all steps together lead as far
 AVERAGED = 2.0  # times the first step where blocks are averaged: a mean of signs is shorter than a sign
 PERIOD = 32  # pixels; the total stride of most networks for photographs
+DOUBLED_AT: dict[Norm, tuple[int, ...]] = {"linf": (), "l2": (1_500, 6_000)}  # images: see `default_period`
 CORNER = 4.0  # P(4 v): a v in the corner of the ℓ∞ ball fools more
 
 
@@ -148,6 +149,15 @@ def cosine(start: float, round_number: int, num_rounds: int) -> float:
 def finish(v: Tensor, *, norm: Norm, radius: float) -> Tensor:
     """What the log-odds rule delivers of an iterate: for ℓ∞ P(4 v), for ℓ2 v itself."""
     return project(CORNER * v, norm=norm, radius=radius) if norm == "linf" else v
+
+
+def default_period(*, norm: Norm, num_images: int) -> int:
+    """Pixels after which steps repeat themselves, from what is known before the run; benchmarks/rules_tried.md, "The period".
+
+    For ℓ2 it doubles with 1,500 solved images and again with 6,000: what a tile holds grows as what is known of it. For ℓ∞ a
+    longer period is no better with any number of images.
+    """
+    return PERIOD * 2 ** sum(num_images >= least for least in DOUBLED_AT[norm])
 
 
 def default_step_size(*, norm: Norm, radius: float, num_values: int, num_steps: int) -> float:
