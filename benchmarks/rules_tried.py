@@ -4,8 +4,9 @@
     python benchmarks/rules_tried.py --table
 
 A loop of its own, short enough to change: one process, a round in one batch, on the GPU where there is one. The first entry `{}` is
-the rule as it was before it repeated itself, in rounds of 24 images; every other entry says what differs. The rule as it is now is
-{"period": 32, "round_size": 6, "weight": "bell", "offset": 0, "width": 0.5, "relative": true, "memory": 0.9, "raw": true, "decay": 0.5}.
+the rule as it was before it repeated itself, in rounds of 24 images; every other entry says what differs. The rule as it is now, but for
+longer periods under l2, is {"period": 32, "round_size": 6, "weight": "bell", "offset": 0, "width": 0.5, "relative": true, "memory": 0.9,
+"raw": true, "decay": 0.5}.
 Runs that are in the output already are not repeated. Nothing here looks at the held-out shards.
 """
 
