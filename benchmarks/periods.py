@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ from uap_dist.worker import Examples
 class Options:
     """Try periods, or print what has been tried."""
 
-    network: str = "squeezenet"
+    network: Literal["squeezenet", "lite0"] = "squeezenet"
     norms: tuple[Norm, ...] = ("linf", "l2")
     budgets: tuple[int, ...] = (4_000, 16_000)
     """Network evaluations, clean labels included."""
