@@ -173,7 +173,7 @@ class Together:
                 v = v.clamp(-self.radius, self.radius)
             else:
                 v = v * (self.radius / (root_mean_squares(v) * v[0, 0].numel() ** 0.5)).clamp(max=1)
-        return finish(v, norm=self.norm, radius=self.radius) if self.norm == "linf" else v
+        return finish(v, norm=self.norm, radius=self.radius)
 
     def batch(self, rounds: list[Round]) -> tuple[Tensor, Tensor, Tensor]:
         """Views (S×B×C×H×W), their labels, and which are there (S×B): rounds at a pass's end have fewer than B images."""
