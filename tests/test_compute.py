@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import random_samples, tiny_worker
 
-from uap_dist.compute import State, compute, count_rounds, run_round, step_sizes
+from uap_dist.compute import State, compute, count_rounds, describe_steps, run_round, step_sizes
 from uap_dist.config import ComputeConfig
 from uap_dist.dataset import LocalWorkers, check_disjoint, classify, load_dataset
 from uap_dist.errors import ConfigError, PerturbationError, ShardError
@@ -265,3 +265,16 @@ def test_a_config_is_read_back_from_what_a_perturbation_says_of_itself():
     assert ComputeConfig.from_provenance(provenance, "v") == replace(config, radius=2000.0)
     with pytest.raises(PerturbationError, match="v does not say how it was computed"):
         ComputeConfig.from_provenance({}, "v")
+
+
+def test_the_record_of_a_run_says_its_period_and_first_step():
+    config = ComputeConfig(norm="l2", radius=90.0, round_size=10, block_size=5)
+    assert describe_steps(600, (1, 30, 30), config) == {
+        "steps.period": 128,
+        "steps.first_size": 1.2 * 3 * (125 / 600) ** 0.5,
+    }
+    assert describe_steps(600, (1, 30, 30), replace(config, period=8, step_size=2.0)) == {
+        "steps.period": 8,
+        "steps.first_size": 2.0,
+    }
+    assert describe_steps(None, (1, 30, 30), ComputeConfig(rule="paper")) == {}

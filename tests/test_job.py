@@ -125,6 +125,8 @@ def test_the_mlflow_run_holds_all_of_it(finished):
     assert [m.step for m in history] == list(range(1, result["num_rounds"] + 1))
     assert run.data.metrics["fooling_rate/val"] == result["val_fooling_rate"]
     assert run.info.run_name == "tiny.py-Tiny-linf-seed0"
+    assert run.data.params["period"] == "none" and run.data.params["steps.period"] == "32"
+    assert result["provenance"]["steps.first_size"] == float(run.data.params["steps.first_size"]) == 0.8 * 20
     assert run.data.params["rule"] == "log-odds" and "fooling rate" in run.data.tags["mlflow.note.content"].lower()
     assert {i.dataset.name for i in run.inputs.dataset_inputs} == {"training-47", "held-out-20"}
     names = {a.path for a in client.list_artifacts(run.info.run_id)}

@@ -93,6 +93,7 @@ def test_finished_members_are_left_alone_and_every_metric_is_there_once(resumed)
     children = [run for run in found if run.data.tags.get("mlflow.parentRunId") == pool_id]
     assert len(children) == 4 and len(found) == 5 and {run.info.status for run in found} == {"FINISHED"}
     assert {run.data.params["seed"] for run in children} == {"4", "5", "6", "7"}
+    assert {run.data.params["steps.period"] for run in children} == {"32"}
     for run in children:
         assert before.get(run.info.run_id, run.info.end_time) == run.info.end_time
         for name in ("fooling_rate/round", "total/evaluations"):

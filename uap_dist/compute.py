@@ -268,6 +268,17 @@ def step_sizes(
     return tuple(update.cosine(start, in_round * round_number + step, num_steps) for step in range(in_round))
 
 
+def describe_steps(num_rounds: int | None, shape: tuple[int, ...], config: ComputeConfig) -> dict[str, float]:
+    """What follows from the length of a run, for its record: period and first step, in pixels. The paper's rule has neither."""
+    if config.rule == "paper":
+        return {}
+    assert num_rounds is not None
+    return {
+        "steps.period": config.step_rule(num_rounds).period,
+        "steps.first_size": step_sizes(0, num_rounds, shape, config)[0],
+    }
+
+
 def _update(
     iterate: Iterate, total: Tensor, num_blocks: int, sizes: tuple[float, ...], config: ComputeConfig, rule: StepRule
 ) -> Iterate:

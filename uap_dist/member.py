@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from uap_dist.checkpoint import Checkpoint, CheckpointStore
-from uap_dist.compute import RoundReport, compute
+from uap_dist.compute import RoundReport, compute, describe_steps
 from uap_dist.config import ComputeConfig
 from uap_dist.dataset import Dataset, Workers, classify, fooling_rate
 from uap_dist.history import RoundRecord
@@ -76,13 +76,14 @@ class Member:
             class_names: of the network's labels; empty where not known.
         """
         config = self.config
+        steps = describe_steps(report.num_rounds, val.shape, config)
         noise = random_perturbation(val.shape, norm=config.norm, radius=config.ball_radius, seed=config.seed)
         self.finished = FinishedRun(
             final=report,
             history=self._history,
             random_rate=fooling_rate(val, classify(workers, val, noise.numpy())),
             val=val,
-            provenance=dict(provenance) | own_provenance(config),
+            provenance=dict(provenance) | own_provenance(config) | steps,
             class_names=class_names,
             mlflow_run_id=self._tracker.run_id,
         )
