@@ -287,7 +287,9 @@ def group(rows: list[Row]) -> Iterator[list[Row]]:
 
 
 def table(rows: list[Row], runs: Runs, images: str) -> Iterator[str]:
-    """Markdown: a line for each row that has runs."""
+    """Markdown: where ours is ahead, then a line for each row that has runs."""
+    yield from leads(rows, runs, images)
+    yield ""
     rate = f"{images.replace('_', '-')} fooling rate, mean ± sd"
     yield f"| network, norm, evaluations | rule | {rate} | to SGD-UAP tuned, paired | seconds | seeds |"
     yield "| --- | --- | --- | --- | --- | --- |"
@@ -305,6 +307,24 @@ def table(rows: list[Row], runs: Runs, images: str) -> Iterator[str]:
             )
 
 
+def leads(rows: list[Row], runs: Runs, images: str) -> Iterator[str]:
+    """Markdown: rates of ours with their paired difference to SGD-UAP tuned, bold where that is more than its interval."""
+    budgets = sorted({row.budget for row in rows})
+    yield f"| ours (to SGD-UAP tuned) | {' | '.join(f'{budget:,}' for budget in budgets)} |"
+    yield "| --- " * (1 + len(budgets)) + "|"
+    for network, norm in dict.fromkeys((row.network, row.norm) for row in rows):
+        cells = []
+        for budget in budgets:
+            ours, tuned = (rates_of(Row(network, norm, budget, rule), runs, images) for rule in ("ours", "tuned"))
+            differences = [rate - tuned[seed] for seed, rate in ours.items() if seed in tuned]
+            lead = interval(differences)
+            if len(differences) > 1 and abs(mean(differences)) > half_interval(differences):
+                lead = f"**{lead}**"
+            cells.append(f"{mean(ours.values()):.3f} ({lead})" if ours else "")
+        if any(cells):
+            yield f"| {network}, {norm} | {' | '.join(cells)} |"
+
+
 def rates_of(row: Row, runs: Runs, images: str) -> dict[int, float]:
     """Fooling rate by seed."""
     return {seed: runs[row, seed][images] for seed in SEEDS if (row, seed) in runs}
@@ -319,8 +339,12 @@ def interval(differences: list[float]) -> str:
     """Mean and 95 % interval of Student's t."""
     if len(differences) < 2:
         return "–"
-    half = student.ppf(0.975, len(differences) - 1) * stdev(differences) / len(differences) ** 0.5
-    return f"{mean(differences):+.3f} ± {half:.3f}"
+    return f"{mean(differences):+.3f} ± {half_interval(differences):.3f}"
+
+
+def half_interval(differences: list[float]) -> float:
+    """Of the 95 % interval of Student's t, half its width."""
+    return float(student.ppf(0.975, len(differences) - 1)) * stdev(differences) / len(differences) ** 0.5
 
 
 def draw(rows: list[Row], runs: Runs, path: Path) -> None:
