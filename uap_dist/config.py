@@ -50,8 +50,8 @@ class ComputeConfig:
     several blocks are averaged."""
     period: int | None = None
     """Log-odds rule: pixels after which the perturbation repeats itself, down and across; an image's side or more: it does
-    not. Default: 32, the total stride of most networks for photographs; for l2 64 where a run solves 1,500 images or more
-    (with 500 training images 3,500 evaluations), 128 from 6,000 on (12,500)."""
+    not. Default: 32, the total stride of most networks for photographs; for l2 64 where rounds times round size make 1,500
+    images or more (with 500 training images some 3,500 evaluations), 128 from 6,000 on (12,500)."""
     augment: Augmentation | None = None
     """Log-odds rule: random views of the training images, drawn per image. Default flip-shift."""
     round_size: int = 6
