@@ -154,8 +154,8 @@ def finish(v: Tensor, *, norm: Norm, radius: float) -> Tensor:
 def default_period(*, norm: Norm, num_images: int) -> int:
     """Pixels after which steps repeat themselves, from what is known before the run; benchmarks/rules_tried.md, "The period".
 
-    For ℓ2 it doubles with 1,500 images (rounds times round size) and again with 6,000: what a tile holds grows as what is known of it. For ℓ∞ a
-    longer period is no better with 500 nor with 16,000 evaluations.
+    For ℓ2 it doubles with 1,500 images (rounds times round size) and again with 6,000: what a tile holds grows as what is known
+    of it. For ℓ∞ a longer period is no better with 500 nor with 16,000 evaluations.
     """
     return PERIOD * 2 ** sum(num_images >= least for least in DOUBLED_AT[norm])
 
