@@ -37,22 +37,23 @@ def sgd_uap(
             yield v, 2 * len(rows)
 
 
-def clamped_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """N losses that grow no further beyond CLAMP."""
-    return F.cross_entropy(logits, labels, reduction="none").clamp(max=CLAMP)
+def clamped_cross_entropy(logits: Tensor, labels: Tensor, clamp: float = CLAMP) -> Tensor:
+    """N losses that grow no further beyond the clamp."""
+    return F.cross_entropy(logits, labels, reduction="none").clamp(max=clamp)
 
 
 class EntropyWorker(Worker):
     """Gives the gradient of the clamped cross-entropy where ours gives increments: schedule, momentum, steps and corner are our rule's."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Worker, clamp: float = CLAMP) -> None:
         super().__init__(worker.classifier, cache_bytes=0, num_threads=1)
         self.adopt(worker)
+        self.clamp = clamp
 
     def _solve_log_odds(self, pixels: Tensor, perturbation: Tensor, labels: Tensor, solver: Solver) -> BlockResult:
         with torch.enable_grad():
             logits, leaf = self.classifier.linearise(add_perturbation(pixels, perturbation))
-            (slopes,) = torch.autograd.grad(clamped_cross_entropy(logits, labels).sum(), leaf)
+            (slopes,) = torch.autograd.grad(clamped_cross_entropy(logits, labels, self.clamp).sum(), leaf)
         slope = self.classifier.pull_back(slopes.sum(0, keepdim=True), pixels.shape[1:])
         slope /= slope.abs().mean().clamp(min=1e-30)  # as when its constants were searched, a round being a block
         nothing = {LOG_ODDS_SIZE: (0.0, 0)}

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 import tyro
 from networks import NETWORKS
-from opponents import BATCH, EntropyWorker, sgd_uap
+from opponents import BATCH, CLAMP, EntropyWorker, sgd_uap
 from scipy.stats import t as student
 from torch import Tensor
 
@@ -40,6 +40,7 @@ from uap_dist.dataset import Dataset, LocalWorkers, classify, fooling_rate, load
 from uap_dist.norms import Norm
 from uap_dist.provenance import git_commit, machine
 from uap_dist.shards import expand_patterns
+from uap_dist.update import default_step_size
 from uap_dist.worker import Worker
 
 RULES = ("ours", "entropy", "tuned", "published", "paper")
@@ -58,6 +59,7 @@ BUDGETS = (1_000, 2_000, 4_000, 8_000, 16_000, 32_000)
 SEEDS = (0, 1, 2, 3, 4)
 MAX_LABEL_SHARE = 4  # at most a quarter of the budget pays for clean labels, so small budgets get fewer images
 MAX_HELD_IN = 1_000
+NO_CLAMP = 1_000.0  # a cross-entropy that no logits of ours reach
 
 
 @dataclass(frozen=True)
@@ -81,22 +83,30 @@ class Row:
 
     @property
     def config(self) -> dict[str, Any]:
-        """Fields of ComputeConfig but the seed; of SGD-UAP as published it says norm, radius and budget."""
+        """Fields of ComputeConfig but the seed, and the clamp if it is not CLAMP; of SGD-UAP as published norm, radius and budget."""
         config = {"norm": self.norm, "radius": RADII[self.collection][self.norm], "max_evaluations": self.budget}
         if self.rule == "paper":
             config["rule"] = "paper"
         if self.rule == "tuned":
-            config |= tuned_config(self.collection, self.norm, self.budget)
+            config |= tuned_config(self.network, self.norm, self.budget)
         return config
 
 
-def tuned_config(collection: str, norm: Norm, budget: int) -> dict[str, Any]:
+def tuned_config(network: str, norm: Norm, budget: int) -> dict[str, Any]:
     """What was searched for SGD-UAP on held-in images, benchmarks/rules_tried.md ("The opponent"); no repetition, which is ours."""
-    config: dict[str, Any] = {"period": 224, "round_size": 24, "block_size": 24, "augment": "flip-shift"}
-    if collection == "cifar":
-        config |= {"augment": "none"}
-        if norm == "linf" and budget > 4_000:
-            config |= {"round_size": 6, "block_size": 6, "step_size": 1.7}
+    is_cifar = network.startswith("resnet")
+    size = 6 if is_cifar and (norm == "l2" or budget > 4_000) else 24
+    config: dict[str, Any] = {"period": 224, "round_size": size, "block_size": size}
+    config["augment"] = "none" if is_cifar else "flip-shift"
+    if is_cifar and norm == "linf" and budget > 4_000:
+        config["step_size"] = 1.7
+    if network == "squeezenet" or (network == "resnet20" and norm == "l2"):
+        config["clamp"] = NO_CLAMP
+    if network == "squeezenet" and norm == "l2":
+        num_steps = (budget - min(400, budget // MAX_LABEL_SHARE)) // (2 * size)
+        radius = RADII["imagenet"]["l2"]
+        default = default_step_size(norm="l2", radius=radius, num_values=3 * 224 * 224, num_steps=num_steps)
+        config["step_size"] = round(2 * default, 2)
     return config
 
 
@@ -170,10 +180,6 @@ class Bench:
         """Ours."""
         return Worker(load_classifier(*self.network.locate(self.data)), cache_bytes=8 << 30, num_threads=1)
 
-    def worker_of(self, rule: str) -> Worker:
-        """With the gradient of that rule."""
-        return EntropyWorker(self.worker) if rule in ("entropy", "tuned") else self.worker
-
     @cached_property
     def shards(self) -> list[Dataset]:
         """Of training images."""
@@ -242,9 +248,11 @@ def run(row: Row, seed: int, train: Dataset, bench: Bench) -> tuple[Tensor, int]
             spent += cost
             if spent + 2 * BATCH > row.budget:
                 return v.cpu(), spent
-    workers = LocalWorkers(bench.worker_of(row.rule))
+    config = dict(row.config)
+    clamp = config.pop("clamp", CLAMP)
+    worker = EntropyWorker(bench.worker, clamp) if row.rule in ("entropy", "tuned") else bench.worker
     glance = train.thin(1)  # held-in and held-out rates are measured by the caller
-    (final,) = deque(compute(workers, train, glance, ComputeConfig(seed=seed, **row.config)), maxlen=1)
+    (final,) = deque(compute(LocalWorkers(worker), train, glance, ComputeConfig(seed=seed, **config)), maxlen=1)
     return final.perturbation, final.num_evaluations
 
 
