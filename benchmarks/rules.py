@@ -94,15 +94,16 @@ class Row:
 
 def tuned_config(network: str, norm: Norm, budget: int) -> dict[str, Any]:
     """What was searched for SGD-UAP on held-in images, benchmarks/rules_tried.md ("The opponent"); no repetition, which is ours."""
-    is_cifar = network.startswith("resnet")
-    size = 6 if is_cifar and (norm == "l2" or budget > 4_000) else 24
+    is_cifar, is_l2 = network.startswith("resnet"), norm == "l2"
+    has_small_rounds = network == "resnet56" or budget <= 16_000 if is_l2 else budget > 4_000
+    size = 6 if is_cifar and has_small_rounds else 24
     config: dict[str, Any] = {"period": 224, "round_size": size, "block_size": size}
     config["augment"] = "none" if is_cifar else "flip-shift"
-    if is_cifar and norm == "linf" and budget > 4_000:
+    if is_cifar and not is_l2 and budget > 4_000:
         config["step_size"] = 1.7
-    if network == "squeezenet" or (network == "resnet20" and norm == "l2"):
+    if (network == "squeezenet" and budget <= 8_000) or (network == "resnet20" and is_l2 and budget <= 16_000):
         config["clamp"] = NO_CLAMP
-    if network == "squeezenet" and norm == "l2":
+    if network == "squeezenet" and is_l2 and budget <= 8_000:
         num_steps = (budget - min(400, budget // MAX_LABEL_SHARE)) // (2 * size)
         radius = RADII["imagenet"]["l2"]
         default = default_step_size(norm="l2", radius=radius, num_values=3 * 224 * 224, num_steps=num_steps)
@@ -280,12 +281,10 @@ def stamp() -> dict[str, str]:
 
 
 def read(path: Path) -> Runs:
-    """Runs by row and seed; those of a row whose config has changed since are left out."""
+    """Runs by row and seed; those with another config than the row has now are left out."""
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    found = {
-        (Row(*(line[name] for name in ("network", "norm", "budget", "rule"))), line["seed"]): line for line in lines
-    }
-    return {key: line for key, line in found.items() if key[0].config == line["config"]}
+    rows = [Row(*(line[name] for name in ("network", "norm", "budget", "rule"))) for line in lines]
+    return {(row, line["seed"]): line for row, line in zip(rows, lines, strict=True) if row.config == line["config"]}
 
 
 def group(rows: list[Row]) -> Iterator[list[Row]]:
