@@ -101,9 +101,10 @@ def tuned_config(network: str, norm: Norm, budget: int) -> dict[str, Any]:
     config["augment"] = "none" if is_cifar else "flip-shift"
     if is_cifar and not is_l2 and budget > 4_000:
         config["step_size"] = 1.7
-    if (network == "squeezenet" and budget <= 8_000) or (network == "resnet20" and is_l2 and budget <= 16_000):
+    has_long_steps = network == "squeezenet" and is_l2 and budget <= 8_000
+    if has_long_steps or (network == "squeezenet" and not is_l2) or (network == "resnet20" and is_l2 and size == 6):
         config["clamp"] = NO_CLAMP
-    if network == "squeezenet" and is_l2 and budget <= 8_000:
+    if has_long_steps:
         num_steps = (budget - min(400, budget // MAX_LABEL_SHARE)) // (2 * size)
         radius = RADII["imagenet"]["l2"]
         default = default_step_size(norm="l2", radius=radius, num_values=3 * 224 * 224, num_steps=num_steps)
