@@ -40,7 +40,6 @@ from uap_dist.pool_run import (
     describe_settings,
     member_folder,
     open_members,
-    plan_steps,
 )
 from uap_dist.provenance import describe_code, seconds_since_start
 from uap_dist.report import FinishedRun, output_folder, publish
@@ -296,7 +295,7 @@ def _start(setting: Setting, options: Options, tracker: Tracker, resumed: Resume
         if job.options["storage"] != resumed.checkpoint.job.options["storage"]:
             raise ConfigError(f"a resumed run is committed where it was, in {resumed.storage}; leave out --storage")
         return resumed.checkpoint
-    tracker.log_params(describe_data(setting.train, setting.val) | plan_steps(setting.train, options.compute))
+    tracker.log_params(describe_data(setting.train, setting.val))
     tracker.log_dataset(setting.train, "training")
     tracker.log_dataset(setting.val, "held-out")
     return Checkpoint(job, State.start(setting.train, options.compute), ())

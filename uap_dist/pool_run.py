@@ -11,7 +11,7 @@ from rich.console import Console
 
 from uap_dist.checkpoint import Checkpoint, CheckpointStore, JobRecord, check_identity
 from uap_dist.classifiers import Classifier
-from uap_dist.compute import State, count_rounds, describe_steps
+from uap_dist.compute import State
 from uap_dist.config import ComputeConfig
 from uap_dist.dataset import Dataset
 from uap_dist.errors import TrackingError
@@ -88,8 +88,7 @@ def open_members(
         identity = dict(job.identity) | own_provenance(plan.config)
         own_job = replace(job, run_id=own.run_id, options=plan.options, identity=identity)
         if found is None:
-            steps = plan_steps(setting.train, plan.config)
-            own.log_params(dict(setting.provenance) | own_provenance(plan.config) | steps)
+            own.log_params(dict(setting.provenance) | own_provenance(plan.config))
             found = Checkpoint(own_job, State.start(setting.train, plan.config), ())
         else:
             check_identity(found.job, own_job)
@@ -169,11 +168,6 @@ def describe_data(train: Dataset, val: Dataset) -> dict[str, Any]:
         "val_shards": len(val.shards),
         "num_bad_images": len(train.bad) + len(val.bad),
     }
-
-
-def plan_steps(train: Dataset, config: ComputeConfig) -> dict[str, float]:
-    """Of a run that has not begun."""
-    return describe_steps(count_rounds(train.sizes, config), train.shape, config)
 
 
 def describe_job(setting: Setting, config: ComputeConfig, run_id: str, options: Mapping[str, Any]) -> JobRecord:
