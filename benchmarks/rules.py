@@ -2,6 +2,7 @@
 
     python benchmarks/rules.py --only 'resnet20-linf-1000-*'     # a part, minutes; without --only all of it, about a day on one core
     python benchmarks/rules.py --table                           # what has been measured; --held-in: on the images that choose constants
+    python benchmarks/rules.py --constants                       # of SGD-UAP: those that it was run with, on held-in images
     python benchmarks/rules.py --picture                         # benchmarks/rules.png
 
 One process, one thread. Runs that are in the output already are not repeated, so it goes on where it was stopped.
@@ -40,7 +41,6 @@ from uap_dist.dataset import Dataset, LocalWorkers, classify, fooling_rate, load
 from uap_dist.norms import Norm
 from uap_dist.provenance import git_commit, machine
 from uap_dist.shards import expand_patterns
-from uap_dist.update import default_step_size
 from uap_dist.worker import Worker
 
 RULES = ("ours", "entropy", "tuned", "published", "paper")
@@ -94,22 +94,20 @@ class Row:
 
 def tuned_config(network: str, norm: Norm, budget: int) -> dict[str, Any]:
     """What was searched for SGD-UAP on held-in images, benchmarks/rules_tried.md ("The opponent"); no repetition, which is ours."""
-    is_cifar, is_l2 = network.startswith("resnet"), norm == "l2"
-    has_small_rounds = network == "resnet56" or budget <= 16_000 if is_l2 else budget > 4_000
-    size = 6 if is_cifar and has_small_rounds else 24
-    config: dict[str, Any] = {"period": 224, "round_size": size, "block_size": size}
-    config["augment"] = "none" if is_cifar else "flip-shift"
-    if is_cifar and not is_l2 and budget > 4_000:
-        config["step_size"] = 1.7
-    has_long_steps = network == "squeezenet" and is_l2 and budget <= 8_000
-    if has_long_steps or (network == "squeezenet" and not is_l2) or (network == "resnet20" and is_l2 and size == 6):
-        config["clamp"] = NO_CLAMP
-    if has_long_steps:
-        num_steps = (budget - min(400, budget // MAX_LABEL_SHARE)) // (2 * size)
-        radius = RADII["imagenet"]["l2"]
-        default = default_step_size(norm="l2", radius=radius, num_values=3 * 224 * 224, num_steps=num_steps)
-        config["step_size"] = round(2 * default, 2)
-    return config
+    size = 24
+    config: dict[str, Any] = {"period": 224, "augment": "none" if network.startswith("resnet") else "flip-shift"}
+    match network, norm:
+        case "resnet20" | "resnet56", "linf" if budget > 4_000:
+            size, config["step_size"] = 6, 1.7
+        case "resnet20", "l2" if budget <= 16_000:
+            size, config["clamp"] = 6, NO_CLAMP
+        case "resnet56", "l2":
+            size = 6
+        case "squeezenet", "linf":
+            config["clamp"] = NO_CLAMP
+        case "squeezenet", "l2" if budget <= 8_000:
+            config |= {"clamp": NO_CLAMP, "step_size": 12.37 if budget <= 4_000 else 11.0}  # twice our default
+    return config | {"round_size": size, "block_size": size}
 
 
 ROWS = [
@@ -143,9 +141,21 @@ class Options:
     """One line of JSON for each run is added here."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class OptionsWithConstants(Options):
+    """Measure, or show what has been measured."""
+
+    constants: bool = False
+    """Print how SGD-UAP did on held-in images with each set of constants that it was run with, and measure nothing."""
+
+
 def main() -> None:
     """Measure what is missing, or show what there is."""
-    run_or_show(tyro.cli(Options), ROWS, read=read, measure=measure, table=table, draw=draw)
+    options = tyro.cli(OptionsWithConstants)
+    if options.constants:
+        print("\n".join(constants(options.output)))
+    else:
+        run_or_show(options, ROWS, read=read, measure=measure, table=table, draw=draw)
 
 
 def run_or_show(
@@ -283,9 +293,14 @@ def stamp() -> dict[str, str]:
 
 def read(path: Path) -> Runs:
     """Runs by row and seed; those with another config than the row has now are left out."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    rows = [Row(*(line[name] for name in ("network", "norm", "budget", "rule"))) for line in lines]
-    return {(row, line["seed"]): line for row, line in zip(rows, lines, strict=True) if row.config == line["config"]}
+    return {(row, line["seed"]): line for row, line in read_all(path) if row.config == line["config"]}
+
+
+def read_all(path: Path) -> Iterator[tuple[Row, dict[str, Any]]]:
+    """Every run with its row, of whatever config."""
+    for line in path.read_text().splitlines() if path.exists() else ():
+        found = json.loads(line)
+        yield Row(*(found[name] for name in ("network", "norm", "budget", "rule"))), found
 
 
 def group(rows: list[Row]) -> Iterator[list[Row]]:
@@ -331,6 +346,28 @@ def leads(rows: list[Row], runs: Runs, images: str) -> Iterator[str]:
             cells.append(f"{mean(ours.values()):.3f} ({lead})" if ours else "")
         if any(cells):
             yield f"| {network}, {norm} | {' | '.join(cells)} |"
+
+
+def constants(path: Path) -> Iterator[str]:
+    """Markdown: held-in rates of SGD-UAP where it was run with several sets of constants; its row has those in bold."""
+    found: dict[Row, dict[tuple[Any, ...], list[float]]] = {}
+    for row, line in read_all(path):
+        if row.rule == "tuned":
+            found.setdefault(row, {}).setdefault(constants_of(line["config"]), []).append(line["held_in"])
+    yield "| network, norm, evaluations | images of a round | clamp | first step, pixels | held-in fooling rate, mean | seeds |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    for row in (row for row in ROWS if len(found.get(row, ())) > 1):
+        for (size, clamp, step_size), rates in found[row].items():
+            rate = f"{mean(rates):.3f}"
+            rate = f"**{rate}**" if constants_of(row.config) == (size, clamp, step_size) else rate
+            limit = "none" if clamp == NO_CLAMP else f"{clamp:g}"
+            name = f"{row.network}, {row.norm}, {row.budget:,}"
+            yield f"| {name} | {size} | {limit} | {step_size or 'ours'} | {rate} | {len(rates)} |"
+
+
+def constants_of(config: dict[str, Any]) -> tuple[Any, ...]:
+    """Images of a round, clamp, first step in pixels (None: our default)."""
+    return config["round_size"], config.get("clamp", CLAMP), config.get("step_size")
 
 
 def rates_of(row: Row, runs: Runs, images: str) -> dict[int, float]:

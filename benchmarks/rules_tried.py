@@ -99,7 +99,7 @@ class Variant:
     through: float = 0.0
     """Progress from which on increments are computed at P(4 v), what is delivered, and applied to v."""
     bf16: bool = False
-    """Convolutions in bfloat16: half the time on CPUs that have it (SqueezeNet), for exploring."""
+    """Convolutions in bfloat16: less time on CPUs that have it (SqueezeNet), for exploring."""
     target_bias: float = 0.0
     """Of log popularity (labels under v so far) added to the other logits: above 0 the most frequent ends attract more."""
 

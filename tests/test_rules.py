@@ -70,6 +70,18 @@ def test_the_table_pairs_by_seed_and_leaves_out_runs_of_another_config(options, 
     assert leads == "| tiny, linf | 0.800 (–) |" and "| ours |" in ours
 
 
+def test_each_set_of_constants_of_sgd_uap_stands_beside_the_others(options):
+    row = rules.Row("squeezenet", "linf", 4_000, "tuned")
+    line = rules.row_line(row, 0, 4_000, 1.0)
+    other = line | {"config": {**row.config, "clamp": 12.0}}
+    with options.output.open("w") as file:
+        for run, rates in ((line, (0.5, 0.7)), (other, (0.4, 0.6))):
+            file.writelines(json.dumps(run | {"held_in": rate}) + "\n" for rate in rates)
+    _, _, *found = rules.constants(options.output)
+    name = "| squeezenet, linf, 4,000 | 24 |"
+    assert found == [f"{name} none | ours | **0.600** | 2 |", f"{name} 12 | ours | 0.500 | 2 |"]
+
+
 def test_a_pattern_that_names_no_row_is_an_error(options):
     with pytest.raises(SystemExit, match="--only resnet2-.*: no such row.* such as tiny-linf-400-ours"):
         parts = {"read": rules.read, "measure": rules.measure, "table": rules.table, "draw": rules.draw}

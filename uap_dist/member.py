@@ -44,7 +44,6 @@ class Member:
         self._job, self._history = checkpoint.job, list(checkpoint.history)
         self._store, self._tracker = store, tracker
         self.finished: FinishedRun | None = None
-        self._steps: dict[str, float] = {}
         store.start(checkpoint)
         tracker.set_tag(CHECKPOINTS_TAG, store.location)
         for record in self._history:
@@ -77,14 +76,14 @@ class Member:
             class_names: of the network's labels; empty where not known.
         """
         config = self.config
-        self._steps = describe_steps(report.num_rounds, val.shape, config)
+        steps = describe_steps(report.num_rounds, val.shape, config)
         noise = random_perturbation(val.shape, norm=config.norm, radius=config.ball_radius, seed=config.seed)
         self.finished = FinishedRun(
             final=report,
             history=self._history,
             random_rate=fooling_rate(val, classify(workers, val, noise.numpy())),
             val=val,
-            provenance=dict(provenance) | own_provenance(config) | self._steps,
+            provenance=dict(provenance) | own_provenance(config) | steps,
             class_names=class_names,
             mlflow_run_id=self._tracker.run_id,
         )
@@ -102,11 +101,13 @@ class Member:
         """
         assert self.finished is not None
         self._tracker.wait_for_delivery(timeout_s)
-        self._tracker.log_params(self._steps)  # the same again changes nothing
+        final = self.finished.final
+        # not before the first round: to count those of a very long run takes seconds in which nothing would be committed
+        self._tracker.log_params(describe_steps(final.num_rounds, final.perturbation.shape, self.config))
         self._tracker.complete(
             tags=tags,
             metrics=self.finished.random_rate.metrics("random"),
-            step=self.finished.final.state.num_rounds,
+            step=final.state.num_rounds,
             markdown=self.finished.summary(),
             folder=self.folder,
         )
