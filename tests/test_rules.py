@@ -12,8 +12,8 @@ from conftest import TINY
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import opponents
-import periods
 import rules
+import rules_at_once
 from networks import Network
 
 from uap_dist.classifiers import load_classifier
@@ -118,7 +118,8 @@ def test_runs_that_go_through_the_network_together_are_the_runs_of_the_rule(opti
         rules.ComputeConfig(norm=norm, radius=rules.RADII["imagenet"][norm], max_evaluations=BUDGET, seed=seed)
         for seed in (0, 1)
     ]
-    together = periods.Together(bench, periods.Pictures(bench), configs, (8, 224))
+    changes = [rules_at_once.Change(period=period) for period in (8, 224)]
+    together = rules_at_once.Together(bench, rules_at_once.Pictures(bench), configs, changes)
     found = together.compute()
     for i, config in enumerate(configs):
         for j, period in enumerate((8, 224)):
