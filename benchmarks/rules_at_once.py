@@ -35,8 +35,6 @@ from uap_dist.schedule import Round, plan_rounds
 from uap_dist.update import MOMENTUM, REMEMBERED, WIDTH, finish, weigh
 from uap_dist.worker import Examples
 
-JUDGES = 200  # training images that starts are compared on
-
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
@@ -52,6 +50,8 @@ class Change:
     """Short runs, of which the one that fools most goes on."""
     start_rounds: int = 64
     """Of each."""
+    judges: int = 200
+    """Training images that starts are compared on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +209,7 @@ class Together:
                     continue
                 is_last = number + 1 == change.starts * change.start_rounds
                 for i in range(len(runs)):
-                    rate = self.fooled(self.judges(i), self.deliver(v[i, j]).float())[0]
+                    rate = self.fooled(self.judges(i, change), self.deliver(v[i, j]).float())[0]
                     if (i, j) not in best or rate > best[i, j][0]:
                         best[i, j] = rate, v[i, j].clone(), momentum[i, j].clone(), scale[i, j].clone()
                     _, v[i, j], momentum[i, j], scale[i, j] = best[i, j] if is_last else (0, 0, 0, inf)
@@ -217,7 +217,7 @@ class Together:
 
     def size(self, number: int, count: int, change: Change) -> float:
         """Of the step in a round: that of a run of as many rounds as the best start and its continuation are."""
-        judged = change.starts * self.judges(0).num_examples // (2 * self.configs[0].round_size)
+        judged = change.starts * self.judges(0, change).num_examples // (2 * self.configs[0].round_size)
         lost = 0 if change.starts == 1 else (change.starts - 1) * change.start_rounds + judged
         number = max(number % change.start_rounds, number - lost + judged) if lost else number
         if number >= count - lost:
@@ -228,9 +228,9 @@ class Together:
         """In pixels."""
         return change.period or self.configs[0].step_rule(count).period
 
-    def judges(self, i: int) -> Dataset:
+    def judges(self, i: int, change: Change) -> Dataset:
         """Training images that starts are compared on."""
-        return self.train[i].thin(min(JUDGES, self.train[i].num_examples))
+        return self.train[i].thin(min(change.judges, self.train[i].num_examples))
 
     def deliver(self, v: Tensor) -> Tensor:
         """As the rule delivers it."""
