@@ -159,7 +159,7 @@ def test_local_steps_of_a_lone_block_are_rounds_of_their_own(local_workers, tiny
     alone, state = ComputeConfig(round_size=5, block_size=5, **common), start
     for number in range(3):
         part = Block(0, block.examples[5 * number : 5 * number + 5])
-        state, _ = run_round(local_workers, train, Round(number, 0, False, (part,)), state, alone, planned=3)
+        state, _ = run_round(local_workers, train, Round(number, 0, False, (part,)), state, alone, Course(3))
     assert torch.allclose(after.iterate.v, state.iterate.v, atol=1e-5) and state.iterate.v.abs().max() > 2
     assert torch.allclose(after.iterate.momentum, state.iterate.momentum, atol=1e-5)
     assert (after.num_solves, after.num_evaluations) == (state.num_solves, state.num_evaluations)
