@@ -102,7 +102,7 @@ class RoundReport:
             "total/evaluations": float(self.num_evaluations),
         }
         if self.start is not None:
-            metrics["fooling_rate/start"] = self.start.rate
+            metrics |= self.start.metrics("start")
         if self.evaluation is not None:
             metrics |= self.evaluation.val.metrics("val")
             if self.evaluation.train is not None:

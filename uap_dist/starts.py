@@ -34,8 +34,11 @@ class Course:
 
     def place(self, round_number: int) -> int:
         """That a round has in its run, from 0."""
-        start = min(round_number // START_ROUNDS, self.num_starts - 1)
-        return round_number - start * START_ROUNDS
+        return round_number - self.start(round_number) * START_ROUNDS
+
+    def start(self, round_number: int) -> int:
+        """Number of the start that a round belongs to, from 0; what goes on counts as the last."""
+        return min(round_number // START_ROUNDS, self.num_starts - 1)
 
     def ends_start(self, round_number: int) -> bool:
         """Whether a start is to be measured after the round."""
