@@ -83,10 +83,10 @@ def test_long_runs_begin_with_eight_starts_unless_they_start_at_random_or_under_
         found = plan_course([6000], ComputeConfig(max_evaluations=6000 + 12 * num_rounds, **options))
         return found.num_rounds, found.num_starts
 
-    assert course(649) == (649, 1)
-    assert course(650) == (583, 8)  # 800 evaluations judge
-    assert course(650, starts=1) == course(650, norm="l2") == course(650, random_start=0.5) == (650, 1)
-    assert course(650, norm="l2", starts=2) == (633, 2)
+    assert course(774) == (774, 1)
+    assert course(775) == (708, 8)  # 800 evaluations judge
+    assert course(775, starts=1) == course(775, norm="l2") == course(775, random_start=0.5) == (775, 1)
+    assert course(775, norm="l2", starts=2) == (758, 2)
     assert plan_course([6000], ComputeConfig()) == Course(10_000, 8)
     assert plan_course([6000], ComputeConfig(rule="paper")) == Course(10_000)
 
