@@ -27,7 +27,6 @@ from uap_dist.config import ComputeConfig
 from uap_dist.dataset import Dataset, Shard
 from uap_dist.fleet import Fleet, FleetConfig
 from uap_dist.schedule import Block, Round
-from uap_dist.starts import Course
 from uap_dist.update import Iterate
 from uap_dist.worker import LOG_ODDS_SIZE, BlockResult, Predictions
 
@@ -113,7 +112,7 @@ def main() -> None:
         seconds = []
         for _ in range(options.num_rounds + 1):  # the first one warms up
             started = time.perf_counter()
-            run_round(fleet, data, round_, State(Iterate.zero(data.shape)), ComputeConfig(), Course(1))
+            run_round(fleet, data, round_, State(Iterate.zero(data.shape)), ComputeConfig(), planned=1)
             seconds.append(time.perf_counter() - started)
         fleet.close()
         whole, asleep = 1e3 * median(seconds[1:]), 1e3 * options.sleep_s * ceil(num_blocks / num_workers)

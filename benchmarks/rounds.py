@@ -74,7 +74,6 @@ class Row:
             round_size=self.blocks * block,
             block_size=block,
             local_steps=self.steps or None,
-            starts=1,  # what a round may hold is asked of one run
             seed=seed,
         )
 

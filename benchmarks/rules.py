@@ -262,8 +262,6 @@ def run(row: Row, seed: int, train: Dataset, bench: Bench) -> tuple[Tensor, int]
                 return v.cpu(), spent
     config = dict(row.config)
     clamp = config.pop("clamp", CLAMP)
-    if row.rule == "tuned":
-        config["starts"] = 1  # several are ours
     worker = EntropyWorker(bench.worker, clamp) if row.rule in ("entropy", "tuned") else bench.worker
     glance = train.thin(1)  # held-in and held-out rates are measured by the caller
     (final,) = deque(compute(LocalWorkers(worker), train, glance, ComputeConfig(seed=seed, **config)), maxlen=1)

@@ -26,13 +26,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from uap_dist.augment import SHIFT_SHARE
-from uap_dist.compute import plan_course, step_sizes
+from uap_dist.compute import count_rounds, step_sizes
 from uap_dist.config import ComputeConfig
 from uap_dist.dataset import Dataset
 from uap_dist.deepfool import add_perturbation, log_odds
 from uap_dist.norms import Norm
 from uap_dist.schedule import Round, plan_rounds
-from uap_dist.starts import JUDGES, START_ROUNDS, Course
 from uap_dist.update import MOMENTUM, REMEMBERED, WIDTH, finish, weigh
 from uap_dist.worker import Examples
 
@@ -48,10 +47,10 @@ class Change:
     width: float = WIDTH
     momentum: float = MOMENTUM
     starts: int = 1
-    """Short runs, of which the one that fools most goes on. The rule has 8 in long runs under linf."""
-    start_rounds: int = START_ROUNDS
+    """Short runs, of which the one that fools most goes on."""
+    start_rounds: int = 32
     """Of each."""
-    judges: int = JUDGES
+    judges: int = 100
     """Training images that starts are compared on."""
 
 
@@ -104,9 +103,7 @@ def run(options: Options) -> None:
             continue
         started = time.perf_counter()
         radius = RADII[Row(options.network, norm, budget, "ours").collection][norm]
-        configs = [
-            ComputeConfig(norm=norm, radius=radius, max_evaluations=budget, starts=1, seed=seed) for seed in seeds
-        ]
+        configs = [ComputeConfig(norm=norm, radius=radius, max_evaluations=budget, seed=seed) for seed in seeds]
         together = Together(bench, pictures, configs, [Change(**entry) for entry in entries])
         for (i, j), measured in together.measure(together.compute()):
             seed = seeds[i]
@@ -178,7 +175,7 @@ class Together:
     def compute(self) -> Tensor:
         """All v as they are delivered."""
         runs = list(zip(self.train, self.configs, strict=True))
-        counts = [plan_course(train.sizes, config).num_places for train, config in runs]
+        counts = [count_rounds(train.sizes, config) or 0 for train, config in runs]
         plans = [
             plan_rounds(train.sizes, seed=config.seed, round_size=config.round_size, block_size=config.block_size)
             for train, config in runs
@@ -225,7 +222,7 @@ class Together:
         number = max(number % change.start_rounds, number - lost + judged) if lost else number
         if number >= count - lost:
             return 0.0
-        return change.step * step_sizes(Course(count - lost), number, self.train[0].shape, self.configs[0])[0]
+        return change.step * step_sizes(number, count - lost, self.train[0].shape, self.configs[0])[0]
 
     def period(self, change: Change, count: int) -> int:
         """In pixels."""

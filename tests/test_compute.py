@@ -5,14 +5,13 @@ import pytest
 import torch
 from conftest import random_samples, tiny_worker
 
-from uap_dist.compute import State, compute, describe_steps, plan_course, run_round, step_sizes
+from uap_dist.compute import State, compute, count_rounds, describe_steps, run_round, step_sizes
 from uap_dist.config import ComputeConfig
 from uap_dist.dataset import LocalWorkers, check_disjoint, classify, load_dataset
 from uap_dist.errors import ConfigError, PerturbationError, ShardError
 from uap_dist.norms import measure
 from uap_dist.schedule import Block, Round
 from uap_dist.shards import write_shards
-from uap_dist.starts import Course
 
 SMALL = {"round_size": 10, "block_size": 5, "radius": 20.0}
 
@@ -155,11 +154,11 @@ def test_local_steps_of_a_lone_block_are_rounds_of_their_own(local_workers, tiny
     common = {"radius": 20.0, "augment": "none", "step_size": 2.0, "max_passes": 1}
     local = ComputeConfig(round_size=15, block_size=15, local_steps=3, **common)
     start = State.start(train, local)
-    after, report = run_round(local_workers, train, Round(0, 0, False, (block,)), start, local, Course(1))
+    after, report = run_round(local_workers, train, Round(0, 0, False, (block,)), start, local, planned=1)
     alone, state = ComputeConfig(round_size=5, block_size=5, **common), start
     for number in range(3):
         part = Block(0, block.examples[5 * number : 5 * number + 5])
-        state, _ = run_round(local_workers, train, Round(number, 0, False, (part,)), state, alone, Course(3))
+        state, _ = run_round(local_workers, train, Round(number, 0, False, (part,)), state, alone, planned=3)
     assert torch.allclose(after.iterate.v, state.iterate.v, atol=1e-5) and state.iterate.v.abs().max() > 2
     assert torch.allclose(after.iterate.momentum, state.iterate.momentum, atol=1e-5)
     assert (after.num_solves, after.num_evaluations) == (state.num_solves, state.num_evaluations)
@@ -175,7 +174,7 @@ def test_local_steps_fool_in_a_fraction_of_the_rounds(local_workers, tiny_data):
 
 def test_the_first_step_doubles_where_blocks_are_averaged():
     def first(**options):
-        return step_sizes(Course(100), 0, (3, 16, 16), ComputeConfig(radius=10.0, **options))
+        return step_sizes(0, 100, (3, 16, 16), ComputeConfig(radius=10.0, **options))
 
     assert first(round_size=20, block_size=10) == (8.0,)
     alone, averaged = (first(round_size=size, block_size=10, local_steps=2) for size in (10, 20))
@@ -191,9 +190,9 @@ def test_a_perturbation_repeats_itself_unless_the_period_is_the_image(local_work
 
 
 def test_passes_default_to_ten_unless_evaluations_bound_them():
-    assert plan_course([50], ComputeConfig(round_size=25, block_size=25)) == Course(20)
-    assert plan_course([50], ComputeConfig(round_size=25, block_size=25, max_evaluations=10_050)) == Course(200)
-    assert plan_course([50], ComputeConfig(rule="paper", max_evaluations=10_050)) == Course(None)
+    assert count_rounds([50], ComputeConfig(round_size=25, block_size=25)) == 20
+    assert count_rounds([50], ComputeConfig(round_size=25, block_size=25, max_evaluations=10_050)) == 200
+    assert count_rounds([50], ComputeConfig(rule="paper", max_evaluations=10_050)) is None
 
 
 @pytest.mark.parametrize(
@@ -268,16 +267,14 @@ def test_a_config_is_read_back_from_what_a_perturbation_says_of_itself():
         ComputeConfig.from_provenance({}, "v")
 
 
-def test_the_record_of_a_run_says_its_starts_period_and_first_step():
+def test_the_record_of_a_run_says_its_period_and_first_step():
     config = ComputeConfig(norm="l2", radius=90.0, round_size=10, block_size=5)
-    assert describe_steps(Course(600), (1, 30, 30), config) == {
-        "steps.starts": 1,
+    assert describe_steps(600, (1, 30, 30), config) == {
         "steps.period": 128,
         "steps.first_size": 1.2 * 3 * (125 / 600) ** 0.5,
     }
-    assert describe_steps(Course(600, num_starts=3), (1, 30, 30), replace(config, period=8, step_size=2.0)) == {
-        "steps.starts": 3,
+    assert describe_steps(600, (1, 30, 30), replace(config, period=8, step_size=2.0)) == {
         "steps.period": 8,
         "steps.first_size": 2.0,
     }
-    assert describe_steps(Course(None), (1, 30, 30), ComputeConfig(rule="paper")) == {}
+    assert describe_steps(None, (1, 30, 30), ComputeConfig(rule="paper")) == {}

@@ -29,8 +29,6 @@ CONFIGS = {
     "all images every other pass": {"max_passes": 5, "evaluate_every": 2},
     "blocks of one": {"max_passes": 1, "round_size": 7, "block_size": 1},
     "one big round": {"max_passes": 2, "round_size": 100, "block_size": 25},
-    "starts": {"max_passes": 20, "starts": 2},
-    "starts within a budget": {"max_evaluations": 2000, "starts": 2},
     "local steps": {"max_passes": 2, "round_size": 20, "block_size": 10, "local_steps": 5},
 }
 

@@ -6,7 +6,7 @@ Source: Moosavi-Dezfooli, Fawzi, Fawzi, Frossard, "Universal adversarial perturb
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from uap_dist.compute import compute, plan_course
+from uap_dist.compute import compute, count_rounds
 from uap_dist.config import ComputeConfig
 from uap_dist.dataset import Dataset, Workers
 from uap_dist.errors import ConfigError, PerturbationError
@@ -89,7 +89,7 @@ def plan_numbers(
         for draw in range(num_seeds)
     }
     for (number, _), each in plan.items():
-        plan_course(train.thin(number).sizes, each)
+        count_rounds(train.thin(number).sizes, each)
     return plan
 
 

@@ -26,7 +26,6 @@ from uap_dist.update import Iterate
 
 KEPT = 3
 DIGEST_LENGTH = 16
-BEST = "best_"  # before the names of the best start's arrays
 UNFINISHED = "unfinished"  # name of a local file that is being written
 
 logger = logging.getLogger(__name__)
@@ -58,18 +57,15 @@ class Checkpoint:
     history: Sequence[RoundRecord]
 
     def to_bytes(self) -> bytes:
-        """An .npz file: v and momentum (C×H×W float64) and the log-odds' scale, of the best start too if there is one, all else as JSON."""
+        """An .npz file: v and momentum (C×H×W float64) and the log-odds' scale, all else as JSON."""
         state, file = self.state, io.BytesIO()
         texts = {
             "job": json.dumps(asdict(self.job)),
             "counters": json.dumps([state.num_rounds, state.num_solves, state.num_evaluations]),
-            "best_rate": json.dumps(state.best_rate),
             "history": "\n".join(record.json for record in self.history),
         }
         arrays: dict[str, Any] = {name: np.frombuffer(text.encode(), np.uint8) for name, text in texts.items()}
-        for prefix, iterate in (("", state.iterate), (BEST, state.best)):
-            if iterate is not None:
-                arrays |= {prefix + name: np.asarray(value) for name, value in vars(iterate).items()}
+        arrays |= {name: np.asarray(value) for name, value in vars(state.iterate).items()}
         np.savez(file, **arrays)
         return file.getvalue()
 
@@ -77,21 +73,11 @@ class Checkpoint:
     def from_bytes(cls, data: bytes) -> "Checkpoint":
         """What `to_bytes` gave."""
         with np.load(io.BytesIO(data)) as file:
-            job, counters, best_rate, history = (
-                file[name].tobytes().decode() for name in ("job", "counters", "best_rate", "history")
-            )
-            num_rounds, num_solves, num_evaluations = json.loads(counters)
-            state = State(
-                _iterate(file),
-                num_rounds=num_rounds,
-                num_solves=num_solves,
-                num_evaluations=num_evaluations,
-                best=_iterate(file, BEST) if f"{BEST}v" in file else None,
-                best_rate=json.loads(best_rate),
-            )
+            v, momentum, scale = torch.tensor(file["v"]), torch.tensor(file["momentum"]), file["scale"].item()
+            job, counters, history = (file[name].tobytes().decode() for name in ("job", "counters", "history"))
         return cls(
             JobRecord(**json.loads(job)),
-            state,
+            State(Iterate(v, momentum, scale), *json.loads(counters)),
             [RoundRecord.from_json(line) for line in history.splitlines()],
         )
 
@@ -253,11 +239,6 @@ def name_differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         for name in sorted({*saved, *now})
         if saved.get(name) != now.get(name)
     )
-
-
-def _iterate(arrays: Mapping[str, np.ndarray], prefix: str = "") -> Iterate:
-    v, momentum, scale = (arrays[prefix + name] for name in ("v", "momentum", "scale"))
-    return Iterate(torch.tensor(v), torch.tensor(momentum), scale.item())
 
 
 def _digest(data: bytes) -> str:

@@ -10,7 +10,6 @@ from uap_dist.deepfool import SLOPE_RATIO
 from uap_dist.errors import ConfigError, PerturbationError
 from uap_dist.norms import Norm, check_ball
 from uap_dist.schedule import check_sizes
-from uap_dist.starts import default_num_starts
 from uap_dist.update import StepRule
 from uap_dist.worker import Rule, Solver
 
@@ -55,10 +54,6 @@ class ComputeConfig:
     images or more (with 500 training images some 3,500 evaluations), 128 from 6,000 on (12,500)."""
     augment: Augmentation | None = None
     """Log-odds rule: random views of the training images, drawn per image. Default flip-shift."""
-    starts: int | None = None
-    """Log-odds rule: short runs (32 rounds each, from zero) that the computation begins with, of which the one that fools most of 100
-    training images goes on. Default: 8 for linf in runs of 775 rounds or more (with 500 training images some 9,800 evaluations),
-    unless they start at random; else 1."""
     round_size: int = 6
     """Training images in a round: solved against one v, reduced once. Part of the result; never derived from the fleet."""
     block_size: int = 3
@@ -80,7 +75,7 @@ class ComputeConfig:
         check_ball(self.norm, self.ball_radius)
         if not 0 < self.target_fooling_rate <= 1:
             raise ConfigError(f"target fooling rate is {self.target_fooling_rate}; it must lie in (0, 1]")
-        for name in ("max_passes", "max_evaluations", "evaluate_every", "gain", "step_size", "period", "starts"):
+        for name in ("max_passes", "max_evaluations", "evaluate_every", "gain", "step_size", "period"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"{name.replace('_', ' ')} is {value}; it must be positive")
@@ -98,7 +93,7 @@ class ComputeConfig:
         foreign = (
             ("candidates", "slope_ratio", "gain")
             if self.rule == "log-odds"
-            else ("step_size", "period", "augment", "starts", "local_steps")
+            else ("step_size", "period", "augment", "local_steps")
         )
         for name in foreign:
             if getattr(self, name) is not None:
@@ -137,12 +132,6 @@ class ComputeConfig:
         """What all steps of the log-odds rule have in common, in a run of so many rounds."""
         period = self.period or update.default_period(norm=self.norm, num_images=num_rounds * self.round_size)
         return StepRule(self.norm, self.ball_radius, period)
-
-    def num_starts(self, num_rounds: int) -> int:
-        """In a run of the log-odds rule of so many rounds."""
-        if self.starts or self.random_start:  # a random start is there for another end, not for the best
-            return self.starts or 1
-        return default_num_starts(norm=self.norm, num_rounds=num_rounds)
 
     @property
     def solver(self) -> Solver:

@@ -76,7 +76,7 @@ class Member:
             class_names: of the network's labels; empty where not known.
         """
         config = self.config
-        steps = describe_steps(report.course, val.shape, config)
+        steps = describe_steps(report.num_rounds, val.shape, config)
         noise = random_perturbation(val.shape, norm=config.norm, radius=config.ball_radius, seed=config.seed)
         self.finished = FinishedRun(
             final=report,
@@ -103,7 +103,7 @@ class Member:
         self._tracker.wait_for_delivery(timeout_s)
         final = self.finished.final
         # not before the first round: to count those of a very long run takes seconds in which nothing would be committed
-        self._tracker.log_params(describe_steps(final.course, final.perturbation.shape, self.config))
+        self._tracker.log_params(describe_steps(final.num_rounds, final.perturbation.shape, self.config))
         self._tracker.complete(
             tags=tags,
             metrics=self.finished.random_rate.metrics("random"),

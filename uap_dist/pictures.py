@@ -47,7 +47,7 @@ def save_perturbations(path: Path, perturbations: Tensor, names: Sequence[str]) 
 
 
 def save_curve(path: Path, history: Sequence[RoundRecord], random_rate: Rate) -> None:
-    """Fooling rate against network evaluations: training and held-out with 95 % intervals, each round's, of starts, and the baseline."""
+    """Fooling rate against network evaluations: training and held-out with 95 % intervals, each round's, and the baseline."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     rounds = [record.metrics for record in history]
     axes.plot(
@@ -68,11 +68,6 @@ def save_curve(path: Path, history: Sequence[RoundRecord], random_rate: Rate) ->
         axes.plot(evaluations, _column(measured, rate), marker="o", color=colour, label=label)
         axes.fill_between(evaluations, low, high, color=colour, alpha=0.2, lw=0)
         axes.vlines(evaluations, low, high, color=colour, alpha=0.4)
-    starts = [metrics for metrics in rounds if "fooling_rate/start" in metrics]
-    if starts:
-        label = f"starts ({starts[0]['num_images/start']:.0f} training images)"
-        places = _column(starts, "total/evaluations"), _column(starts, "fooling_rate/start")
-        axes.plot(*places, "x", mew=2, color="tab:orange", label=label)
     _finish_curves(axes, "Fooling rate, 95 % Wilson intervals", random_rate)
     _save(figure, path)
 

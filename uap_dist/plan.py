@@ -8,11 +8,10 @@ from statistics import median
 
 import numpy as np
 
-from uap_dist.compute import EVALUATIONS_PER_LOG_ODDS_SOLVE, is_due, plan_course, plan_measurements
+from uap_dist.compute import EVALUATIONS_PER_LOG_ODDS_SOLVE, count_rounds, is_due, plan_measurements
 from uap_dist.config import ComputeConfig
 from uap_dist.dataset import CLASSIFY_SIZE
 from uap_dist.schedule import plan_rounds
-from uap_dist.starts import JUDGES
 from uap_dist.together import at_once
 
 DISPATCH_S = 0.002  # of the driver for each block, whatever the workers do; benchmarks/overhead.md
@@ -112,8 +111,7 @@ class Work:
         num_solves: of one computation.
         evaluations_per_solve: network evaluations.
         labels: sweeps for the clean labels, once for all computations.
-        judging: sweeps that compare the starts of one computation; they count as evaluations.
-        reports: sweeps for the fooling rates of one computation.
+        measurements: sweeps for the fooling rates of one computation.
     """
 
     train: ShardSizes
@@ -123,13 +121,7 @@ class Work:
     num_solves: int
     evaluations_per_solve: Span
     labels: tuple[Sweep, ...]
-    judging: tuple[Sweep, ...]
-    reports: tuple[Sweep, ...]
-
-    @property
-    def measurements(self) -> tuple[Sweep, ...]:
-        """Of one computation."""
-        return self.judging + self.reports
+    measurements: tuple[Sweep, ...]
 
     @property
     def num_rounds(self) -> int:
@@ -144,8 +136,7 @@ class Work:
     @property
     def num_evaluations(self) -> Span:
         """Of all computations, clean labels of the training images counted by each, as every run reports them."""
-        judging = sum(sweep.times * sweep.total_images for sweep in self.judging)
-        of_one = self.evaluations_per_solve * self.num_solves + Span.exactly(self.train.total_images + judging)
+        of_one = self.evaluations_per_solve * self.num_solves + Span.exactly(self.train.total_images)
         return of_one * self.num_perturbations
 
     @property
@@ -178,7 +169,7 @@ def count_work(
         ConfigError: the config allows no round.
     """
     num_train, num_val = train.total_images, val.total_images
-    course = plan_course(train.num_images, config)
+    planned = count_rounds(train.num_images, config)
     every, num_glanced = plan_measurements(num_train, num_val, config)
     rounds: Counter[int] = Counter()
     num_solves = num_measurements = 0
@@ -189,7 +180,7 @@ def count_work(
         num_solves += round_.num_examples
         spent = num_train + evaluations_per_solve.expected * num_solves
         is_spent = spent >= (config.max_evaluations or inf)
-        if round_.number + 1 == course.num_rounds or is_spent:
+        if round_.number + 1 == planned or is_spent:
             break
         num_measurements += is_due(round_, every)
     everything = (Sweep(train.num_images), Sweep(val.num_images))
@@ -197,8 +188,6 @@ def count_work(
         before = tuple(Sweep(sweep.num_images, num_measurements) for sweep in everything)
     else:
         before = (Sweep(_thin(val.num_images, num_glanced), num_measurements),)
-    judges = _thin(train.num_images, min(JUDGES, num_train))
-    judging = (Sweep(judges, course.num_starts),) if course.num_starts > 1 else ()
     return Work(
         train=train,
         val=val,
@@ -208,8 +197,7 @@ def count_work(
         # what a solve costs less than expected, a budget spends on more of them
         evaluations_per_solve=Span.exactly(evaluations_per_solve.expected) if is_spent else evaluations_per_solve,
         labels=everything,
-        judging=judging,
-        reports=(*before, *everything, Sweep(val.num_images)),  # at last under a random perturbation
+        measurements=(*before, *everything, Sweep(val.num_images)),  # at last under a random perturbation
     )
 
 

@@ -43,7 +43,7 @@ class RoundProgress:
             self._bar.stop()
 
     def show(self, report: RoundReport, name: str = "") -> None:
-        """Move the bar, or write a line where none was written for a while; starts and evaluations always get their line."""
+        """Move the bar, or write a line where none was written for a while; evaluations always get their line."""
         if name not in self._shares and report.num_rounds:
             self._done_before += report.round_number / report.num_rounds / self._num_computations
         self._shares[name] = self._share(report)
@@ -58,9 +58,6 @@ class RoundProgress:
         self._bar.update(self._task, completed=done, description=status)
         if not self._console.is_terminal and time.monotonic() > self._last_line + SECONDS_BETWEEN_LINES:
             self._line(status)
-        if report.start is not None:
-            number = report.course.start(report.round_number) + 1
-            self._line(f"{prefix}start {number} of {report.course.num_starts}: training {report.start}")
         if report.evaluation is not None:
             training = f"training {report.evaluation.train}, " if report.evaluation.train else ""
             self._line(

@@ -160,14 +160,7 @@ def _some_rounds(
     """The report of the last one, all records, and the driver's seconds of each."""
     enough = NUM_WARM_UPS + MAX_ROUNDS
     passes = 1 + ceil(enough * config.round_size / some.num_examples)
-    endless = replace(
-        config,
-        max_passes=passes,
-        max_evaluations=None,
-        evaluate_every=passes,
-        target_fooling_rate=1.0,
-        starts=config.starts and 1,
-    )
+    endless = replace(config, max_passes=passes, max_evaluations=None, evaluate_every=passes, target_fooling_rate=1.0)
     history: list[RoundRecord] = []
     driver_s: list[float] = []
     begun = started = time.perf_counter()
