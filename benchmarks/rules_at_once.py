@@ -16,7 +16,7 @@ from itertools import product
 from math import inf
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -58,7 +58,7 @@ class Change:
 class Options:
     """Try entries of a grid, or print what has been tried."""
 
-    network: str = "squeezenet"
+    network: Literal["squeezenet", "lite0", "resnet20", "resnet56"] = "squeezenet"
     norms: tuple[Norm, ...] = ("linf", "l2")
     budgets: tuple[int, ...] = (4_000, 16_000)
     """Network evaluations, clean labels included."""
@@ -87,11 +87,11 @@ def main() -> None:
 
 def run(options: Options) -> None:
     """A line for each norm, budget, seed and entry."""
+    entries, changes = parse(options.grid)
     bench = Bench(options.network, options.data)
     pictures = Pictures(bench)
     if options.channels_last:
         bench.worker.classifier.to(memory_format=torch.channels_last)
-    entries = json.loads(options.grid)
     for budget, norm in product(options.budgets, options.norms):
         done = read(options.output)
         wanted = {
@@ -104,7 +104,7 @@ def run(options: Options) -> None:
         started = time.perf_counter()
         radius = RADII[Row(options.network, norm, budget, "ours").collection][norm]
         configs = [ComputeConfig(norm=norm, radius=radius, max_evaluations=budget, seed=seed) for seed in seeds]
-        together = Together(bench, pictures, configs, [Change(**entry) for entry in entries])
+        together = Together(bench, pictures, configs, changes)
         for (i, j), measured in together.measure(together.compute()):
             seed = seeds[i]
             if j in wanted[seed]:
@@ -112,6 +112,15 @@ def run(options: Options) -> None:
                 with options.output.open("a") as file:
                     file.write(json.dumps(line | measured) + "\n")
         print(options.network, norm, f"{budget:,}", f"{time.perf_counter() - started:.0f} s", flush=True)
+
+
+def parse(grid: str) -> tuple[list[dict[str, Any]], list[Change]]:
+    """Entries as they are written, and what they mean."""
+    try:
+        entries = json.loads(grid)
+        return entries, [Change(**entry) for entry in entries]
+    except (ValueError, TypeError) as error:
+        raise SystemExit(f"--grid {grid}: {error}; give a JSON list of objects with fields of Change") from error
 
 
 class Pictures:

@@ -128,3 +128,14 @@ def test_runs_that_go_through_the_network_together_are_the_runs_of_the_rule(opti
             )
             error = (found[i, j] - last.perturbation).norm() / last.perturbation.norm()
             assert error < (0.05 if norm == "linf" else 1e-3)  # signs of momenta near zero depend on rounding
+
+
+def test_starts_have_the_first_steps_of_one_run_and_what_goes_on_the_others(options):
+    bench = rules.Bench("tiny", options.data)
+    config = rules.ComputeConfig(radius=10.0, max_evaluations=BUDGET, seed=0)
+    change = rules_at_once.Change(starts=3, start_rounds=4, judges=6)
+    together = rules_at_once.Together(bench, rules_at_once.Pictures(bench), [config], [change])
+    found = [together.size(number, 40, change) for number in range(40)]
+    # of 40 rounds eight are those of other starts, and 18 images once forward pay for one and a half
+    run = [rules_at_once.step_sizes(number, 31, together.train[0].shape, config)[0] for number in range(31)]
+    assert found == run[:4] * 3 + run[4:] + [0.0]
