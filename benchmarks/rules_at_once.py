@@ -1,4 +1,4 @@
-"""Changes of the rule as it is, all at once, on held-in images. See benchmarks/rules_tried.md, "The period" and "Starts".
+"""Changes of the rule as it is, all at once, on held-in images. See benchmarks/rules_tried.md, "Plateaus", "The period", "Starts".
 
     python benchmarks/rules_at_once.py --network squeezenet --budgets 1000 --grid '[{"period": 32}, {"period": 64}]'
     python benchmarks/rules_at_once.py --table
@@ -45,7 +45,9 @@ class Change:
     step: float = 1.0
     """Factor on the first step."""
     width: float = WIDTH
+    """Of the boundary, in units of the mean size of log-odds."""
     momentum: float = MOMENTUM
+    """Share of it that stays with each step."""
     starts: int = 1
     """Short runs, of which the one that fools most goes on."""
     start_rounds: int = 32
@@ -80,14 +82,15 @@ def main() -> None:
     """Run what is missing, or print the table."""
     options = tyro.cli(Options)
     if options.table:
-        print_table(list(read(options.output).values()), json.loads(options.base))
+        ((base, _),) = parse("--base", f"[{options.base}]")
+        print_table(list(read(options.output).values()), base)
     else:
         run(options)
 
 
 def run(options: Options) -> None:
     """A line for each norm, budget, seed and entry."""
-    entries, changes = parse(options.grid)
+    entries, changes = zip(*parse("--grid", options.grid), strict=True)
     bench = Bench(options.network, options.data)
     pictures = Pictures(bench)
     if options.channels_last:
@@ -114,13 +117,12 @@ def run(options: Options) -> None:
         print(options.network, norm, f"{budget:,}", f"{time.perf_counter() - started:.0f} s", flush=True)
 
 
-def parse(grid: str) -> tuple[list[dict[str, Any]], list[Change]]:
-    """Entries as they are written, and what they mean."""
+def parse(option: str, grid: str) -> list[tuple[dict[str, Any], Change]]:
+    """Entries of a JSON list, each as it is written and what it means."""
     try:
-        entries = json.loads(grid)
-        return entries, [Change(**entry) for entry in entries]
+        return [(entry, Change(**entry)) for entry in json.loads(grid)]
     except (ValueError, TypeError) as error:
-        raise SystemExit(f"--grid {grid}: {error}; give a JSON list of objects with fields of Change") from error
+        raise SystemExit(f"{option} {grid}: {error}; give JSON objects with fields of Change") from error
 
 
 class Pictures:
@@ -161,10 +163,15 @@ class Pictures:
         return self.padded[chosen[:, None, None, None], colours, y_[:, None, :, None], x_[:, None, None, :]].float()
 
 
+Best = dict[tuple[int, int], tuple[float, Tensor, Tensor, Tensor]]  # by seed and change: rate, v, momentum, scale
+
+
 class Together:
     """Runs of S configs that differ by their seed, with P changes each: v, momentum and sums are S×P×C×H×W."""
 
-    def __init__(self, bench: Bench, pictures: Pictures, configs: list[ComputeConfig], changes: list[Change]) -> None:
+    def __init__(
+        self, bench: Bench, pictures: Pictures, configs: list[ComputeConfig], changes: Sequence[Change]
+    ) -> None:
         self.pictures, self.configs, self.changes = pictures, configs, changes
         self.norm, self.radius = configs[0].norm, configs[0].ball_radius
         most = (configs[0].max_evaluations or 0) // MAX_LABEL_SHARE
@@ -192,7 +199,7 @@ class Together:
         v = torch.zeros(len(runs), len(self.changes), *self.train[0].shape, dtype=torch.float64, device=self.device)
         momentum = torch.zeros_like(v)
         scale = torch.full(v.shape[:2], inf, device=self.device)
-        best: dict[tuple[int, int], tuple[float, Tensor, Tensor, Tensor]] = {}
+        best: Best = {}
         for number in range(max(counts)):
             sizes = torch.tensor(
                 [[self.size(number, count, change) for change in self.changes] for count in counts], device=self.device
@@ -210,31 +217,31 @@ class Together:
             else:
                 v = v * (self.radius / (root_mean_squares(v) * v[0, 0].numel() ** 0.5)).clamp(max=1)
             for j, change in enumerate(self.changes):
-                if (
-                    change.starts == 1
-                    or (number + 1) % change.start_rounds
-                    or number >= change.starts * change.start_rounds
-                ):
-                    continue
-                is_last = number + 1 == change.starts * change.start_rounds
-                for i in range(len(runs)):
-                    rate = self.fooled(self.judges(i, change), self.deliver(v[i, j]).float())[0]
-                    if (i, j) not in best or rate > best[i, j][0]:
-                        best[i, j] = rate, v[i, j].clone(), momentum[i, j].clone(), scale[i, j].clone()
-                    _, v[i, j], momentum[i, j], scale[i, j] = best[i, j] if is_last else (0, 0, 0, inf)
+                num_done, is_between = divmod(number + 1, change.start_rounds)
+                if change.starts > 1 and not is_between and num_done <= change.starts:
+                    self.judge(j, num_done == change.starts, v, momentum, scale, best)
         return self.deliver(v)
 
+    def judge(self, j: int, is_last: bool, v: Tensor, momentum: Tensor, scale: Tensor, best: Best) -> None:
+        """At the end of a start of the change j, in place: all seeds begin at zero again or, after the last, go on from their best."""
+        for i in range(len(self.configs)):
+            rate, _ = self.fooled(self.judges(i, self.changes[j]), self.deliver(v[i, j]).float())
+            if (i, j) not in best or rate > best[i, j][0]:
+                best[i, j] = rate, v[i, j].clone(), momentum[i, j].clone(), scale[i, j].clone()
+            _, v[i, j], momentum[i, j], scale[i, j] = best[i, j] if is_last else (0, 0, 0, inf)
+
     def size(self, number: int, count: int, change: Change) -> float:
-        """Of the step in a round: that of a run of as many rounds as the best start and its continuation are."""
-        judged = change.starts * self.judges(0, change).num_examples // (2 * self.configs[0].round_size)
-        lost = 0 if change.starts == 1 else (change.starts - 1) * change.start_rounds + judged
-        number = max(number % change.start_rounds, number - lost + judged) if lost else number
-        if number >= count - lost:
+        """Of the step in a round, in pixels: that of a run of as many rounds as the best start and what follows are."""
+        others = (change.starts - 1) * change.start_rounds
+        judging = change.starts * self.judges(0, change).num_examples // (2 * self.configs[0].round_size)
+        num_rounds = count - others - (judging if others else 0)
+        place = number % change.start_rounds if number < others else number - others
+        if place >= num_rounds:
             return 0.0
-        return change.step * step_sizes(number, count - lost, self.train[0].shape, self.configs[0])[0]
+        return change.step * step_sizes(place, num_rounds, self.train[0].shape, self.configs[0])[0]
 
     def period(self, change: Change, count: int) -> int:
-        """In pixels."""
+        """Pixels, in a run of so many rounds."""
         return change.period or self.configs[0].step_rule(count).period
 
     def judges(self, i: int, change: Change) -> Dataset:
