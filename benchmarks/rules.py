@@ -204,11 +204,12 @@ class Bench:
         urls = expand_patterns([str(self.data / self.network.val)])
         return load_dataset(LocalWorkers(self.worker), urls, num_images=self.network.num_val_images)
 
-    def split(self, seed: int) -> tuple[Dataset, Dataset]:
-        """Images to compute from, and held-in ones: other shards for each seed, as in tune.py."""
+    def split(self, seed: int, num_shards: int | None = None) -> tuple[Dataset, Dataset]:
+        """Images to compute from, of so many shards (default: the network's `tune_shards`), and held-in ones: other shards for each seed."""
         shift = seed % len(self.shards)
         shards = self.shards[shift:] + self.shards[:shift]
-        train, held_in = join(shards[: self.network.tune_shards]), join(shards[self.network.tune_shards :])
+        num_shards = num_shards or self.network.tune_shards
+        train, held_in = join(shards[:num_shards]), join(shards[num_shards:])
         return train, held_in.thin(min(MAX_HELD_IN, held_in.num_examples))
 
     def rates(self, v: Tensor, held_in: Dataset) -> dict[str, float]:
