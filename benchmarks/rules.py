@@ -205,7 +205,7 @@ class Bench:
         return load_dataset(LocalWorkers(self.worker), urls, num_images=self.network.num_val_images)
 
     def split(self, seed: int, num_shards: int | None = None) -> tuple[Dataset, Dataset]:
-        """Images to compute from, of so many shards (default: the network's `tune_shards`), and held-in ones: other shards for each seed."""
+        """Images to compute from, of so many shards (default: `tune_shards`), and held-in ones: others for each seed."""
         shift = seed % len(self.shards)
         shards = self.shards[shift:] + self.shards[:shift]
         num_shards = num_shards or self.network.tune_shards
