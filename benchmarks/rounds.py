@@ -177,14 +177,14 @@ def draw(rows: list[Row], runs: Runs, path: Path) -> None:
     rows = [row for row in rows if runs_of(row, runs)]
     panels = list(dict.fromkeys(row.base for row in rows))
     figure, axes = plt.subplots(
-        1, len(panels), figsize=(5 * len(panels), 4), layout="constrained", squeeze=False, sharex=True, sharey=True
+        -(-len(panels) // 2), 2, figsize=(11, 8), layout="constrained", squeeze=False, sharex=True, sharey=True
     )
     kinds = {
         "summed, one step a round": lambda row: not row.steps,
         "averaged": lambda row: row.steps and row.budget == row.base.budget,
         "averaged, 1.3 × the evaluations": lambda row: row.budget > row.base.budget,
     }
-    for axis, base in zip(axes[0], panels, strict=True):
+    for axis, base in zip(axes.flat, panels, strict=False):
         for color, (title, belongs) in enumerate(kinds.items()):
             found = [list(runs_of(row, runs).values()) for row in rows if row.base == base and belongs(row)]
             points = sorted(
