@@ -110,7 +110,6 @@ Runs = dict[tuple[str, int], dict[str, Any]]  # by name of the row and seed
 class Options(rules.Options):
     """Measure, or show what has been measured."""
 
-    seeds: tuple[int, ...] = (0, 1, 2)
     output: Path = Path(__file__).with_name("rounds.jsonl")
 
 
