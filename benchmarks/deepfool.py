@@ -1,8 +1,8 @@
-"""Our DeepFool beside other libraries', the bound, and what leaving candidates out changes: benchmarks/deepfool.md.
+"""Our DeepFool beside other libraries', the bound, saturated images, and what leaving candidates out changes: benchmarks/deepfool.md.
 
     pip install -e '.[bench]'
     pip install --no-deps torchattacks adv-lib      # they pin or need what others cannot live with
-    python benchmarks/deepfool.py                   # about ten minutes on one core
+    python benchmarks/deepfool.py                   # about 25 minutes on one core
 
 One thread, the same images, ten candidates, at most ten iterations, overshoot 0.02. Libraries that look at all classes are
 shown a network of the ten candidates of each image, image by image; ART too. A library that is not installed is left out.
@@ -13,7 +13,7 @@ import time
 import types
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -21,7 +21,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import tyro
-from networks import NETWORKS
+from networks import NETWORKS, Network
 from torch import Tensor, nn
 
 from uap_dist.accelerate import accelerate
@@ -48,6 +48,10 @@ class Options:
     """That ART attacks at once as its users have it attack, without help; 0 leaves this out."""
     num_choices: int = 48
     """Images whose every step is taken with and without leaving candidates out."""
+    num_saturated: int = 48
+    """Most and least saturated images of all shards that ours and foolbox attack; 0 leaves them out."""
+    affine: bool = True
+    """Attack images of an affine classifier too, of which a share of the values is 0 or 255."""
     data: Path = Path("../shared")
     """Folder of the images and networks."""
 
@@ -56,6 +60,8 @@ def main() -> None:
     """A table for each network."""
     options = tyro.cli(Options)
     warnings.simplefilter("ignore")
+    if options.affine:
+        report_affine()
     for name in options.networks:
         plain = load_classifier(*NETWORKS[name].locate(options.data))
         pixels = load_pixels(NETWORKS[name].train, plain, options.data, max(options.num_images, options.num_choices))
@@ -70,6 +76,8 @@ def main() -> None:
             report_art(plain, fast, pixels[: options.num_art_images], labels[: options.num_art_images])
         report_default_rule(plain, fast, pixels[few], labels[few], forward + backward)
         report_choices(fast, pixels, labels)
+        if options.num_saturated:
+            report_saturated(plain, fast, load_everything(NETWORKS[name], plain, options.data), options.num_saturated)
 
 
 def load_pixels(pattern: str, classifier: Classifier, data: Path, count: int) -> Tensor:
@@ -80,6 +88,11 @@ def load_pixels(pattern: str, classifier: Classifier, data: Path, count: int) ->
         if sum(map(len, images)) < count:
             images.append(load_shard(url, classifier.geometry).images)
     return torch.tensor(np.concatenate(images)[:count], dtype=torch.float32)
+
+
+def load_everything(network: Network, classifier: Classifier, data: Path) -> Tensor:
+    """Training and held-out images: nothing is learnt from them here. N×3×H×W."""
+    return torch.cat([load_pixels(pattern, classifier, data, sys.maxsize) for pattern in (network.train, network.val)])
 
 
 def time_network(classifier: Classifier, pixels: Tensor) -> tuple[float, float]:
@@ -126,6 +139,50 @@ def compare_attacks(
             f"| {seconds / bound:.2f} | {seconds / reference:.1f} |",
             flush=True,
         )
+
+
+def report_affine() -> None:
+    """Images of which a share of the values is 0 or 255, attacked on ten classes with affine boundaries by ours and foolbox's."""
+    rng = torch.Generator().manual_seed(0)
+    normals = torch.randn(10, 768, generator=rng)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(768, 10))
+    network.load_state_dict({"1.weight": normals, "1.bias": -128 * normals.sum(1)})
+    print(
+        "\naffine, 200 random images:\n\n| values at 0 or 255 | solved | median norm | evaluations | foolbox: solved | norm |"
+    )
+    print("| --- | --- | --- | --- | --- | --- |")
+    for share in (0.0, 0.05, 0.2, 0.5, 0.9, 1.0):
+        pixels = 255 * torch.rand(200, 3, 16, 16, generator=rng)
+        edges = 255.0 * torch.randint(0, 2, pixels.shape, generator=rng)
+        pixels = torch.where(torch.rand(pixels.shape, generator=rng) < share, edges, pixels)
+        cells = [cell for attack in (ours, by_foolbox) for cell in summarise(network, attack, pixels)]
+        print(f"| {share:.0%} | {' | '.join(cells[:-1])} |", flush=True)
+
+
+def report_saturated(plain: Classifier, fast: Classifier, pixels: Tensor, count: int) -> None:
+    """The images with most and with fewest values at 0 or 255, attacked by ours and foolbox's."""
+    shares = ((pixels == 0) | (pixels == 255)).flatten(1).float().mean(1)
+    order = shares.argsort(descending=True, stable=True)
+    print("\n| images | values at 0 or 255 | | solved | median norm | evaluations an image |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for name, rows in (("most saturated", order[:count]), ("least saturated", order[-count:])):
+        for who, attack, network in (("ours", ours, fast), ("foolbox", by_foolbox, plain)):
+            cells = summarise(network, attack, pixels[rows])
+            few, many = shares[rows].min(), shares[rows].max()
+            print(f"| {count} {name} | {few:.1%} to {many:.1%} | {who} | {' | '.join(cells)} |", flush=True)
+
+
+def summarise(network: nn.Module, attack: Attack, pixels: Tensor) -> tuple[str, str, str]:
+    """Solved images (another label, nothing less), median ℓ2 norm over all, evaluations an image."""
+    with torch.no_grad():
+        labels = torch.cat([network(x).argmax(1) for x in pixels.split(24)])
+    counting = Counting(network)
+    found = torch.cat([attack(counting, x, y) for x, y in zip(pixels.split(24), labels.split(24), strict=True)])
+    with torch.no_grad():
+        after = torch.cat([network(x).argmax(1) for x in found.split(BLOCK)])
+    norm = (found - pixels).flatten(1).norm(dim=1).median()
+    evaluations = (counting.num_forward + counting.num_backward) / len(pixels)
+    return f"{int((after != labels).sum())} of {len(pixels)}", f"{norm:.2f}", f"{evaluations:.1f}"
 
 
 def is_solved(logits: Tensor, labels: Tensor) -> Tensor:
@@ -297,7 +354,7 @@ def report_choices(classifier: Classifier, pixels: Tensor, labels: Tensor) -> No
         same.append((few.rivals == whole.rivals)[whole.rivals >= 0])
         costs["few"] += few.num_evaluations
         costs["all"] += whole.num_evaluations
-        return Nearest(whole.steps, whole.rivals, few.slopes, few.num_evaluations)  # on along the exact path
+        return replace(whole, slopes=few.slopes, num_evaluations=few.num_evaluations)  # on along the exact path
 
     blocks = [(x, y) for x, y in zip(pixels.split(BLOCK), labels.split(BLOCK), strict=True)]
     zero = torch.zeros_like(pixels[0])

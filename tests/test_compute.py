@@ -39,22 +39,26 @@ def test_blocks_of_one_image_follow_the_papers_loop(local_workers, tiny_data):
     network = tiny_worker().classifier.double()
     from uap_dist.schedule import plan_rounds
 
-    v = torch.zeros(3, 16, 16, dtype=torch.float64)
+    v = torch.zeros(3, 16, 16)
     starts = np.cumsum([0, *train.sizes])
-    for round_, _ in zip(plan_rounds(train.sizes, seed=0, round_size=1, block_size=1), reports, strict=False):
+    for round_, report in zip(plan_rounds(train.sizes, seed=0, round_size=1, block_size=1), reports, strict=False):
         (block,) = round_.blocks
         task = train.examples(block.shard, block.examples)
         x = torch.tensor(next(local_workers.map("pixels", [task])), dtype=torch.float64)
         label = int(train.clean.labels[starts[block.shard] + block.examples[0]])
-        v = (v + reference_deepfool(network, x, v, label)).clamp(-20, 20)
-    assert torch.allclose(reports[-1].perturbation.double(), v, atol=2e-2)
+        expected = (v.double() + reference_deepfool(network, x, v, label)).clamp(-20, 20)
+        # from the same v each time: what rounding does to one image decides which boundary the next one is nearest to
+        v = report.perturbation
+        assert torch.allclose(v.double(), expected, atol=5e-3)
     assert measure(reports[-1].perturbation, "linf") > 5
 
 
 def reference_deepfool(network, x, v, label):
+    start = x + v
+    is_inside = (start >= 0) & (start <= 255)
     r = torch.zeros_like(x)
     for _ in range(10):
-        z = (x + v + r).clamp(0, 255).requires_grad_()
+        z = (start + r).clamp(0, 255).requires_grad_()
         logits = network(z)[0]
         if logits.argmax() != label:
             break
@@ -63,10 +67,12 @@ def reference_deepfool(network, x, v, label):
         for k in range(len(logits)):
             if k != label:
                 w = torch.autograd.grad(logits[k], z, retain_graph=True)[0] - own
+                w = w * is_inside * torch.where(w < 0, z > 0, z < 255)
                 distance = (logits[label] - logits[k]).detach() / w.norm()
                 if best is None or distance < best[0]:
                     best = distance, w
         r = r + 1.02 * best[0] * best[1] / best[1].norm()
+        r = torch.where(is_inside, r.clamp(-start, 255 - start), r)
     return r[0]
 
 

@@ -36,6 +36,83 @@ def test_closed_form_on_linear_classifiers(seed, classes):
     assert found.is_solved.all() and not found.is_fooled.any()
 
 
+def saturated(background, share, *, count=60, classes=3, dtype=torch.float32):
+    """Random images of which a share of the values is 0, 255 or either, and an affine classifier of known normals."""
+    rng = torch.Generator().manual_seed(5)
+    normals = torch.randn(classes, 768, generator=rng).to(dtype)
+    pixels = 255 * torch.rand(count, 3, 16, 16, generator=rng).to(dtype)
+    sides = torch.randint(0, 2, pixels.shape, generator=rng) if background == "both" else int(background == "white")
+    edges = 255 * sides * torch.ones_like(pixels)
+    pixels = torch.where(torch.rand(pixels.shape, generator=rng) < share, edges, pixels)
+    return pixels, normals, lambda x: (x.flatten(1) - 128) @ normals.T
+
+
+@pytest.mark.parametrize("background", ["black", "white", "both"])
+@pytest.mark.parametrize("share", [0.02, 0.05, 0.2, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_saturated_images_are_solved_by_the_shortest_step_inside_the_range(background, share, dtype):
+    pixels, normals, classifier = saturated(background, share, dtype=dtype)
+    labels = classifier(pixels).argmax(1)
+    found = deepfool(classifier, pixels, torch.zeros_like(pixels[0]), labels)
+    assert found.is_solved.all() and found.num_evaluations <= 8 * len(pixels)
+    after = pixels + found.steps
+    assert after.min() >= -1e-3 and after.max() <= 255 + 1e-3
+    assert (classifier(after.clamp(0, 255)).argmax(1) != labels).all()
+    shortest = shortest_steps(pixels.double(), normals.double(), classifier(pixels).double(), labels)
+    lengths = found.steps.double().flatten(1).norm(dim=1)
+    assert (lengths > 0.9999 * shortest).all()
+    assert (
+        lengths < 1.0201 * shortest + 5e-3
+    ).all()  # the overshoot, and what a step has to exceed the rounding of pixels by
+    assert_close((found.normals.flatten(1) @ normals.T).argmax(1), classifier(after.clamp(0, 255)).argmax(1))
+
+
+def shortest_steps(pixels, normals, scores, labels):
+    """ℓ2 length of the shortest step inside 0..255 onto the nearest affine boundary: clip(−λ w) for the λ that bridges the gap."""
+    best = torch.full((len(pixels),), torch.inf, dtype=torch.float64)
+    x = pixels.flatten(1)
+    for rival in range(len(normals)):
+        w, gap = normals[labels] - normals[rival], scores.gather(1, labels[:, None])[:, 0] - scores[:, rival]
+        low, high = torch.zeros_like(best), torch.full_like(best, 1e3)
+        for _ in range(60):
+            middle = (low + high) / 2
+            is_short = gap + (w * (-middle[:, None] * w).clamp(-x, 255 - x)).sum(1) > 0
+            low, high = torch.where(is_short, middle, low), torch.where(is_short, high, middle)
+        lengths = (-high[:, None] * w).clamp(-x, 255 - x).norm(dim=1)
+        best = torch.where((labels != rival) & (high < 999), torch.minimum(best, lengths), best)
+    return best
+
+
+def test_pixels_that_v_has_pushed_out_of_the_range_take_part_in_no_step():
+    pixels, normals, classifier = saturated("both", 0.3)
+    v = 10 * torch.randint(0, 2, pixels.shape[1:], generator=torch.Generator().manual_seed(0)) * 2.0 - 10
+    labels = classifier(pixels).argmax(1)
+    found = deepfool(classifier, pixels, v, labels)
+    start = pixels + v
+    is_outside = (start < 0) | (start > 255)
+    assert is_outside.any() and not found.steps[is_outside].any()
+    assert found.is_solved.all()
+    assert (classifier((start + found.steps).clamp(0, 255)).argmax(1) != labels).all()
+
+
+def test_images_that_v_has_pushed_out_of_the_range_whole_are_solved():
+    pixels, normals, classifier = saturated("white", 1.0, count=2)
+    found = deepfool(classifier, pixels, torch.full_like(pixels[0], 10.0), classifier(pixels).argmax(1))
+    assert found.is_solved.all() and (found.steps <= -10).all()  # what the network sees of a step begins at -10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_image_on_a_boundary_leaves_it(dtype):
+    normals = torch.tensor([[1.0], [-1.0]], dtype=dtype) * torch.ones(2, 48, dtype=dtype)
+    pixels = torch.full((1, 3, 4, 4), 100.0, dtype=dtype)
+    found = deepfool(lambda x: (x.flatten(1) - 100) @ normals.T, pixels, torch.zeros_like(pixels[0]), torch.tensor([0]))
+    assert found.is_solved.all() and found.steps.norm() < 1e-2  # both logits are zero
+    found = deepfool(
+        lambda x: 7 + (x.flatten(1) - 100) @ normals.T, pixels, torch.zeros_like(pixels[0]), torch.tensor([0])
+    )
+    assert found.is_solved.all() and 0 < found.steps.norm() < 1e-2
+
+
 @given(seed=SEEDS)
 @settings(max_examples=10, deadline=None)
 def test_steps_scale_with_the_unit_of_the_pixels(seed):
@@ -199,3 +276,26 @@ def test_median_norm_agrees_with_foolbox_on_real_images(shared, model, weights, 
     # looking at few candidates finds the same steps for less than half of the evaluations
     assert medians[1] == pytest.approx(medians[0], rel=0.005)
     assert ours.num_evaluations < exact.num_evaluations / 2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_saturated_images_are_solved_where_foolbox_solves_them_and_more(shared):
+    foolbox = pytest.importorskip("foolbox")
+    from uap_dist.shards import load_shard
+
+    classifier = load_classifier(f"{shared}/models/cifar_resnet.py:resnet20", f"{shared}/models/resnet20.safetensors")
+    pixels = torch.tensor(load_shard(f"{shared}/data/cifar10/test-0000.tar", classifier.geometry).images).float()
+    shares = ((pixels == 0) | (pixels == 255)).flatten(1).float().mean(1)
+    order = shares.argsort(descending=True)
+    found = {}
+    for name, rows in (("most", order[:12]), ("least", order[-12:])):
+        x, labels = pixels[rows], classifier(pixels[rows]).argmax(1)
+        found[name] = deepfool(classifier, x, torch.zeros_like(x[0]), labels)
+        attack = foolbox.attacks.L2DeepFoolAttack(steps=10, candidates=10, overshoot=0.02)
+        _, (theirs,), success = attack(foolbox.PyTorchModel(classifier, bounds=(0, 255)), x, labels, epsilons=[None])
+        assert found[name].is_solved.all(), name
+        both = success[0]
+        norms = [step[both].flatten(1).norm(dim=1).median().item() for step in (found[name].steps, theirs - x)]
+        assert both.any() and norms[0] <= 1.03 * norms[1], name
+    assert shares[order[11]] > 0.2
+    assert found["most"].num_evaluations <= 1.5 * found["least"].num_evaluations

@@ -25,12 +25,15 @@ class Increments:
 
     Attributes:
         steps: N×C×H×W, pixels; zero where there was nothing to do or no direction to go.
+        normals: N×C×H×W of length 1: the normal of the boundary that each step leads to, at the last linearisation. Zero
+            where there is no step. Beside a step it also has the pixels that cannot follow it, because they are at 0 or 255.
         is_fooled: N, whether x + v was fooled before any step.
         is_solved: N, whether it is after the step.
         num_evaluations: images through the network, forward and backward counted each.
     """
 
     steps: Tensor
+    normals: Tensor
     is_fooled: Tensor
     is_solved: Tensor
     num_evaluations: int
@@ -103,10 +106,11 @@ def deepfool(
     overshoot: float = 0.02,
     slope_ratio: float = SLOPE_RATIO,
 ) -> Increments:
-    """The smallest ℓ2 step, to first order, that takes each perturbed image out of its clean label.
+    """The smallest ℓ2 step inside 0..255, to first order, that takes each perturbed image out of its clean label.
 
-    Images that x + v fools already get a zero step. As in the authors' code the candidates are fixed at x + v; unlike it
-    the network always sees values clipped to 0..255.
+    Images that x + v fools already get a zero step. As in the authors' code the candidates are fixed at x + v; unlike there
+    the network always sees values clipped to 0..255, and the step knows it: pixels that could not follow it do not count
+    towards the distance to a boundary, and stay where they are (see `Position`).
 
     Args:
         classifier: N×C×H×W pixels to N×K logits.
@@ -129,26 +133,76 @@ def deepfool(
             f"deepfool got candidates {candidates}, max_iterations {max_iterations}, overshoot {overshoot}, slope_ratio "
             f"{slope_ratio}; they must be at least 2, 1, 0 and 1"
         )
-    start = pixels + perturbation
-    steps = torch.zeros_like(pixels)
+    position = Position(pixels + perturbation, torch.zeros_like(pixels))
+    gradients = torch.zeros_like(pixels)
     is_solved = torch.zeros(len(pixels), dtype=torch.bool, device=pixels.device)
     num_evaluations = 0
     for iteration in range(max_iterations + 1):
-        points = start + steps
-        graph = _forward(classifier, points, ~is_solved, with_graph=iteration < max_iterations)
+        graph = _forward(classifier, position, ~is_solved, with_graph=iteration < max_iterations)
         num_evaluations += len(graph.rows)
         is_solved[graph.rows] = graph.logits.detach().argmax(1) != labels[graph.rows]
         if iteration == 0:
             is_fooled = is_solved.clone()
             rivals = _rivals(graph.logits.detach(), labels, candidates - 1)
-            slopes = torch.full(rivals.shape, torch.nan, dtype=points.dtype, device=points.device)
+            slopes = torch.full(rivals.shape, torch.nan, dtype=pixels.dtype, device=pixels.device)
         if iteration == max_iterations or is_solved.all():
             break
-        nearest = find_nearest(classifier, points, graph, ~is_solved, labels, rivals, slopes, slope_ratio)
-        steps += (1 + overshoot) * nearest.steps
+        nearest = find_nearest(classifier, position, graph, ~is_solved, labels, rivals, slopes, slope_ratio)
+        has_step = nearest.rivals >= 0
+        position = position.move((1 + overshoot) * nearest.steps).enter(~is_solved & ~has_step)
+        gradients[has_step] = nearest.gradients[has_step]
         slopes = nearest.slopes
         num_evaluations += nearest.num_evaluations
-    return Increments(steps=steps, is_fooled=is_fooled, is_solved=is_solved, num_evaluations=num_evaluations)
+    lengths = gradients.double().flatten(1).norm(dim=1)
+    return Increments(
+        steps=position.steps,
+        normals=_scale(-1 / lengths, gradients).to(pixels.dtype),
+        is_fooled=is_fooled,
+        is_solved=is_solved,
+        num_evaluations=num_evaluations,
+    )
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where images stand: at x + v (`start`) + `steps`, N×C×H×W pixels each, of which the network is shown what is clipped to 0..255.
+
+    Pixels inside 0..255 never leave it. One that v has pushed beyond would have to come back before the network sees anything of its
+    step: it takes part in none, as one at the edge takes part in none that leads outward.
+    """
+
+    start: Tensor
+    steps: Tensor
+
+    def __getitem__(self, rows: Tensor) -> "Position":
+        return Position(self.start[rows], self.steps[rows])
+
+    @property
+    def shown(self) -> Tensor:
+        """What the network sees."""
+        return (self.start + self.steps).clamp(0, 255)
+
+    @property
+    def _range(self) -> tuple[Tensor, Tensor]:
+        """The lowest and the highest step that is inside 0..255."""
+        return -self.start, 255 - self.start
+
+    def can_follow(self, direction: Tensor) -> Tensor:
+        """Pixels that the network sees move when they take a small step in that direction."""
+        low, high = self._range
+        above, below = self.steps > low, self.steps < high
+        return torch.where(direction < 0, above & (self.steps <= high), below & (self.steps >= low))
+
+    def move(self, steps: Tensor) -> "Position":
+        """After steps of pixels that can follow them; each ends at the edge of 0..255 at the latest."""
+        low, high = self._range
+        is_inside = (self.steps >= low) & (self.steps <= high)
+        return Position(self.start, torch.where(is_inside, (self.steps + steps).clamp(low, high), self.steps))
+
+    def enter(self, which: Tensor) -> "Position":
+        """With all pixels of some images (N, bool) inside 0..255: the network sees no difference, but now they can move."""
+        low, high = self._range
+        return Position(self.start, torch.where(which.view(-1, 1, 1, 1), self.steps.clamp(low, high), self.steps))
 
 
 @dataclass(frozen=True)
@@ -162,9 +216,18 @@ class Graph:
 
 @dataclass(frozen=True)
 class Nearest:
-    """Steps (N×C×H×W, pixels) onto each nearest linearised boundary, whose it is (N, −1: none), slopes as last seen (N×R), the cost."""
+    """Steps just over each image's nearest linearised boundary, and what was learnt on the way.
+
+    Attributes:
+        steps: N×C×H×W, pixels, of those that can follow.
+        gradients: N×C×H×W, logits/pixels, of z_label − z_rival at the nearest boundary; zero where there is none.
+        rivals: N, class of the nearest boundary, −1 if there is none.
+        slopes: N×R, as in `find_nearest`, as last seen.
+        num_evaluations: images through the network, forward and backward counted each.
+    """
 
     steps: Tensor
+    gradients: Tensor
     rivals: Tensor
     slopes: Tensor
     num_evaluations: int
@@ -172,7 +235,7 @@ class Nearest:
 
 def find_nearest(
     classifier: Logits,
-    points: Tensor,
+    position: Position,
     graph: Graph,
     wanted: Tensor,
     labels: Tensor,
@@ -180,7 +243,7 @@ def find_nearest(
     slopes: Tensor,
     slope_ratio: float,
 ) -> Nearest:
-    """Steps from `points` onto the nearest of the linearised boundaries between each label and its rivals.
+    """Steps from a position just over the nearest of the linearised boundaries between each label and its rivals.
 
     A rival's distance is gap/slope. Rivals are looked at in the order of the distance that is expected with the slope last
     seen (with the steepest seen of that image where none was), and no longer once that distance, divided by `slope_ratio`,
@@ -188,17 +251,20 @@ def find_nearest(
 
     Args:
         classifier: as in `deepfool`.
-        points: N×C×H×W, pixels, not yet clipped.
-        graph: of these points, of all wanted ones at least.
+        position: of N images.
+        graph: at this position, of all wanted images at least.
         wanted: N, bool; the others get no step.
         labels: N.
         rivals: N×R classes.
-        slopes: N×R, ‖∇(z_label − z_rival)‖ as last seen; NaN before that.
+        slopes: N×R, ‖∇(z_label − z_rival)‖ over the pixels that can follow a step to that rival, as last seen; NaN before that.
         slope_ratio: as in `deepfool`.
     """
+    # no shorter step is sure to change a pixel; without it an image that stands on a boundary would never leave it
+    least = 255 * torch.finfo(slopes.dtype).eps * position.start[0].numel() ** 0.5
     gaps = torch.full_like(slopes, torch.nan)
     gaps[graph.rows] = _gaps(graph, labels, rivals).detach()
-    steps, slopes = torch.zeros_like(points), slopes.clone()
+    steps, gradients = torch.zeros_like(position.steps), torch.zeros_like(position.steps)
+    slopes = slopes.clone()
     is_open = wanted[:, None] & gaps.isfinite()
     nearest = torch.full_like(gaps[:, 0], torch.inf)
     which = torch.full_like(labels, -1)
@@ -211,21 +277,25 @@ def find_nearest(
         wanted = expected.gather(1, column[:, None]).squeeze(1) < slope_ratio * nearest
         num_wanted = int(wanted.sum())
         if num_wanted == 0:
-            return Nearest(steps, which, slopes, num_evaluations)
+            return Nearest(steps, gradients, which, slopes, num_evaluations)
         if num_wanted <= CROWDED * len(graph.rows):
-            graph = _forward(classifier, points, wanted, with_graph=True)
+            graph = _forward(classifier, position, wanted, with_graph=True)
             num_evaluations += num_wanted
         rows, k = graph.rows, column[graph.rows]
         chosen = _gaps(graph, labels, rivals).gather(1, k[:, None]).squeeze(1)
-        (slope,) = torch.autograd.grad(chosen.where(wanted[rows], 0.0).sum(), graph.x, retain_graph=True)
+        (gradient,) = torch.autograd.grad(chosen.where(wanted[rows], 0.0).sum(), graph.x, retain_graph=True)
         num_evaluations += len(rows)
+        slope = gradient * position[rows].can_follow(-gradient)
         squared = _squared_norms(slope)
         gap = gaps[rows, k]
         distance = gap / squared.sqrt()
         nearer = wanted[rows] & (distance < nearest[rows])  # never where a slope is zero or not finite
         nearest[rows] = torch.where(nearer, distance, nearest[rows])
         which[rows] = torch.where(nearer, rivals[rows, k], which[rows])
-        steps[rows] = torch.where(nearer.view(-1, 1, 1, 1), _scale(-gap / squared, slope), steps[rows])
+        gradients[rows] = torch.where(nearer.view(-1, 1, 1, 1), gradient, gradients[rows])
+        steps[rows] = torch.where(
+            nearer.view(-1, 1, 1, 1), _scale(-(distance + least) / squared.sqrt(), slope), steps[rows]
+        )
         slopes[rows, k] = torch.where(wanted[rows], squared.sqrt(), slopes[rows, k])
         is_open[rows, k] &= ~wanted[rows]
 
@@ -238,9 +308,9 @@ def _sum_finite(slopes: Tensor) -> Tensor:
     return total[None]
 
 
-def _forward(classifier: Logits, points: Tensor, which: Tensor, *, with_graph: bool) -> Graph:
+def _forward(classifier: Logits, position: Position, which: Tensor, *, with_graph: bool) -> Graph:
     rows = which.nonzero().squeeze(1)
-    x = points[rows].clamp(0, 255).requires_grad_(with_graph)
+    x = position[rows].shown.requires_grad_(with_graph)
     with torch.set_grad_enabled(with_graph):
         return Graph(rows, x, classifier(x))
 

@@ -135,7 +135,8 @@ class Normals:
     """Of a block: DeepFool's perturbations r(x) of the images that it takes across a boundary.
 
     Attributes:
-        directions: M×C×H×W float32, r(x)/‖r(x)‖2: the boundaries' unit normals at the point that is nearest to each image.
+        directions: M×C×H×W float32: the boundaries' unit normals at the point that is nearest to each image, which is r(x)/‖r(x)‖2 where
+            no pixel of r(x) is held back by 0 or 255.
         total: C×H×W float64, pixels: their sum, at the length that DeepFool gives them.
         num_left_out: images that are beyond no boundary after DeepFool's last iteration, or have no direction to go.
     """
@@ -238,11 +239,9 @@ class Worker:
         pixels = self._tensor(self.pixels(examples))
         labels = torch.tensor(examples.labels, device=self.device)
         found = deepfool(self.classifier, pixels, torch.zeros_like(pixels[0]), labels)
-        lengths = found.steps.double().flatten(1).norm(dim=1)
-        is_found = found.is_solved & (lengths > 0)
-        steps = found.steps[is_found].double()
-        directions = (steps / lengths[is_found].view(-1, 1, 1, 1)).float()
-        return Normals(directions.cpu().numpy(), steps.sum(0).cpu().numpy(), int((~is_found).sum()))
+        is_found = found.is_solved & found.normals.flatten(1).any(1)
+        total = found.steps[is_found].double().sum(0)
+        return Normals(found.normals[is_found].cpu().numpy(), total.cpu().numpy(), int((~is_found).sum()))
 
     def sum_pixels(self, examples: Examples) -> np.ndarray:
         """Sum of the examples' images, C×H×W int64."""
