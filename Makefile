@@ -2,13 +2,23 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow check wheel clean
+NUMERIC := $(addprefix tests/test_, accelerate.py analysis.py augment.py classifiers.py compute.py deepfool.py fooling.py \
+	norms.py pool.py rules.py schedule.py spectrum.py together.py update.py worker.py)
+
+.PHONY: demo test test-cpus test-slow check wheel clean
 
 demo: .venv/demo
 	$(BIN)/python jobs/compute.py
 
 test: .venv/test check
 	$(BIN)/python -m pytest -m 'not slow'
+
+# What computes, as processors of other ages and makers do: those of the oldest instruction set that torch supports, and between.
+test-cpus: .venv/test
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 $(BIN)/python -m pytest $(NUMERIC)
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX MKL_ENABLE_INSTRUCTIONS=AVX $(BIN)/python -m pytest $(NUMERIC)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 $(BIN)/python -m pytest $(NUMERIC)
+	ATEN_CPU_CAPABILITY=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE MKL_ENABLE_INSTRUCTIONS=AVX512 $(BIN)/python -m pytest $(NUMERIC)
 
 test-slow: .venv/test
 	$(BIN)/python -m pytest -m slow

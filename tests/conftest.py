@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import settings
 from PIL import Image
 from pyarrow import fs
 
@@ -15,8 +17,17 @@ from uap_dist.perturbations import Perturbation
 from uap_dist.shards import write_shards
 from uap_dist.worker import Worker
 
+CPU_VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+settings.register_profile("uap_dist", deadline=None)  # how long an example takes depends on what else the machine does
+settings.load_profile("uap_dist")
+
 TINY = f"{Path(__file__).parent / 'tiny.py'}:Tiny"
 SHARED = Path(__file__).parents[2] / "shared"
+
+
+def pytest_report_header():
+    limits = ", ".join(f"{name} {os.environ.get(name, 'unset')}" for name in CPU_VARIABLES)
+    return f"instruction set of torch: {torch.backends.cpu.get_cpu_capability()}; {limits}"
 
 
 def encode(pixels: np.ndarray, kind: str = "PNG", **options) -> bytes:

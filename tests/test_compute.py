@@ -47,9 +47,10 @@ def test_blocks_of_one_image_follow_the_papers_loop(local_workers, tiny_data):
         x = torch.tensor(next(local_workers.map("pixels", [task])), dtype=torch.float64)
         label = int(train.clean.labels[starts[block.shard] + block.examples[0]])
         expected = (v.double() + reference_deepfool(network, x, v, label)).clamp(-20, 20)
-        # from the same v each time: what rounding does to one image decides which boundary the next one is nearest to
-        v = report.perturbation
-        assert torch.allclose(v.double(), expected, atol=5e-3)
+        # from the same v each time, and to a share of the step: rounding may decide where the next one leads, and whether a step so
+        # close to the boundary is the last
+        before, v = v, report.perturbation
+        assert (v - expected).norm() <= 0.01 * (expected - before).norm() + 1e-3
     assert measure(reports[-1].perturbation, "linf") > 5
 
 

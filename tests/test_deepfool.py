@@ -22,7 +22,7 @@ def linear(seed, classes):
 
 
 @given(seed=SEEDS, classes=st.integers(2, 10))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_closed_form_on_linear_classifiers(seed, classes):
     weights, pixels, classifier = linear(seed, classes)
     labels = classifier(pixels).argmax(1)
@@ -114,7 +114,7 @@ def test_an_image_on_a_boundary_leaves_it(dtype):
 
 
 @given(seed=SEEDS)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_steps_scale_with_the_unit_of_the_pixels(seed):
     weights, pixels, classifier = linear(seed, 4)
     labels = classifier(pixels).argmax(1)
@@ -144,7 +144,7 @@ def test_fooled_images_are_left_alone_and_evaluations_are_what_the_network_saw()
 
 
 @given(seed=SEEDS, ratio=st.floats(1.0, 4.0))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_a_slope_ratio_that_holds_leaves_no_nearest_candidate_out(seed, ratio):
     weights, pixels, _ = linear(seed, 8)
     normals = weights - weights[:1]

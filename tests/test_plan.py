@@ -94,7 +94,7 @@ def planned(config, costs, num_workers, num_perturbations=1, cache_bytes=1 << 40
 
 
 @given(num_workers=st.integers(1, 100), blocks_per_round=st.integers(1, 20), num_rounds=st.integers(1, 12))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_round_is_solved_in_waves_of_as_many_blocks_as_there_are_workers(num_workers, blocks_per_round, num_rounds):
     config = ComputeConfig(round_size=6 * blocks_per_round, block_size=6, max_passes=1)
     whole, rest = divmod(40, blocks_per_round)  # 240 images
@@ -106,7 +106,7 @@ def test_a_round_is_solved_in_waves_of_as_many_blocks_as_there_are_workers(num_w
 
 
 @given(num_workers=st.integers(1, 64), num_perturbations=st.integers(1, 40))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_pool_fills_the_gaps_and_no_worker_makes_it_slower(num_workers, num_perturbations):
     config = ComputeConfig(round_size=24, block_size=6, max_passes=1)
     costs = free(evaluation=Span.exactly(1.0))
