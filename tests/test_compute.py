@@ -56,7 +56,7 @@ def test_blocks_of_one_image_follow_the_papers_loop(local_workers, tiny_data):
 
 def reference_deepfool(network, x, v, label):
     start = x + v
-    is_inside = (start >= 0) & (start <= 255)
+    is_inside = (start >= -1e-3) & (start <= 255 + 1e-3)
     r = torch.zeros_like(x)
     for _ in range(10):
         z = (start + r).clamp(0, 255).requires_grad_()
@@ -68,7 +68,7 @@ def reference_deepfool(network, x, v, label):
         for k in range(len(logits)):
             if k != label:
                 w = torch.autograd.grad(logits[k], z, retain_graph=True)[0] - own
-                w = w * is_inside * torch.where(w < 0, z > 0, z < 255)
+                w = w * is_inside * torch.where(w < 0, z > 1e-3, z < 255 - 1e-3)
                 distance = (logits[label] - logits[k]).detach() / w.norm()
                 if best is None or distance < best[0]:
                     best = distance, w

@@ -16,6 +16,7 @@ from uap_dist.errors import ConfigError
 Logits = Callable[[Tensor], Tensor]
 
 SLOPE_RATIO = 1.5  # benchmarks/deepfool.md says what it leaves out
+EDGE = 1e-3  # pixels: so near to 0 or 255 a pixel counts as there, whatever rounding has made of it
 CROWDED = 2 / 3  # a graph of which fewer images go on is built anew for those: a forward costs about half of a backward
 
 
@@ -187,17 +188,21 @@ class Position:
         """The lowest and the highest step that is inside 0..255."""
         return -self.start, 255 - self.start
 
+    @property
+    def _is_inside(self) -> Tensor:
+        low, high = self._range
+        return (self.steps >= low - EDGE) & (self.steps <= high + EDGE)
+
     def can_follow(self, direction: Tensor) -> Tensor:
         """Pixels that the network sees move when they take a small step in that direction."""
         low, high = self._range
-        above, below = self.steps > low, self.steps < high
-        return torch.where(direction < 0, above & (self.steps <= high), below & (self.steps >= low))
+        can_rise, can_fall = self.steps < high - EDGE, self.steps > low + EDGE
+        return torch.where(direction < 0, can_fall, can_rise) & self._is_inside
 
     def move(self, steps: Tensor) -> "Position":
         """After steps of pixels that can follow them; each ends at the edge of 0..255 at the latest."""
         low, high = self._range
-        is_inside = (self.steps >= low) & (self.steps <= high)
-        return Position(self.start, torch.where(is_inside, (self.steps + steps).clamp(low, high), self.steps))
+        return Position(self.start, torch.where(self._is_inside, (self.steps + steps).clamp(low, high), self.steps))
 
     def enter(self, which: Tensor) -> "Position":
         """With all pixels of some images (N, bool) inside 0..255: the network sees no difference, but now they can move."""
