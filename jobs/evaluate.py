@@ -42,8 +42,6 @@ class Options:
     """Sets of images: each value is one, NAME=PATTERN or PATTERN; `::` joins patterns within one."""
     num_images: int | None = None
     """Images of each set, the first of its shards. Default: all."""
-    radius: float = 10.0
-    """Of the random baselines, pixels (0..255)."""
     scales: tuple[float, ...] = (1.0,)
     """What each perturbation and baseline is multiplied with; several give fooling rate against norm."""
     quantize: bool = False
@@ -121,7 +119,7 @@ def _measure(
     set_name, urls = images
     dataset = load_dataset(fleet, urls, num_images=options.num_images, max_bad_fraction=options.max_bad_fraction)
     tracker.log_dataset(dataset, set_name)
-    everything = [*perturbations, *baselines(dataset.shape, options.radius, options.seed)]
+    everything = [*perturbations, *baselines(perturbations, dataset.shape, options.seed)]
     for measurement in measure_perturbations(
         fleet, model, set_name, dataset, everything, scales=options.scales, quantize=options.quantize
     ):

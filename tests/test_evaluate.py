@@ -15,9 +15,11 @@ from test_job import empty_store, environment
 from uap_dist.classifiers import load_classifier
 from uap_dist.dataset import LocalWorkers, load_dataset
 from uap_dist.evaluate import baselines, measure_perturbations
-from uap_dist.norms import measure
+from uap_dist.norms import measure, random_perturbation
 from uap_dist.perturbations import Perturbation
 from uap_dist.worker import Worker
+
+SHAPE = (3, 16, 16)
 
 JOB = Path(__file__).parents[1] / "jobs/evaluate.py"
 
@@ -42,11 +44,22 @@ def test_rates_are_what_a_loop_over_the_images_gives(local_workers, tiny_data):
             assert m.norm_l2 == pytest.approx(scale * measure(v, "l2")) and m.scale == scale
 
 
-def test_baselines_are_as_large_as_they_say(local_workers, tiny_data):
-    zero, signs, uniform, gaussian = baselines((3, 16, 16), 10.0, seed=0)
-    assert not zero.v.any() and set(signs.v.flatten().tolist()) == {-10.0, 10.0}
-    assert 9 < measure(uniform.v, "linf") <= 10
-    assert measure(gaussian.v, "l2") == pytest.approx(measure(signs.v, "l2"))
+def test_baselines_are_as_large_as_the_perturbations_in_both_norms(local_workers, tiny_data):
+    corner = Perturbation("corner", random_perturbation(SHAPE, norm="linf", radius=10.0, seed=5))
+    twin = Perturbation("twin", 1.005 * random_perturbation(SHAPE, norm="linf", radius=10.0, seed=6))
+    sparse = Perturbation("sparse", torch.zeros(SHAPE).index_fill(1, torch.arange(4), 8.0))
+    zero, *noise = baselines([corner, twin, sparse], SHAPE, seed=0)
+    assert not zero.v.any()
+    assert [n.name for n in noise] == [
+        "random, ℓ∞ norm of corner",  # signs, which are as long too; they serve for the twin
+        "random, ℓ∞ norm of sparse",
+        "random, ℓ2 norm of sparse",
+    ]
+    assert set(noise[0].v.flatten().tolist()) == {-10.0, 10.0} and set(noise[1].v.flatten().tolist()) == {-8.0, 8.0}
+    assert measure(noise[2].v, "l2") == pytest.approx(measure(sparse.v, "l2"))
+    # at another size it is as large as what is shown there
+    _, small, _ = baselines([Perturbation("sparse", sparse.v)], (3, 8, 8), seed=0)
+    assert measure(small.v, "linf") == measure(sparse.resized((3, 8, 8)), "linf")
     (nothing,) = measure_perturbations(local_workers, "tiny", "val", tiny_data[1], [zero])
     assert nothing.fooling.num_hits == 0 and nothing.is_baseline and nothing.top1 == nothing.top1_clean
 
@@ -74,7 +87,7 @@ def test_the_job_leaves_table_matrix_and_run(shards, tmp_path):
         "1",
     ]
     (tmp_path / "mlflow.db").write_bytes(empty_store())
-    options = ["--shards", f"val={shards}/val-*.tar", "--scales", "0.5", "1", "--output", "out", "--radius", "40"]
+    options = ["--shards", f"val={shards}/val-*.tar", "--scales", "0.5", "1", "--output", "out"]
     done = subprocess.run(
         [*command, *options, "--perturbations", "noise.npy:255"],
         cwd=tmp_path,
@@ -85,7 +98,7 @@ def test_the_job_leaves_table_matrix_and_run(shards, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     table = pq.read_table(tmp_path / "out/tables/evaluation.parquet").to_pylist()
-    assert len(table) == 3 * 5 * 2
+    assert len(table) == 3 * 4 * 2  # the perturbation, nothing, and noise of either norm
     assert list(dict.fromkeys(row["classifier"] for row in table)) == ["Tiny", "Resized", "OwnPerProcess"]
     # but those that see images alike were measured one after another, so that images were decoded twice, not three times
     order = re.findall("(.*): waiting for", done.stdout)
@@ -94,7 +107,7 @@ def test_the_job_leaves_table_matrix_and_run(shards, tmp_path):
     assert all(row["fooling_rate_low"] <= row["fooling_rate"] <= row["fooling_rate_high"] for row in table)
     assert {row["fooling_rate"] for row in table if row["perturbation"] == "zero"} == {0.0}
     with (tmp_path / "out/tables/evaluation.csv").open() as file:
-        assert len(list(csv.reader(file))) == 31
+        assert len(list(csv.reader(file))) == 25
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
     pictures = {a.path for a in client.list_artifacts(run.info.run_id, "pictures")}

@@ -152,7 +152,10 @@ def test_the_log_is_plain_lines(finished):
     _, out = finished
     assert "\x1b" not in out and "\r" not in out
     assert re.search(r"after 329 network evaluations: training 0\.\d+ \[.*\] of 47, held-out 0\.\d+ \[.*\] of 20", out)
-    assert "a random perturbation of the same norm: 0." in out and "mlflow ui --backend-store-uri sqlite:///" in out
+    assert (
+        "a random perturbation of the same ℓ∞ and ℓ2 norm: 0." in out
+        and "mlflow ui --backend-store-uri sqlite:///" in out
+    )
 
 
 def test_sigterm_ends_the_run_killed(shards, tmp_path):

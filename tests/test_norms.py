@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from uap_dist.errors import ConfigError
-from uap_dist.norms import measure, project, random_perturbation, root_mean_square
+from uap_dist.norms import measure, project, random_of_same_norms, random_perturbation, root_mean_square
 
 NORMS = st.sampled_from(["linf", "l2"])
 
@@ -29,6 +29,18 @@ def test_random_perturbation_fills_the_ball_and_repeats(norm):
     assert measure(v, norm) == pytest.approx(7, rel=1e-6)
     assert torch.equal(v, random_perturbation((3, 8, 8), norm=norm, radius=7.0, seed=3))
     assert not torch.equal(v, random_perturbation((3, 8, 8), norm=norm, radius=7.0, seed=4))
+
+
+def test_noise_has_the_norms_of_what_it_is_compared_with_not_the_radius():
+    v = torch.zeros(3, 8, 8).index_fill(1, torch.arange(2), 5.0)
+    noise = random_of_same_norms(v, seed=3)
+    assert measure(noise["linf"], "linf") == 5 and measure(noise["l2"], "l2") == pytest.approx(measure(v, "l2"))
+    assert measure(noise["linf"], "l2") > 1.9 * measure(v, "l2")
+    corner = random_perturbation((3, 8, 8), norm="linf", radius=7.0, seed=4)
+    noise = random_of_same_norms(corner, seed=3)
+    assert noise["linf"] is noise["l2"] and not torch.equal(noise["l2"], corner)
+    assert [measure(noise["l2"], norm) for norm in ("linf", "l2")] == [measure(corner, norm) for norm in ("linf", "l2")]
+    assert not random_of_same_norms(torch.zeros(3, 8, 8), seed=3)["l2"].any()
 
 
 @pytest.mark.parametrize(("norm", "radius"), [("l1", 1.0), ("linf", 0.0), ("l2", -1.0), ("l2", float("nan"))])

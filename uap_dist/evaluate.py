@@ -1,6 +1,6 @@
 """How well perturbations work: fooling rate and top-1 of any of them on a classifier and a dataset."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,9 +9,11 @@ from torch import Tensor
 
 from uap_dist.dataset import Dataset, Workers, classify, fooling_rate
 from uap_dist.fooling import Rate
-from uap_dist.norms import measure, random_perturbation
+from uap_dist.norms import SYMBOLS, Norm, measure, random_of_same_norms
 from uap_dist.perturbations import Perturbation
 from uap_dist.shards import UNKNOWN_CLASS
+
+NEAR = 0.01  # relative: norms that one baseline serves
 
 
 @dataclass(frozen=True)
@@ -78,29 +80,38 @@ def measure_perturbations(
             )
 
 
-def baselines(shape: tuple[int, ...], radius: float, seed: int) -> list[Perturbation]:
-    """Nothing, and noise that reaches ±radius or is as long: what a perturbation has to be better than.
+def baselines(perturbations: Iterable[Perturbation], shape: tuple[int, ...], seed: int) -> list[Perturbation]:
+    """What perturbations have to be better than: nothing, and for each of them noise that is as large in ℓ∞ and in ℓ2 norm.
+
+    Perturbations whose norms are within a percent of each other share their noise, which is named after the first of them. Noise has
+    the norms of the perturbation as it is shown to images of that size (see `Perturbation.resized`).
 
     Args:
-        shape: C×H×W.
-        radius: pixels.
+        perturbations: computed ones.
+        shape: C×H×W of the images.
         seed: of the noise.
     """
-    signs = random_perturbation(shape, norm="linf", radius=radius, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    uniform = radius * (2 * torch.rand(shape, generator=generator) - 1)
-    gaussian = random_perturbation(shape, norm="l2", radius=measure(signs, "l2"), seed=seed)
-    noise: dict[str, Tensor] = {
-        "zero": torch.zeros(shape),
-        f"random signs ±{radius:g}": signs,
-        f"random uniform ±{radius:g}": uniform,
-        "random Gaussian, length of the signs": gaussian,
-    }
-    return [Perturbation(name, v, {"baseline": True}) for name, v in noise.items()]
+    found = [Perturbation("zero", torch.zeros(shape), {"baseline": True})]
+    sizes: list[tuple[Norm, float]] = []
+    for perturbation in perturbations:
+        noise = random_of_same_norms(perturbation.resized(shape), seed=seed)
+        for norm in ("linf", "l2") if noise["l2"] is not noise["linf"] else ("linf",):
+            size = measure(perturbation.v, norm)
+            if not any(other == norm and abs(size - known) <= NEAR * known for other, known in sizes):
+                sizes.append((norm, size))
+                name = f"random, {SYMBOLS[norm]} norm of {perturbation.name}"
+                found.append(Perturbation(name, noise[norm], {"baseline": True}))
+    return found
+
+
+def measure_noise(workers: Workers, dataset: Dataset, noise: Mapping[Norm, Tensor]) -> dict[Norm, Rate]:
+    """Fooling rates by norm of what `random_of_same_norms` gives; noise that stands for both norms is measured once."""
+    rates = {id(v): fooling_rate(dataset, classify(workers, dataset, v.numpy())) for v in noise.values()}
+    return {norm: rates[id(v)] for norm, v in noise.items()}
 
 
 def is_baseline(perturbation: Perturbation) -> bool:
-    """Whether it is one of `baselines`."""
+    """Whether nobody computed it: see `baselines`."""
     return bool(perturbation.provenance.get("baseline"))
 
 

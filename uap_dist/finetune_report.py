@@ -25,7 +25,7 @@ TITLES = {
     TRAINED_ON: "members trained on",
     HELD_OUT: "members held out",
     FRESH: "**perturbations computed against this network**",
-    RANDOM: "random, same norm",
+    RANDOM: "random, as large as the first member",
 }
 
 

@@ -7,9 +7,10 @@ from typing import Any
 from uap_dist.checkpoint import Checkpoint, CheckpointStore
 from uap_dist.compute import RoundReport, compute, describe_steps
 from uap_dist.config import ComputeConfig
-from uap_dist.dataset import Dataset, Workers, classify, fooling_rate
+from uap_dist.dataset import Dataset, Workers
+from uap_dist.evaluate import measure_noise
 from uap_dist.history import RoundRecord
-from uap_dist.norms import random_perturbation
+from uap_dist.norms import random_of_same_norms
 from uap_dist.report import FinishedRun, save_run
 from uap_dist.tracking import CHECKPOINTS_TAG, Tracker
 
@@ -77,11 +78,11 @@ class Member:
         """
         config = self.config
         steps = describe_steps(report.num_rounds, val.shape, config)
-        noise = random_perturbation(val.shape, norm=config.norm, radius=config.ball_radius, seed=config.seed)
+        noise = random_of_same_norms(report.perturbation, seed=config.seed)
         self.finished = FinishedRun(
             final=report,
             history=self._history,
-            random_rate=fooling_rate(val, classify(workers, val, noise.numpy())),
+            random_rates=measure_noise(workers, val, noise),
             val=val,
             provenance=dict(provenance) | own_provenance(config) | steps,
             class_names=class_names,
@@ -106,7 +107,7 @@ class Member:
         self._tracker.log_params(describe_steps(final.num_rounds, final.perturbation.shape, self.config))
         self._tracker.complete(
             tags=tags,
-            metrics=self.finished.random_rate.metrics("random"),
+            metrics=self.finished.random_metrics(),
             step=final.state.num_rounds,
             markdown=self.finished.summary(),
             folder=self.folder,

@@ -9,6 +9,8 @@ from torch import Tensor
 from uap_dist.errors import ConfigError
 
 Norm = Literal["linf", "l2"]
+SYMBOLS: dict[Norm, str] = {"linf": "ℓ∞", "l2": "ℓ2"}
+IN_THE_CORNER = 0.99  # of the ℓ2 norm that the corner of the ℓ∞ ball has: v is taken to be there
 
 
 def check_ball(norm: str, radius: float) -> None:
@@ -59,6 +61,25 @@ def random_perturbation(shape: tuple[int, ...], *, norm: Norm, radius: float, se
         return radius * (2.0 * torch.randint(0, 2, shape, generator=generator) - 1)
     direction = torch.randn(shape, generator=generator)
     return direction * (radius / measure(direction, "l2"))
+
+
+def random_of_same_norms(v: Tensor, *, seed: int) -> dict[Norm, Tensor]:
+    """What v has to be better than: for each norm a random perturbation that is as large as v in it; float32, pixels.
+
+    Where v lies in a corner of its ℓ∞ ball, random signs of its ℓ∞ norm have its ℓ2 norm too and stand for both. Elsewhere they are
+    longer, and a Gaussian direction has v's ℓ2 norm.
+
+    Args:
+        v: C×H×W, pixels.
+        seed: of the noise.
+    """
+    if not v.any():
+        return {"linf": v, "l2": v}
+    signs = random_perturbation(tuple(v.shape), norm="linf", radius=measure(v, "linf"), seed=seed)
+    length = measure(v, "l2")
+    if length >= IN_THE_CORNER * measure(signs, "l2"):
+        return {"linf": signs, "l2": signs}
+    return {"linf": signs, "l2": random_perturbation(tuple(v.shape), norm="l2", radius=length, seed=seed)}
 
 
 def _values(v: Tensor) -> np.ndarray:

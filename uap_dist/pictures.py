@@ -46,7 +46,7 @@ def save_perturbations(path: Path, perturbations: Tensor, names: Sequence[str]) 
     _save(figure, path)
 
 
-def save_curve(path: Path, history: Sequence[RoundRecord], random_rate: Rate) -> None:
+def save_curve(path: Path, history: Sequence[RoundRecord], random_rates: Mapping[str, Rate]) -> None:
     """Fooling rate against network evaluations: training and held-out with 95 % intervals, each round's, and the baseline."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     rounds = [record.metrics for record in history]
@@ -68,11 +68,13 @@ def save_curve(path: Path, history: Sequence[RoundRecord], random_rate: Rate) ->
         axes.plot(evaluations, _column(measured, rate), marker="o", color=colour, label=label)
         axes.fill_between(evaluations, low, high, color=colour, alpha=0.2, lw=0)
         axes.vlines(evaluations, low, high, color=colour, alpha=0.4)
-    _finish_curves(axes, "Fooling rate, 95 % Wilson intervals", random_rate)
+    _finish_curves(axes, "Fooling rate, 95 % Wilson intervals", random_rates)
     _save(figure, path)
 
 
-def save_curves(path: Path, histories: Mapping[str, Sequence[Mapping[str, float]]], random_rate: Rate) -> None:
+def save_curves(
+    path: Path, histories: Mapping[str, Sequence[Mapping[str, float]]], random_rates: Mapping[str, Rate]
+) -> None:
     """Several computations against network evaluations, from all their rounds' metrics: held-out fooling rate, and that of the rounds."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for number, (name, rounds) in enumerate(histories.items()):
@@ -85,7 +87,7 @@ def save_curves(path: Path, histories: Mapping[str, Sequence[Mapping[str, float]
         label = f"{name}: {rates[-1]:.3f}"
         axes.plot(_column(measured, "total/evaluations"), rates, marker="o", ms=5, lw=1.5, color=colour, label=label)
     _finish_curves(
-        axes, "Held-out fooling rate of each member; thin: on the images of its rounds, averaged", random_rate
+        axes, "Held-out fooling rate of each member; thin: on the images of its rounds, averaged", random_rates
     )
     _save(figure, path)
 
@@ -300,9 +302,10 @@ def _column(metrics: Sequence[Mapping[str, float]], name: str) -> list[float]:
     return [one[name] for one in metrics]
 
 
-def _finish_curves(axes: Axes, title: str, random_rate: Rate) -> None:
-    label = f"random, same norm ({random_rate.num_examples} held-out images)"
-    axes.axhline(random_rate.rate, color="tab:red", ls="--", label=label)
+def _finish_curves(axes: Axes, title: str, random_rates: Mapping[str, Rate]) -> None:
+    for (name, rate), style in zip(random_rates.items(), ("--", ":"), strict=False):
+        label = f"random, {name} ({rate.num_examples} held-out images)"
+        axes.axhline(rate.rate, color="tab:red", ls=style, label=label)
     axes.set(xlabel="network evaluations", ylabel="fooling rate", ylim=(0, 1))
     axes.set_title(title, fontsize=10)
     axes.set_xlim(left=0)

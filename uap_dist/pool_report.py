@@ -14,7 +14,7 @@ from uap_dist import pictures
 from uap_dist.fooling import Rate
 from uap_dist.perturbations import load_perturbations
 from uap_dist.pool import DIVERSE, PerturbationPool
-from uap_dist.report import RESULT_FILE, ROUNDS_FILE
+from uap_dist.report import RESULT_FILE, ROUNDS_FILE, name_random_rates
 
 POOL_FOLDER = "pool"
 MEMBERS_FOLDER = "members"
@@ -51,19 +51,23 @@ class FinishedPool:
         return sum(result["val_fooling_rate"] for result in self.results.values()) / len(self.results)
 
     @property
-    def random_rate(self) -> Rate:
-        """Held-out fooling rate of a random perturbation of the same norm: that of the first member's seed."""
+    def random_rates(self) -> dict[str, Rate]:
+        """Held-out fooling rates of random perturbations as large as the first member, by what they have in common with it."""
         first = next(iter(self.results.values()))
-        return _rate(first["val_fooling_rate_random"], first["num_val_images"])
+        by_norm = first["val_fooling_rate_random_by_norm"]
+        rates = {norm: _rate(share, first["num_val_images"]) for norm, share in by_norm.items()}
+        return name_random_rates(self.pool.shared["norm"], rates)
 
     def result(self) -> dict[str, Any]:
         """The numbers that scripts read."""
         value, pair = self.pool.nearest_pairs()[0]
+        first = next(iter(self.results.values()))
         return {
             "num_perturbations": len(self.results),
             "mean_val_fooling_rate": self.mean_rate,
-            "val_fooling_rate_random": self.random_rate.rate,
-            "num_val_images": self.random_rate.num_examples,
+            "val_fooling_rate_random": first["val_fooling_rate_random"],
+            "val_fooling_rate_random_by_norm": first["val_fooling_rate_random_by_norm"],
+            "num_val_images": first["num_val_images"],
             "largest_inner_product": value,
             "nearest_pair": pair,
             "is_diverse": value <= DIVERSE,
@@ -86,10 +90,11 @@ class FinishedPool:
         pairs = self.pool.nearest_pairs()[:NUM_PAIRS_NAMED]
         value = pairs[0][0]
         named = ", ".join(f"{a} and {b} ({product:.2f})" for product, (a, b) in pairs)
+        random = ", of the ".join(f"{name}: {rate}" for name, rate in self.random_rates.items())
         verdict = "diverse" if value <= DIVERSE else "**not diverse**"
         return (
             f"Pool of {len(self.results)} universal perturbations of **{p['model']}**, {p['norm']} ≤ {p['radius']:g} pixels. "
-            f"Mean held-out fooling rate **{self.mean_rate:.3f}**; a random perturbation of the same norm: {self.random_rate}. "
+            f"Mean held-out fooling rate **{self.mean_rate:.3f}**; a random perturbation of the {random}. "
             f"By the paper's criterion (normalised inner products of at most {DIVERSE:g}) the pool is {verdict}: "
             f"the largest is {value:.2f}. Nearest: {named}.\n\n"
             f"{self.markdown()}\n\n"
@@ -122,7 +127,7 @@ def save_pool(folder: Path, finished: FinishedPool) -> None:
     pool.save(folder / POOL_FOLDER)
     names = [member["name"] for member in pool.members]
     products = pool.inner_products().numpy()
-    pictures.save_curves(folder / "pictures/1-fooling-rates.png", finished.rounds, finished.random_rate)
+    pictures.save_curves(folder / "pictures/1-fooling-rates.png", finished.rounds, finished.random_rates)
     title = "normalised inner products of members"
     pictures.save_matrix(folder / "pictures/2-inner-products.png", products, names, names, title=title, limits=(0, 1))
     pictures.save_perturbations(folder / "pictures/3-members.png", pool.perturbations, names)

@@ -19,7 +19,7 @@ from uap_dist.finetune_report import BEFORE, FRESH, RANDOM
 from uap_dist.fleet import Fleet, FleetConfig
 from uap_dist.history import RoundRecord
 from uap_dist.locations import join
-from uap_dist.norms import random_perturbation
+from uap_dist.norms import random_of_same_norms
 from uap_dist.perturbations import Perturbation
 from uap_dist.pool import POOL_FILE, PerturbationPool
 from uap_dist.pool_report import POOL_FOLDER, FinishedPool, save_pool
@@ -120,7 +120,8 @@ def measure(job: Job, networks: Sequence[Network]) -> list[Measurement]:
     """Every network under the pools of all of them, and under noise, on the held-out images."""
     job.console.print("measuring")
     shared = networks[0].pool.shared
-    noise = random_perturbation(job.val.shape, norm=shared["norm"], radius=shared["radius"], seed=job.config.seed)
+    first = networks[0].perturbations[0].resized(job.val.shape)
+    noise = random_of_same_norms(first, seed=job.config.seed)[shared["norm"]]
     perturbations = [perturbation for network in networks for perturbation in network.perturbations]
     perturbations.append(Perturbation(RANDOM, noise, {"baseline": True}))
     measurements: list[Measurement] = []

@@ -22,7 +22,7 @@ from uap_dist.fooling import Rate
 from uap_dist.history import RoundRecord
 from uap_dist.label_graph import dominant_labels, label_graph, save_label_graph
 from uap_dist.locations import copy_folder, is_url, join
-from uap_dist.norms import measure
+from uap_dist.norms import SYMBOLS, Norm, measure
 from uap_dist.perturbations import PERTURBATION_FILE, save_perturbation
 from uap_dist.shards import UNKNOWN_CLASS
 from uap_dist.worker import Predictions
@@ -79,7 +79,7 @@ class FinishedRun:
     Attributes:
         final: report of the last round, with its evaluation.
         history: of every round.
-        random_rate: held-out fooling rate of a random perturbation of the same norm.
+        random_rates: held-out fooling rate of a random perturbation that is as large in each norm (see `random_of_same_norms`).
         val: the held-out examples.
         provenance: network, data, config, seed, versions.
         class_names: of the network's labels; empty where not known.
@@ -88,7 +88,7 @@ class FinishedRun:
 
     final: RoundReport
     history: Sequence[RoundRecord]
-    random_rate: Rate
+    random_rates: Mapping[Norm, Rate]
     val: Dataset
     provenance: Mapping[str, Any]
     class_names: Sequence[str]
@@ -113,6 +113,16 @@ class FinishedRun:
         return self.final.evaluation.val_predictions
 
     @property
+    def random_rate(self) -> Rate:
+        """Held-out fooling rate of a random perturbation that is as large in the norm of the ball."""
+        return self.random_rates[self.provenance["norm"]]
+
+    def random_metrics(self) -> dict[str, float]:
+        """The same in both norms, under the names that MLflow uses."""
+        by_norm = {f"fooling_rate/random_{norm}": rate.rate for norm, rate in self.random_rates.items()}
+        return self.random_rate.metrics("random") | by_norm
+
+    @property
     def seconds(self) -> float:
         """Spent in rounds, measurements for the report not counted."""
         return sum(record.metrics["round/seconds"] for record in self.history)
@@ -131,6 +141,7 @@ class FinishedRun:
             "val_fooling_rate_interval": self.val_rate.interval,
             "num_val_images": self.val_rate.num_examples,
             "val_fooling_rate_random": self.random_rate.rate,
+            "val_fooling_rate_random_by_norm": {norm: rate.rate for norm, rate in self.random_rates.items()},
             "train_fooling_rate": self.train_rate.rate,
             "train_fooling_rate_interval": self.train_rate.interval,
             "num_train_images": self.train_rate.num_examples,
@@ -154,16 +165,27 @@ class FinishedRun:
             if p["demo"]
             else ""
         )
+        random = ", of the ".join(
+            f"{name}: {rate}" for name, rate in name_random_rates(p["norm"], self.random_rates).items()
+        )
         taken = ", ".join(f"{name} ({count})" for name, count in self.dominant_labels)
         return (
             f"Universal perturbation of **{p['model']}**, {p['norm']} ≤ {p['radius']:g} pixels, rule {p['rule']}, seed {p['seed']}.\n\n"
             f"Fooling rate on held-out images: **{self.val_rate}** (95 % interval); "
-            f"a random perturbation of the same norm: {self.random_rate}; on training images: {self.train_rate}.\n\n"
+            f"a random perturbation of the {random}; on training images: {self.train_rate}.\n\n"
             f"Most of the {self.val_rate.num_hits} fooled held-out images are called: {taken or 'nothing'}.\n\n"
             f"{final.num_evaluations} network evaluations in {final.round_number + 1} rounds of {self.seconds:.0f} s together.{demo}\n\n"
             "Look at the pictures in the order of their names (curve, held-out images clean and perturbed, the perturbation stretched "
             "and at true scale, where labels go) and at `tables/held-out-examples.parquet` (one row an image; the first rows as .csv)."
         )
+
+
+def name_random_rates(norm: Norm, rates: Mapping[Norm, Rate]) -> dict[str, Rate]:
+    """Fooling rates of random perturbations by what they have in common with v, in words; the norm of the ball first."""
+    other: Norm = "l2" if norm == "linf" else "linf"
+    if rates[norm] == rates[other]:
+        return {"same ℓ∞ and ℓ2 norm": rates[norm]}
+    return {f"same {SYMBOLS[each]} norm": rates[each] for each in (norm, other)}
 
 
 def save_run(folder: Path, run: FinishedRun, workers: Workers) -> None:
@@ -188,7 +210,8 @@ def label_name(label: int, class_names: Sequence[str]) -> str:
 def _save_pictures(folder: Path, run: FinishedRun, workers: Workers) -> None:
     """Their names sort in the order in which one looks at them."""
     val, v = run.val, run.final.perturbation
-    pictures.save_curve(folder / "1-fooling-rate.png", run.history, run.random_rate)
+    random_rates = name_random_rates(run.provenance["norm"], run.random_rates)
+    pictures.save_curve(folder / "1-fooling-rate.png", run.history, random_rates)
     chosen = np.unique(
         np.linspace(0, val.num_examples - 1, NUM_PICTURED).astype(int)
     )  # evenly spread: nobody chose them

@@ -49,15 +49,15 @@ def summary(measurements: Sequence[Measurement]) -> str:
 
 
 def _matrix(measurements: Sequence[Measurement]) -> Iterator[str]:
-    """Perturbations down, classifiers across."""
+    """Perturbations down, classifiers across; a dash where an input size has no such baseline of its own."""
     classifiers = list(dict.fromkeys(m.classifier for m in measurements))
-    rates = {(m.perturbation, m.scale, m.classifier): m.fooling.rate for m in measurements}
+    rates = {(m.perturbation, m.scale, m.classifier): f"{m.fooling.rate:.3f}" for m in measurements}
     rows = list(dict.fromkeys((m.perturbation, m.scale) for m in measurements))
     yield f"| perturbation | {' | '.join(classifiers)} |"
     yield "| --- " * (1 + len(classifiers)) + "|"
     for name, scale in rows[:MAX_ROWS_IN_SUMMARY]:
         label = name if scale == 1 else f"{name} × {scale:g}"
-        yield f"| {label} | {' | '.join(f'{rates[name, scale, classifier]:.3f}' for classifier in classifiers)} |"
+        yield f"| {label} | {' | '.join(rates.get((name, scale, classifier), '–') for classifier in classifiers)} |"
     if len(rows) > MAX_ROWS_IN_SUMMARY:
         yield f"\n{len(rows) - MAX_ROWS_IN_SUMMARY} more in `tables/evaluation.md`."
 

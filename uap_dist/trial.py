@@ -188,9 +188,9 @@ def _report(
     finished = FinishedRun(
         final=replace(final, evaluation=evaluation),
         history=history,
-        random_rate=evaluation.val,
+        random_rates={"linf": evaluation.val, "l2": evaluation.val},
         val=some,
-        provenance={},
+        provenance={"norm": "linf"},
         class_names=class_names,
         mlflow_run_id="",
     )
