@@ -25,9 +25,11 @@ from networks import NETWORKS
 from uap_dist.cluster import connect
 from uap_dist.compute import compute
 from uap_dist.config import ComputeConfig
-from uap_dist.dataset import classify, fooling_rate, load_dataset
+from uap_dist.dataset import load_dataset
+from uap_dist.evaluate import measure_noise
 from uap_dist.fleet import Fleet, FleetConfig
-from uap_dist.norms import random_perturbation
+from uap_dist.norms import SYMBOLS, random_of_same_norms
+from uap_dist.norms import measure as measure_norm
 from uap_dist.provenance import git_commit
 from uap_dist.shards import expand_patterns
 
@@ -42,7 +44,8 @@ class Row:
     goal: float | None = None
 
 
-PAPER = {"rule": "paper", "round_size": 24, "block_size": 6}  # the defaults of all rules when it was measured
+PAPER = {"rule": "paper", "round_size": 24, "block_size": 6}  # increments of 24 images against one v, one projection
+ALGORITHM_1 = {"rule": "paper", "round_size": 1, "block_size": 1}  # the paper's own: a projection after each image
 
 
 def _rows() -> dict[str, Row]:
@@ -59,8 +62,9 @@ def _rows() -> dict[str, Row]:
         ("resnet20", "linf", 32_000, 0.885),
     ):
         rows[f"{network}-{norm}-{budget}"] = Row(network, {"norm": norm, "max_evaluations": budget}, five, goal)
-    for network, budget, seeds in (("squeezenet", 3_000, (0, 1)), ("lite0", 4_000, (0, 1)), ("resnet20", 8_000, five)):
-        rows[f"{network}-paper-{budget}"] = Row(network, PAPER | {"max_evaluations": budget}, seeds)
+    for network, budget in (("squeezenet", 3_000), ("lite0", 4_000), ("resnet20", 8_000)):
+        for name, config in (("paper", PAPER), ("algorithm1", ALGORITHM_1)):
+            rows[f"{network}-{name}-{budget}"] = Row(network, config | {"max_evaluations": budget}, five)
     return rows
 
 
@@ -118,13 +122,16 @@ def measure(network_name: str, names: list[str], options: Options) -> None:
         config, started = ComputeConfig(seed=seed, **ROWS[name].config), time.perf_counter()
         (final,) = deque(compute(fleet, train, val, config), maxlen=1)
         assert final.evaluation is not None
-        noise = random_perturbation(val.shape, norm=config.norm, radius=config.ball_radius, seed=seed)
+        noise = measure_noise(fleet, val, random_of_same_norms(final.perturbation, seed=seed))
         line = {
             "row": name,
             "seed": seed,
             "config": ROWS[name].config,
             "rate": final.evaluation.val.rate,
-            "random_rate": fooling_rate(val, classify(fleet, val, noise.numpy())).rate,
+            "random_rate": noise[config.norm].rate,
+            "random_rate_by_norm": {norm: rate.rate for norm, rate in noise.items()},
+            "norm_l2": measure_norm(final.perturbation, "l2"),
+            "norm_linf": measure_norm(final.perturbation, "linf"),
             "num_val_images": val.num_examples,
             "train_rate": final.evaluation.train.rate,
             "num_evaluations": final.num_evaluations,
@@ -153,10 +160,18 @@ def table(path: Path) -> Iterator[str]:
         spread = f" ± {stdev(rates):.3f}" if len(rates) > 1 else ""
         yield (
             f"| {name} | {' '.join(f'{rate:.3f}' for rate in rates)} "
-            f"| **{mean(rates):.3f}**{spread} | {row.goal or '–'} | {mean(line['random_rate'] for line in lines):.3f} "
+            f"| **{mean(rates):.3f}**{spread} | {row.goal or '–'} | {random_rates(lines)} "
             f"| {mean(line['train_rate'] for line in lines):.3f} | {max(line['num_evaluations'] for line in lines):,} "
             f"| {lines[0]['num_val_images']} |"
         )
+
+
+def random_rates(lines: list[dict[str, Any]]) -> str:
+    """Mean fooling rate of noise as large as the perturbations; of either norm where these are in no corner of the ball."""
+    by_norm = [line["random_rate_by_norm"] for line in lines if "random_rate_by_norm" in line]
+    if any(rates["linf"] != rates["l2"] for rates in by_norm):
+        return ", ".join(f"{SYMBOLS[norm]} {mean(rates[norm] for rates in by_norm):.3f}" for norm in ("linf", "l2"))
+    return f"{mean(line['random_rate'] for line in lines):.3f}"
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

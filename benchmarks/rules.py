@@ -86,7 +86,7 @@ class Row:
         """Fields of ComputeConfig but the seed, and the clamp if it is not CLAMP; of SGD-UAP as published norm, radius and budget."""
         config = {"norm": self.norm, "radius": RADII[self.collection][self.norm], "max_evaluations": self.budget}
         if self.rule == "paper":
-            config["rule"] = "paper"
+            config |= {"rule": "paper", "round_size": 1, "block_size": 1}  # algorithm 1
         if self.rule == "tuned":
             config |= tuned_config(self.network, self.norm, self.budget)
         return config
