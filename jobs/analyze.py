@@ -71,7 +71,7 @@ class Options:
     memory_gib: float = 2.0
     """Memory of the driver for normals, GiB. Where they do not fit, their matrix is reduced to its leading directions on the way."""
     numbers: tuple[int, ...] = ()
-    """images: how many training images. Default: all, a quarter of them, a sixteenth, a 64th, a 256th, where those make a block."""
+    """images: how many training images. Default: all, a quarter of them, a sixteenth, a 64th, a 256th, where those make a round."""
     num_seeds: int = 3
     """images: perturbations from each number, with seeds from the perturbation's own on."""
     seed: int = 0
@@ -180,7 +180,7 @@ def _plan(options: Options, perturbation: Perturbation, recipe: Recipe | None, t
         check_subspace(options.num_singular, num_normals, train.shape, options.memory_bytes)
     if recipe is None:
         return {}
-    numbers = options.numbers or default_numbers(train.num_examples, recipe.config.block_size)
+    numbers = options.numbers or default_numbers(train.num_examples, recipe.config.round_size)
     return plan_numbers(train, recipe, numbers, options.num_seeds)
 
 

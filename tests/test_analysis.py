@@ -6,20 +6,23 @@ import numpy as np
 import pytest
 import torch
 from conftest import encode, random_samples
+from hypothesis import given as given_examples
+from hypothesis import strategies as st
 from torch import nn
 
 from uap_dist import boundaries, by_number, phase
 from uap_dist.classifiers import Classifier, Geometry
 from uap_dist.compute import compute
 from uap_dist.config import ComputeConfig
-from uap_dist.dataset import LocalWorkers, load_dataset
+from uap_dist.dataset import Dataset, LocalWorkers, Shard, load_dataset
 from uap_dist.deepfool import deepfool
 from uap_dist.errors import ConfigError, PerturbationError
 from uap_dist.evaluate import measure_perturbations
 from uap_dist.norms import measure
 from uap_dist.perturbations import Perturbation
+from uap_dist.schedule import plan_rounds
 from uap_dist.shards import write_shards
-from uap_dist.worker import Worker
+from uap_dist.worker import Predictions, Worker
 
 MEMORY = 1 << 28
 SHAPE = (3, 16, 16)
@@ -208,7 +211,9 @@ def test_perturbations_of_fewer_images_are_what_the_thinned_data_gives(local_wor
     found = {(p.num_images, p.seed): p for p in by_number.compute_by_number(local_workers, train, val, plan)}
     assert len(found) == 4
     work = last.num_evaluations - 47  # less than 100, as a round more would not fit
-    *_, direct = compute(local_workers, train.thin(12), val, replace(CONFIG, seed=4, max_evaluations=12 + work))
+    *_, direct = compute(
+        local_workers, train.thin_by_blocks(12, 5), val, replace(CONFIG, seed=4, max_evaluations=12 + work)
+    )
     point = found[12, 4]
     assert (point.val, point.train) == (direct.evaluation.val, direct.evaluation.train)
     assert point.train.num_examples == 12 and point.val.num_examples == 20
@@ -220,8 +225,8 @@ def test_perturbations_of_fewer_images_are_what_the_thinned_data_gives(local_wor
 
 def test_numbers_that_cannot_be_are_refused(tiny_data, given):
     train, _ = tiny_data
-    for number in (4, 48):
-        message = f"of {number} training images (--numbers) cannot be computed; give numbers between a block, 5, and all that there are, 47"
+    for number in (9, 48):
+        message = f"of {number} training images (--numbers) cannot be compared: its rounds would have another size;"
         with pytest.raises(ConfigError, match=re.escape(message)):
             by_number.plan_numbers(train, by_number.Recipe.of(given[0]), (number,), 1)
     with pytest.raises(PerturbationError, match="published does not say how .* leave images"):
@@ -231,9 +236,43 @@ def test_numbers_that_cannot_be_are_refused(tiny_data, given):
         by_number.plan_numbers(train, poor, (47,), 1)
 
 
-def test_the_ladder_of_numbers_ends_at_all_and_begins_with_a_block():
+def dataset_of(sizes):
+    shards = tuple(
+        Shard(f"{n}.tar", str(n), tuple(f"{n}-{i}" for i in range(size)), np.full(size, -1))
+        for n, size in enumerate(sizes)
+    )
+    count = sum(sizes)
+    return Dataset(shards, SHAPE, (), Predictions(np.arange(count), np.zeros(count, np.float32)))
+
+
+def test_few_images_of_many_shards_make_rounds_as_large_as_many_images_do():
+    data = dataset_of([10] * 60)
+    for number in (39, 600):
+        few = data.thin_by_blocks(number, 3)
+        assert few.num_examples == number and len(set(few.keys)) == number
+        rounds = list(islice(plan_rounds(few.sizes, seed=0, round_size=6, block_size=3), 12))
+        assert 5 <= sum(r.num_examples for r in rounds) / len(rounds) <= 6  # shards of ten make blocks of 3, 3, 2 and 2
+    assert len(data.thin_by_blocks(39, 3).shards) == 13  # evenly spread, in case the shards are sorted
+    with_thin = list(islice(plan_rounds(data.thin(39).sizes, seed=0, round_size=6, block_size=3), 12))
+    assert sum(r.num_examples for r in with_thin) / len(with_thin) < 2.1
+
+
+@given_examples(
+    sizes=st.lists(st.integers(1, 12), min_size=1, max_size=8), block_size=st.integers(1, 6), data=st.data()
+)
+def test_thinning_by_blocks_gives_as_many_examples_as_asked_for(sizes, block_size, data):
+    whole = dataset_of(sizes)
+    number = data.draw(st.integers(1, sum(sizes)))
+    few = whole.thin_by_blocks(number, block_size)
+    assert few.num_examples == number and len(set(few.keys)) == number and set(few.keys) <= set(whole.keys)
+    assert [whole.keys[label] for label in few.clean.labels] == few.keys
+    num_whole_blocks = sum(n // block_size for n in few.sizes)
+    assert num_whole_blocks == min(number // block_size, sum(n // block_size for n in sizes))
+
+
+def test_the_ladder_of_numbers_ends_at_all_and_begins_with_a_round():
     assert by_number.default_numbers(5000, 6) == (19, 78, 312, 1250, 5000)
-    assert by_number.default_numbers(47, 5) == (11, 47)
+    assert by_number.default_numbers(47, 12) == (47,)
 
 
 def test_a_subspace_that_cannot_be_had_is_refused_before_work():

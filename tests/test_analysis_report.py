@@ -81,7 +81,9 @@ def test_the_findings_are_the_numbers():
 def test_enough_images_are_the_fewest_within_half_an_interval():
     rates = {10: (30, 34), 20: (72, 78), 40: (80, 80)}
     points = [
-        NumberPoint(n, s, Rate(hits, 100), Rate(9, 10), 5) for n, each in rates.items() for s, hits in enumerate(each)
+        NumberPoint(n, s, Rate(hits, 100), Rate(9, 10), 5, 6.0)
+        for n, each in rates.items()
+        for s, hits in enumerate(each)
     ]
     text = numbers_finding(points)
     assert (

@@ -1,7 +1,7 @@
 """What the measurements of an analysis say: their key numbers, a sentence on each, and its section of the report, in Markdown."""
 
 from collections.abc import Iterator, Sequence
-from statistics import fmean, pstdev
+from statistics import fmean, stdev
 from typing import Any
 
 from uap_dist.boundaries import SUBSPACE, Boundaries
@@ -198,7 +198,7 @@ def boundaries_section(boundaries: Boundaries) -> Iterator[str]:
 
 
 def numbers_numbers(points: Sequence[NumberPoint]) -> list[dict[str, Any]]:
-    """For each number of images: mean and standard deviation over seeds of the held-out rate, mean of the training rate."""
+    """For each number of images the mean rates, and the held-out rate's standard deviation over seeds (None of one seed)."""
     found = []
     for number, own in by_number(points).items():
         rates = [point.val.rate for point in own]
@@ -207,7 +207,8 @@ def numbers_numbers(points: Sequence[NumberPoint]) -> list[dict[str, Any]]:
                 "num_images": number,
                 "num_seeds": len(own),
                 "val_fooling_rate": fmean(rates),
-                "val_fooling_rate_sd": pstdev(rates),
+                "val_fooling_rate_sd": stdev(rates) if len(rates) > 1 else None,
+                "images_per_round": fmean(point.images_per_round for point in own),
                 "train_fooling_rate": fmean(point.train.rate for point in own),
             }
         )
@@ -239,10 +240,10 @@ def numbers_section(points: Sequence[NumberPoint]) -> Iterator[str]:
     """Paragraphs: what was measured, how to read the picture, what it says, the numbers."""
     yield "## 3. How many images does it take to compute one?"
     yield (
-        "From each number of training images (evenly spread over all) perturbations are computed anew, one for each "
+        "From each number of training images (in blocks that are evenly spread over all) perturbations are computed anew, one for each "
         "seed, as the analysed one was: same rule, same ball, and as many network evaluations for increments, so that "
         "few images are visited more often and not less work is done. (The clean labels of the training images, one "
-        "evaluation each, come on top.)"
+        "evaluation each, come on top. What counts for the rate is also how many images a round has: the last column says it.)"
     )
     yield f"![Fooling rate against the number of training images]({NUMBERS_PICTURE})"
     yield (
@@ -258,13 +259,16 @@ def numbers_section(points: Sequence[NumberPoint]) -> Iterator[str]:
     rows = [
         [
             f"{row['num_images']:,}",
-            f"{row['val_fooling_rate']:.3f} ± {row['val_fooling_rate_sd']:.3f}",
+            f"{row['val_fooling_rate']:.3f}" + (f" ± {row['val_fooling_rate_sd']:.3f}" if row["num_seeds"] > 1 else ""),
             seeds,
             f"{row['train_fooling_rate']:.3f}",
+            f"{row['images_per_round']:.1f}",
         ]
         for row, seeds in zip(numbers_numbers(points), each, strict=True)
     ]
-    yield table(["training images", "held-out, mean ± sd", "held-out, each seed", "training, mean"], rows)
+    yield table(
+        ["training images", "held-out, mean ± sd", "held-out, each seed", "training, mean", "images a round"], rows
+    )
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

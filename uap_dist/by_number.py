@@ -17,13 +17,17 @@ from uap_dist.together import compute_together, keep_busy
 
 @dataclass(frozen=True)
 class NumberPoint:
-    """A perturbation computed from so many images with a seed: its rates on held-out and on its training images, and its cost."""
+    """A perturbation computed from so many images with a seed: its rates on held-out and on its training images, and its cost.
+
+    `images_per_round` is a mean: where few images lie in many shards that are smaller than a block, rounds are smaller too.
+    """
 
     num_images: int
     seed: int
     val: Rate
     train: Rate
     num_evaluations: int
+    images_per_round: float
 
     def __str__(self) -> str:
         """One line for a log."""
@@ -67,18 +71,18 @@ def plan_numbers(
     Args:
         train: all training images.
         recipe: its seed is the first one.
-        numbers: of training images, evenly spread over all.
+        numbers: of training images, in blocks that are evenly spread over all (see `Dataset.thin_by_blocks`).
         num_seeds: computations of each number.
 
     Raises:
-        ConfigError: a number of images that is not there, is less than a block, or whose increments cannot be paid.
+        ConfigError: a number of images that is not there, is less than a round, or whose increments cannot be paid.
     """
     config = recipe.config
     for number in numbers:
-        if not config.block_size <= number <= train.num_examples:
+        if not config.round_size <= number <= train.num_examples:
             raise ConfigError(
-                f"a perturbation of {number} training images (--numbers) cannot be computed; give numbers between a block, "
-                f"{config.block_size}, and all that there are, {train.num_examples}"
+                f"a perturbation of {number} training images (--numbers) cannot be compared: its rounds would have another size; "
+                f"give numbers between a round, {config.round_size}, and all that there are, {train.num_examples}"
             )
     config = replace(config, max_passes=None, target_fooling_rate=1.0, evaluate_every=None)
     plan = {
@@ -89,13 +93,13 @@ def plan_numbers(
         for draw in range(num_seeds)
     }
     for (number, _), each in plan.items():
-        count_rounds(train.thin(number).sizes, each)
+        count_rounds(train.thin_by_blocks(number, config.block_size).sizes, each)
     return plan
 
 
-def default_numbers(num_train_images: int, block_size: int) -> tuple[int, ...]:
-    """All training images, a quarter of them, a sixteenth, … a 256th, as far as those make a block."""
-    return tuple(n for n in (num_train_images // 4**k for k in range(4, -1, -1)) if n >= block_size)
+def default_numbers(num_train_images: int, round_size: int) -> tuple[int, ...]:
+    """All training images, a quarter of them, a sixteenth, … a 256th, as far as those make a round."""
+    return tuple(n for n in (num_train_images // 4**k for k in range(4, -1, -1)) if n >= round_size)
 
 
 def compute_by_number(
@@ -103,11 +107,19 @@ def compute_by_number(
 ) -> Iterator[NumberPoint]:
     """A computation for each entry of a plan (see `plan_numbers`), several at a time, as they end (figure 6 of the paper)."""
     rounds = {
-        f"{number} {seed}": compute(workers, train.thin(number), val, config) for (number, seed), config in plan.items()
+        f"{number} {seed}": compute(workers, train.thin_by_blocks(number, config.block_size), val, config)
+        for (number, seed), config in plan.items()
     }
     config = next(iter(plan.values()))
     for name, report in compute_together(rounds, at_once=keep_busy(workers, config)):
         if report.is_last:
             assert report.evaluation is not None and report.evaluation.train is not None
             number, seed = map(int, name.split())
-            yield NumberPoint(number, seed, report.evaluation.val, report.evaluation.train, report.num_evaluations)
+            yield NumberPoint(
+                num_images=number,
+                seed=seed,
+                val=report.evaluation.val,
+                train=report.evaluation.train,
+                num_evaluations=report.num_evaluations,
+                images_per_round=report.num_solves / report.state.num_rounds,
+            )

@@ -122,6 +122,24 @@ class Dataset:
         """So many of its examples, evenly spread."""
         return self._take(np.arange(num_examples) * self.num_examples // num_examples)
 
+    def thin_by_blocks(self, num_examples: int, block_size: int) -> "Dataset":
+        """So many of its examples, in evenly spread runs of a block within one shard: however few there are, they make whole blocks.
+
+        Shards of fewer examples than a block give single ones, where whole blocks do not suffice.
+        """
+        runs = [
+            start + i
+            for start, n in zip(self.starts, self.sizes, strict=False)
+            for i in range(0, n - block_size + 1, block_size)
+        ]
+        count = min(len(runs), -(-num_examples // block_size))
+        chosen = np.array(runs, np.int64)[np.arange(count) * len(runs) // max(1, count), None] + np.arange(block_size)
+        chosen = chosen.ravel()[:num_examples]
+        others = np.setdiff1d(np.arange(self.num_examples), chosen)
+        missing = num_examples - len(chosen)
+        more = others[np.arange(missing) * len(others) // max(1, missing)]
+        return self._take(np.sort(np.concatenate([chosen, more])))
+
     def part(self, number: int, num_parts: int) -> "Dataset":
         """One of `num_parts` (numbered from 0) into which its examples are cut in their order, as equal as can be."""
         first, last = (n * self.num_examples // num_parts for n in (number, number + 1))
