@@ -259,6 +259,13 @@ def test_bad_images_are_counted_and_too_many_end_it(local_workers, tmp_path, cap
         load_dataset(local_workers, [url])
 
 
+def test_pictures_that_make_no_example_are_said(local_workers, tmp_path, caplog):
+    samples = [{**sample, "mask.png": sample["png"]} for sample in random_samples(7, seed=3)]
+    write_shards(samples, tmp_path, prefix="t", shard_size=9)
+    assert load_dataset(local_workers, [str(tmp_path / "t-0000.tar")]).num_examples == 7
+    assert "left out 7 files that may be pictures" in caplog.text and "t-0000.tar: s3-000.mask.png; " in caplog.text
+
+
 def test_a_config_is_read_back_from_what_a_perturbation_says_of_itself():
     config = ComputeConfig(norm="l2", max_evaluations=900, augment="flip", seed=3, random_start=0.5)
     provenance = asdict(config) | {"radius": config.ball_radius, "model": "x"}

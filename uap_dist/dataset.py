@@ -197,9 +197,14 @@ def list_dataset(
             f"(--max-bad-fraction); the first: {bad[0]}"
         )
     if bad:
-        shown = "; ".join(bad[:NUM_BAD_SHOWN])
+        logger.warning("left out %d images that cannot be decoded: %s", len(bad), _first(bad))
+    unused = [f"{url}: {name}" for url, listing in listings for name in listing.unused]
+    if unused:
         logger.warning(
-            "left out %d images that cannot be decoded: %s%s", len(bad), shown, "; …" * (len(bad) > NUM_BAD_SHOWN)
+            "left out %d files that may be pictures: their names begin with a dot or have no extension, or their sample has "
+            "another picture: %s",
+            len(unused),
+            _first(unused),
         )
     shards = tuple(_take(listings, num_images))
     found = sum(len(shard.keys) for shard in shards)
@@ -244,6 +249,10 @@ def check_disjoint(train: Dataset, val: Dataset) -> None:
     for shard in train.shards:
         if shard.digest in held_out:
             raise ShardError(f"shard {shard.url} is also among the held-out ones ({held_out[shard.digest]})")
+
+
+def _first(complaints: Sequence[str]) -> str:
+    return "; ".join(complaints[:NUM_BAD_SHOWN]) + "; …" * (len(complaints) > NUM_BAD_SHOWN)
 
 
 def _list_shards(workers: Workers, urls: Sequence[str], num_images: int | None) -> Iterator[tuple[str, ShardListing]]:
