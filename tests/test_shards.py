@@ -4,6 +4,7 @@ import io
 import lzma
 import struct
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 
 from uap_dist.classifiers import Geometry
 from uap_dist.errors import ShardError, UapDistError
-from uap_dist.locations import locate
+from uap_dist.locations import locate, set_name
 from uap_dist.shards import UNKNOWN_CLASS, expand_patterns, load_shard, write_shards
 
 AS_IS = Geometry()
@@ -168,6 +169,39 @@ def test_patterns_as_webdataset_users_write_them(shards, monkeypatch):
     assert expand_patterns(names) == expand_patterns(["train-*.tar"]) == whole
 
 
+def test_links_keep_the_names_that_were_given(shards, tmp_path):
+    names = [str(tmp_path / f"train-{i:04d}.tar") for i in range(2)]
+    for i, name in enumerate(names):
+        Path(name).symlink_to(shards / f"train-{2 - i:04d}.tar")
+    assert (
+        expand_patterns([f"{tmp_path}/train-*.tar"])
+        == expand_patterns([f"{tmp_path}/train-{{0000..0001}}.tar"])
+        == names
+    )
+    with pytest.raises(ShardError, match="train-0001.tar is named twice, the first time as .*/train-0001.tar"):
+        expand_patterns([str(shards / "train-0001.tar"), names[1]])
+    (tmp_path / "train-0002.tar").symlink_to("gone")
+    with pytest.raises(ShardError, match="no shard .*train-0002.tar: it is a link to gone, which is no file"):
+        expand_patterns([f"{tmp_path}/train-*.tar"])
+
+
+def test_what_is_there_by_the_name_that_was_given_is_meant(tmp_path):
+    for folder in ("[old]", "{a,b}", "x?"):
+        (tmp_path / folder).mkdir()
+        for name in ("t-0.tar", "t-1.tar", "t[0].tar", "u-{0..1}.tar"):
+            (tmp_path / folder / name).touch()
+        for pattern, names in {
+            "t-0.tar": ["t-0.tar"],
+            "t-{0..1}.tar": ["t-0.tar", "t-1.tar"],
+            "t-*.tar": ["t-0.tar", "t-1.tar"],
+            "t[0].tar": ["t[0].tar"],
+            "u-{0..1}.tar": ["u-{0..1}.tar"],
+        }.items():
+            assert expand_patterns([f"{tmp_path}/{folder}/{pattern}"]) == [
+                f"{tmp_path}/{folder}/{name}" for name in names
+            ]
+
+
 def test_original_photographs_all_decode(shared):
     shard = load_shard(str(shared / "data/imagenet-original/original-0000.tar"), Geometry(256, 224))
     assert shard.images.shape == (62, 3, 224, 224) and not shard.bad
@@ -179,6 +213,8 @@ def test_original_photographs_all_decode(shared):
         ("absent-{0..1}.tar", "no shard absent-0.tar"),
         ("absent-*.tar", "matches nothing in the working directory"),
         ("*/a.tar", "wildcards may stand in the file name only"),
+        ("a-{0..1.tar", "a-{0..1.tar is no pattern of shards: Unbalanced braces"),
+        ("${SCRATCH}/a.tar", "is no pattern of shards: missing environment variable"),
         ("nowhere://bucket/a.tar", "cannot reach nowhere://bucket/a.tar"),
     ],
 )
@@ -186,6 +222,25 @@ def test_patterns_that_name_nothing(pattern, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UapDistError, match=message):
         expand_patterns([pattern])
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "val.tar",
+        "s3://b/val.tar?region=eu-west-1",
+        "data/val-{0000..0003}.tar",
+        "/data/[old]/val-000?.tar",
+        "gs://b/val-*.tar?anonymous=true",
+        "val_0000.tar.gz",
+        "val-00000-of-00005.tar::train-00000.tar",
+        "s3://b/val/*.tar?region=eu-west-1",
+        "val/{000..123}.tar",
+    ],
+)
+def test_the_name_of_a_set_is_what_its_shards_have_in_common(pattern):
+    assert set_name(pattern) == "val"
+    assert set_name(pattern.replace("val", "imagenet-val")) == "imagenet-val"
 
 
 def test_a_shard_named_twice_is_refused(shards):
@@ -236,6 +291,11 @@ def test_shards_on_s3_are_the_same_shards(s3, shards):
     )
     assert remote.digest == local.digest and np.array_equal(remote.images, local.images)
     assert expand_patterns([f"s3://bucket/test-shards/*.tar?{s3}"]) == [f"s3://bucket/test-shards/t.tar?{s3}"]
+    with filesystem.open_output_stream(path.replace("t.tar", "[old]/t[1].tar")) as out:
+        out.write(b"x")
+    for name in ("[old]/t[1].tar", "[old]/*.tar"):
+        found = expand_patterns([f"s3://bucket/test-shards/{name}?{s3}"])
+        assert found == [f"s3://bucket/test-shards/[old]/t[1].tar?{s3}"]
     with pytest.raises(ShardError, match="no shard s3://bucket/test-shards/absent.tar"):
         expand_patterns([f"s3://bucket/test-shards/absent.tar?{s3}"])
 
