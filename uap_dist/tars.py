@@ -20,6 +20,7 @@ OPENERS: Mapping[bytes, Callable[[Any], Any]] = {  # by how a file begins: what 
     rb"BZh[1-9]1AY&SY": bz2.open,
     rb"\xfd7zXZ\0|\x5d\0\0\x80": lzma.open,
 }
+NAMES: Mapping[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}
 
 
 @dataclass(frozen=True)
@@ -58,15 +59,14 @@ def read_tar(stream: Any, head: bytes, name: str) -> Iterator[Member]:
     Raises:
         ShardError: it is cut short, damaged, no tar, or goes on behind its end.
     """
-    opener = next((opener for magic, opener in OPENERS.items() if re.match(magic, head)), None)
+    opener = _opener(head)
     with (
         tar_errors(head, name),
         tarfile.open(
             fileobj=opener(stream) if opener else stream,
             mode="r|",
             tarinfo=StrictHeader,
-            encoding="utf-8",
-            errors="backslashreplace",
+            **NAMES,
         ) as tar,
     ):
         for member in iter(tar.next, None):
@@ -77,6 +77,11 @@ def read_tar(stream: Any, head: bytes, name: str) -> Iterator[Member]:
                 yield Member(member.name, file.read())
         assert tar.fileobj is not None
         check_end(tar.fileobj.read)
+
+
+def is_compressed(head: bytes) -> bool:
+    """Whether a file that begins so is compressed in a way that `read_tar` undoes."""
+    return _opener(head) is not None
 
 
 def check_end(read: Callable[[int], bytes]) -> None:
@@ -107,12 +112,16 @@ def tar_errors(head: bytes, name: str) -> Iterator[None]:
         raise ShardError(f"{name} {_fault(head, error)}") from error
 
 
+def _opener(head: bytes) -> Callable[[Any], Any] | None:
+    return next((opener for magic, opener in OPENERS.items() if re.match(magic, head)), None)
+
+
 def _fault(head: bytes, error: Exception) -> str:
     if isinstance(error, OSError) and error.errno is not None:
         return f"cannot be read: {error.strerror}"
     if not head:
         return "is empty"
-    if not _is_header(head) and not any(re.match(magic, head) for magic in OPENERS):
+    if not _is_header(head) and not is_compressed(head):
         return f"is no tar: it begins with {head[:NUM_BYTES_SHOWN]!r}"
     if isinstance(error, EOFError) or str(error) == "unexpected end of data":
         return "is cut short: it does not end as a tar does; fetch or make it again"
