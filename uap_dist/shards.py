@@ -386,12 +386,13 @@ class _Samples:
                 if is_picture(member.name) or not (is_hidden or path.suffix):
                     self.unused.append(member.name)
                 continue
-            if member.link_to and (is_picture(member.name) or extension == "cls"):
+            if not member.link_to:
+                yield key, extension.lower(), member.data
+            elif is_picture(member.name) or extension.lower() == "cls":
                 raise ShardError(
                     f"{shard}: {member.name} is a link to {member.link_to}; pack the files themselves, with tar --dereference "
                     "--hard-dereference"
                 )
-            yield key, extension.lower(), member.data
 
     def _check_pictures(self, shard: str, key: str, files: Collection[str]) -> None:
         """Note pictures beside the one that a sample is of; where dots in names have made one sample of several, refuse."""

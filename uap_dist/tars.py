@@ -122,7 +122,7 @@ def _fault(head: bytes, error: Exception) -> str:
     if not head:
         return "is empty"
     if not _is_header(head) and not is_compressed(head):
-        return f"is no tar: it begins with {head[:NUM_BYTES_SHOWN]!r}"
+        return f"is no tar, nor one compressed with gzip, bzip2 or xz: it begins with {head[:NUM_BYTES_SHOWN]!r}"
     if isinstance(error, EOFError) or str(error) == "unexpected end of data":
         return "is cut short: it does not end as a tar does; fetch or make it again"
     return f"is damaged: {error}"
