@@ -105,7 +105,8 @@ def main() -> None:
         num_blocks = options.num_blocks or num_workers
         keys = tuple(map(str, range(num_blocks)))
         labels = Predictions(np.zeros(num_blocks, np.int64), np.zeros(num_blocks, np.float32))
-        data = Dataset((Shard("shard", "digest", keys, labels.labels),), (3, options.side, options.side), (), labels)
+        shard = Shard("shard", "digest", keys, labels.labels, tuple(key.encode() for key in keys))
+        data = Dataset((shard,), (3, options.side, options.side), (), labels)
         round_ = Round(
             number=0, pass_number=0, blocks=tuple(Block(0, (i,)) for i in range(num_blocks)), ends_pass=False
         )

@@ -77,7 +77,8 @@ class Options:
     seed: int = 0
     """Of random vectors and of images at random."""
     max_bad_fraction: float = 0.01
-    """Share of images (0..1) that may fail to decode before the job fails."""
+    """Share of images (0..1) that may fail to decode, and of held-out ones that may be training images too, before the job fails;
+    both are left out."""
     output: Path | None = None
     """Folder for the results. Default: outputs/analysis-<perturbation>-<time>."""
     experiment: str = "uap_dist"
@@ -136,7 +137,7 @@ def run(options: Options, tracker: Tracker) -> None:
     load = {"max_bad_fraction": options.max_bad_fraction}
     train = load_dataset(fleet, train_urls, num_images=options.num_train_images, **load)
     val = load_dataset(fleet, val_urls, num_images=options.num_val_images, **load)
-    check_disjoint(train, val)
+    val = check_disjoint(train, val, max_shared_fraction=options.max_bad_fraction)
     data = {"train_digest": train.digest, "val_digest": val.digest}
     tracker.log_params(data)
     tracker.log_dataset(train, "training")

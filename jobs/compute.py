@@ -85,7 +85,8 @@ class Options:
     num_perturbations: int = 1
     """Perturbations to compute, with seeds from --seed on; several make a pool, and share the workers and what they decoded."""
     max_bad_fraction: float = 0.01
-    """Share of images (0..1) that may fail to decode before the job fails."""
+    """Share of images (0..1) that may fail to decode, and of held-out ones that may be training images too, before the job fails;
+    both are left out."""
     output: Path | None = None
     """Folder for the results. Default: outputs/<model>-<norm>-seed<seed>-<time>."""
     storage: str | None = None
@@ -281,7 +282,7 @@ def _set_up(options: Options, output: Path, storage: str, tracker: Tracker, resu
     load = {"max_bad_fraction": options.max_bad_fraction}
     train = load_dataset(fleet, train_urls, num_images=options.num_train_images, **load)
     val = load_dataset(fleet, val_urls, num_images=options.num_val_images, **load)
-    check_disjoint(train, val)
+    val = check_disjoint(train, val, max_shared_fraction=options.max_bad_fraction)
     ball = f"{options.compute.norm} {options.compute.ball_radius:g}"
     console.print(f"{options.model}, {ball}, {train.num_examples} training and {val.num_examples} held-out images")
     return Setting(classifier, fleet, train, val, settings | describe_data(train, val), console)

@@ -15,6 +15,7 @@ from uap_dist.dataset import load_dataset
 from uap_dist.errors import ConfigError
 from uap_dist.evaluate import Measurement, baselines, measure_perturbations
 from uap_dist.fleet import Fleet, FleetConfig
+from uap_dist.locations import set_name
 from uap_dist.perturbations import Perturbation, load_perturbations, split_name
 from uap_dist.pool import PerturbationPool
 from uap_dist.provenance import describe_code
@@ -80,7 +81,7 @@ def run(options: Options, tracker: Tracker) -> None:
     perturbations += [member for pool in options.pools for member in PerturbationPool.load(pool).to_perturbations()]
     pairs = [(model, weights or None) for model, _, weights in (text.partition("=") for text in options.models)]
     models = {_short(model): (model, weights) for model, weights in pairs}
-    sets = {name or Path(pattern).name.split("-")[0]: pattern for name, pattern in map(split_name, options.shards)}
+    sets = {name or set_name(pattern): pattern for name, pattern in map(split_name, options.shards)}
     _refuse_twins("models", len(options.models), models)
     _refuse_twins("perturbations", len(perturbations), [perturbation.name for perturbation in perturbations])
     _refuse_twins("sets of images", len(options.shards), sets)

@@ -60,7 +60,8 @@ class Options:
     allow_transfer: bool = False
     """Take a pool of another network or of another input size (then resized)."""
     max_bad_fraction: float = 0.01
-    """Share of images (0..1) that may fail to decode before the job fails."""
+    """Share of images (0..1) that may fail to decode, and of held-out ones that may be training images too, before the job fails;
+    both are left out."""
     output: Path | None = None
     """Folder for the results. Default: outputs/finetune-<model>-<time>."""
     storage: str | None = None
@@ -189,7 +190,7 @@ def _set_up(options: Options, pool: PerturbationPool, tracker: Tracker, resumed:
     train = load_dataset(fleet, train_urls, num_images=options.num_train_images, **load)
     val = load_dataset(fleet, val_urls, num_images=options.num_val_images, **load)
     fleet.close()  # training workers take its place
-    check_disjoint(train, val)
+    val = check_disjoint(train, val, max_shared_fraction=options.max_bad_fraction)
     check_classifier(classifier, train.shape)
     check_labels(classifier, train, val)
     if tuple(pool.perturbations.shape[1:]) != train.shape and not options.allow_transfer:

@@ -17,14 +17,14 @@ import mlflow
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import TINY, tiny_worker
+from conftest import TINY, random_samples, tiny_worker
 from safetensors import safe_open
 
 from uap_dist.compute import compute
 from uap_dist.config import ComputeConfig
 from uap_dist.dataset import LocalWorkers, load_dataset
 from uap_dist.fleet import FleetConfig
-from uap_dist.shards import expand_patterns
+from uap_dist.shards import expand_patterns, write_shards
 
 JOB = Path(__file__).parents[1] / "jobs/compute.py"
 
@@ -234,6 +234,21 @@ def test_bad_input_is_one_line_and_a_failed_run(shards, tmp_path, options, messa
     assert code == 1 and err.startswith("error: ") and message in err and err.count("\n") == 1
     _, (run,) = runs(tmp_path)
     assert run.info.status == "FAILED" and message in run.data.tags["reason"]
+
+
+@pytest.mark.slow
+def test_held_out_images_that_are_training_images_too_are_left_out_and_recorded(shards, tmp_path):
+    write_shards([*random_samples(20, seed=2), next(random_samples(1, seed=1))], tmp_path, prefix="v", shard_size=30)
+    (tmp_path / "link.tar").symlink_to("v-0000.tar")
+    given = (*data(shards)[:2], "--val-shards", "link.tar", "--max-evaluations", "200")
+    code, out, err = finish(start(tmp_path, *given, "--max-bad-fraction", "0.05"))
+    assert code == 0, err
+    pair = f"{tmp_path}/link.tar: s1-000 = {(shards / 'train-0000.tar').resolve()}: s1-000"
+    assert f"warning: left out 1 of 21 held-out images that are training images too: {pair}\n" in out
+    _, (run,) = runs(tmp_path)
+    assert run.data.params["num_shared_images"] == "1"
+    assert {i.dataset.name for i in run.inputs.dataset_inputs} == {"training-47", "held-out-20"}
+    assert any("link.tar" in i.dataset.source for i in run.inputs.dataset_inputs)
 
 
 def test_a_tracking_server_that_does_not_answer_fails_early(shards, tmp_path):

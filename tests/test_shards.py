@@ -1,5 +1,10 @@
+import bz2
+import gzip
 import io
+import lzma
+import struct
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +13,7 @@ from PIL import Image
 
 from uap_dist.classifiers import Geometry
 from uap_dist.errors import ShardError, UapDistError
-from uap_dist.locations import locate
+from uap_dist.locations import locate, set_name
 from uap_dist.shards import UNKNOWN_CLASS, expand_patterns, load_shard, write_shards
 
 AS_IS = Geometry()
@@ -19,6 +24,24 @@ def one_image(tmp_path, data, extension="png"):
     shard = load_shard(str(tmp_path / "one-0000.tar"), AS_IS)
     assert shard.bad == ()
     return shard.images[0]
+
+
+def pack(path, files):
+    """A tar of (name, bytes), or (name, target of a link)."""
+    with tarfile.open(path, "w") as tar:
+        for name, data in files:
+            info = tarfile.TarInfo(name)
+            if isinstance(data, str):
+                info.type, info.linkname = tarfile.LNKTYPE, data
+                tar.addfile(info)
+            else:
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+def pictures(*names):
+    return [(name, encode(np.full((16, 16, 3), value, np.uint8))) for value, name in enumerate(names)]
 
 
 def test_shards_come_back_as_written_and_bytes_repeat(tmp_path):
@@ -63,6 +86,64 @@ def test_exif_rotation_is_applied(tmp_path):
     assert image[:, :, 9:].mean() > 240 and image[:, :, :7].mean() < 15
 
 
+@pytest.mark.parametrize(
+    ("tag", "kind", "value"),
+    [
+        (256, 1, b"\x20"),
+        (270, 5, struct.pack(">II", 5, 3)),
+        (282, 1, b"\x60"),
+        (270, 99, b"?"),
+        (34665, 4, b"\xff" * 4),
+    ],
+)
+def test_exif_rotation_is_applied_where_another_field_is_odd(tmp_path, tag, kind, value):
+    """Width or resolution as BYTE, a description as RATIONAL, a type that is none, a directory beyond the end."""
+    pixels = np.zeros((16, 16, 3), np.uint8)
+    pixels[:8] = 255
+    fields = sorted([(274, 3, struct.pack(">H", 6)), (tag, kind, value)])
+    values = b"".join(value for *_, value in fields if len(value) > 4)
+    directory = b"".join(
+        struct.pack(">HHI", tag, kind, 1) + (struct.pack(">I", 38) if len(value) > 4 else value.ljust(4, b"\0"))
+        for tag, kind, value in fields
+    )
+    exif = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, len(fields)) + directory + bytes(4) + values
+    image = one_image(tmp_path, encode(pixels, "JPEG", quality=100, exif=exif), "jpg")
+    assert image[:, :, 9:].mean() > 240 and image[:, :, :7].mean() < 15
+
+
+def test_an_image_whose_exif_cannot_be_read_is_an_image(tmp_path):
+    pixels = np.full((16, 16, 3), 200, np.uint8)
+    assert (one_image(tmp_path, encode(pixels, exif=b"Exif\0\0MM\0*\xff\xff"), "png") == 200).all()
+
+
+def test_whatever_decoding_raises_is_said_of_one_image(tmp_path):
+    whole = encode(np.zeros((16, 16, 3), np.uint8), "JPEG")
+    at = whole.index(b"\xff\xc0")  # the frame's header: length, bits, height, width
+    damaged = {
+        "cut": whole[: len(whole) // 2],
+        "bits": whole[: at + 4] + b"\x63" + whole[at + 5 :],
+        "huge": whole[: at + 5] + b"\xff\xff\xff\xff" + whole[at + 9 :],
+        "webp": encode(np.zeros((16, 16, 3), np.uint8), "WEBP")[:30],
+        "avif": encode(np.zeros((16, 16, 3), np.uint8), "AVIF").replace(b"pitm", b"none"),
+        "text": b"<html>",
+    }
+    files = [(f"{key}.jpg", data) for key, data in damaged.items()]
+    shard = load_shard(pack(tmp_path / "t.tar", [*files, ("good.jpg", whole)]), AS_IS)
+    assert shard.keys == ("good",)
+    assert [line.partition(":")[0] for line in shard.bad] == list(damaged)
+    assert not any("Error" in line or "\n" in line or "object at" in line for line in shard.bad)
+    assert "exceeds limit" in shard.bad[2]
+
+
+@pytest.mark.parametrize("label", [b"cat", b"", b"1.0", b"-2", b"9" * 30, b"\xff"])
+def test_a_label_that_is_no_class_index_is_said_of_its_image(tmp_path, label):
+    good, bad = (encode(np.full((16, 16, 3), value, np.uint8)) for value in (1, 2))
+    files = [("a.png", good), ("a.cls", b" 7\n"), ("b.png", bad), ("b.cls", label)]
+    shard = load_shard(pack(tmp_path / "t.tar", files), AS_IS)
+    assert shard.keys == ("a",) and shard.truths.tolist() == [7]
+    assert shard.bad[0].startswith("b: its label (cls) is ") and shard.bad[0].endswith("; it must be a class index")
+
+
 def test_transparency_is_shown_on_white_and_webp_is_read(tmp_path):
     clear = np.zeros((16, 16, 4), np.uint8)
     assert (one_image(tmp_path, encode(clear)) == 255).all()
@@ -88,6 +169,39 @@ def test_patterns_as_webdataset_users_write_them(shards, monkeypatch):
     assert expand_patterns(names) == expand_patterns(["train-*.tar"]) == whole
 
 
+def test_links_keep_the_names_that_were_given(shards, tmp_path):
+    names = [str(tmp_path / f"train-{i:04d}.tar") for i in range(2)]
+    for i, name in enumerate(names):
+        Path(name).symlink_to(shards / f"train-{2 - i:04d}.tar")
+    assert (
+        expand_patterns([f"{tmp_path}/train-*.tar"])
+        == expand_patterns([f"{tmp_path}/train-{{0000..0001}}.tar"])
+        == names
+    )
+    with pytest.raises(ShardError, match="train-0001.tar is named twice, the first time as .*/train-0001.tar"):
+        expand_patterns([str(shards / "train-0001.tar"), names[1]])
+    (tmp_path / "train-0002.tar").symlink_to("gone")
+    with pytest.raises(ShardError, match="no shard .*train-0002.tar: it is a link to gone, which is no file"):
+        expand_patterns([f"{tmp_path}/train-*.tar"])
+
+
+def test_what_is_there_by_the_name_that_was_given_is_meant(tmp_path):
+    for folder in ("[old]", "{a,b}", "x?"):
+        (tmp_path / folder).mkdir()
+        for name in ("t-0.tar", "t-1.tar", "t[0].tar", "u-{0..1}.tar"):
+            (tmp_path / folder / name).touch()
+        for pattern, names in {
+            "t-0.tar": ["t-0.tar"],
+            "t-{0..1}.tar": ["t-0.tar", "t-1.tar"],
+            "t-*.tar": ["t-0.tar", "t-1.tar"],
+            "t[0].tar": ["t[0].tar"],
+            "u-{0..1}.tar": ["u-{0..1}.tar"],
+        }.items():
+            assert expand_patterns([f"{tmp_path}/{folder}/{pattern}"]) == [
+                f"{tmp_path}/{folder}/{name}" for name in names
+            ]
+
+
 def test_original_photographs_all_decode(shared):
     shard = load_shard(str(shared / "data/imagenet-original/original-0000.tar"), Geometry(256, 224))
     assert shard.images.shape == (62, 3, 224, 224) and not shard.bad
@@ -99,6 +213,8 @@ def test_original_photographs_all_decode(shared):
         ("absent-{0..1}.tar", "no shard absent-0.tar"),
         ("absent-*.tar", "matches nothing in the working directory"),
         ("*/a.tar", "wildcards may stand in the file name only"),
+        ("a-{0..1.tar", "a-{0..1.tar is no pattern of shards: Unbalanced braces"),
+        ("${SCRATCH}/a.tar", "is no pattern of shards: missing environment variable"),
         ("nowhere://bucket/a.tar", "cannot reach nowhere://bucket/a.tar"),
     ],
 )
@@ -106,6 +222,25 @@ def test_patterns_that_name_nothing(pattern, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UapDistError, match=message):
         expand_patterns([pattern])
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "val.tar",
+        "s3://b/val.tar?region=eu-west-1",
+        "data/val-{0000..0003}.tar",
+        "/data/[old]/val-000?.tar",
+        "gs://b/val-*.tar?anonymous=true",
+        "val_0000.tar.gz",
+        "val-00000-of-00005.tar::train-00000.tar",
+        "s3://b/val/*.tar?region=eu-west-1",
+        "val/{000..123}.tar",
+    ],
+)
+def test_the_name_of_a_set_is_what_its_shards_have_in_common(pattern):
+    assert set_name(pattern) == "val"
+    assert set_name(pattern.replace("val", "imagenet-val")) == "imagenet-val"
 
 
 def test_a_shard_named_twice_is_refused(shards):
@@ -122,7 +257,7 @@ def test_empty_cut_and_foreign_files_are_told_apart(shards, tmp_path):
     for name, message in {
         "empty": "is empty",
         "cut": "is cut short",
-        "text": "or no tar",
+        "text": "is no tar, nor one compressed with gzip, bzip2 or xz: it begins with b'no tar at all",
         "nothing": "is empty: no sample",
     }.items():
         with pytest.raises(ShardError, match=message):
@@ -156,5 +291,100 @@ def test_shards_on_s3_are_the_same_shards(s3, shards):
     )
     assert remote.digest == local.digest and np.array_equal(remote.images, local.images)
     assert expand_patterns([f"s3://bucket/test-shards/*.tar?{s3}"]) == [f"s3://bucket/test-shards/t.tar?{s3}"]
+    with filesystem.open_output_stream(path.replace("t.tar", "[old]/t[1].tar")) as out:
+        out.write(b"x")
+    for name in ("[old]/t[1].tar", "[old]/*.tar"):
+        found = expand_patterns([f"s3://bucket/test-shards/{name}?{s3}"])
+        assert found == [f"s3://bucket/test-shards/[old]/t[1].tar?{s3}"]
     with pytest.raises(ShardError, match="no shard s3://bucket/test-shards/absent.tar"):
         expand_patterns([f"s3://bucket/test-shards/absent.tar?{s3}"])
+
+
+COMPRESSIONS = {"as it is": bytes, "gzip": gzip.compress, "bzip2": bz2.compress, "xz": lzma.compress}
+
+
+@pytest.mark.parametrize("compress", COMPRESSIONS.values(), ids=COMPRESSIONS)
+def test_a_cut_tar_is_found_whatever_it_is_called(shards, tmp_path, compress):
+    """Between members, in a header, in an image, before and in the end mark; and the compressed file itself."""
+    path = shards / "train-0000.tar"
+    whole = path.read_bytes()
+    with tarfile.open(path) as tar:
+        member, end = tar.getmembers()[20], tar.offset
+    blob = tmp_path / "0fe3a1"
+    for size in (member.offset, member.offset + 100, member.offset_data + 100, end, end + 512):
+        blob.write_bytes(compress(whole[:size]))
+        with pytest.raises(ShardError, match="0fe3a1 is cut short"):
+            load_shard(str(blob), AS_IS)
+    blob.write_bytes(compress(whole))
+    shard = load_shard(str(blob), AS_IS)
+    assert np.array_equal(shard.images, load_shard(str(path), AS_IS).images)
+    if compress is not bytes:
+        blob.write_bytes(compress(whole)[:-1000])
+        with pytest.raises(ShardError, match="0fe3a1 is cut short"):
+            load_shard(str(blob), AS_IS)
+
+
+def test_what_follows_a_tar_or_a_damaged_header_is_not_passed_over(shards, tmp_path):
+    first, second = ((shards / f"train-000{i}.tar").read_bytes() for i in range(2))
+    with tarfile.open(shards / "train-0000.tar") as tar:
+        place = tar.getmembers()[10].offset
+    for name, data, message in (
+        ("joined", first + second, "data follow the end mark of the tar; where tars were joined with cat, give them"),
+        (
+            "damaged",
+            first[:place] + b"#" * 512 + first[place + 512 :],
+            "damaged.tar is damaged: invalid header",
+        ),
+        ("page", b"<!DOCTYPE html><p>log in" * 50, "is no tar, nor .*: it begins with b'<!DOCTYPE html>"),
+        ("gzip", gzip.compress(first)[:900] + b"#" * 100 + gzip.compress(first)[1000:], "gzip.tar is damaged"),
+    ):
+        (tmp_path / f"{name}.tar").write_bytes(data)
+        with pytest.raises(ShardError, match=message):
+            load_shard(str(tmp_path / f"{name}.tar"), AS_IS)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            pictures("trip.2021.00.png", "trip.2021.01.png"),
+            r"sample trip has no picture, but trip.2021.00.png: what follows",
+        ),
+        (
+            pictures("a.png", "b.png") + [("a.cls", b"1")],
+            r"files of sample a do not follow each other \(a.cls stands apart",
+        ),
+        (pictures("a.png", "b.png", "a.png"), "holds a.png twice"),
+        (pictures("a.png", "a.PNG"), "holds a.png twice"),
+        ([*pictures("a.png"), ("b.png", "a.png")], "b.png is a link to a.png; pack the files themselves"),
+    ],
+)
+def test_names_that_make_no_samples_of_one_picture_are_refused(tmp_path, files, message):
+    with pytest.raises(ShardError, match=message):
+        load_shard(pack(tmp_path / "t.tar", pictures("zero.png") + files), AS_IS)
+
+
+def test_names_as_cameras_and_operating_systems_make_them(tmp_path):
+    names = (
+        "./a.JPEG",
+        "./dir.v2/b.PNG",
+        "./dir.v2/c.mask.png",
+        "./dir.v2/c.png",
+        "./d.png",
+        "./d.jpg",
+        "./e",
+        "caf\udce9.png",
+    )
+    hidden = [
+        ("./._a.JPEG", b"x"),
+        ("./.DS_Store", b"x"),
+        ("./.ipynb_checkpoints/b.png", b"x"),
+        ("__meta__/f.png", b"x"),
+        ("__meta__/g.json", b"x"),
+        ("old.v1", "dir.v1"),
+    ]
+    shard = load_shard(pack(tmp_path / "t.tar", hidden[:1] + pictures(*names) + hidden[1:]), AS_IS)
+    assert shard.keys == ("./a", "./dir.v2/b", "./dir.v2/c", "./d", "caf\\xe9") and not shard.bad
+    assert shard.images[:, 0, 0, 0].tolist() == [0, 1, 3, 5, 7]
+    hidden_pictures = {"./._a.JPEG", "./.ipynb_checkpoints/b.png", "__meta__/f.png"}
+    assert set(shard.unused) == hidden_pictures | {"./dir.v2/c.mask.png", "./d.png", "./e"}

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import encode
+from torchvision.datasets import ImageFolder
 
 from uap_dist.classifiers import Geometry
 from uap_dist.errors import ShardError
@@ -131,6 +132,86 @@ def test_a_folder_without_images_is_refused(tmp_path):
     (tmp_path / "cat").mkdir()
     with pytest.raises(ShardError, match="holds no CLASS/NAME.jpg"):
         list_folder(tmp_path)
+
+
+def write(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(picture(1))
+
+
+def test_hidden_files_are_no_classes_and_no_images_and_are_counted(tmp_path, caplog):
+    write(tmp_path, "ants/1.png", "bees/1.png", "bees/sub/2.JPG")
+    assert not caplog.text and list_folder(tmp_path)
+    write(tmp_path, ".ipynb_checkpoints/0.png", "bees/.ipynb_checkpoints/1-checkpoint.png", "ants/._1.png", ".DS_Store")
+    write(tmp_path, "ants/Thumbs.db", "bees/readme.txt", "bees/3.bmp", "above.png")
+    images, classes = list_folder(tmp_path)
+    assert classes == ["ants", "bees"]
+    assert [(i.key, i.label) for i in images] == [("ants_1", 0), ("bees_1", 1), ("bees_sub_2", 1)]
+    assert [record.getMessage().removeprefix(f"{tmp_path}: left out ") for record in caplog.records] == [
+        "4 hidden files (names or folders that begin with a dot), the first .DS_Store",
+        "3 files without extension jpg, jpeg, png, webp, the first ants/Thumbs.db",
+        "1 images that lie in no class folder",
+    ]
+
+
+def test_the_labels_are_those_of_imagefolder(tmp_path):
+    names = [f"{name}/{i}.png" for name in ("b", "B", "10", "9", "ä", "a b") for i in range(2)]
+    write(tmp_path, *names)
+    theirs = ImageFolder(str(tmp_path))
+    images, classes = list_folder(tmp_path)
+    assert classes == theirs.classes
+    assert sorted((str(i.path), i.label) for i in images) == sorted(theirs.samples)
+
+
+def test_a_class_folder_without_an_image_is_refused_as_by_imagefolder(tmp_path):
+    write(tmp_path, "ants/1.png", "__MACOSX/._1.png", "bees/1.png")
+    with pytest.raises(
+        ShardError, match="1 of 3 class folders hold no image, the first __MACOSX; each folder is a class"
+    ):
+        list_folder(tmp_path)
+
+
+def test_what_is_an_image_by_its_name_alone_is_left_out_and_said(tmp_path, caplog):
+    write(tmp_path, "a/1.png", "a/2.png")
+    for name, data in {"a/2.png": b"\0\x05\x16\x07", "a/3.png": b"", "a/4.png": b"<html>"}.items():
+        (tmp_path / name).write_bytes(data)
+    images, _ = list_folder(tmp_path)
+    assert [sample["__key__"] for sample in shuffled_samples(images, 0)] == ["a_1"]
+    assert f"left out 3 files that are no images that Pillow reads, the first {tmp_path}/a/2.png" in caplog.text
+    with pytest.raises(ShardError, match="there is no image among them"):
+        list(shuffled_samples(images[1:], 0))
+    images[0].path.unlink()
+    with pytest.raises(ShardError, match="cannot read .*a/1.png: No such file or directory"):
+        list(shuffled_samples(images, 0))
+
+
+def test_tars_of_ilsvrc_that_are_cut_short_are_refused(train_tar, val_tar, tmp_path):
+    (tmp_path / "labels.txt").write_text("0\n0\n0\n")
+    whole = val_tar.read_bytes()
+    for size in (1024, 512 * 5, 100):
+        val_tar.write_bytes(whole[:size])
+        with pytest.raises(ShardError, match="val.tar is (cut short|no tar)"):
+            list_ilsvrc_val(val_tar, tmp_path / "labels.txt")
+    with tarfile.open(train_tar) as tar:
+        first, second = tar.getmembers()[:2]
+        data = tar.extractfile(first).read()
+    cut = data[: data.index(f"{WNIDS[2]}_3.png".encode())]
+    with tarfile.open(train_tar, "w") as tar:
+        add(tar, f"{WNIDS[2]}.tar", cut)
+        add(tar, f"{WNIDS[1]}.tar", data)
+    with pytest.raises(ShardError, match=f"train.tar: {WNIDS[2]}.tar is cut short"):
+        list_ilsvrc_train(train_tar)
+
+
+def test_hidden_files_in_tars_of_ilsvrc_are_left_out_and_counted(val_tar, tmp_path, caplog):
+    with tarfile.open(val_tar, "a") as tar:
+        add(tar, "._val_0.png", b"x")
+        add(tar, "LICENSE", b"x")
+    (tmp_path / "labels.txt").write_text("0\n1\n2\n")
+    images, _ = list_ilsvrc_val(val_tar, tmp_path / "labels.txt")
+    assert [i.key for i in images] == ["val_0", "val_1", "val_2"]
+    assert "left out 1 hidden files" in caplog.text and "left out 1 files without extension jpg" in caplog.text
 
 
 def test_keys_hold_no_dots_and_stand_for_one_image_each(tmp_path):

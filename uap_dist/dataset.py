@@ -2,7 +2,8 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -61,12 +62,13 @@ class LocalWorkers:
 
 @dataclass(frozen=True)
 class Shard:
-    """The examples of one shard that take part."""
+    """The examples of one shard that take part; `hashes` are of their decoded pixels (see DecodedShard)."""
 
     url: str
     digest: str
     keys: tuple[str, ...]
     truths: np.ndarray
+    hashes: tuple[bytes, ...]
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,14 @@ class Dataset:
         shape: C×H×W of an image.
         bad: images that were left out, as "url: key: reason".
         clean: what the classifier says of the images unperturbed.
+        shared: held-out images that were left out because they are training images too, as "url: key = url: key".
     """
 
     shards: tuple[Shard, ...]
     shape: tuple[int, ...]
     bad: tuple[str, ...]
     clean: Predictions
+    shared: tuple[str, ...] = ()
 
     @property
     def num_examples(self) -> int:
@@ -104,6 +108,16 @@ class Dataset:
     def keys(self) -> list[str]:
         """Of all examples."""
         return [key for shard in self.shards for key in shard.keys]
+
+    @property
+    def hashes(self) -> list[bytes]:
+        """Of the decoded pixels of all examples."""
+        return [each for shard in self.shards for each in shard.hashes]
+
+    def place(self, example: int) -> str:
+        """Of the example with that number among all: "url: key"."""
+        shard = bisect_right(self.starts, example) - 1
+        return f"{self.shards[shard].url}: {self.shards[shard].keys[example - self.starts[shard]]}"
 
     @property
     def truths(self) -> np.ndarray:
@@ -151,7 +165,8 @@ class Dataset:
         for start, shard in zip(self.starts, self.shards, strict=False):
             rows = chosen[(chosen >= start) & (chosen < start + len(shard.keys))] - start
             if len(rows):
-                shards.append(replace(shard, keys=tuple(shard.keys[i] for i in rows), truths=shard.truths[rows]))
+                keys, hashes = (tuple(values[i] for i in rows) for values in (shard.keys, shard.hashes))
+                shards.append(replace(shard, keys=keys, truths=shard.truths[rows], hashes=hashes))
         clean = Predictions(self.clean.labels[chosen], self.clean.confidences[chosen])
         return replace(self, shards=tuple(shards), clean=clean)
 
@@ -215,9 +230,14 @@ def list_dataset(
             f"(--max-bad-fraction); the first: {bad[0]}"
         )
     if bad:
-        shown = "; ".join(bad[:NUM_BAD_SHOWN])
+        logger.warning("left out %d images that cannot be decoded: %s", len(bad), _first(bad))
+    unused = [f"{url}: {name}" for url, listing in listings for name in listing.unused]
+    if unused:
         logger.warning(
-            "left out %d images that cannot be decoded: %s%s", len(bad), shown, "; …" * (len(bad) > NUM_BAD_SHOWN)
+            "left out %d files that may be pictures: their names begin with a dot or have no extension, or their sample has "
+            "another picture: %s",
+            len(unused),
+            _first(unused),
         )
     shards = tuple(_take(listings, num_images))
     found = sum(len(shard.keys) for shard in shards)
@@ -226,7 +246,9 @@ def list_dataset(
     shapes = {listing.shape for _, listing in listings if listing.keys}
     if len(shapes) > 1:
         raise ShardError(f"shards hold images of different sizes {sorted(shapes)}; give shards with images of one size")
-    return Dataset(shards, shapes.pop(), bad, Predictions(np.full(found, -1), np.zeros(found, np.float32)))
+    dataset = Dataset(shards, shapes.pop(), bad, Predictions(np.full(found, -1), np.zeros(found, np.float32)))
+    _warn_of_twins(dataset)
+    return dataset
 
 
 def reload_dataset(workers: Workers, dataset: Dataset) -> Dataset:
@@ -256,12 +278,66 @@ def fooling_rate(dataset: Dataset, perturbed: Predictions) -> Rate:
     return Rate(int((perturbed.labels != dataset.clean.labels).sum()), dataset.num_examples)
 
 
-def check_disjoint(train: Dataset, val: Dataset) -> None:
-    """Raise ShardError if a shard, by its content, is among both."""
+def check_disjoint(train: Dataset, val: Dataset, *, max_shared_fraction: float = 0.01) -> Dataset:
+    """The held-out set without those of its images that are, pixel by pixel as decoded, training images too.
+
+    Args:
+        train: the training set.
+        val: the held-out set.
+        max_shared_fraction: share of the held-out images that may be left out so.
+
+    Raises:
+        ShardError: a shard, by its content, is among both, or more images are.
+    """
     held_out = {shard.digest: shard.url for shard in val.shards}
     for shard in train.shards:
         if shard.digest in held_out:
             raise ShardError(f"shard {shard.url} is also among the held-out ones ({held_out[shard.digest]})")
+    trained_on = {image: example for example, image in enumerate(train.hashes)}
+    twins = {i: trained_on[image] for i, image in enumerate(val.hashes) if image in trained_on}
+    _warn_of_keys(train, val, twins)
+    if not twins:
+        return val
+    shared = tuple(f"{val.place(ours)} = {train.place(theirs)}" for ours, theirs in twins.items())
+    count = f"{len(shared)} of {val.num_examples} held-out images"
+    if len(shared) > max_shared_fraction * val.num_examples or len(shared) == val.num_examples:
+        raise ShardError(
+            f"{count} are training images too, more than the allowed share {max_shared_fraction} (--max-bad-fraction); the "
+            f"first: {shared[0]}; hold out shards of images that are in no training shard"
+        )
+    logger.warning("left out %s that are training images too: %s", count, _first(shared))
+    return replace(val._take(np.delete(np.arange(val.num_examples), list(twins))), shared=shared)
+
+
+def _warn_of_keys(train: Dataset, val: Dataset, twins: Collection[int]) -> None:
+    """Of held-out images that have the key of a training image, but are none of the twins."""
+    trained_on = set(train.keys)
+    same = [key for i, key in enumerate(val.keys) if key in trained_on and i not in twins]
+    if same:
+        logger.warning(
+            "%d of %d held-out images have the key of a training image and other pixels, the first %s: as it should be where keys "
+            "are running numbers; but if they are the same photographs in another encoding, the held-out rate says nothing",
+            len(same),
+            val.num_examples,
+            same[0],
+        )
+
+
+def _warn_of_twins(dataset: Dataset) -> None:
+    """Of images that a set has more than once, by their decoded pixels."""
+    seen: dict[bytes, int] = {}
+    twins = [(i, first) for i, image in enumerate(dataset.hashes) if (first := seen.setdefault(image, i)) != i]
+    if twins:
+        logger.warning(
+            "%d of %d images are there before, pixel by pixel, and count again; the first: %s = %s",
+            len(twins),
+            dataset.num_examples,
+            *map(dataset.place, twins[0]),
+        )
+
+
+def _first(complaints: Sequence[str]) -> str:
+    return "; ".join(complaints[:NUM_BAD_SHOWN]) + "; …" * (len(complaints) > NUM_BAD_SHOWN)
 
 
 def _list_shards(workers: Workers, urls: Sequence[str], num_images: int | None) -> Iterator[tuple[str, ShardListing]]:
@@ -283,4 +359,4 @@ def _take(listings: Sequence[tuple[str, ShardListing]], num_images: int | None) 
         keys = listing.keys[:room]
         room -= len(keys)
         if keys:
-            yield Shard(url, listing.digest, keys, listing.truths[: len(keys)])
+            yield Shard(url, listing.digest, keys, listing.truths[: len(keys)], listing.hashes[: len(keys)])

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
@@ -75,6 +75,16 @@ def join(location: str, name: str) -> str:
     """The name below a folder, the folder's options kept."""
     path, query = split_query(location)
     return f"{path.rstrip('/')}/{name}{query}"
+
+
+def set_name(pattern: str) -> str:
+    """What a set of shards is called in tables: `val` for val.tar, val-{0000..0009}.tar, s3://bucket/val-*.tar?region=…, val/*.tar."""
+    path = PurePosixPath(split_query(pattern.split("::")[0])[0])
+    for part in (path.name, path.parent.name):
+        name = re.sub(r"([-_]?[0-9]*[{*?[].*|[-_][0-9]+(-of-[0-9]+)?)$", "", part.split(".")[0] or part)
+        if name:
+            return name
+    return pattern
 
 
 def locate(location: str) -> tuple[fs.FileSystem, str]:

@@ -167,6 +167,7 @@ def describe_data(train: Dataset, val: Dataset) -> dict[str, Any]:
         "train_shards": len(train.shards),
         "val_shards": len(val.shards),
         "num_bad_images": len(train.bad) + len(val.bad),
+        "num_shared_images": len(val.shared),
     }
 
 

@@ -1,16 +1,26 @@
 """Labelled images as people have them: an ImageFolder tree, or the tars of ILSVRC 2012."""
 
+import io
+import logging
+import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePath, PurePosixPath
+from typing import IO, Any, TypeVar
 
 import numpy as np
+from PIL import Image
 
 from uap_dist.errors import ShardError
 from uap_dist.shards import IMAGE_EXTENSIONS
+from uap_dist.tars import NAMES, StrictHeader, check_end, is_compressed, tar_errors
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -24,45 +34,78 @@ class SourceImage:
     offset: int = 0
     size: int | None = None
 
+    @property
+    def place(self) -> str:
+        """Where it is, for messages."""
+        return str(self.path) if self.size is None else f"{self.path}: {self.key}"
+
     def read(self) -> bytes:
-        """The encoded image."""
-        with self.path.open("rb") as file:
-            file.seek(self.offset)
-            return file.read() if self.size is None else file.read(self.size)
+        """The encoded image.
+
+        Raises:
+            ShardError: it cannot be read.
+        """
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.offset)
+                return file.read() if self.size is None else file.read(self.size)
+        except OSError as error:
+            raise ShardError(f"cannot read {self.place}: {error.strerror}") from error
 
 
 def list_folder(root: Path) -> tuple[list[SourceImage], list[str]]:
     """Images of root/CLASS/…/NAME.jpg, and the class names in sorted order, as torchvision's ImageFolder numbers them.
 
+    Hidden files and folders, whose names begin with a dot, are no classes and no images.
+
     Raises:
-        ShardError: no class folder, or no image.
+        ShardError: no class folder, or one without an image.
     """
     if not root.is_dir():
         raise ShardError(f"no folder {root}")
-    classes = sorted(path.name for path in root.iterdir() if path.is_dir())
+    names = sorted(path.name for path in root.iterdir() if path.is_dir() and not _is_hidden(PurePath(path.name)))
+    labels = {name: label for label, name in enumerate(names)}
+    walked = os.walk(root, followlinks=True)
+    files = sorted(Path(folder, name).relative_to(root) for folder, _, files in walked for name in files)
+    pictures = _keep(files, lambda path: path, root)
     images = [
-        SourceImage(_key(path.relative_to(root).with_suffix("")), _extension(path.name), label, path)
-        for label, name in enumerate(classes)
-        for path in sorted((root / name).rglob("*"))
-        if _extension(path.name) in IMAGE_EXTENSIONS
+        SourceImage(_key(path.with_suffix("")), _extension(path.name), labels[path.parts[0]], root / path)
+        for path in pictures
+        if path.parent.parts
     ]
     if not images:
         raise ShardError(f"{root} holds no CLASS/NAME.jpg (extensions {', '.join(IMAGE_EXTENSIONS)})")
-    return images, classes
+    if len(images) < len(pictures):
+        logger.warning("%s: left out %d images that lie in no class folder", root, len(pictures) - len(images))
+    empty = sorted(set(range(len(names))) - {image.label for image in images})
+    if empty:
+        raise ShardError(
+            f"{root}: {len(empty)} of {len(names)} class folders hold no image, the first {names[empty[0]]}; each folder is a class "
+            "with a number, so move those away that are none"
+        )
+    return images, names
 
 
 def list_ilsvrc_train(path: Path) -> tuple[list[SourceImage], list[str]]:
     """Images of ILSVRC2012_img_train.tar, a tar of one tar a class; classes are its sorted WordNet ids, as networks number them.
 
     Raises:
-        ShardError: it is no tar of tars.
+        ShardError: it is no tar of tars, or one of them is cut short.
     """
-    inner = [member for member in _members(path) if member.name.endswith(".tar")]
+    found: list[tuple[tarfile.TarInfo, tarfile.TarInfo]] = []
+    with _open(path) as file, _tar(file, str(path)) as tar:
+        inner = _keep(_files(tar), _name, path, ("tar",))
+        for member in inner:
+            part = tar.extractfile(member)
+            assert part is not None
+            with _tar(part, f"{path}: {member.name}") as tar_of_class:
+                found += [(member, image) for image in _files(tar_of_class)]
     classes = sorted(Path(member.name).stem for member in inner)
-    images: list[SourceImage] = []
-    for member in inner:
-        label = classes.index(Path(member.name).stem)
-        images += [_in_tar(image, label, path) for image in _members(path, member.offset_data)]
+    labels = {name: classes.index(name) for name in classes}
+    images = [
+        _in_tar(image, labels[Path(member.name).stem], path, member.offset_data)
+        for member, image in _keep(found, lambda pair: _name(pair[1]), path)
+    ]
     if not images:
         raise ShardError(f"{path} holds no tars of images; expected ILSVRC2012_img_train.tar")
     return images, classes
@@ -80,7 +123,8 @@ def list_ilsvrc_val(path: Path, labels: Path) -> tuple[list[SourceImage], list[s
     Raises:
         ShardError: tar and labels do not fit.
     """
-    members = sorted(_members(path), key=lambda member: member.name)
+    with _open(path) as file, _tar(file, str(path)) as tar:
+        members = sorted(_keep(_files(tar), _name, path), key=lambda member: member.name)
     try:
         lines = [line.split() for line in labels.read_text().splitlines() if line.strip()]
     except OSError as error:
@@ -118,24 +162,89 @@ def shuffled_samples(images: Sequence[SourceImage], seed: int) -> Iterator[dict[
     twice = [key for key, count in Counter(image.key for image in images).items() if count > 1]
     if twice:
         raise ShardError(f"{len(twice)} keys stand for two images each, the first {twice[0]}; rename these files")
+    broken: list[str] = []
     for i in np.random.default_rng(seed).permutation(len(images)):
         image = images[i]
-        yield {"__key__": image.key, image.extension: image.read(), "cls": image.label}
+        data = image.read()
+        if _is_image(data):
+            yield {"__key__": image.key, image.extension: data, "cls": image.label}
+        else:
+            broken.append(image.place)
+    if broken:
+        logger.warning("left out %d files that are no images that Pillow reads, the first %s", len(broken), min(broken))
+    if len(broken) == len(images):
+        raise ShardError("there is no image among them")
 
 
-def _members(path: Path, offset: int = 0) -> list[tarfile.TarInfo]:
+def _is_image(data: bytes) -> bool:
+    """By its header."""
     try:
-        with path.open("rb") as file:
-            file.seek(offset)
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                return [member for member in tar if member.isfile()]
-    except (OSError, tarfile.TarError) as error:
-        raise ShardError(f"cannot read {path} as a tar: {error}") from error
+        Image.open(io.BytesIO(data)).close()
+    except Exception:  # whatever Pillow's parsers come upon
+        return False
+    return True
 
 
-def _in_tar(member: tarfile.TarInfo, label: int, path: Path) -> SourceImage:
-    name = Path(member.name)  # the offsets of a tar inside a tar count from the outer one's start
-    return SourceImage(_key(Path(name.stem)), _extension(name.name), label, path, member.offset_data, member.size)
+def _keep(
+    items: Sequence[T],
+    name: Callable[[T], PurePath],
+    source: Path,
+    extensions: Sequence[str] = IMAGE_EXTENSIONS,
+) -> list[T]:
+    """What is not hidden and has one of these extensions; says how many others there are."""
+    hidden = [item for item in items if _is_hidden(name(item))]
+    visible = [item for item in items if not _is_hidden(name(item))]
+    others = [item for item in visible if _extension(name(item).name) not in extensions]
+    for left_out, why in (
+        (hidden, "hidden files (names or folders that begin with a dot)"),
+        (others, f"files without extension {', '.join(extensions)}"),
+    ):
+        if left_out:
+            logger.warning("%s: left out %d %s, the first %s", source, len(left_out), why, name(left_out[0]))
+    return [item for item in visible if _extension(name(item).name) in extensions]
+
+
+def _is_hidden(path: PurePath) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[IO[bytes]]:
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise ShardError(f"cannot read {path}: {error.strerror}") from error
+    with file:
+        yield file
+
+
+@contextmanager
+def _tar(file: IO[bytes], name: str) -> Iterator[tarfile.TarFile]:
+    head = file.read(tarfile.BLOCKSIZE)
+    file.seek(0)
+    if is_compressed(head):
+        raise ShardError(f"{name} is compressed; decompress it first")
+    with tar_errors(head, name), tarfile.open(fileobj=file, mode="r:", tarinfo=StrictHeader, **NAMES) as tar:
+        yield tar
+
+
+def _files(tar: tarfile.TarFile) -> list[tarfile.TarInfo]:
+    files = [member for member in tar if member.isfile()]
+    assert tar.fileobj is not None
+    tar.fileobj.seek(tar.offset + tarfile.BLOCKSIZE)
+    check_end(tar.fileobj.read)
+    return files
+
+
+def _name(member: tarfile.TarInfo) -> PurePath:
+    return PurePosixPath(member.name)
+
+
+def _in_tar(member: tarfile.TarInfo, label: int, path: Path, offset: int = 0) -> SourceImage:
+    name = Path(member.name)
+    return SourceImage(
+        _key(Path(name.stem)), _extension(name.name), label, path, offset + member.offset_data, member.size
+    )
 
 
 def _key(path: Path) -> str:

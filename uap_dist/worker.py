@@ -66,6 +66,8 @@ class ShardListing:
     truths: np.ndarray
     bad: tuple[str, ...]
     digest: str
+    hashes: tuple[bytes, ...]
+    unused: tuple[str, ...]
     shape: tuple[int, ...]
 
 
@@ -199,7 +201,15 @@ class Worker:
         shard = self._cache.whole(examples.shard)
         if shard.keys:
             self._accelerate(shard)
-        return ShardListing(shard.keys, shard.truths, shard.bad, shard.digest, shard.images.shape[1:])
+        return ShardListing(
+            keys=shard.keys,
+            truths=shard.truths,
+            bad=shard.bad,
+            digest=shard.digest,
+            hashes=shard.hashes,
+            unused=shard.unused,
+            shape=shard.images.shape[1:],
+        )
 
     def pixels(self, examples: Examples) -> np.ndarray:
         """The examples' images, N×3×H×W uint8.
