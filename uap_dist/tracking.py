@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -32,10 +33,11 @@ from uap_dist.dataset import Dataset
 from uap_dist.errors import ResumeError, TrackingError, UapDistError
 from uap_dist.history import RoundRecord
 from uap_dist.outbox import Outbox
+from uap_dist.sqlite_store import prepare_store, sqlite_path
 
-SQLITE = "sqlite:///"
 CHECKPOINTS_TAG = "checkpoints"
 PARENT_TAG = "mlflow.parentRunId"
+EXPERIMENT_KIND = {"mlflow.experimentKind": "custom_model_development"}  # else shown as a chat application
 
 logger = logging.getLogger(__name__)
 
@@ -55,10 +57,10 @@ class Tracker:
             parent: run that the new one belongs to; system metrics are the parent's.
 
         Raises:
-            TrackingError: the server does not answer.
+            TrackingError: the server does not answer, or its sqlite file cannot be used.
             ResumeError: the run to go on with is finished, or not there.
         """
-        self.uri = _tracking_uri()
+        self.uri = _connect()
         self._is_child, self._is_ended = parent is not None, False
         with _answering(self.uri):
             self._client = mlflow.MlflowClient()
@@ -70,7 +72,7 @@ class Tracker:
                     parent.experiment_id, run_name=run_name, tags=tags | {PARENT_TAG: parent.run_id}
                 )
             else:
-                _set_experiment(experiment, self.uri)
+                mlflow.set_experiment(experiment_id=_find_experiment(self._client, experiment, self.uri))
                 run = mlflow.start_run(run_name=run_name, tags=tags, log_system_metrics=True)
             steps = self._client.get_metric_history(run.info.run_id, "total/evaluations")
             self._delivered = {metric.step for metric in steps}
@@ -278,7 +280,7 @@ def checkpoints_of(run_id: str) -> str:
         TrackingError: the server does not answer.
         ResumeError: no such run, or one without checkpoints.
     """
-    uri = _tracking_uri()
+    uri = _connect(creates=False)
     with _answering(uri):
         try:
             tags = mlflow.get_run(run_id).data.tags
@@ -303,7 +305,7 @@ def fetch(address: str) -> str:
     Raises:
         TrackingError: there is none, or the server does not answer.
     """
-    uri = _tracking_uri()
+    uri = _connect(creates=False)
     try:
         return str(mlflow.artifacts.download_artifacts(address))
     except (MlflowException, OSError) as error:
@@ -313,10 +315,26 @@ def fetch(address: str) -> str:
 
 def _tracking_uri() -> str:
     if "MLFLOW_TRACKING_URI" not in os.environ:
-        mlflow.set_tracking_uri(f"{SQLITE}{Path.cwd() / 'mlflow.db'}")
+        mlflow.set_tracking_uri(f"sqlite:///{Path.cwd() / 'mlflow.db'}")
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     return mlflow.get_tracking_uri()
+
+
+def _connect(*, creates: bool = True) -> str:
+    """Tracking URI, once its sqlite file, where it is one, is there and of this MLflow; whoever only reads does not create one."""
+    uri = _tracking_uri()
+    path = sqlite_path(uri)
+    if path is not None:
+        if not creates and not path.exists():
+            raise TrackingError(f"there is no {path}, which runs are kept in (MLFLOW_TRACKING_URI says where)")
+        _prepare_once(path)
+    return uri
+
+
+@cache
+def _prepare_once(path: Path) -> None:
+    prepare_store(path, lambda uri: mlflow.MlflowClient(uri).search_experiments(max_results=1))
 
 
 @contextmanager
@@ -332,13 +350,22 @@ def _answering(uri: str) -> Iterator[None]:
         ) from error
 
 
-def _set_experiment(name: str, uri: str) -> None:
-    if uri.startswith(SQLITE) and mlflow.get_experiment_by_name(name) is None:
+def _find_experiment(client: mlflow.MlflowClient, name: str, uri: str) -> str:
+    """Id of the experiment of that name, made where there is none, perhaps by another job at this moment."""
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        path = sqlite_path(uri)
         # beside the database, not in a working directory that may be Ray's copy of ours
-        artifacts = Path(uri.removeprefix(SQLITE)).resolve().parent / "mlruns"
-        mlflow.create_experiment(name, artifact_location=artifacts.as_uri())
-    mlflow.set_experiment(name)
-    mlflow.set_experiment_tag("mlflow.experimentKind", "custom_model_development")  # else shown as a chat application
+        artifacts = (path.resolve().parent / "mlruns").as_uri() if path else None
+        try:
+            return str(client.create_experiment(name, artifacts, tags=EXPERIMENT_KIND))
+        except MlflowException as error:
+            found = client.get_experiment_by_name(name)
+            if found is None or error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+    for key, value in EXPERIMENT_KIND.items() if not EXPERIMENT_KIND.items() <= found.tags.items() else ():
+        client.set_experiment_tag(found.experiment_id, key, value)
+    return str(found.experiment_id)
 
 
 def _reopen(run_id: str) -> Run:
