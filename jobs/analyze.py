@@ -115,7 +115,7 @@ def main() -> None:
         raise_on_sigterm()
         set_up_logging(console, debug="--debug" in sys.argv)
         options = tyro.cli(Options, config=(tyro.conf.OmitArgPrefixes,))
-        with Tracker(experiment=options.experiment, run_name="analysis") as tracker:
+        with Tracker(job="analyze", experiment=options.experiment, run_name="analysis") as tracker:
             run(options, tracker)
 
 

@@ -170,11 +170,12 @@ def main() -> None:
     with one_line_errors(debug="--debug" in sys.argv):
         raise_on_sigterm()
         set_up_logging(console, debug="--debug" in sys.argv)
-        resumed = find_resumed()
+        resumed = find_resumed("compute")
         options, refusal = _parse(resumed)
         run_id = resumed.checkpoint.job.run_id if resumed else None
         name = "refused" if refusal else options.name
-        with Tracker(experiment=options.experiment, run_name=name, run_id=run_id) as tracker:
+        job = "plan" if options.plan else "compute"
+        with Tracker(job=job, experiment=options.experiment, run_name=name, run_id=run_id) as tracker:
             if refusal is not None:
                 raise refusal
             if options.plan:
@@ -207,6 +208,7 @@ def plan(options: Options, tracker: Tracker) -> None:
         options=options.costly(),
     )
     made = make_plan(job, classifier, tracker, console)
+    output.mkdir(parents=True, exist_ok=True)
     (output / PLAN_FILE).write_text(json.dumps(made.result() | {"code": describe_code()}, indent=2) + "\n")
     tracker.complete(tags={}, metrics=made.metrics(), step=0, markdown=made.summary(), folder=output)
     console.print(f"\n{made.summary()}\n\nFiles: {output}\nMLflow: {tracker.how_to_open()}", markup=False)
@@ -314,7 +316,7 @@ def _plan_members(options: Options, output: Path) -> dict[str, MemberPlan]:
 def _parse(resumed: Resumed | None) -> tuple[Options, ConfigError | None]:
     """Options; those that cannot be are reported inside an MLflow run, as whoever watches scheduled jobs expects."""
     try:
-        default = Options() if resumed is None else Options.from_json(resumed.checkpoint.job.options)
+        default = Options() if resumed is None else resumed.options(Options.from_json)
         options = tyro.cli(Options, default=default, config=(tyro.conf.OmitArgPrefixes,))
         if options.num_perturbations > 1 and options.compute.random_start is None:
             options = replace(options, compute=replace(options.compute, random_start=POOL_RANDOM_START))

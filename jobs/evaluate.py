@@ -67,7 +67,7 @@ def main() -> None:
         raise_on_sigterm()
         set_up_logging(console, debug="--debug" in sys.argv)
         options = tyro.cli(Options, config=(tyro.conf.OmitArgPrefixes,))
-        with Tracker(experiment=options.experiment, run_name="evaluation") as tracker:
+        with Tracker(job="evaluate", experiment=options.experiment, run_name="evaluation") as tracker:
             run(options, tracker)
 
 

@@ -118,11 +118,11 @@ def main() -> None:
     with one_line_errors(debug="--debug" in sys.argv):
         raise_on_sigterm()
         set_up_logging(console, debug="--debug" in sys.argv)
-        resumed = find_resumed()
-        default = Options() if resumed is None else Options.from_json(resumed.checkpoint.job.options)
+        resumed = find_resumed("finetune")
+        default = Options() if resumed is None else resumed.options(Options.from_json)
         options = tyro.cli(Options, default=default, config=(tyro.conf.OmitArgPrefixes,))
         run_id = resumed.checkpoint.job.run_id if resumed else None
-        with Tracker(experiment=options.experiment, run_name=options.name, run_id=run_id) as tracker:
+        with Tracker(job="finetune", experiment=options.experiment, run_name=options.name, run_id=run_id) as tracker:
             run(options, tracker, resumed)
 
 
@@ -213,7 +213,7 @@ def _set_up(options: Options, pool: PerturbationPool, tracker: Tracker, resumed:
     record = describe_job(setting, first, tracker.run_id, options.to_json())
     own = {key: provenance[key] for key in ("pool_sha256", "repetitions", "fleet.num_workers")}
     own |= {key: value for key, value in provenance.items() if key.startswith("finetune.")}
-    record = replace(record, identity=dict(record.identity) | own)
+    record = replace(record, identity=dict(record.identity) | own, program="finetune")
     if resumed is not None:
         check_identity(resumed.checkpoint.job, record)
     else:

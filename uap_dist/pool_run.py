@@ -86,7 +86,7 @@ def open_members(
         run_id = found.job.run_id if found else None
         own = stack.enter_context(Tracker(run_name=plan.run_name, run_id=run_id, parent=tracker))
         identity = dict(job.identity) | own_provenance(plan.config)
-        own_job = replace(job, run_id=own.run_id, options=plan.options, identity=identity)
+        own_job = replace(job, run_id=own.run_id, options=plan.options, identity=identity, part_of=job.run_id)
         if found is None:
             own.log_params(dict(setting.provenance) | own_provenance(plan.config))
             found = Checkpoint(own_job, State.start(setting.train, plan.config), ())

@@ -214,6 +214,7 @@ def _compute_pool(job: Job, repetition: int, pool: PerturbationPool, weights: st
     train, val = reload_dataset(fleet, job.train), reload_dataset(fleet, job.val)
     setting = Setting(classifier, fleet, train, val, provenance, job.console)
     record = describe_job(setting, config, job.tracker.run_id, job.record.options)
+    record = replace(record, program=job.record.program)
     with ExitStack() as stack:
         tracker = stack.enter_context(Tracker(run_name=f"repetition {repetition}: fresh pool", parent=job.tracker))
         members = open_members(setting, plans, join(job.storage, f"{repetition}-pool"), record, tracker, stack)

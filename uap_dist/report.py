@@ -21,7 +21,7 @@ from uap_dist.errors import ConfigError
 from uap_dist.fooling import Rate
 from uap_dist.history import RoundRecord
 from uap_dist.label_graph import dominant_labels, label_graph, save_label_graph
-from uap_dist.locations import copy_folder, is_url, join
+from uap_dist.locations import copy_folder, is_url, join, try_to_write
 from uap_dist.norms import measure
 from uap_dist.perturbations import PERTURBATION_FILE, save_perturbation
 from uap_dist.shards import UNKNOWN_CLASS
@@ -36,7 +36,9 @@ NUM_DOMINANT_LABELS = 5
 
 
 def output_folder(output: Path | None, name: str, *, may_hold_files: bool = False) -> Path:
-    """The folder for a job's files, made and known to be writable; outputs/<name>-<time> where none is given.
+    """The folder for a job's files, known to be writable; outputs/<name>-<time> where none is given.
+
+    It is made with the first file, so that a job that is refused leaves none.
 
     Raises:
         ConfigError: a URL, a folder that holds files, or one that cannot be written to.
@@ -48,13 +50,12 @@ def output_folder(output: Path | None, name: str, *, may_hold_files: bool = Fals
         )
     if not may_hold_files and folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty; give another --output")
+    folder = folder.resolve()
     try:  # now, not when hours of work are to be saved
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
+        try_to_write(folder)
     except OSError as error:
         raise ConfigError(f"cannot write to --output {folder}: {error.strerror}") from error
-    return folder.resolve()
+    return folder
 
 
 def publish(folder: Path, storage: str) -> None:

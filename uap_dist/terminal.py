@@ -95,10 +95,16 @@ class _Lines(logging.Handler):
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def command() -> str:
-    """How this job was started, for messages that say how to go on: `python jobs/compute.py`, or `uap-compute` where it is installed."""
+def command(job: str | None = None) -> str:
+    """How this job was started, for messages that say how to go on: `python jobs/compute.py`, or `uap-compute` where it is installed.
+
+    Args:
+        job: another one that is meant, such as finetune.
+    """
     script = Path(sys.argv[0])
-    return f"python {script}" if script.suffix == ".py" else script.name
+    if script.suffix == ".py":
+        return f"python {script if job is None else script.with_name(f'{job}.py')}"
+    return script.name if job is None else f"uap-{job}"
 
 
 def raise_on_sigterm() -> None:

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -35,7 +36,7 @@ from uap_dist.history import RoundRecord
 from uap_dist.outbox import Outbox
 from uap_dist.sqlite_store import prepare_store, sqlite_path
 
-CHECKPOINTS_TAG = "checkpoints"
+CHECKPOINTS_TAG, JOB_TAG = "checkpoints", "job"
 PARENT_TAG = "mlflow.parentRunId"
 EXPERIMENT_KIND = {"mlflow.experimentKind": "custom_model_development"}  # else shown as a chat application
 
@@ -46,12 +47,19 @@ class Tracker:
     """One MLflow run; a context manager. Metrics of rounds reach it through an outbox, so that a server may be away meanwhile."""
 
     def __init__(
-        self, *, run_name: str, experiment: str = "", run_id: str | None = None, parent: "Tracker | None" = None
+        self,
+        *,
+        run_name: str,
+        job: str = "",
+        experiment: str = "",
+        run_id: str | None = None,
+        parent: "Tracker | None" = None,
     ) -> None:
         """Start a run where MLFLOW_TRACKING_URI says, else in mlflow.db of the working directory; or go on with `run_id`.
 
         Args:
             run_name: of a new run.
+            job: which one starts it, as compute; a run with a parent is of the parent's.
             experiment: its name; a run with a parent is in the parent's.
             run_id: of the run to go on with.
             parent: run that the new one belongs to; system metrics are the parent's.
@@ -61,15 +69,18 @@ class Tracker:
             ResumeError: the run to go on with is finished, or not there.
         """
         self.uri = _connect()
+        self.job: str = job if parent is None else parent.job
         self._is_child, self._is_ended = parent is not None, False
         with _answering(self.uri):
             self._client = mlflow.MlflowClient()
-            tags = {"command": shlex.join(sys.argv)}
+            tags = {"command": shlex.join(sys.argv), JOB_TAG: self.job}
             if run_id is not None:
-                run = _reopen(run_id) if parent is None else _reopen_child(self._client, run_id)
+                run = _reopen(run_id, self.uri) if parent is None else _reopen_child(self._client, run_id)
             elif parent is not None:
                 run = _find_child(self._client, parent, run_name) or self._client.create_run(
-                    parent.experiment_id, run_name=run_name, tags=tags | {PARENT_TAG: parent.run_id}
+                    parent.experiment_id,
+                    run_name=run_name,
+                    tags=tags | {PARENT_TAG: parent.run_id},
                 )
             else:
                 mlflow.set_experiment(experiment_id=_find_experiment(self._client, experiment, self.uri))
@@ -273,24 +284,55 @@ class Tracker:
         return f"#/experiments/{self.experiment_id}/runs/{self.run_id}?workflowType=machine_learning"
 
 
-def checkpoints_of(run_id: str) -> str:
-    """Where a run keeps its checkpoints.
+@dataclass(frozen=True)
+class RunFacts:
+    """What MLflow says of a run.
+
+    Attributes:
+        name: of the run.
+        job: which job of uap_dist started it; empty where none did.
+        parent: run that it belongs to, if it does.
+        checkpoints: where it is committed, if it is.
+        status: RUNNING, FINISHED, FAILED, KILLED or SCHEDULED.
+        is_deleted: whether it lies in MLflow's bin.
+    """
+
+    name: str
+    job: str
+    parent: str | None
+    checkpoints: str | None
+    status: str
+    is_deleted: bool
+
+
+def look_up(run_id: str) -> RunFacts:
+    """A run of any program.
 
     Raises:
         TrackingError: the server does not answer.
-        ResumeError: no such run, or one without checkpoints.
+        ResumeError: there is no such run.
     """
     uri = _connect(creates=False)
     with _answering(uri):
-        try:
-            tags = mlflow.get_run(run_id).data.tags
-        except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                raise ResumeError(f"no run {run_id} at {uri} (MLFLOW_TRACKING_URI)") from error
-            raise
-    if CHECKPOINTS_TAG not in tags:
-        raise ResumeError(f"run {run_id} ended before its first checkpoint; start it again without --resume")
-    return str(tags[CHECKPOINTS_TAG])
+        run = _get_run(run_id, uri)
+    tags, info = run.data.tags, run.info
+    return RunFacts(
+        name=info.run_name,
+        job=tags.get(JOB_TAG, ""),
+        parent=tags.get(PARENT_TAG),
+        checkpoints=tags.get(CHECKPOINTS_TAG),
+        status=info.status,
+        is_deleted=info.lifecycle_stage == "deleted",
+    )
+
+
+def _get_run(run_id: str, uri: str) -> Run:
+    try:
+        return mlflow.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            raise ResumeError(f"no run {run_id} at {uri} (MLFLOW_TRACKING_URI)") from error
+        raise
 
 
 def is_finished(run_id: str) -> bool:
@@ -368,10 +410,12 @@ def _find_experiment(client: mlflow.MlflowClient, name: str, uri: str) -> str:
     return str(found.experiment_id)
 
 
-def _reopen(run_id: str) -> Run:
-    info = mlflow.get_run(run_id).info
+def _reopen(run_id: str, uri: str) -> Run:
+    info = _get_run(run_id, uri).info
     if info.status == "FINISHED":
         raise ResumeError(f"run {run_id} is finished; there is nothing to resume")
+    if info.lifecycle_stage == "deleted":
+        raise ResumeError(f"run {run_id} was deleted; `mlflow.MlflowClient().restore_run` brings it back")
     mlflow.set_experiment(experiment_id=info.experiment_id)
     return mlflow.start_run(run_id=run_id, log_system_metrics=True)
 
