@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from uap_dist.compute import RoundReport
-from uap_dist.errors import UapDistError
+from uap_dist.errors import in_one_line
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -120,7 +120,7 @@ def raise_on_sigterm() -> None:
 def one_line_errors(*, debug: bool) -> Iterator[None]:
     """End the process with one line: exit code 1 for an error, 130 when interrupted; tracebacks only for debugging.
 
-    An error that is not the package's own is named with its type.
+    An error that is not the package's own is said to be unexpected, with its type.
     """
     try:
         yield
@@ -130,13 +130,7 @@ def one_line_errors(*, debug: bool) -> Iterator[None]:
     except Exception as error:
         if debug:
             raise
-        lines = str(error).strip().splitlines() or [""]
-        reason = (
-            str(error)
-            if isinstance(error, UapDistError)
-            else f"{type(error).__name__}: {lines[-1]} (--debug shows where)"
-        )
-        sys.stderr.write(f"error: {reason}\n")
+        sys.stderr.write(f"error: {in_one_line(error)}\n")
         sys.exit(1)
 
 

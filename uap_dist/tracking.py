@@ -2,17 +2,18 @@
 
 import logging
 import os
+import re
 import shlex
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 # MLflow's own patience with a server that does not answer is four minutes
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -31,16 +32,42 @@ from mlflow.types import Schema, TensorSpec
 
 from uap_dist.classifiers import Classifier
 from uap_dist.dataset import Dataset
-from uap_dist.errors import ResumeError, TrackingError, UapDistError
+from uap_dist.errors import ResumeError, TrackingError, UapDistError, in_one_line, is_mistake
 from uap_dist.history import RoundRecord
 from uap_dist.outbox import Outbox
 from uap_dist.sqlite_store import prepare_store, sqlite_path
 
 CHECKPOINTS_TAG, JOB_TAG = "checkpoints", "job"
 PARENT_TAG = "mlflow.parentRunId"
+MAX_TRIES_WHEN_BUSY = 3
+FAULTS = {  # by what stands in an error, with what it means
+    "No space left|is full|[Qq]uota exceeded": "no space is left on the disk",
+    "Permission denied|readonly database|Read-only file": "it must not be written to",
+    "database is locked": "other processes write to it all the time",
+}
 EXPERIMENT_KIND = {"mlflow.experimentKind": "custom_model_development"}  # else shown as a chat application
 
+Given = ParamSpec("Given")
+Answer = TypeVar("Answer")
+
 logger = logging.getLogger(__name__)
+
+
+class _BusyError(TrackingError):
+    """Other processes write to the sqlite file all the time."""
+
+
+def _patient(ask: Callable[Concatenate["Tracker", Given], Answer]) -> Callable[Concatenate["Tracker", Given], Answer]:
+    """A method that asks again where other jobs write to the same sqlite file, for their turns have no order; MLflow waits 20 s a time."""
+
+    @wraps(ask)
+    def ask_again(self: "Tracker", /, *args: Given.args, **kwargs: Given.kwargs) -> Answer:
+        for _ in range(MAX_TRIES_WHEN_BUSY - 1):
+            with suppress(_BusyError):
+                return ask(self, *args, **kwargs)
+        return ask(self, *args, **kwargs)
+
+    return ask_again
 
 
 class Tracker:
@@ -104,22 +131,25 @@ class Tracker:
         if error is None:
             self.finish()
         elif isinstance(error, Exception):
-            self._end("FAILED", str(error))
+            self._end("FAILED", in_one_line(error))
         else:
             self._end("KILLED", type(error).__name__)
 
+    @_patient
     def finish(self) -> None:
         """End the run as FINISHED, before the block ends; TrackingError where the server does not answer."""
         with _answering(self.uri):
             self._end("FINISHED", None)
         self._is_ended = True
 
+    @_patient
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Parameters; None is written as "none"."""
         texts = {key: "none" if value is None else str(value) for key, value in params.items()}
         with _answering(self.uri):
             self._client.log_batch(self.run_id, params=[Param(key, text) for key, text in texts.items()])
 
+    @_patient
     def log_dataset(self, dataset: Dataset, context: str) -> None:
         """A dataset by its first shard's URL, its digest and its size."""
         with warnings.catch_warnings():  # MLflow finds two names for a local file, both right
@@ -137,6 +167,7 @@ class Tracker:
         if record.step not in self._delivered:
             self._outbox.put(record)
 
+    @_patient
     def log_metrics(self, metrics: Mapping[str, float]) -> None:
         """Metrics that belong to no round."""
         now = time.time_ns() // 1_000_000
@@ -151,8 +182,14 @@ class Tracker:
         """
         left = self._outbox.close(timeout_s)
         if left:
-            raise TrackingError(f"metrics of {left} rounds are not at the tracking server at {self.uri}")
+            failure = self._outbox.failure or TimeoutError("it takes them too slowly")
+            if is_mistake(failure):
+                raise failure
+            raise TrackingError(
+                f"metrics of {left} rounds are not delivered: {_explain(self.uri, failure)}"
+            ) from failure
 
+    @_patient
     def complete(
         self,
         *,
@@ -189,6 +226,7 @@ class Tracker:
                 if path.name not in leave_out:
                     self._client.log_artifact(self.run_id, str(path))
 
+    @_patient
     def has_finished(self, run_name: str) -> bool:
         """Whether a run of that name below this one has ended as FINISHED."""
         with _answering(self.uri):
@@ -230,6 +268,7 @@ class Tracker:
                         pip_requirements=[f"torch=={torch.__version__.partition('+')[0]}"],
                     )
 
+    @_patient
     def set_tag(self, key: str, value: str) -> None:
         """A tag of the run."""
         with _answering(self.uri):
@@ -239,6 +278,7 @@ class Tracker:
         """What the run's page says at its top."""
         self.set_tag("mlflow.note.content", markdown)
 
+    @_patient
     def register(self, artifact: str, name: str) -> str:
         """Make an artifact (file or folder) a version of a model in MLflow's registry, unless it is one; its address there."""
         with _answering(self.uri):
@@ -350,8 +390,10 @@ def fetch(address: str) -> str:
     uri = _connect(creates=False)
     try:
         return str(mlflow.artifacts.download_artifacts(address))
-    except (MlflowException, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # MLflow's, and those of whatever store its artifacts are in
+        if is_mistake(error):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise TrackingError(f"cannot fetch {address} from {uri} (MLFLOW_TRACKING_URI): {reason}") from error
 
 
@@ -360,6 +402,7 @@ def _tracking_uri() -> str:
         mlflow.set_tracking_uri(f"sqlite:///{Path.cwd() / 'mlflow.db'}")
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow").setLevel(logging.ERROR)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # with tracebacks of what it raises anyway
     return mlflow.get_tracking_uri()
 
 
@@ -381,15 +424,30 @@ def _prepare_once(path: Path) -> None:
 
 @contextmanager
 def _answering(uri: str) -> Iterator[None]:
+    """Say in one line what MLflow, its server or the store of its artifacts refuse; mistakes of ours stay what they are."""
     try:
         yield
     except UapDistError:
         raise
-    except Exception as error:  # MLflow's, and those of whatever store its artifacts go to
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise TrackingError(
-            f"the tracking server at {uri} (MLFLOW_TRACKING_URI) does not answer as it should: {reason}"
-        ) from error
+    except Exception as error:
+        if is_mistake(error):
+            raise
+        kind = _BusyError if "database is locked" in str(error) else TrackingError
+        raise kind(_explain(uri, error)) from error
+
+
+def _explain(uri: str, error: Exception) -> str:
+    """What cannot be used, and why."""
+    text = (str(error).splitlines() or [type(error).__name__])[0]
+    path = sqlite_path(uri)
+    where = f"MLflow's file {path} or its artifacts" if path else f"the tracking server at {uri} (MLFLOW_TRACKING_URI)"
+    meaning = next((meaning for words, meaning in FAULTS.items() if re.search(words, text)), None)
+    if meaning is not None:
+        return f"{where}: {meaning} ({text})"
+    if path is not None:
+        return f"{where} cannot be used: {text}"
+    is_refusal = isinstance(error, MlflowException) and "failed with exception" not in text
+    return f"{where} {'refuses' if is_refusal else 'does not answer as it should'}: {text}"
 
 
 def _find_experiment(client: mlflow.MlflowClient, name: str, uri: str) -> str:
