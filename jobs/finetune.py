@@ -3,6 +3,12 @@
 Each repetition trains on a pool, then computes a fresh pool against the network that came of it, by the same config and seeds.
 """
 
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C is quiet while the imports below take their seconds
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
+
 import json
 import shutil
 import sys
@@ -20,7 +26,7 @@ from uap_dist.cluster import connect
 from uap_dist.compute import State
 from uap_dist.config import ComputeConfig
 from uap_dist.dataset import check_disjoint, load_dataset
-from uap_dist.errors import ConfigError, PerturbationError, TrackingError
+from uap_dist.errors import ConfigError, OutputError, PerturbationError, TrackingError
 from uap_dist.finetune import NETWORK_FILE, FinetuneConfig, check_labels
 from uap_dist.finetune_report import BEFORE, FinishedFinetuning, save_finetuning
 from uap_dist.fleet import Fleet, FleetConfig
@@ -163,6 +169,10 @@ def run(options: Options, tracker: Tracker, resumed: Resumed | None) -> None:
     except TrackingError as error:
         raise TrackingError(
             f"{error}; what is done lies in {output}; when the server answers again: {command()} --resume {job.storage}"
+        ) from error
+    except OutputError as error:
+        raise OutputError(
+            f"{error}; what is done is committed: make room, then {command()} --resume {job.storage}"
         ) from error
     console.print(f"MLflow: {tracker.how_to_open()}", markup=False)
 

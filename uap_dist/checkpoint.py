@@ -108,12 +108,15 @@ class CheckpointStore:
         self._filesystem, self._folder = locate(location)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._last: Future[None] | None = None
+        self._num_failed = 0  # commits since the last one that was written
 
     def __enter__(self) -> "CheckpointStore":
         return self
 
     def __exit__(self, *error: object) -> None:
         self._thread.shutdown(wait=True)
+        if self._num_failed:
+            logger.warning("the last %d commits to %s failed", self._num_failed, self.location)
 
     def start(self, checkpoint: Checkpoint) -> None:
         """Commit now, so that a storage that cannot be written to is known before hours of work.
@@ -205,9 +208,17 @@ class CheckpointStore:
         try:
             self._write(checkpoint)
         except OSError as error:
-            logger.warning(
-                "round %d is not committed to %s", checkpoint.state.num_rounds, explain(self.location, error)
-            )
+            if not self._num_failed:
+                logger.warning(
+                    "rounds from %d on are not committed to %s; the job goes on, and tries again after each",
+                    checkpoint.state.num_rounds,
+                    explain(self.location, error),
+                )
+            self._num_failed += 1
+        else:
+            if self._num_failed:
+                logger.info("round %d is committed, after %d were not", checkpoint.state.num_rounds, self._num_failed)
+            self._num_failed = 0
 
     def _write(self, checkpoint: Checkpoint) -> None:
         data = checkpoint.to_bytes()

@@ -8,6 +8,7 @@ UapDistError
 ├── WorkerLostError                 the fleet cannot be placed, or a block kills its workers
 ├── DeterminismError                two workers gave different bits for one block
 ├── ResumeError                     no checkpoint, or one of another computation
+├── OutputError                     results that cannot be written, as on a full disk
 └── TrackingError                   MLflow's server or files cannot be used
 """
 
@@ -49,6 +50,10 @@ class DeterminismError(UapDistError):
 
 class ResumeError(UapDistError):
     """There is no checkpoint to go on from, or going on from it would give another result."""
+
+
+class OutputError(UapDistError):
+    """Results cannot be written: no space is left, or no permission."""
 
 
 class TrackingError(UapDistError):

@@ -2,22 +2,25 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import wraps
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
+from safetensors import SafetensorError
 
 from uap_dist import pictures
 from uap_dist.compute import RoundReport
 from uap_dist.dataset import Dataset, Workers
-from uap_dist.errors import ConfigError
+from uap_dist.errors import ConfigError, OutputError
 from uap_dist.fooling import Rate
 from uap_dist.history import RoundRecord
 from uap_dist.label_graph import dominant_labels, label_graph, save_label_graph
@@ -25,6 +28,7 @@ from uap_dist.locations import copy_folder, is_url, join, try_to_write
 from uap_dist.norms import measure
 from uap_dist.perturbations import PERTURBATION_FILE, save_perturbation
 from uap_dist.shards import UNKNOWN_CLASS
+from uap_dist.terminal import command
 from uap_dist.worker import Predictions
 
 RESULT_FILE = "result.json"
@@ -33,6 +37,9 @@ ROUNDS_FILE = "rounds.parquet"
 NUM_PICTURED = 8
 NUM_CSV_ROWS = 100
 NUM_DOMINANT_LABELS = 5
+
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
 
 
 def output_folder(output: Path | None, name: str, *, may_hold_files: bool = False) -> Path:
@@ -56,6 +63,32 @@ def output_folder(output: Path | None, name: str, *, may_hold_files: bool = Fals
     except OSError as error:
         raise ConfigError(f"cannot write to --output {folder}: {error.strerror}") from error
     return folder
+
+
+def writes_files(save: Callable[Concatenate[Path, Given], Result]) -> Callable[Concatenate[Path, Given], Result]:
+    """A function that writes into the folder which it is given first; where the disk refuses, an OutputError says so."""
+
+    @wraps(save)
+    def save_or_say_why(folder: Path, /, *args: Given.args, **kwargs: Given.kwargs) -> Result:
+        try:
+            return save(folder, *args, **kwargs)
+        except (OSError, SafetensorError) as error:
+            is_full = "No space left" in str(error) or "quota exceeded" in str(error)
+            reason = "no space is left on its disk" if is_full else str(error).splitlines()[0]
+            raise OutputError(f"cannot write results to {folder}: {reason}") from error
+
+    return save_or_say_why
+
+
+@contextmanager
+def resumable(storage: str) -> Iterator[None]:
+    """What was computed before results could not be written is not lost; say so."""
+    try:
+        yield
+    except OutputError as error:
+        raise OutputError(
+            f"{error}; what is computed is committed: make room, then {command()} --resume {storage}"
+        ) from error
 
 
 def publish(folder: Path, storage: str) -> None:
@@ -167,6 +200,7 @@ class FinishedRun:
         )
 
 
+@writes_files
 def save_run(folder: Path, run: FinishedRun, workers: Workers) -> None:
     """Every file of a finished run, result.json last."""
     for name in ("pictures", "tables"):

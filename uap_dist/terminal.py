@@ -1,6 +1,8 @@
 """What a person sees while a job runs: a progress bar on a terminal, plain lines in a log, one line for an error."""
 
+import atexit
 import logging
+import os
 import signal
 import sys
 import time
@@ -16,6 +18,8 @@ from uap_dist.compute import RoundReport
 from uap_dist.errors import in_one_line
 
 SECONDS_BETWEEN_LINES = 10.0
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+INTERRUPTED = 130  # exit code
 
 
 class RoundProgress:
@@ -108,12 +112,21 @@ def command(job: str | None = None) -> str:
 
 
 def raise_on_sigterm() -> None:
-    """Make SIGTERM end the job as Ctrl-C does."""
+    """Make SIGTERM end the job as Ctrl-C does, and a second of either end it at once, as one that comes after all is done."""
+    for number in SIGNALS:
+        signal.signal(number, _interrupt)
+    atexit.register(_end_at_once_from_now_on)  # before those of Ray, which takes seconds to end
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    _end_at_once_from_now_on()
+    os.write(sys.stderr.fileno(), b"ending; once more ends it at once\n")
+    raise KeyboardInterrupt
+
+
+def _end_at_once_from_now_on() -> None:
+    for number in SIGNALS:
+        signal.signal(number, lambda number, frame: os._exit(INTERRUPTED))
 
 
 @contextmanager
@@ -126,7 +139,7 @@ def one_line_errors(*, debug: bool) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except Exception as error:
         if debug:
             raise
