@@ -13,7 +13,7 @@ from clusters import can_hide_folders
 from uap_dist.errors import OutputError
 from uap_dist.report import resumable, writes_files
 
-JOBS = Path(__file__).parents[1] / "jobs"
+ROOT = Path(__file__).parents[1]
 
 SLOW_END = """
 import atexit, time
@@ -61,9 +61,16 @@ def test_an_interrupt_after_all_is_done_is_quiet():
     assert process.returncode == 130 and err == ""
 
 
-@pytest.mark.parametrize("job", ["compute", "shard"])
-def test_an_interrupt_while_a_job_imports_is_quiet(job, tmp_path):
-    process = start(str(JOBS / f"{job}.py"), cwd=tmp_path)
+@pytest.mark.parametrize(
+    "command",
+    [
+        (str(ROOT / "jobs/compute.py"),),
+        (str(ROOT / "jobs/shard.py"),),
+        ("-c", "import uap_dist_commands as c; c.shard()"),
+    ],
+)
+def test_an_interrupt_while_a_job_imports_is_quiet(command, tmp_path):
+    process = start(*command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
     while "torch" not in Path(f"/proc/{process.pid}/maps").read_text():
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
