@@ -1,6 +1,7 @@
 """What --resume refuses: each in one line that says what it is and what to do, and nothing is left behind."""
 
 import sys
+import time
 from dataclasses import replace
 
 import mlflow
@@ -9,6 +10,7 @@ from test_checkpoint import JOB, checkpoint
 
 from uap_dist.checkpoint import CheckpointStore
 from uap_dist.errors import ResumeError, TrackingError
+from uap_dist.history import RoundRecord
 from uap_dist.resume import find_resumed
 from uap_dist.tracking import CHECKPOINTS_TAG, Tracker
 
@@ -115,6 +117,16 @@ def test_looking_for_a_run_where_nothing_was_computed_makes_no_database(resume, 
     with pytest.raises(TrackingError, match=f"there is no {tmp_path / 'mlflow.db'}"):
         resume("0" * 32)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_may_still_be_computed_elsewhere_is_said_so(resume, tmp_path, caplog):
+    resume(commit(tmp_path / "old"))
+    assert not caplog.text
+    fresh = RoundRecord(1, time.time_ns() // 1_000_000, {})
+    with CheckpointStore(str(tmp_path / "fresh")) as store:
+        store.start(replace(checkpoint(1), history=[fresh]))
+    resume(tmp_path / "fresh")
+    assert f"run {JOB.run_id} ended a round 0 s ago; if another process still computes it, end one" in caplog.text
 
 
 def test_options_of_another_version(resume, tmp_path):

@@ -1,7 +1,9 @@
 """What --resume names: the newest checkpoint of a run, found before the other options are parsed."""
 
+import logging
 import re
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,11 @@ from uap_dist.tracking import RunFacts, look_up
 JOBS = {"compute": "a computation", "finetune": "a fine-tuning"}  # that can be resumed
 OTHER_JOBS = {"evaluate": "an evaluation", "analyze": "an analysis", "plan": "a plan"}
 
+FRESH_S = 60.0  # age of a last round that may have been ended by a process which is still there
+
 Options = TypeVar("Options")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,8 +69,21 @@ def find_resumed(job: str) -> Resumed | None:
             if record.part_of is not None:
                 raise ResumeError(_is_part(f"{storage} is", record.part_of, record.program))
             _check_job(f"{storage} is of", record.program, job, target)
+            _warn_if_fresh(checkpoint)
             return Resumed(checkpoint, storage)
     return None
+
+
+def _warn_if_fresh(checkpoint: Checkpoint) -> None:
+    """A run that was killed and one that goes on elsewhere look alike, but for the time of their last round."""
+    if checkpoint.history:
+        age_s = time.time() - checkpoint.history[-1].timestamp_ms / 1000
+        if age_s < FRESH_S:
+            logger.warning(
+                "run %s ended a round %.0f s ago; if another process still computes it, end one of the two",
+                checkpoint.job.run_id,
+                age_s,
+            )
 
 
 def _checkpoints_of(run_id: str, job: str) -> str:
