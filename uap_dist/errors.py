@@ -12,8 +12,10 @@ UapDistError
 └── TrackingError                   MLflow's server or files cannot be used
 """
 
+import errno
 import re
 
+REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)  # by the system: nobody's mistake
 CONTROL = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|[\x00-\x1f\x7f]")
 
 
@@ -65,6 +67,9 @@ def in_one_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or ["no more is known"]
     if isinstance(error, UapDistError):
         return CONTROL.sub("", " ".join(lines))
+    if isinstance(error, OSError) and error.errno in REFUSED:
+        where = f": {error.filename}" if error.filename else " (--debug shows where)"
+        return CONTROL.sub("", f"{error.strerror}{where}")
     kind = type(error).__name__
     return f"unexpected {kind}: {CONTROL.sub('', lines[-1])}; run it again with --debug, which shows where, and report that"
 
