@@ -1,5 +1,11 @@
 """Analyse a universal perturbation as section 4 of the paper does: phase transition, correlated boundaries, number of images."""
 
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C is quiet while the imports below take their seconds
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
+
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -116,7 +122,7 @@ def main() -> None:
         raise_on_sigterm()
         set_up_logging(console, debug="--debug" in sys.argv)
         options = tyro.cli(Options, config=(tyro.conf.OmitArgPrefixes,))
-        with Tracker(experiment=options.experiment, run_name="analysis") as tracker:
+        with Tracker(job="analyze", experiment=options.experiment, run_name="analysis") as tracker:
             run(options, tracker)
 
 

@@ -3,6 +3,12 @@
 Without arguments: EfficientNet-Lite0 on the photographs that packages of the `demo` extra carry.
 """
 
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C is quiet while the imports below take their seconds
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
+
 import json
 import re
 import sys
@@ -42,7 +48,7 @@ from uap_dist.pool_run import (
     open_members,
 )
 from uap_dist.provenance import describe_code, seconds_since_start
-from uap_dist.report import FinishedRun, output_folder, publish
+from uap_dist.report import FinishedRun, output_folder, publish, resumable, writes_files
 from uap_dist.resume import Resumed, find_resumed
 from uap_dist.shards import expand_patterns
 from uap_dist.terminal import command, one_line_errors, raise_on_sigterm, set_up_logging
@@ -171,11 +177,12 @@ def main() -> None:
     with one_line_errors(debug="--debug" in sys.argv):
         raise_on_sigterm()
         set_up_logging(console, debug="--debug" in sys.argv)
-        resumed = find_resumed()
+        resumed = find_resumed("compute")
         options, refusal = _parse(resumed)
         run_id = resumed.checkpoint.job.run_id if resumed else None
         name = "refused" if refusal else options.name
-        with Tracker(experiment=options.experiment, run_name=name, run_id=run_id) as tracker:
+        job = "plan" if options.plan else "compute"
+        with Tracker(job=job, experiment=options.experiment, run_name=name, run_id=run_id) as tracker:
             if refusal is not None:
                 raise refusal
             if options.plan:
@@ -208,9 +215,15 @@ def plan(options: Options, tracker: Tracker) -> None:
         options=options.costly(),
     )
     made = make_plan(job, classifier, tracker, console)
-    (output / PLAN_FILE).write_text(json.dumps(made.result() | {"code": describe_code()}, indent=2) + "\n")
+    _save_plan(output, made.result() | {"code": describe_code()})
     tracker.complete(tags={}, metrics=made.metrics(), step=0, markdown=made.summary(), folder=output)
     console.print(f"\n{made.summary()}\n\nFiles: {output}\nMLflow: {tracker.how_to_open()}", markup=False)
+
+
+@writes_files
+def _save_plan(folder: Path, plan: Mapping[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / PLAN_FILE).write_text(json.dumps(plan, indent=2) + "\n")
 
 
 def run(options: Options, tracker: Tracker, resumed: Resumed | None) -> None:
@@ -225,6 +238,7 @@ def run(options: Options, tracker: Tracker, resumed: Resumed | None) -> None:
     setting = _set_up(options, output, storage, tracker, resumed)
     checkpoint = _start(setting, replace(options, output=output), tracker, resumed)
     with ExitStack() as stack:
+        stack.enter_context(resumable(storage))
         store = stack.enter_context(CheckpointStore(storage))
         if options.num_perturbations == 1:
             member = Member(options.compute, checkpoint, store=store, folder=output, tracker=tracker)
@@ -315,7 +329,7 @@ def _plan_members(options: Options, output: Path) -> dict[str, MemberPlan]:
 def _parse(resumed: Resumed | None) -> tuple[Options, ConfigError | None]:
     """Options; those that cannot be are reported inside an MLflow run, as whoever watches scheduled jobs expects."""
     try:
-        default = Options() if resumed is None else Options.from_json(resumed.checkpoint.job.options)
+        default = Options() if resumed is None else resumed.options(Options.from_json)
         options = tyro.cli(Options, default=default, config=(tyro.conf.OmitArgPrefixes,))
         if options.num_perturbations > 1 and options.compute.random_start is None:
             options = replace(options, compute=replace(options.compute, random_start=POOL_RANDOM_START))

@@ -1,5 +1,11 @@
 """Measure perturbations on classifiers and images: fooling rates, top-1, transfer between networks, beside random baselines."""
 
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C is quiet while the imports below take their seconds
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
+
 import re
 import sys
 from collections.abc import Collection, Iterator
@@ -66,7 +72,7 @@ def main() -> None:
         raise_on_sigterm()
         set_up_logging(console, debug="--debug" in sys.argv)
         options = tyro.cli(Options, config=(tyro.conf.OmitArgPrefixes,))
-        with Tracker(experiment=options.experiment, run_name="evaluation") as tracker:
+        with Tracker(job="evaluate", experiment=options.experiment, run_name="evaluation") as tracker:
             run(options, tracker)
 
 

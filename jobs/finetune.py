@@ -3,6 +3,12 @@
 Each repetition trains on a pool, then computes a fresh pool against the network that came of it, by the same config and seeds.
 """
 
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C is quiet while the imports below take their seconds
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
+
 import json
 import shutil
 import sys
@@ -20,7 +26,7 @@ from uap_dist.cluster import connect
 from uap_dist.compute import State
 from uap_dist.config import ComputeConfig
 from uap_dist.dataset import check_disjoint, load_dataset
-from uap_dist.errors import ConfigError, PerturbationError, TrackingError
+from uap_dist.errors import ConfigError, OutputError, PerturbationError, TrackingError
 from uap_dist.finetune import NETWORK_FILE, FinetuneConfig, check_labels
 from uap_dist.finetune_report import BEFORE, FinishedFinetuning, save_finetuning
 from uap_dist.fleet import Fleet, FleetConfig
@@ -119,11 +125,11 @@ def main() -> None:
     with one_line_errors(debug="--debug" in sys.argv):
         raise_on_sigterm()
         set_up_logging(console, debug="--debug" in sys.argv)
-        resumed = find_resumed()
-        default = Options() if resumed is None else Options.from_json(resumed.checkpoint.job.options)
+        resumed = find_resumed("finetune")
+        default = Options() if resumed is None else resumed.options(Options.from_json)
         options = tyro.cli(Options, default=default, config=(tyro.conf.OmitArgPrefixes,))
         run_id = resumed.checkpoint.job.run_id if resumed else None
-        with Tracker(experiment=options.experiment, run_name=options.name, run_id=run_id) as tracker:
+        with Tracker(job="finetune", experiment=options.experiment, run_name=options.name, run_id=run_id) as tracker:
             run(options, tracker, resumed)
 
 
@@ -164,6 +170,10 @@ def run(options: Options, tracker: Tracker, resumed: Resumed | None) -> None:
     except TrackingError as error:
         raise TrackingError(
             f"{error}; what is done lies in {output}; when the server answers again: {command()} --resume {job.storage}"
+        ) from error
+    except OutputError as error:
+        raise OutputError(
+            f"{error}; what is done is committed: make room, then {command()} --resume {job.storage}"
         ) from error
     console.print(f"MLflow: {tracker.how_to_open()}", markup=False)
 
@@ -214,7 +224,7 @@ def _set_up(options: Options, pool: PerturbationPool, tracker: Tracker, resumed:
     record = describe_job(setting, first, tracker.run_id, options.to_json())
     own = {key: provenance[key] for key in ("pool_sha256", "repetitions", "fleet.num_workers")}
     own |= {key: value for key, value in provenance.items() if key.startswith("finetune.")}
-    record = replace(record, identity=dict(record.identity) | own)
+    record = replace(record, identity=dict(record.identity) | own, program="finetune")
     if resumed is not None:
         check_identity(resumed.checkpoint.job, record)
     else:

@@ -1,5 +1,11 @@
 """Make WebDataset shards from an ImageFolder tree or from the tars of ILSVRC 2012: shuffled once, with an index of counts."""
 
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C is quiet while the imports below take their seconds
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
+
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,7 +19,7 @@ from rich.progress import track
 from uap_dist.errors import ConfigError
 from uap_dist.shards import write_shards
 from uap_dist.sources import list_folder, list_ilsvrc_train, list_ilsvrc_val, shuffled_samples
-from uap_dist.terminal import one_line_errors, set_up_logging
+from uap_dist.terminal import one_line_errors, raise_on_sigterm, set_up_logging
 
 console = Console(soft_wrap=True, highlight=False)
 
@@ -42,6 +48,7 @@ def main() -> None:
     """List, shuffle, write."""
     with one_line_errors(debug="--debug" in sys.argv):
         set_up_logging(console, debug="--debug" in sys.argv)
+        raise_on_sigterm()
         options = tyro.cli(Options)
         if options.shard_size < 1:
             raise ConfigError(f"shard size is {options.shard_size}; it must be positive")

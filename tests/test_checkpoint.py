@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_worker
+from pyarrow import fs
 
 from uap_dist.checkpoint import Checkpoint, CheckpointStore, JobRecord, _digest, check_identity
 from uap_dist.compute import State, compute
@@ -94,18 +95,31 @@ def test_a_storage_that_cannot_be_written_to_is_known_at_the_start(tmp_path):
         CheckpointStore("nowhere://x")
 
 
+def test_the_trial_of_a_storage_leaves_nothing(tmp_path, s3):
+    CheckpointStore(str(tmp_path / "checkpoints/run")).prepare()
+    assert not list(tmp_path.iterdir())
+    store = CheckpointStore(f"s3://bucket/refused/run?{s3}")
+    store.prepare()
+    assert store._filesystem.get_file_info("bucket/refused/run").type == fs.FileType.NotFound
+    with pytest.raises(ConfigError, match="cannot write checkpoints to /proc/run"):
+        CheckpointStore("/proc/run").prepare()
+
+
 def test_a_storage_that_fails_meanwhile_costs_only_its_commits(tmp_path, caplog):
     folder = tmp_path / "run"
+    caplog.set_level("INFO", "uap_dist")
     with CheckpointStore(str(folder)) as store:
         store.start(checkpoint(0))
         folder.rename(tmp_path / "away")
         folder.touch()
         store.commit(checkpoint(1))
         store.commit(checkpoint(2))  # waits for the one before
+        store.wait()
         folder.unlink()
         (tmp_path / "away").rename(folder)
         store.commit(checkpoint(3))
-    assert "round 1 is not committed to" in caplog.text
+    assert caplog.text.count("not committed to") == caplog.text.count("rounds from 1 on are not committed to") == 1
+    assert "round 3 is committed, after 2 were not" in caplog.text
     assert same(store.newest(), checkpoint(3))
 
 
@@ -118,16 +132,20 @@ def test_a_commit_does_not_make_the_next_round_wait(tmp_path):
     assert same(store.newest(), checkpoint(1))
 
 
-def test_a_checkpoint_of_another_version_is_refused(tmp_path):
+@pytest.mark.parametrize("version", [None, 99])
+def test_a_checkpoint_of_another_version_is_refused(tmp_path, version):
     store = committed(tmp_path, 1)
     (path,) = tmp_path.glob("round-00000001-*.npz")
     with np.load(path) as file:
-        arrays = {name: file[name] for name in file.files if name != "scale"}
+        arrays = {name: file[name] for name in file.files if name != "format"}
+    arrays |= {} if version is None else {"format": np.asarray(version)}
     path.unlink()
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     path.with_name(f"round-00000001-{_digest(buffer.getvalue())}.npz").write_bytes(buffer.getvalue())
-    with pytest.raises(ResumeError, match="is of another version of uap_dist"):
+    with pytest.raises(
+        ResumeError, match=rf"is of another version of uap_dist \(its format is {version or 1}, this one"
+    ):
         store.newest()
 
 

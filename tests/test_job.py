@@ -234,6 +234,7 @@ def test_bad_input_is_one_line_and_a_failed_run(shards, tmp_path, options, messa
     assert code == 1 and err.startswith("error: ") and message in err and err.count("\n") == 1
     _, (run,) = runs(tmp_path)
     assert run.info.status == "FAILED" and message in run.data.tags["reason"]
+    assert {path.name for path in tmp_path.iterdir()} <= {"mlflow.db", "mlflow.db.lock"}  # no empty folders
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ def wheel(tmp_path_factory):
     source = tmp_path_factory.mktemp("source")
     for name in ("uap_dist", "jobs"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md"):
+    for name in ("pyproject.toml", "README.md", "uap_dist_commands.py"):
         shutil.copy(ROOT / name, source)
     run(
         sys.executable,
@@ -54,7 +54,8 @@ def test_the_wheel_holds_package_and_jobs_and_nothing_else(wheel):
         names = {name for name in file.namelist() if ".dist-info/" not in name}
         metadata = Parser().parsestr(file.read(f"uap_dist-{uap_dist.__version__}.dist-info/METADATA").decode())
     package = {f"uap_dist/{path.name}" for path in (ROOT / "uap_dist").glob("*.py")}
-    assert names == package | {"uap_dist/py.typed"} | {f"uap_dist/jobs/{name}.py" for name in ("__init__", *JOBS)}
+    others = {"uap_dist/py.typed", "uap_dist_commands.py"}
+    assert names == package | others | {f"uap_dist/jobs/{name}.py" for name in ("__init__", *JOBS)}
     assert metadata["Version"] == uap_dist.__version__
     assert set(metadata.get_all("Provides-Extra")) == {"demo", "bench", "test", "timm"}
 

@@ -1,6 +1,9 @@
+import pickle
 import time
+from dataclasses import replace
 from threading import Event
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_worker
@@ -9,7 +12,7 @@ from uap_dist.compute import compute
 from uap_dist.config import ComputeConfig
 from uap_dist.dataset import LocalWorkers
 from uap_dist.errors import WorkerLostError
-from uap_dist.together import compute_together
+from uap_dist.together import compute_together, keep_last
 
 
 def configs(count):
@@ -31,6 +34,19 @@ def test_each_gives_what_it_gives_alone_and_no_report_is_lost(tiny_data, local_w
         assert all(torch.equal(a.perturbation, b.perturbation) for a, b in zip(own, reports, strict=True))
     if at_once == 1:
         assert [name for name, _ in together] == [name for name, reports in alone.items() for _ in reports]
+
+
+def test_reports_that_wait_for_a_slow_reader_are_small_but_for_the_last(tiny_data, local_workers):
+    config = replace(configs(1)["seed-0"], evaluate_every=1)
+    alone = list(compute(local_workers, *tiny_data, config))
+    reports = list(keep_last(compute(local_workers, *tiny_data, config)))
+    assert max(len(pickle.dumps(report)) for report in reports[:-1]) < 3_000 < len(pickle.dumps(alone[0]))
+    assert torch.equal(reports[-1].perturbation, alone[-1].perturbation)
+    assert np.array_equal(reports[-1].evaluation.val_predictions.labels, alone[-1].evaluation.val_predictions.labels)
+    for report, full in zip(reports, alone, strict=True):
+        assert (report.fooling, report.num_evaluations) == (full.fooling, full.num_evaluations)
+        assert (report.evaluation is None) == (full.evaluation is None)
+        assert report.evaluation is None or report.evaluation.val == full.evaluation.val
 
 
 def test_no_more_than_so_many_share_the_workers(tiny_data):

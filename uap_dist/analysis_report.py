@@ -22,7 +22,7 @@ from uap_dist.fooling import Rate
 from uap_dist.norms import measure
 from uap_dist.perturbations import Perturbation
 from uap_dist.phase import Point
-from uap_dist.report import RESULT_FILE
+from uap_dist.report import RESULT_FILE, writes_files
 
 REPORT_FILE = "report"  # .md and .html
 STYLE = """body { font: 16px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222 }
@@ -134,6 +134,7 @@ class FinishedAnalysis:
         return []
 
 
+@writes_files
 def save_analysis(folder: Path, finished: FinishedAnalysis) -> None:
     """Every file of an analysis: pictures/, tables/, report.md and report.html, result.json last."""
     for name in ("pictures", "tables"):

@@ -12,7 +12,7 @@ from uap_dist.dataset import Dataset, Workers
 from uap_dist.errors import ConfigError, PerturbationError
 from uap_dist.fooling import Rate
 from uap_dist.perturbations import Perturbation
-from uap_dist.together import compute_together, keep_busy
+from uap_dist.together import compute_together, keep_busy, keep_last
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def compute_by_number(
 ) -> Iterator[NumberPoint]:
     """A computation for each entry of a plan (see `plan_numbers`), several at a time, as they end (figure 6 of the paper)."""
     rounds = {
-        f"{number} {seed}": compute(workers, train.thin_by_blocks(number, config.block_size), val, config)
+        f"{number} {seed}": keep_last(compute(workers, train.thin_by_blocks(number, config.block_size), val, config))
         for (number, seed), config in plan.items()
     }
     config = next(iter(plan.values()))

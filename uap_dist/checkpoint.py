@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,12 +22,13 @@ from pyarrow import fs
 from uap_dist.compute import State
 from uap_dist.errors import ConfigError, ResumeError
 from uap_dist.history import RoundRecord
-from uap_dist.locations import explain, locate
+from uap_dist.locations import explain, locate, try_to_write
 from uap_dist.update import Iterate
 
 KEPT = 3
 DIGEST_LENGTH = 16
 UNFINISHED = "unfinished"  # name of a local file that is being written
+FORMAT = 2  # of a checkpoint's file; one more where an older program could not go on with it, or a newer one with an older file
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +42,16 @@ class JobRecord:
         options: of the job, to go on with.
         identity: what decides the bits: data, network, config, seed.
         environment: what the bits may depend on beside it: kinds of devices, versions.
+        program: which job it is of: compute, finetune or plan.
+        part_of: MLflow run to resume, where it is another one: the pool's, of a member.
     """
 
     run_id: str
     options: Mapping[str, Any]
     identity: Mapping[str, Any]
     environment: Mapping[str, Any]
+    program: str = "compute"
+    part_of: str | None = None
 
 
 @dataclass(frozen=True)
@@ -66,13 +72,17 @@ class Checkpoint:
         }
         arrays: dict[str, Any] = {name: np.frombuffer(text.encode(), np.uint8) for name, text in texts.items()}
         arrays |= {name: np.asarray(value) for name, value in vars(state.iterate).items()}
+        arrays["format"] = np.asarray(FORMAT)
         np.savez(file, **arrays)
         return file.getvalue()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Checkpoint":
-        """What `to_bytes` gave."""
+        """What `to_bytes` gave; ResumeError where that of another version did."""
         with np.load(io.BytesIO(data)) as file:
+            found = file["format"].item() if "format" in file else 1
+            if found != FORMAT:
+                raise ResumeError(f"is of another version of uap_dist (its format is {found}, this one reads {FORMAT})")
             v, momentum, scale = torch.tensor(file["v"]), torch.tensor(file["momentum"]), file["scale"].item()
             job, counters, history = (file[name].tobytes().decode() for name in ("job", "counters", "history"))
         return cls(
@@ -98,12 +108,15 @@ class CheckpointStore:
         self._filesystem, self._folder = locate(location)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._last: Future[None] | None = None
+        self._num_failed = 0  # commits since the last one that was written
 
     def __enter__(self) -> "CheckpointStore":
         return self
 
     def __exit__(self, *error: object) -> None:
         self._thread.shutdown(wait=True)
+        if self._num_failed:
+            logger.warning("the last %d commits to %s failed", self._num_failed, self.location)
 
     def start(self, checkpoint: Checkpoint) -> None:
         """Commit now, so that a storage that cannot be written to is known before hours of work.
@@ -112,21 +125,25 @@ class CheckpointStore:
             ConfigError: it cannot be written to.
         """
         with self._writable():
-            self._filesystem.create_dir(self._folder, recursive=True)
             self._write(checkpoint)
 
     def prepare(self) -> None:
-        """Make the folder, and write and delete a file in it.
+        """Write and delete a file where commits will lie; of a run that is refused afterwards nothing is left.
 
         Raises:
             ConfigError: it cannot be done.
         """
-        trial = f"{self._folder}/{UNFINISHED}"
         with self._writable():
-            self._filesystem.create_dir(self._folder, recursive=True)
+            if isinstance(self._filesystem, fs.LocalFileSystem):
+                try_to_write(Path(self._folder))
+                return
+            is_new = self._filesystem.get_file_info(self._folder).type == fs.FileType.NotFound
+            trial = f"{self._folder}/{UNFINISHED}"
             with self._filesystem.open_output_stream(trial) as file:
                 file.write(b"uap_dist")
             self._filesystem.delete_file(trial)
+            if is_new:  # deleting an object leaves a folder there
+                self._filesystem.delete_dir(self._folder)
 
     def commit(self, checkpoint: Checkpoint) -> None:
         """Write a round once the one before is written; where that fails, say so and go on: the next commit holds all of it."""
@@ -177,10 +194,8 @@ class CheckpointStore:
     def _unpack(self, data: bytes, path: str) -> Checkpoint:
         try:
             return Checkpoint.from_bytes(data)
-        except KeyError as error:
-            raise ResumeError(
-                f"checkpoint {path} is of another version of uap_dist ({error}); go on with that version, or start a new run"
-            ) from error
+        except ResumeError as error:
+            raise ResumeError(f"checkpoint {path} {error}; go on with that version, or start a new run") from error
 
     @contextmanager
     def _writable(self) -> Iterator[None]:
@@ -193,9 +208,17 @@ class CheckpointStore:
         try:
             self._write(checkpoint)
         except OSError as error:
-            logger.warning(
-                "round %d is not committed to %s", checkpoint.state.num_rounds, explain(self.location, error)
-            )
+            if not self._num_failed:
+                logger.warning(
+                    "rounds from %d on are not committed to %s; the job goes on, and tries again after each",
+                    checkpoint.state.num_rounds,
+                    explain(self.location, error),
+                )
+            self._num_failed += 1
+        else:
+            if self._num_failed:
+                logger.info("round %d is committed, after %d were not", checkpoint.state.num_rounds, self._num_failed)
+            self._num_failed = 0
 
     def _write(self, checkpoint: Checkpoint) -> None:
         data = checkpoint.to_bytes()
@@ -203,6 +226,8 @@ class CheckpointStore:
         # an object store shows an object when it is whole; on a local disk that takes a rename
         is_local = isinstance(self._filesystem, fs.LocalFileSystem)
         target = f"{self._folder}/{UNFINISHED}" if is_local else path
+        if is_local:
+            self._filesystem.create_dir(self._folder, recursive=True)
         with self._filesystem.open_output_stream(target) as file:
             file.write(data)
         if is_local:

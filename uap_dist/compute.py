@@ -79,6 +79,17 @@ class RoundReport:
         """Since the start, clean labels of the training images included."""
         return self.state.num_evaluations
 
+    def without_arrays(self) -> "RoundReport":
+        """What a person is shown of the round: neither perturbation nor iterate nor predictions, which take 3 MB at 224×224."""
+        nothing = torch.empty(0)
+        state = replace(self.state, iterate=replace(self.state.iterate, v=nothing, momentum=nothing))
+        evaluation = self.evaluation
+        if evaluation is not None:
+            evaluation = replace(
+                evaluation, val_predictions=Predictions(np.empty(0, np.int64), np.empty(0, np.float32))
+            )
+        return replace(self, perturbation=nothing, state=state, evaluation=evaluation)
+
     def metrics(self) -> dict[str, float]:
         """The round in numbers, under the names that MLflow and the curve use."""
         metrics = {

@@ -8,8 +8,15 @@ UapDistError
 ├── WorkerLostError                 the fleet cannot be placed, or a block kills its workers
 ├── DeterminismError                two workers gave different bits for one block
 ├── ResumeError                     no checkpoint, or one of another computation
-└── TrackingError                   the tracking server does not answer
+├── OutputError                     results that cannot be written, as on a full disk
+└── TrackingError                   MLflow's server or files cannot be used
 """
+
+import errno
+import re
+
+REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)  # by the system: nobody's mistake
+CONTROL = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|[\x00-\x1f\x7f]")
 
 
 class UapDistError(Exception):
@@ -47,5 +54,26 @@ class ResumeError(UapDistError):
     """There is no checkpoint to go on from, or going on from it would give another result."""
 
 
+class OutputError(UapDistError):
+    """Results cannot be written: no space is left, or no permission."""
+
+
 class TrackingError(UapDistError):
-    """The MLflow tracking server does not answer."""
+    """MLflow's server does not answer or refuses, or its files cannot be read or written."""
+
+
+def in_one_line(error: BaseException) -> str:
+    """What the terminal and MLflow say of an error; one that was not foreseen is said to be so, with its type."""
+    lines = str(error).strip().splitlines() or ["no more is known"]
+    if isinstance(error, UapDistError):
+        return CONTROL.sub("", " ".join(lines))
+    if isinstance(error, OSError) and error.errno in REFUSED:
+        where = f": {error.filename}" if error.filename else " (--debug shows where)"
+        return CONTROL.sub("", f"{error.strerror}{where}")
+    kind = type(error).__name__
+    return f"unexpected {kind}: {CONTROL.sub('', lines[-1])}; run it again with --debug, which shows where, and report that"
+
+
+def is_mistake(error: Exception) -> bool:
+    """Whether a program's mistake raises such an error, as KeyError, and not a service, a library or the system that it asks."""
+    return type(error).__module__ == "builtins" and not isinstance(error, OSError | ImportError)

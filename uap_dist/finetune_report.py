@@ -16,7 +16,7 @@ from uap_dist.evaluate import Measurement
 from uap_dist.finetune import HELD_OUT, TRAINED_ON
 from uap_dist.fooling import Rate
 from uap_dist.history import RoundRecord
-from uap_dist.report import RESULT_FILE
+from uap_dist.report import RESULT_FILE, writes_files
 from uap_dist.review import save_evaluation
 
 BEFORE = "before"
@@ -135,6 +135,7 @@ class FinishedFinetuning:
         return "\n".join(lines)
 
 
+@writes_files
 def save_finetuning(folder: Path, finished: FinishedFinetuning) -> None:
     """Every file but the networks, result.json last."""
     save_evaluation(folder, finished.measurements)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from functools import cache
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryFile
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
@@ -15,6 +16,7 @@ from uap_dist.errors import ConfigError
 
 # pyarrow's own defaults are 3, 1 s and 3 s for S3, of which a busy store needs more, and 15 minutes for GCS
 RETRIES, CONNECT_TIMEOUT_S, REQUEST_TIMEOUT_S, GCS_RETRY_S = 3, 5.0, 10.0, 30.0
+TRIAL_BYTES = 1 << 20
 CREDENTIALS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or a profile, or the machine's role)"
 
 
@@ -154,6 +156,20 @@ def copy_folder(folder: Path, location: str, last: str) -> None:
                 out.write(file.read_bytes())
     except OSError as error:
         raise OSError(explain(location, error)) from error
+
+
+def try_to_write(folder: Path) -> None:
+    """Write a file where a local folder is, or would be made, and remove it: on a full disk only real bytes tell.
+
+    Raises:
+        OSError: it cannot be done.
+    """
+    while not folder.exists():
+        folder = folder.parent
+    with TemporaryFile(dir=folder) as file:
+        file.write(bytes(TRIAL_BYTES))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def is_refusal(error: Exception) -> bool:

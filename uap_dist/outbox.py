@@ -23,6 +23,7 @@ class Outbox:
         self._waiting: deque[RoundRecord] = deque()
         self._changed = Condition()
         self._closing = Event()
+        self.failure: Exception | None = None  # of the last try
         Thread(target=self._deliver, name="outbox", daemon=True).start()
 
     def put(self, record: RoundRecord) -> None:
@@ -49,14 +50,15 @@ class Outbox:
                 self._send(records)
             except Exception as error:  # whatever it is, the computation goes on
                 if not failing:
-                    logger.warning("metrics wait for the tracking server: %s", str(error).splitlines()[0])
-                failing = True
+                    reason = (str(error).splitlines() or [type(error).__name__])[0]
+                    logger.warning("metrics wait for the tracking server: %s", reason)
+                failing, self.failure = True, error
                 if self._closing.wait(SECONDS_BETWEEN_TRIES):
                     time.sleep(SECONDS_BETWEEN_LAST_TRIES)
                 continue
             if failing:
                 logger.info("the tracking server takes metrics again")
-            failing = False
+            failing, self.failure = False, None
             with self._changed:
                 for _ in records:
                     self._waiting.popleft()

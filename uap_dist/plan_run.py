@@ -160,7 +160,8 @@ def _keep(
 ) -> None:
     """What a job does with a round; in MLflow the trial's figures have names of their own."""
     nothing: Mapping[str, Any] = {}
-    store.commit(Checkpoint(JobRecord(tracker.run_id, nothing, nothing, nothing), report.state, tuple(history)))
+    record = JobRecord(tracker.run_id, nothing, nothing, nothing, program="plan")
+    store.commit(Checkpoint(record, report.state, tuple(history)))
     metrics = {f"trial-{num_workers}/{name}": value for name, value in history[-1].metrics.items()}
     tracker.log_round(replace(history[-1], metrics=metrics))
 

@@ -14,7 +14,7 @@ from uap_dist import pictures
 from uap_dist.fooling import Rate
 from uap_dist.perturbations import load_perturbations
 from uap_dist.pool import DIVERSE, PerturbationPool
-from uap_dist.report import RESULT_FILE, ROUNDS_FILE, name_random_rates
+from uap_dist.report import RESULT_FILE, ROUNDS_FILE, name_random_rates, writes_files
 
 POOL_FOLDER = "pool"
 MEMBERS_FOLDER = "members"
@@ -119,6 +119,7 @@ def _rate(share: float, num_examples: int) -> Rate:
     return Rate(round(share * num_examples), num_examples)
 
 
+@writes_files
 def save_pool(folder: Path, finished: FinishedPool) -> None:
     """Every file of a finished pool beside the members' own, result.json last."""
     for name in ("pictures", "tables"):

@@ -22,7 +22,7 @@ from uap_dist.pool_report import MEMBERS_FOLDER, FinishedPool
 from uap_dist.provenance import describe_code
 from uap_dist.report import RESULT_FILE
 from uap_dist.terminal import RoundProgress
-from uap_dist.together import compute_together, keep_busy
+from uap_dist.together import compute_together, keep_busy, keep_last
 from uap_dist.tracking import Tracker, is_finished
 
 DELIVERY_TIMEOUT_S, LAST_DELIVERY_TIMEOUT_S = 1.0, 20.0  # while others compute, and when nothing else is to be done
@@ -86,7 +86,7 @@ def open_members(
         run_id = found.job.run_id if found else None
         own = stack.enter_context(Tracker(run_name=plan.run_name, run_id=run_id, parent=tracker))
         identity = dict(job.identity) | own_provenance(plan.config)
-        own_job = replace(job, run_id=own.run_id, options=plan.options, identity=identity)
+        own_job = replace(job, run_id=own.run_id, options=plan.options, identity=identity, part_of=job.run_id)
         if found is None:
             own.log_params(dict(setting.provenance) | own_provenance(plan.config))
             found = Checkpoint(own_job, State.start(setting.train, plan.config), ())
@@ -105,7 +105,7 @@ def compute_members(setting: Setting, members: Mapping[str, Member]) -> None:
         if member.state.num_rounds:
             setting.console.print(f"{name} resuming after round {member.state.num_rounds}".strip())
     config = next(iter(members.values())).config
-    rounds = {name: member.rounds(fleet, setting.train, setting.val) for name, member in members.items()}
+    rounds = {name: keep_last(member.rounds(fleet, setting.train, setting.val)) for name, member in members.items()}
     with RoundProgress(setting.console, config.max_evaluations, len(members)) as progress:
         for name, report in compute_together(rounds, at_once=keep_busy(fleet, config)):
             progress.show(report, name)

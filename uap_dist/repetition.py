@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from uap_dist.checkpoint import JobRecord
 from uap_dist.classifiers import load_classifier
@@ -34,6 +34,7 @@ from uap_dist.pool_run import (
     member_folder,
     open_members,
 )
+from uap_dist.report import writes_files
 from uap_dist.tracking import Tracker
 from uap_dist.training import Training
 from uap_dist.weights import digest_weights, fill, write_weights
@@ -184,10 +185,8 @@ def _save_network(
     mlflow_run_id: str,
 ) -> None:
     """The weights with where they come from, whole or not at all, and the epochs."""
-    folder, classifier = job.network_folder(repetition), load_classifier(job.model, before.weights)
-    folder.mkdir(parents=True, exist_ok=True)
+    classifier = load_classifier(job.model, before.weights)
     fill(classifier.network, weights, f"repetition {repetition}")
-    (folder / EPOCHS_FILE).write_text("".join(f"{record.json}\n" for record in records))
     provenance = dict(job.provenance) | {
         "repetition": repetition,
         "pool_sha256": before.pool.digest,
@@ -195,8 +194,17 @@ def _save_network(
         "weights_digest": digest_weights(classifier.network),
         "mlflow_run_id": mlflow_run_id,
     }
+    _write_network(job.network_folder(repetition), classifier.network, provenance, records)
+
+
+@writes_files
+def _write_network(
+    folder: Path, network: nn.Module, provenance: Mapping[str, Any], records: Sequence[RoundRecord]
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / EPOCHS_FILE).write_text("".join(f"{record.json}\n" for record in records))
     unfinished = folder / f".{NETWORK_FILE}"
-    write_weights(unfinished, classifier.network, provenance)
+    write_weights(unfinished, network, provenance)
     unfinished.rename(folder / NETWORK_FILE)
 
 
@@ -215,6 +223,7 @@ def _compute_pool(job: Job, repetition: int, pool: PerturbationPool, weights: st
     train, val = reload_dataset(fleet, job.train), reload_dataset(fleet, job.val)
     setting = Setting(classifier, fleet, train, val, provenance, job.console)
     record = describe_job(setting, config, job.tracker.run_id, job.record.options)
+    record = replace(record, program=job.record.program)
     with ExitStack() as stack:
         tracker = stack.enter_context(Tracker(run_name=f"repetition {repetition}: fresh pool", parent=job.tracker))
         members = open_members(setting, plans, join(job.storage, f"{repetition}-pool"), record, tracker, stack)

@@ -2,29 +2,33 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import wraps
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
+from safetensors import SafetensorError
 
 from uap_dist import pictures
 from uap_dist.compute import RoundReport
 from uap_dist.dataset import Dataset, Workers
-from uap_dist.errors import ConfigError
+from uap_dist.errors import ConfigError, OutputError
 from uap_dist.fooling import Rate
 from uap_dist.history import RoundRecord
 from uap_dist.label_graph import dominant_labels, label_graph, save_label_graph
-from uap_dist.locations import copy_folder, is_url, join
+from uap_dist.locations import copy_folder, is_url, join, try_to_write
 from uap_dist.norms import SYMBOLS, Norm, measure
 from uap_dist.perturbations import PERTURBATION_FILE, save_perturbation
 from uap_dist.shards import UNKNOWN_CLASS
+from uap_dist.terminal import command
 from uap_dist.worker import Predictions
 
 RESULT_FILE = "result.json"
@@ -34,9 +38,14 @@ NUM_PICTURED = 8
 NUM_CSV_ROWS = 100
 NUM_DOMINANT_LABELS = 5
 
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
+
 
 def output_folder(output: Path | None, name: str, *, may_hold_files: bool = False) -> Path:
-    """The folder for a job's files, made and known to be writable; outputs/<name>-<time> where none is given.
+    """The folder for a job's files, known to be writable; outputs/<name>-<time> where none is given.
+
+    It is made with the first file, so that a job that is refused leaves none.
 
     Raises:
         ConfigError: a URL, a folder that holds files, or one that cannot be written to.
@@ -48,13 +57,38 @@ def output_folder(output: Path | None, name: str, *, may_hold_files: bool = Fals
         )
     if not may_hold_files and folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty; give another --output")
+    folder = folder.resolve()
     try:  # now, not when hours of work are to be saved
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
+        try_to_write(folder)
     except OSError as error:
         raise ConfigError(f"cannot write to --output {folder}: {error.strerror}") from error
-    return folder.resolve()
+    return folder
+
+
+def writes_files(save: Callable[Concatenate[Path, Given], Result]) -> Callable[Concatenate[Path, Given], Result]:
+    """A function that writes into the folder which it is given first; where the disk refuses, an OutputError says so."""
+
+    @wraps(save)
+    def save_or_say_why(folder: Path, /, *args: Given.args, **kwargs: Given.kwargs) -> Result:
+        try:
+            return save(folder, *args, **kwargs)
+        except (OSError, SafetensorError) as error:
+            is_full = "No space left" in str(error) or "quota exceeded" in str(error)
+            reason = "no space is left on its disk" if is_full else str(error).splitlines()[0]
+            raise OutputError(f"cannot write results to {folder}: {reason}") from error
+
+    return save_or_say_why
+
+
+@contextmanager
+def resumable(storage: str) -> Iterator[None]:
+    """What was computed before results could not be written is not lost; say so."""
+    try:
+        yield
+    except OutputError as error:
+        raise OutputError(
+            f"{error}; what is computed is committed: make room, then {command()} --resume {storage}"
+        ) from error
 
 
 def publish(folder: Path, storage: str) -> None:
@@ -188,6 +222,7 @@ def name_random_rates(norm: Norm, rates: Mapping[Norm, Rate]) -> dict[str, Rate]
     return {f"same {SYMBOLS[each]} norm": rates[each] for each in (norm, other)}
 
 
+@writes_files
 def save_run(folder: Path, run: FinishedRun, workers: Workers) -> None:
     """Every file of a finished run, result.json last."""
     for name in ("pictures", "tables"):

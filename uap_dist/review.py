@@ -12,10 +12,12 @@ import pyarrow.parquet as pq
 from uap_dist import pictures
 from uap_dist.evaluate import Measurement
 from uap_dist.fooling import Rate
+from uap_dist.report import writes_files
 
 MAX_ROWS_IN_SUMMARY = 40  # MLflow cuts a description at 8,000 characters
 
 
+@writes_files
 def save_evaluation(folder: Path, measurements: Sequence[Measurement]) -> None:
     """All files of an evaluation: tables/, pictures/."""
     for name in ("pictures", "tables"):

@@ -1,6 +1,8 @@
 """What a person sees while a job runs: a progress bar on a terminal, plain lines in a log, one line for an error."""
 
+import atexit
 import logging
+import os
 import signal
 import sys
 import time
@@ -13,9 +15,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from uap_dist.compute import RoundReport
-from uap_dist.errors import UapDistError
+from uap_dist.errors import in_one_line
 
 SECONDS_BETWEEN_LINES = 10.0
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+INTERRUPTED = 130  # exit code
 
 
 class RoundProgress:
@@ -95,42 +99,51 @@ class _Lines(logging.Handler):
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def command() -> str:
-    """How this job was started, for messages that say how to go on: `python jobs/compute.py`, or `uap-compute` where it is installed."""
+def command(job: str | None = None) -> str:
+    """How this job was started, for messages that say how to go on: `python jobs/compute.py`, or `uap-compute` where it is installed.
+
+    Args:
+        job: another one that is meant, such as finetune.
+    """
     script = Path(sys.argv[0])
-    return f"python {script}" if script.suffix == ".py" else script.name
+    if script.suffix == ".py":
+        return f"python {script if job is None else script.with_name(f'{job}.py')}"
+    return script.name if job is None else f"uap-{job}"
 
 
 def raise_on_sigterm() -> None:
-    """Make SIGTERM end the job as Ctrl-C does."""
+    """Make SIGTERM end the job as Ctrl-C does, and a second of either end it at once, as one that comes after all is done."""
+    for number in SIGNALS:
+        signal.signal(number, _interrupt)
+    atexit.register(_end_at_once_from_now_on)  # before those of Ray, which takes seconds to end
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    _end_at_once_from_now_on()
+    os.write(sys.stderr.fileno(), b"ending; once more ends it at once\n")
+    raise KeyboardInterrupt
+
+
+def _end_at_once_from_now_on() -> None:
+    for number in SIGNALS:
+        signal.signal(number, lambda number, frame: os._exit(INTERRUPTED))
 
 
 @contextmanager
 def one_line_errors(*, debug: bool) -> Iterator[None]:
     """End the process with one line: exit code 1 for an error, 130 when interrupted; tracebacks only for debugging.
 
-    An error that is not the package's own is named with its type.
+    An error that is not the package's own is said to be unexpected, with its type.
     """
     try:
         yield
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except Exception as error:
         if debug:
             raise
-        lines = str(error).strip().splitlines() or [""]
-        reason = (
-            str(error)
-            if isinstance(error, UapDistError)
-            else f"{type(error).__name__}: {lines[-1]} (--debug shows where)"
-        )
-        sys.stderr.write(f"error: {reason}\n")
+        sys.stderr.write(f"error: {in_one_line(error)}\n")
         sys.exit(1)
 
 

@@ -1,6 +1,6 @@
 """Several computations at once on the same workers, so that none idles while one of them reduces its round."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from math import ceil
 from queue import SimpleQueue
@@ -19,7 +19,8 @@ def compute_together(
     """Reports of all computations as their rounds are done, each with the name of its computation.
 
     Each is advanced by a thread of its own, and waits for nobody who iterates over the reports: what is to be done
-    before its next round belongs into the computation.
+    before its next round belongs into the computation. Reports that nobody has taken yet are kept, so give computations
+    whose reports are small (see `keep_last`).
 
     Args:
         computations: by name; begun in this order, the next one when another ends.
@@ -58,6 +59,12 @@ def compute_together(
                 yield name, answer
     finally:
         is_over.set()
+
+
+def keep_last(reports: Iterable[RoundReport]) -> Iterator[RoundReport]:
+    """The reports, all but the last without their arrays: they wait where computations are ahead of who iterates over them."""
+    for report in reports:
+        yield report if report.is_last else report.without_arrays()
 
 
 def keep_busy(workers: Workers, config: ComputeConfig) -> Callable[[], int]:

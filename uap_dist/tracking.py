@@ -2,15 +2,18 @@
 
 import logging
 import os
+import re
 import shlex
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache, wraps
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 # MLflow's own patience with a server that does not answer is four minutes
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -29,48 +32,85 @@ from mlflow.types import Schema, TensorSpec
 
 from uap_dist.classifiers import Classifier
 from uap_dist.dataset import Dataset
-from uap_dist.errors import ResumeError, TrackingError, UapDistError
+from uap_dist.errors import ResumeError, TrackingError, UapDistError, in_one_line, is_mistake
 from uap_dist.history import RoundRecord
 from uap_dist.outbox import Outbox
+from uap_dist.sqlite_store import prepare_store, sqlite_path
 
-SQLITE = "sqlite:///"
-CHECKPOINTS_TAG = "checkpoints"
+CHECKPOINTS_TAG, JOB_TAG = "checkpoints", "job"
 PARENT_TAG = "mlflow.parentRunId"
+MAX_TRIES_WHEN_BUSY = 3
+FAULTS = {  # by what stands in an error, with what it means
+    "No space left|is full|[Qq]uota exceeded": "no space is left on the disk",
+    "Permission denied|readonly database|Read-only file": "it must not be written to",
+    "database is locked": "other processes write to it all the time",
+}
+EXPERIMENT_KIND = {"mlflow.experimentKind": "custom_model_development"}  # else shown as a chat application
+
+Given = ParamSpec("Given")
+Answer = TypeVar("Answer")
 
 logger = logging.getLogger(__name__)
+
+
+class _BusyError(TrackingError):
+    """Other processes write to the sqlite file all the time."""
+
+
+def _patient(ask: Callable[Concatenate["Tracker", Given], Answer]) -> Callable[Concatenate["Tracker", Given], Answer]:
+    """A method that asks again where other jobs write to the same sqlite file, for their turns have no order; MLflow waits 20 s a time."""
+
+    @wraps(ask)
+    def ask_again(self: "Tracker", /, *args: Given.args, **kwargs: Given.kwargs) -> Answer:
+        for _ in range(MAX_TRIES_WHEN_BUSY - 1):
+            with suppress(_BusyError):
+                return ask(self, *args, **kwargs)
+        return ask(self, *args, **kwargs)
+
+    return ask_again
 
 
 class Tracker:
     """One MLflow run; a context manager. Metrics of rounds reach it through an outbox, so that a server may be away meanwhile."""
 
     def __init__(
-        self, *, run_name: str, experiment: str = "", run_id: str | None = None, parent: "Tracker | None" = None
+        self,
+        *,
+        run_name: str,
+        job: str = "",
+        experiment: str = "",
+        run_id: str | None = None,
+        parent: "Tracker | None" = None,
     ) -> None:
         """Start a run where MLFLOW_TRACKING_URI says, else in mlflow.db of the working directory; or go on with `run_id`.
 
         Args:
             run_name: of a new run.
+            job: which one starts it, as compute; a run with a parent is of the parent's.
             experiment: its name; a run with a parent is in the parent's.
             run_id: of the run to go on with.
             parent: run that the new one belongs to; system metrics are the parent's.
 
         Raises:
-            TrackingError: the server does not answer.
+            TrackingError: the server does not answer, or its sqlite file cannot be used.
             ResumeError: the run to go on with is finished, or not there.
         """
-        self.uri = _tracking_uri()
+        self.uri = _connect()
+        self.job: str = job if parent is None else parent.job
         self._is_child, self._is_ended = parent is not None, False
         with _answering(self.uri):
             self._client = mlflow.MlflowClient()
-            tags = {"command": shlex.join(sys.argv)}
+            tags = {"command": shlex.join(sys.argv), JOB_TAG: self.job}
             if run_id is not None:
-                run = _reopen(run_id) if parent is None else _reopen_child(self._client, run_id)
+                run = _reopen(run_id, self.uri) if parent is None else _reopen_child(self._client, run_id)
             elif parent is not None:
                 run = _find_child(self._client, parent, run_name) or self._client.create_run(
-                    parent.experiment_id, run_name=run_name, tags=tags | {PARENT_TAG: parent.run_id}
+                    parent.experiment_id,
+                    run_name=run_name,
+                    tags=tags | {PARENT_TAG: parent.run_id},
                 )
             else:
-                _set_experiment(experiment, self.uri)
+                mlflow.set_experiment(experiment_id=_find_experiment(self._client, experiment, self.uri))
                 run = mlflow.start_run(run_name=run_name, tags=tags, log_system_metrics=True)
             steps = self._client.get_metric_history(run.info.run_id, "total/evaluations")
             self._delivered = {metric.step for metric in steps}
@@ -91,22 +131,25 @@ class Tracker:
         if error is None:
             self.finish()
         elif isinstance(error, Exception):
-            self._end("FAILED", str(error))
+            self._end("FAILED", in_one_line(error))
         else:
             self._end("KILLED", type(error).__name__)
 
+    @_patient
     def finish(self) -> None:
         """End the run as FINISHED, before the block ends; TrackingError where the server does not answer."""
         with _answering(self.uri):
             self._end("FINISHED", None)
         self._is_ended = True
 
+    @_patient
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Parameters; None is written as "none"."""
         texts = {key: "none" if value is None else str(value) for key, value in params.items()}
         with _answering(self.uri):
             self._client.log_batch(self.run_id, params=[Param(key, text) for key, text in texts.items()])
 
+    @_patient
     def log_dataset(self, dataset: Dataset, context: str) -> None:
         """A dataset by its first shard's URL, its digest and its size."""
         with warnings.catch_warnings():  # MLflow finds two names for a local file, both right
@@ -124,6 +167,7 @@ class Tracker:
         if record.step not in self._delivered:
             self._outbox.put(record)
 
+    @_patient
     def log_metrics(self, metrics: Mapping[str, float]) -> None:
         """Metrics that belong to no round."""
         now = time.time_ns() // 1_000_000
@@ -138,8 +182,14 @@ class Tracker:
         """
         left = self._outbox.close(timeout_s)
         if left:
-            raise TrackingError(f"metrics of {left} rounds are not at the tracking server at {self.uri}")
+            failure = self._outbox.failure or TimeoutError("it takes them too slowly")
+            if is_mistake(failure):
+                raise failure
+            raise TrackingError(
+                f"metrics of {left} rounds are not delivered: {_explain(self.uri, failure)}"
+            ) from failure
 
+    @_patient
     def complete(
         self,
         *,
@@ -176,6 +226,7 @@ class Tracker:
                 if path.name not in leave_out:
                     self._client.log_artifact(self.run_id, str(path))
 
+    @_patient
     def has_finished(self, run_name: str) -> bool:
         """Whether a run of that name below this one has ended as FINISHED."""
         with _answering(self.uri):
@@ -217,6 +268,7 @@ class Tracker:
                         pip_requirements=[f"torch=={torch.__version__.partition('+')[0]}"],
                     )
 
+    @_patient
     def set_tag(self, key: str, value: str) -> None:
         """A tag of the run."""
         with _answering(self.uri):
@@ -226,6 +278,7 @@ class Tracker:
         """What the run's page says at its top."""
         self.set_tag("mlflow.note.content", markdown)
 
+    @_patient
     def register(self, artifact: str, name: str) -> str:
         """Make an artifact (file or folder) a version of a model in MLflow's registry, unless it is one; its address there."""
         with _answering(self.uri):
@@ -271,24 +324,55 @@ class Tracker:
         return f"#/experiments/{self.experiment_id}/runs/{self.run_id}?workflowType=machine_learning"
 
 
-def checkpoints_of(run_id: str) -> str:
-    """Where a run keeps its checkpoints.
+@dataclass(frozen=True)
+class RunFacts:
+    """What MLflow says of a run.
+
+    Attributes:
+        name: of the run.
+        job: which job of uap_dist started it; empty where none did.
+        parent: run that it belongs to, if it does.
+        checkpoints: where it is committed, if it is.
+        status: RUNNING, FINISHED, FAILED, KILLED or SCHEDULED.
+        is_deleted: whether it lies in MLflow's bin.
+    """
+
+    name: str
+    job: str
+    parent: str | None
+    checkpoints: str | None
+    status: str
+    is_deleted: bool
+
+
+def look_up(run_id: str) -> RunFacts:
+    """A run of any program.
 
     Raises:
         TrackingError: the server does not answer.
-        ResumeError: no such run, or one without checkpoints.
+        ResumeError: there is no such run.
     """
-    uri = _tracking_uri()
+    uri = _connect(creates=False)
     with _answering(uri):
-        try:
-            tags = mlflow.get_run(run_id).data.tags
-        except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                raise ResumeError(f"no run {run_id} at {uri} (MLFLOW_TRACKING_URI)") from error
-            raise
-    if CHECKPOINTS_TAG not in tags:
-        raise ResumeError(f"run {run_id} ended before its first checkpoint; start it again without --resume")
-    return str(tags[CHECKPOINTS_TAG])
+        run = _get_run(run_id, uri)
+    tags, info = run.data.tags, run.info
+    return RunFacts(
+        name=info.run_name,
+        job=tags.get(JOB_TAG, ""),
+        parent=tags.get(PARENT_TAG),
+        checkpoints=tags.get(CHECKPOINTS_TAG),
+        status=info.status,
+        is_deleted=info.lifecycle_stage == "deleted",
+    )
+
+
+def _get_run(run_id: str, uri: str) -> Run:
+    try:
+        return mlflow.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            raise ResumeError(f"no run {run_id} at {uri} (MLFLOW_TRACKING_URI)") from error
+        raise
 
 
 def is_finished(run_id: str) -> bool:
@@ -303,48 +387,93 @@ def fetch(address: str) -> str:
     Raises:
         TrackingError: there is none, or the server does not answer.
     """
-    uri = _tracking_uri()
+    uri = _connect(creates=False)
     try:
         return str(mlflow.artifacts.download_artifacts(address))
-    except (MlflowException, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # MLflow's, and those of whatever store its artifacts are in
+        if is_mistake(error):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise TrackingError(f"cannot fetch {address} from {uri} (MLFLOW_TRACKING_URI): {reason}") from error
 
 
 def _tracking_uri() -> str:
     if "MLFLOW_TRACKING_URI" not in os.environ:
-        mlflow.set_tracking_uri(f"{SQLITE}{Path.cwd() / 'mlflow.db'}")
+        mlflow.set_tracking_uri(f"sqlite:///{Path.cwd() / 'mlflow.db'}")
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow").setLevel(logging.ERROR)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # with tracebacks of what it raises anyway
     return mlflow.get_tracking_uri()
+
+
+def _connect(*, creates: bool = True) -> str:
+    """Tracking URI, once its sqlite file, where it is one, is there and of this MLflow; whoever only reads does not create one."""
+    uri = _tracking_uri()
+    path = sqlite_path(uri)
+    if path is not None:
+        if not creates and not path.exists():
+            raise TrackingError(f"there is no {path}, which runs are kept in (MLFLOW_TRACKING_URI says where)")
+        _prepare_once(path)
+    return uri
+
+
+@cache
+def _prepare_once(path: Path) -> None:
+    prepare_store(path, lambda uri: mlflow.MlflowClient(uri).search_experiments(max_results=1))
 
 
 @contextmanager
 def _answering(uri: str) -> Iterator[None]:
+    """Say in one line what MLflow, its server or the store of its artifacts refuse; mistakes of ours stay what they are."""
     try:
         yield
     except UapDistError:
         raise
-    except Exception as error:  # MLflow's, and those of whatever store its artifacts go to
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise TrackingError(
-            f"the tracking server at {uri} (MLFLOW_TRACKING_URI) does not answer as it should: {reason}"
-        ) from error
+    except Exception as error:
+        if is_mistake(error):
+            raise
+        kind = _BusyError if "database is locked" in str(error) else TrackingError
+        raise kind(_explain(uri, error)) from error
 
 
-def _set_experiment(name: str, uri: str) -> None:
-    if uri.startswith(SQLITE) and mlflow.get_experiment_by_name(name) is None:
+def _explain(uri: str, error: Exception) -> str:
+    """What cannot be used, and why."""
+    text = (str(error).splitlines() or [type(error).__name__])[0]
+    path = sqlite_path(uri)
+    where = f"MLflow's file {path} or its artifacts" if path else f"the tracking server at {uri} (MLFLOW_TRACKING_URI)"
+    meaning = next((meaning for words, meaning in FAULTS.items() if re.search(words, text)), None)
+    if meaning is not None:
+        return f"{where}: {meaning} ({text})"
+    if path is not None:
+        return f"{where} cannot be used: {text}"
+    is_refusal = isinstance(error, MlflowException) and "failed with exception" not in text
+    return f"{where} {'refuses' if is_refusal else 'does not answer as it should'}: {text}"
+
+
+def _find_experiment(client: mlflow.MlflowClient, name: str, uri: str) -> str:
+    """Id of the experiment of that name, made where there is none, perhaps by another job at this moment."""
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        path = sqlite_path(uri)
         # beside the database, not in a working directory that may be Ray's copy of ours
-        artifacts = Path(uri.removeprefix(SQLITE)).resolve().parent / "mlruns"
-        mlflow.create_experiment(name, artifact_location=artifacts.as_uri())
-    mlflow.set_experiment(name)
-    mlflow.set_experiment_tag("mlflow.experimentKind", "custom_model_development")  # else shown as a chat application
+        artifacts = (path.resolve().parent / "mlruns").as_uri() if path else None
+        try:
+            return str(client.create_experiment(name, artifacts, tags=EXPERIMENT_KIND))
+        except MlflowException as error:
+            found = client.get_experiment_by_name(name)
+            if found is None or error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+    for key, value in EXPERIMENT_KIND.items() if not EXPERIMENT_KIND.items() <= found.tags.items() else ():
+        client.set_experiment_tag(found.experiment_id, key, value)
+    return str(found.experiment_id)
 
 
-def _reopen(run_id: str) -> Run:
-    info = mlflow.get_run(run_id).info
+def _reopen(run_id: str, uri: str) -> Run:
+    info = _get_run(run_id, uri).info
     if info.status == "FINISHED":
         raise ResumeError(f"run {run_id} is finished; there is nothing to resume")
+    if info.lifecycle_stage == "deleted":
+        raise ResumeError(f"run {run_id} was deleted; `mlflow.MlflowClient().restore_run` brings it back")
     mlflow.set_experiment(experiment_id=info.experiment_id)
     return mlflow.start_run(run_id=run_id, log_system_metrics=True)
 

@@ -1,0 +1,104 @@
+"""How a job ends when it is interrupted, at any moment, and when its disk is full: in one line, never with a traceback."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from clusters import can_hide_folders
+
+from uap_dist.errors import OutputError
+from uap_dist.report import resumable, writes_files
+
+ROOT = Path(__file__).parents[1]
+
+SLOW_END = """
+import atexit, time
+atexit.register(lambda: (print("closing", flush=True), time.sleep(60)))  # as Ray does
+from uap_dist.terminal import one_line_errors, raise_on_sigterm
+with one_line_errors(debug=False):
+    raise_on_sigterm()
+    print("ready", flush=True)
+    time.sleep({seconds})
+"""
+
+FULL_DISK = """
+from pathlib import Path
+from uap_dist.checkpoint import CheckpointStore
+from uap_dist.errors import ConfigError
+from uap_dist.report import output_folder
+for ask in (lambda: output_folder(Path("full/out"), ""), lambda: CheckpointStore("full/runs").prepare()):
+    try:
+        ask()
+    except ConfigError as error:
+        print(error)
+"""
+
+
+def start(*command, **options):
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *command], **pipes, **options)
+
+
+@pytest.mark.parametrize("kinds", [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGINT)])
+def test_a_second_interrupt_ends_what_is_ending(kinds):
+    process = start("-c", SLOW_END.format(seconds=60))
+    for line, kind in zip(("ready\n", "closing\n"), kinds, strict=True):
+        assert process.stdout.readline() == line, process.stderr.read()
+        process.send_signal(kind)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130 and err == "ending; once more ends it at once\ninterrupted\n"
+
+
+def test_an_interrupt_after_all_is_done_is_quiet():
+    process = start("-c", SLOW_END.format(seconds=0))
+    assert [process.stdout.readline() for _ in range(2)] == ["ready\n", "closing\n"]
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130 and err == ""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        (str(ROOT / "jobs/compute.py"),),
+        (str(ROOT / "jobs/shard.py"),),
+        ("-c", "import uap_dist_commands as c; c.shard()"),
+    ],
+)
+def test_an_interrupt_while_a_job_imports_is_quiet(command, tmp_path):
+    process = start(*command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    while "torch" not in Path(f"/proc/{process.pid}/maps").read_text():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err == ""
+
+
+@pytest.mark.skipif(not can_hide_folders(), reason="needs a mount of its own")
+def test_a_full_disk_is_known_at_the_start(tmp_path):
+    (tmp_path / "full").mkdir()
+    fill = 'mount -t tmpfs -o size=64k none full && exec "$@"'
+    command = ["unshare", "-rm", "sh", "-c", fill, "sh", sys.executable, "-c", FULL_DISK]
+    env = os.environ | {"TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    output, storage = done.stdout.splitlines()
+    assert output == f"cannot write to --output {tmp_path}/full/out: No space left on device", done.stderr
+    assert storage.startswith("cannot write checkpoints to full/runs: ") and "No space left on device" in storage
+
+
+def test_results_that_do_not_fit_are_named_with_the_way_on(tmp_path):
+    @writes_files
+    def save(folder):
+        (folder / "result.json").write_text("x" * 100_000)
+
+    (tmp_path / "result.json").symlink_to("/dev/full")
+    advice = "what is computed is committed: make room, then .* --resume s3://bucket/run$"
+    with (
+        pytest.raises(OutputError, match=f"cannot write results to {tmp_path}: no space is left on its disk; {advice}"),
+        resumable("s3://bucket/run"),
+    ):
+        save(tmp_path)

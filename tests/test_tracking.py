@@ -1,0 +1,93 @@
+"""What is said where MLflow cannot be used: which part of it, why, and never that of a mistake in the program."""
+
+import errno
+import sqlite3
+from contextlib import closing
+from threading import Timer
+
+import mlflow
+import pytest
+import requests
+from mlflow.exceptions import MlflowException, RestException
+
+from uap_dist.errors import ConfigError, TrackingError, in_one_line
+from uap_dist.history import RoundRecord
+from uap_dist.tracking import Tracker, _answering
+
+SERVER, FILE = "http://127.0.0.1:9", "sqlite:////runs/mlflow.db"
+
+
+@pytest.fixture
+def tracker(tmp_path, monkeypatch):
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    mlflow.set_tracking_uri(uri)
+    tracker = Tracker(experiment="here", run_name="a run")
+    yield tracker
+    mlflow.end_run("FAILED")
+
+
+@pytest.mark.parametrize(
+    ("uri", "error", "message"),
+    [
+        (
+            SERVER,
+            requests.ConnectionError("refused"),
+            f"the tracking server at {SERVER} .* does not answer .*: refused",
+        ),
+        (
+            SERVER,
+            RestException({"error_code": "INVALID_PARAMETER_VALUE", "message": "too long"}),
+            "refuses: .*too long",
+        ),
+        (FILE, OSError(errno.ENOSPC, "No space left on device", "/a/b"), "/runs/mlflow.db .*no space is left.*/a/b"),
+        (FILE, MlflowException("(sqlite3.OperationalError) database or disk is full"), "no space is left on the disk"),
+        (FILE, PermissionError(errno.EACCES, "Permission denied", "/a/b"), "it must not be written to .*/a/b"),
+        (FILE, ModuleNotFoundError("No module named 'boto3'"), "cannot be used: No module named 'boto3'"),
+    ],
+)
+def test_what_fails_is_named_with_its_reason(uri, error, message):
+    with pytest.raises(TrackingError, match=message) as raised, _answering(uri):
+        raise error
+    assert "\n" not in str(raised.value)
+    assert "server" not in str(raised.value) or uri == SERVER
+
+
+@pytest.mark.parametrize("error", [KeyError("compute"), TypeError("no"), AssertionError(), ConfigError("radius")])
+def test_other_errors_stay_what_they_are(error):
+    with pytest.raises(type(error)) as raised, _answering(SERVER):
+        raise error
+    assert raised.value is error
+
+
+def test_a_mistake_in_what_is_sent_is_no_fault_of_the_server(tracker):
+    tracker.log_round(RoundRecord(1, 1, None))
+    with pytest.raises(AttributeError):
+        tracker.wait_for_delivery(0.5)
+
+
+def test_artifacts_that_cannot_be_written_are_named(tracker, tmp_path):
+    (tmp_path / "mlruns").touch()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/result.json").touch()
+    with pytest.raises(
+        TrackingError, match=f"{tmp_path}/mlflow.db or its artifacts cannot be used: .*{tmp_path}/mlruns"
+    ):
+        tracker.complete(tags={}, metrics={}, step=0, markdown="", folder=tmp_path / "out")
+
+
+@pytest.mark.slow  # MLflow's patience with a locked database is 20 s
+def test_a_job_waits_for_others_that_write_for_long(tracker, tmp_path):
+    with closing(sqlite3.connect(tmp_path / "mlflow.db", check_same_thread=False)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        Timer(25, other.rollback).start()
+        tracker.set_tag("late", "but there")
+    assert mlflow.get_run(tracker.run_id).data.tags["late"] == "but there"
+
+
+def test_an_error_is_one_line_without_codes_of_a_terminal():
+    assert in_one_line(ConfigError("do \x1b[1mthis\x1b[0m\nor that")) == "do this or that"
+    assert in_one_line(OSError(errno.ENOSPC, "No space left on device", "/a/b")) == "No space left on device: /a/b"
+    assert in_one_line(KeyError("compute")) == (
+        "unexpected KeyError: 'compute'; run it again with --debug, which shows where, and report that"
+    )
