@@ -357,10 +357,8 @@ class Fleet:
         self._fail(WorkerLostError("the workers were given another classifier meanwhile"))
         self._classifier, self._error = (model, weights), None
         calls = list(self._running.values())
-        loading = [
-            call.member for call in calls if call.batch is None
-        ]  # Ray has them load the new one after the old one
-        self._empty += [*self._idle, *loading]
+        # of those that load another one now, Ray has them load this one after it
+        self._empty += [*self._idle, *(call.member for call in calls if call.batch is None)]
         self._idle, self._running, self._num_ready = [], {}, 0
         self._ready.clear()
         try:

@@ -3,10 +3,9 @@
 import re
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 from uap_dist.checkpoint import Checkpoint, CheckpointStore
-from uap_dist.locations import is_url
+from uap_dist.locations import absolute
 from uap_dist.tracking import checkpoints_of
 
 
@@ -29,9 +28,6 @@ def find_resumed() -> Resumed | None:
         option, _, value = word.partition("=")
         if option == "--resume":
             target = value or "".join(sys.argv[number + 1 : number + 2])
-            if re.fullmatch("[0-9a-f]{32}", target):
-                storage = checkpoints_of(target)
-            else:
-                storage = target if is_url(target) else str(Path(target).resolve())
+            storage = checkpoints_of(target) if re.fullmatch("[0-9a-f]{32}", target) else absolute(target)
             return Resumed(CheckpointStore(storage).newest(), storage)
     return None
