@@ -221,14 +221,15 @@ def test_what_goes_wrong_with_a_callers_change_is_the_callers_and_the_fleet_goes
         fleet.use(TINY, None)
 
 
-def test_nobody_waits_for_a_thread_that_is_dead(cluster, shards, monkeypatch):
+@pytest.mark.parametrize("where", ["_step", "_accept"])
+def test_nobody_waits_for_a_thread_that_is_dead(cluster, shards, monkeypatch, where):
     fleet = make_fleet(1)
     train, _ = load(fleet, shards)
 
-    def die():
+    def die(*_):
         raise SystemExit
 
-    monkeypatch.setattr(fleet, "_step", die)
+    monkeypatch.setattr(fleet, where, die)
     with pytest.raises(WorkerLostError, match="the thread that gives out its tasks"):
         list(fleet.map("pixels", [train.examples(0, [1])]))
     for ask in (lambda: fleet.use(TINY, None), fleet.wait, lambda: fleet.map("pixels", [train.examples(0, [1])])):

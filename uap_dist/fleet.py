@@ -277,7 +277,7 @@ class Fleet:
 
     def _dispatch(self) -> None:
         """What the thread does until the fleet is closed, or Ray ends; whatever ends it, nobody waits for it any longer."""
-        reason = "was left by the thread that gives out its tasks"
+        reason = "ended unexpectedly, with the thread that gives out its tasks"
         try:
             while self._goes_on():
                 self._make_changes()
@@ -303,15 +303,13 @@ class Fleet:
             self._changed.wait_for(
                 lambda: self._changes or self._running or self._batches or self._is_closed, SECONDS_BETWEEN_LOOKS
             )
-            if not self._goes_on():
-                return
-            changes = list(self._changes)
-            self._changes.clear()
-        for change in changes:
+        while self._changes and self._goes_on():
+            change = self._changes[0]  # and it stays there while it is made, to be told where that ends the thread
             try:
                 change.make()
             except Exception as error:
                 change.fail(error)
+            self._changes.popleft()
 
     def _step(self) -> None:
         """Give tasks to idle workers, wait a moment for answers, and hand over what is complete."""

@@ -40,8 +40,10 @@ class ModelChoice:
             model, weights = "=".join(pieces[has_name:end]), "=".join(pieces[end:])
             if _is_model(model):
                 name = pieces[0].strip() if has_name else ""
-                if (has_name and not name) or (end < len(pieces) and not weights):
-                    raise ConfigError(f"--models {text}: nothing stands before or after =; {FORM}")
+                if has_name and not name:
+                    raise ConfigError(f"--models {text}: no name before =; {FORM}")
+                if end < len(pieces) and not weights:  # an unset variable of the shell would give the published ones
+                    raise ConfigError(f"--models {text}: no weights file after the last =; {FORM}")
                 return cls(name, model, weights or None)
         raise ConfigError(f"--models {text}: there is no network in it; {FORM}")
 
