@@ -18,7 +18,7 @@ import ray
 import torch
 import tyro
 
-from uap_dist.actor import Answer
+from uap_dist.actor import Answer, Place
 from uap_dist.batch import ActorRecord
 from uap_dist.cache import Traffic
 from uap_dist.cluster import connect
@@ -56,9 +56,9 @@ class Sleeper:
         self._sleep_s = sleep_s
         self._total = np.ones((3, side, side), np.float32)
 
-    def start(self, *_: Any, **__: Any) -> str:
+    def start(self, *_: Any, **__: Any) -> Place:
         """As actor.UapWorker."""
-        return "sleeper"
+        return Place("sleeper", "")
 
     def call(self, method: str, task: Any, upcoming: str, perturbation: np.ndarray, solver: Any) -> Answer:
         """As actor.UapWorker, after a while."""
@@ -86,9 +86,7 @@ class SleepingFleet(Fleet):
 
     def close(self) -> None:
         """Leave the actors to the next fleet."""
-        self._is_closed = True
-        self._change(lambda: None)
-        self._thread.join()
+        self._stop()
 
 
 def main() -> None:

@@ -22,14 +22,14 @@ from uap_dist.by_number import NumberPoint, Recipe, compute_by_number, default_n
 from uap_dist.classifiers import load_classifier
 from uap_dist.cluster import connect
 from uap_dist.config import ComputeConfig
-from uap_dist.dataset import Dataset, check_disjoint, load_dataset
+from uap_dist.dataset import Dataset, check_disjoint, check_limits, load_dataset
 from uap_dist.errors import ConfigError
 from uap_dist.fleet import Fleet, FleetConfig
 from uap_dist.perturbations import Perturbation, load_perturbations
 from uap_dist.phase import Point, phase_transition
 from uap_dist.provenance import describe_code
 from uap_dist.report import output_folder
-from uap_dist.shards import expand_patterns
+from uap_dist.shards import expand_apart
 from uap_dist.terminal import one_line_errors, raise_on_sigterm, set_up_logging
 from uap_dist.tracking import Tracker
 
@@ -109,6 +109,7 @@ class Options:
         for scale in self.scales:
             if not 0 < scale < float("inf"):
                 raise ConfigError(f"a scale is {scale}; scales must be positive")
+        check_limits(self.max_bad_fraction, self.num_train_images, self.num_val_images)
         if self.seed < 0:
             raise ConfigError(f"seed is {self.seed}; it must not be negative")
 
@@ -131,9 +132,11 @@ def run(options: Options, tracker: Tracker) -> None:
     options.check()
     (perturbation,) = load_perturbations([options.perturbation])
     recipe = Recipe.of(perturbation) if "images" in options.analyses else None
-    train_urls, val_urls = expand_patterns(options.train_shards), expand_patterns(options.val_shards)
+    classifier = load_classifier(options.model, options.weights)
+    _check_sizes(options, perturbation, classifier.geometry.shape, options.num_train_images)
+    train_urls, val_urls = expand_apart(options.train_shards, options.val_shards)
     output = output_folder(options.output, f"analysis-{perturbation.name}")
-    provenance = _describe(options, perturbation, load_classifier(options.model, options.weights).weights_digest)
+    provenance = _describe(options, perturbation, classifier.weights_digest)
     tracker.log_params(provenance)
     connect()
     raise_on_sigterm()  # again: ray.init installs a handler of its own
@@ -171,20 +174,26 @@ def run(options: Options, tracker: Tracker) -> None:
     console.print(f"\n{finished.summary()}\n\nFiles: {output}\nMLflow: {tracker.how_to_open()}", markup=False)
 
 
-def _plan(options: Options, perturbation: Perturbation, recipe: Recipe | None, train: Dataset) -> Plan:
-    """Refuse what the data do not allow, before any work; what perturbations of fewer images are computed with."""
-    if tuple(perturbation.v.shape) != train.shape:
-        shapes = ["×".join(map(str, shape)) for shape in (perturbation.v.shape, train.shape)]
+def _check_sizes(
+    options: Options, perturbation: Perturbation, shape: tuple[int, ...] | None, num_train: int | None
+) -> None:
+    """Refuse what images of that shape, and so many training images, do not allow; None: not known before the data are."""
+    own = tuple(perturbation.v.shape)
+    if shape is not None and own != shape:
+        shapes = ["×".join(map(str, each)) for each in (own, shape)]
         raise ConfigError(
             f"{perturbation.name} has shape {shapes[0]}, but images of {options.model} have {shapes[1]}; give a perturbation of that size"
         )
-    num_normals = options.num_normals or train.num_examples
-    if num_normals > train.num_examples:
-        raise ConfigError(
-            f"{num_normals} normals (--num-normals) asked for, but there are {train.num_examples} training images"
-        )
-    if "boundaries" in options.analyses:
-        check_subspace(options.num_singular, num_normals, train.shape, options.memory_bytes)
+    num_normals = options.num_normals or num_train
+    if num_train is not None and num_normals is not None and num_normals > num_train:
+        raise ConfigError(f"{num_normals} normals (--num-normals) asked for, but there are {num_train} training images")
+    if "boundaries" in options.analyses and num_normals is not None:
+        check_subspace(options.num_singular, num_normals, own, options.memory_bytes)
+
+
+def _plan(options: Options, perturbation: Perturbation, recipe: Recipe | None, train: Dataset) -> Plan:
+    """Refuse what the data do not allow, before any work; what perturbations of fewer images are computed with."""
+    _check_sizes(options, perturbation, train.shape, train.num_examples)
     if recipe is None:
         return {}
     numbers = options.numbers or default_numbers(train.num_examples, recipe.config.round_size)

@@ -23,14 +23,14 @@ from rich.console import Console
 
 from uap_dist.checkpoint import Checkpoint, CheckpointStore, check_identity
 from uap_dist.classifiers import load_classifier
-from uap_dist.cluster import connect
-from uap_dist.compute import State
+from uap_dist.cluster import Need, check_shared, connect
+from uap_dist.compute import State, check_budget
 from uap_dist.config import POOL_RANDOM_START, ComputeConfig
-from uap_dist.dataset import check_disjoint, load_dataset
+from uap_dist.dataset import check_disjoint, check_limits, load_dataset
 from uap_dist.demo import write_demo_shards
 from uap_dist.errors import ConfigError, TrackingError
-from uap_dist.fleet import Fleet, FleetConfig
-from uap_dist.locations import join
+from uap_dist.fleet import Fleet, FleetConfig, need_of
+from uap_dist.locations import absolute, join
 from uap_dist.member import Member
 from uap_dist.plan_report import PLAN_FILE, Spent, read_plan
 from uap_dist.plan_run import PlannedJob, make_plan
@@ -50,7 +50,7 @@ from uap_dist.pool_run import (
 from uap_dist.provenance import describe_code, seconds_since_start
 from uap_dist.report import FinishedRun, output_folder, publish, resumable, writes_files
 from uap_dist.resume import Resumed, find_resumed
-from uap_dist.shards import expand_patterns
+from uap_dist.shards import expand_apart
 from uap_dist.terminal import command, one_line_errors, raise_on_sigterm, set_up_logging
 from uap_dist.tracking import CHECKPOINTS_TAG, Tracker
 
@@ -119,6 +119,9 @@ class Options:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be."""
+        check_limits(self.max_bad_fraction, self.num_train_images, self.num_val_images)
+        if self.num_train_images is not None:
+            check_budget(self.num_train_images, self.compute)
         if self.num_perturbations < 1:
             raise ConfigError(f"num perturbations is {self.num_perturbations}; it must be positive")
         if self.register_as is not None and self.num_perturbations == 1:
@@ -199,6 +202,8 @@ def plan(options: Options, tracker: Tracker) -> None:
     train_urls, val_urls = _shards(options, output)
     connect()
     raise_on_sigterm()  # again: ray.init installs a handler of its own
+    if not options.train_shards:
+        _check_demo(train_urls, need_of(options.fleet))
     job = PlannedJob(
         model=options.model,
         weights=options.weights,
@@ -230,7 +235,7 @@ def run(options: Options, tracker: Tracker, resumed: Resumed | None) -> None:
     """The whole job: connect, load, compute, save, say so. Its workers end with its process."""
     output = output_folder(options.output, options.name, may_hold_files=resumed is not None)
     below = options.storage or str(output.parent / "checkpoints")
-    storage = resumed.storage if resumed else join(below, tracker.run_id)
+    storage = resumed.storage if resumed else join(absolute(below), tracker.run_id)
     planned = {}
     if options.planned is not None and resumed is None:
         planned = read_plan(Path(options.planned), options.costly())
@@ -292,6 +297,8 @@ def _set_up(options: Options, output: Path, storage: str, tracker: Tracker, resu
     fleet = Fleet(options.model, options.weights, options.fleet, tracker.run_id)
     console.print(f"MLflow run {tracker.run_id}; waiting for {fleet.describe_wish()}")
     fleet.wait()
+    if not options.train_shards:
+        _check_demo(train_urls, fleet.need)
     console.print(f"decoding {len(train_urls)} training and {len(val_urls)} held-out shards")
     load = {"max_bad_fraction": options.max_bad_fraction}
     train = load_dataset(fleet, train_urls, num_images=options.num_train_images, **load)
@@ -349,11 +356,17 @@ def _shards(options: Options, output: Path) -> tuple[list[str], list[str]]:
         return train, val
     if not options.train_shards or not options.val_shards:
         raise ConfigError("give both --train-shards and --val-shards, or neither for the demonstration")
-    train, val = expand_patterns(options.train_shards), expand_patterns(options.val_shards)
-    both = set(train) & set(val)
-    if both:
-        raise ConfigError(f"shard {min(both)} is among both the training and the held-out ones")
-    return train, val
+    return expand_apart(options.train_shards, options.val_shards)
+
+
+def _check_demo(urls: list[str], need: Need) -> None:
+    """Refuse the demonstration where its shards, which the driver has written, are not seen by the nodes."""
+    check_shared(
+        Path(urls[0]).parent,
+        need,
+        "the demonstration's shards are written beside --output: give one in a folder that every node sees, or shards of your own "
+        "(--train-shards, --val-shards)",
+    )
 
 
 if __name__ == "__main__":

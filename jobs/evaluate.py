@@ -6,10 +6,10 @@ import signal
 if __name__ == "__main__":  # Ctrl-C is quiet while the imports below take their seconds
     signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
 
-import re
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from math import isfinite
 from pathlib import Path
 
 import tyro
@@ -17,13 +17,13 @@ from rich.console import Console
 
 from uap_dist.classifiers import load_classifier
 from uap_dist.cluster import connect
-from uap_dist.dataset import load_dataset
+from uap_dist.dataset import check_limits, load_dataset
 from uap_dist.errors import ConfigError
-from uap_dist.evaluate import Measurement, baselines, measure_perturbations
+from uap_dist.evaluate import NOTHING, Measurement, baselines, measure_perturbations
 from uap_dist.fleet import Fleet, FleetConfig
-from uap_dist.locations import set_name
+from uap_dist.names import ModelChoice, name_models, name_sets, plain_key
 from uap_dist.perturbations import Perturbation, load_perturbations, split_name
-from uap_dist.pool import PerturbationPool
+from uap_dist.pool import load_members
 from uap_dist.provenance import describe_code
 from uap_dist.report import output_folder
 from uap_dist.review import save_evaluation, summary
@@ -42,9 +42,11 @@ class Options:
     """Folders or files of jobs/compute.py; .npy and .mat of others with their unit, as FILE.mat:255 (pixels 0..255) or
     FILE.npy:1 (scale 0..1). NAME=FILE names one in the tables. One of another size than a network's input is resized (bilinear)."""
     pools: tuple[str, ...] = ()
-    """Folders of pools; all members are measured."""
+    """Folders of pools; all members are measured. NAME=FOLDER puts NAME before the members' names."""
     models: tuple[str, ...] = ()
-    """Classifiers, as `--model` of jobs/compute.py has them; with a weights file as MODEL=FILE."""
+    """Classifiers as [NAME=]MODEL[=WEIGHTS]: MODEL as `--model` of jobs/compute.py has it, WEIGHTS a file, NAME for the tables,
+    as in before=torchvision/resnet50 after=torchvision/resnet50=tuned.safetensors. NAME has no / \\ or :, so a path with = in it
+    begins with ./ or /. Without names, networks and their weights are told apart by as much of their paths as it takes."""
     shards: tuple[str, ...] = ()
     """Sets of images: each value is one, NAME=PATTERN or PATTERN; `::` joins patterns within one."""
     num_images: int | None = None
@@ -65,6 +67,20 @@ class Options:
     """Show tracebacks of errors."""
     fleet: FleetConfig = field(default_factory=FleetConfig)
 
+    def check(self) -> None:
+        """Raise ConfigError for what cannot be."""
+        for name in ("models", "shards", "scales"):
+            if not getattr(self, name):
+                raise ConfigError(f"no {name} given (--{name})")
+        if not self.perturbations and not self.pools:
+            raise ConfigError("no perturbations given (--perturbations, --pools)")
+        check_limits(self.max_bad_fraction, self.num_images)
+        for scale in self.scales:
+            if not isfinite(scale) or self.scales.count(scale) > 1:
+                raise ConfigError(f"scale {scale:g} is not finite, or given twice (--scales)")
+        if self.seed < 0:
+            raise ConfigError(f"seed is {self.seed}; it must not be negative")
+
 
 def main() -> None:
     """Parse, then measure inside an MLflow run that ends as the job does."""
@@ -78,24 +94,17 @@ def main() -> None:
 
 def run(options: Options, tracker: Tracker) -> None:
     """Every perturbation on every classifier and set of images. The workers end with the process."""
-    for name in ("models", "shards"):
-        if not getattr(options, name):
-            raise ConfigError(f"no {name} given (--{name})")
-    if not options.perturbations and not options.pools:
-        raise ConfigError("no perturbations given (--perturbations, --pools)")
-    perturbations = load_perturbations(options.perturbations)
-    perturbations += [member for pool in options.pools for member in PerturbationPool.load(pool).to_perturbations()]
-    pairs = [(model, weights or None) for model, _, weights in (text.partition("=") for text in options.models)]
-    models = {_short(model): (model, weights) for model, weights in pairs}
-    sets = {name or set_name(pattern): pattern for name, pattern in map(split_name, options.shards)}
-    _refuse_twins("models", len(options.models), models)
-    _refuse_twins("perturbations", len(perturbations), [perturbation.name for perturbation in perturbations])
-    _refuse_twins("sets of images", len(options.shards), sets)
-    urls = {name: expand_patterns([pattern]) for name, pattern in sets.items()}
+    options.check()
+    choices = [ModelChoice.parse(text) for text in options.models]
+    models = {name: (c.model, c.weights) for name, c in zip(name_models(choices), choices, strict=True)}
+    urls = _list_sets(options.shards)
+    perturbations = load_perturbations(options.perturbations, taken=[NOTHING])
+    perturbations += load_members(options.pools, taken=[NOTHING, *(each.name for each in perturbations)])
     output = output_folder(options.output, "evaluation")
     classifiers = {name: load_classifier(*model) for name, model in models.items()}
     settings = asdict(options) | describe_code()
-    tracker.log_params(settings | {f"weights_digest.{name}": c.weights_digest for name, c in classifiers.items()})
+    digests = {f"weights_digest.{plain_key(name)}": c.weights_digest for name, c in classifiers.items()}
+    tracker.log_params(settings | digests)
     connect()
     raise_on_sigterm()  # again: ray.init installs a handler of its own
     # networks that see images alike follow each other, so that each image is decoded once for all of them
@@ -134,14 +143,14 @@ def _measure(
         yield measurement
 
 
-def _refuse_twins(what: str, count: int, names: Collection[str]) -> None:
-    if len(set(names)) < count:
-        raise ConfigError(f"two {what} have one name: {', '.join(names)}")
-
-
-def _short(model: str) -> str:
-    """Its name in tables: what follows the last / or :."""
-    return re.split("[/:]", model)[-1]
+def _list_sets(specifications: Sequence[str]) -> dict[str, list[str]]:
+    """URLs of the shards of each set of images."""
+    given, patterns = zip(*map(split_name, specifications), strict=True)
+    urls = [expand_patterns([pattern]) for pattern in patterns]
+    for number, own in enumerate(urls):
+        if own in urls[:number]:
+            raise ConfigError(f"--shards has the same images twice: {patterns[urls.index(own)]} and {patterns[number]}")
+    return dict(zip(name_sets(given, patterns), urls, strict=True))
 
 
 if __name__ == "__main__":

@@ -22,21 +22,21 @@ from rich.console import Console
 
 from uap_dist.checkpoint import Checkpoint, CheckpointStore, check_identity
 from uap_dist.classifiers import check_classifier, load_classifier
-from uap_dist.cluster import connect
+from uap_dist.cluster import check_shared, connect
 from uap_dist.compute import State
 from uap_dist.config import ComputeConfig
-from uap_dist.dataset import check_disjoint, load_dataset
+from uap_dist.dataset import check_disjoint, check_limits, list_dataset, predict
 from uap_dist.errors import ConfigError, OutputError, PerturbationError, TrackingError
-from uap_dist.finetune import NETWORK_FILE, FinetuneConfig, check_labels
+from uap_dist.finetune import NETWORK_FILE, FinetuneConfig, check_labels, check_trainable, check_truths
 from uap_dist.finetune_report import BEFORE, FinishedFinetuning, save_finetuning
 from uap_dist.fleet import Fleet, FleetConfig
-from uap_dist.locations import is_url, join
+from uap_dist.locations import absolute, is_url, join
 from uap_dist.pool import PerturbationPool
 from uap_dist.pool_run import Setting, describe_data, describe_job, describe_settings
 from uap_dist.repetition import REPETITIONS_FOLDER, Job, Network, group, measure, repeat
 from uap_dist.report import output_folder, publish
 from uap_dist.resume import Resumed, find_resumed
-from uap_dist.shards import expand_patterns
+from uap_dist.shards import expand_apart
 from uap_dist.terminal import command, one_line_errors, raise_on_sigterm, set_up_logging
 from uap_dist.tracking import CHECKPOINTS_TAG, Tracker
 
@@ -71,9 +71,9 @@ class Options:
     output: Path | None = None
     """Folder for the results. Default: outputs/finetune-<model>-<time>."""
     storage: str | None = None
-    """Folder or s3://, gs:// URL, reached by every worker, under which epochs and rounds are committed, in a folder named after
-    the MLflow run; of the epochs the last one and the best one are kept. At a URL `results` there becomes a copy of the output
-    folder. Default: checkpoints beside that."""
+    """Folder that every node sees, or s3://, gs:// URL, under which epochs, rounds and tuned networks are committed, in a folder
+    named after the MLflow run; of the epochs the last one and the best one are kept. At a URL `results` there becomes a copy of
+    the output folder. Default: checkpoints beside that."""
     resume: str | None = None
     """MLflow run, or its folder of checkpoints, to go on with. All other options are then those of that run."""
     experiment: str = "uap_dist"
@@ -85,6 +85,9 @@ class Options:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be."""
+        check_limits(self.max_bad_fraction, self.num_train_images, self.num_val_images)
+        if self.num_train_images is not None:
+            self.finetune.check_images(self.num_train_images)
         if self.repetitions < 1:
             raise ConfigError(f"repetitions is {self.repetitions}; it must be positive")
         low, high = self.fleet.bounds
@@ -92,6 +95,8 @@ class Options:
             raise ConfigError(
                 f"fine-tuned weights depend on the number of workers: give one number (--num-workers {high})"
             )
+        if high is not None:
+            self.finetune.check_workers(high)
         if self.fleet.gpus_per_worker not in (None, 0, 1):
             raise ConfigError("training workers take a GPU each or none: give --gpus-per-worker 1 or 0")
 
@@ -152,8 +157,7 @@ def run(options: Options, tracker: Tracker, resumed: Resumed | None) -> None:
             provenance=job.provenance,
             mlflow_run_id=tracker.run_id,
         )
-        last = networks[-1].weights
-        assert last is not None
+        last = job.network_folder(options.repetitions) / NETWORK_FILE
         shutil.copy(last, output / NETWORK_FILE)
         save_finetuning(output, finished)
         publish(output, job.storage)
@@ -166,7 +170,7 @@ def run(options: Options, tracker: Tracker, resumed: Resumed | None) -> None:
             folder=output,
             leave_out=(REPETITIONS_FOLDER,),  # in runs of their own
         )
-        tracker.log_classifier(load_classifier(options.model, last), job.train.shape)
+        tracker.log_classifier(load_classifier(options.model, str(last)), job.train.shape)
     except TrackingError as error:
         raise TrackingError(
             f"{error}; what is done lies in {output}; when the server answers again: {command()} --resume {job.storage}"
@@ -188,26 +192,35 @@ def _set_up(options: Options, pool: PerturbationPool, tracker: Tracker, resumed:
             raise PerturbationError(f"{error}; --allow-transfer trains on it all the same") from error
     options.finetune.split(pool)
     first, *_ = (ComputeConfig.from_provenance(p.provenance, p.name) for p in pool.to_perturbations())
-    train_urls, val_urls = expand_patterns(options.train_shards), expand_patterns(options.val_shards)
+    check_trainable(classifier)
+    if classifier.geometry.shape is not None:
+        _check_size(pool, classifier.geometry.shape, options)
+    train_urls, val_urls = expand_apart(options.train_shards, options.val_shards)
     store = _prepare_storage(options, tracker, resumed)
     connect()
     raise_on_sigterm()  # again: ray.init installs a handler of its own
     fleet = Fleet(options.model, options.weights, options.fleet, tracker.run_id)
-    options = replace(options, fleet=replace(options.fleet, num_workers=fleet.num_asked))  # weights depend on it
+    # weights depend on it, and it has to divide the batch
+    options = replace(options, fleet=replace(options.fleet, num_workers=fleet.num_asked))
     console.print(f"MLflow run {tracker.run_id}; waiting for {fleet.describe_wish()}")
     fleet.wait()
-    load = {"max_bad_fraction": options.max_bad_fraction}
-    train = load_dataset(fleet, train_urls, num_images=options.num_train_images, **load)
-    val = load_dataset(fleet, val_urls, num_images=options.num_val_images, **load)
-    fleet.close()  # training workers take its place
-    val = check_disjoint(train, val, max_shared_fraction=options.max_bad_fraction)
-    check_classifier(classifier, train.shape)
-    check_labels(classifier, train, val)
-    if tuple(pool.perturbations.shape[1:]) != train.shape and not options.allow_transfer:
-        raise PerturbationError(
-            f"the pool is of {_size(pool.perturbations.shape[1:])}, images are {_size(train.shape)}; --allow-transfer resizes it"
+    if not is_url(store.location):
+        check_shared(
+            Path(store.location),
+            fleet.need,
+            "epochs and tuned networks go from node to node there: give --storage as a folder that every node sees, or as s3://, gs://",
         )
-    options.finetune.check_batch(train.num_examples, fleet.num_asked)
+    load = {"max_bad_fraction": options.max_bad_fraction}
+    train = list_dataset(fleet, train_urls, num_images=options.num_train_images, **load)
+    val = list_dataset(fleet, val_urls, num_images=options.num_val_images, **load)
+    val = check_disjoint(train, val, max_shared_fraction=options.max_bad_fraction)
+    options.finetune.check_images(train.num_examples)
+    _check_size(pool, train.shape, options)
+    check_classifier(classifier, train.shape)
+    check_truths(classifier, train, val)
+    train, val = predict(fleet, train), predict(fleet, val)
+    fleet.close()  # training workers take its place
+    check_labels(train)
     provenance = describe_settings(classifier, options.weights, first, options.fleet) | describe_data(train, val)
     provenance |= {
         "demo": False,
@@ -254,10 +267,15 @@ def _prepare_storage(options: Options, tracker: Tracker, resumed: Resumed | None
     """Where the job is committed; that it can be is known before any work."""
     assert options.output is not None
     below = options.storage or str(options.output.parent / "checkpoints")
-    below = below if is_url(below) else str(Path(below).resolve())
-    store = CheckpointStore(resumed.storage if resumed else join(below, tracker.run_id))
+    store = CheckpointStore(resumed.storage if resumed else join(absolute(below), tracker.run_id))
     store.prepare()
     return store
+
+
+def _check_size(pool: PerturbationPool, shape: tuple[int, ...], options: Options) -> None:
+    own = tuple(pool.perturbations.shape[1:])
+    if own != shape and not options.allow_transfer:
+        raise PerturbationError(f"the pool is of {_size(own)}, images are {_size(shape)}; --allow-transfer resizes it")
 
 
 def _size(shape: Sequence[int]) -> str:

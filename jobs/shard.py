@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import track
 
 from uap_dist.errors import ConfigError
+from uap_dist.report import output_folder
 from uap_dist.shards import write_shards
 from uap_dist.sources import list_folder, list_ilsvrc_train, list_ilsvrc_val, shuffled_samples
 from uap_dist.terminal import one_line_errors, raise_on_sigterm, set_up_logging
@@ -56,6 +57,11 @@ def main() -> None:
             raise ConfigError(
                 f"{options.output} already holds {options.prefix}-*.tar; give another --output or --prefix"
             )
+        if options.labels is not None and options.source.is_dir():
+            raise ConfigError(
+                "--labels belongs to a tar of images; the classes of a folder are its folders: leave it out"
+            )
+        output_folder(options.output, options.prefix, may_hold_files=True)
         if options.source.is_dir():
             images, classes = list_folder(options.source)
         elif options.labels is not None:

@@ -82,9 +82,9 @@ class RayCluster:
         """Processes of actors."""
         return self._find(lambda p: p.name().startswith(("ray::UapWorker", "ray::worker-")))
 
-    def kill_node(self) -> None:
-        """SIGKILL to the raylet of the oldest node but the head, and to all that runs below it."""
-        raylet = self.raylets()[1]
+    def kill_node(self, worker: psutil.Process | None = None) -> None:
+        """SIGKILL to the raylet of a worker's node, or of the oldest node but the head, and to all that runs below it."""
+        raylet = self.raylets()[1] if worker is None else worker.parent()
         for process in [raylet, *raylet.children(recursive=True)]:
             with suppress(psutil.NoSuchProcess):
                 process.kill()

@@ -170,6 +170,8 @@ def test_one_worker_in_this_process_finds_the_same(analyzed, shards):
         ({"memory_gib": -1.0}, "memory gib is -1.0; it must be positive"),
         ({"seed": -1}, "seed is -1; it must not be negative"),
         ({"analyses": ()}, "no analyses given"),
+        ({"num_val_images": 0}, "number of images is 0; it must be positive"),
+        ({"max_bad_fraction": -0.1}, "max bad fraction is -0.1; it must lie in [0, 1]"),
     ],
 )
 def test_options_that_cannot_be_are_named(changed, message):
@@ -200,6 +202,23 @@ def test_what_the_data_do_not_allow_is_refused(tiny_data, changed, size, message
     v, recipe = Perturbation("v", torch.ones(3, size, size)), Recipe(ComputeConfig(), num_evaluations=100)
     with pytest.raises(ConfigError, match=re.escape(message)):
         names["_plan"](options, v, recipe, tiny_data[0])
+
+
+@pytest.mark.parametrize(
+    ("changed", "shape", "num_train", "message"),
+    [
+        ({}, (3, 8, 8), None, "v has shape 3×16×16, but images of m have 3×8×8; give a perturbation of that size"),
+        ({"num_normals": 50}, None, 40, "50 normals (--num-normals) asked for, but there are 40 training images"),
+        ({"num_singular": 48, "num_normals": 47}, None, None, "48 singular vectors (--num-singular) asked for, but"),
+        ({"num_singular": 48}, None, 47, "48 singular vectors (--num-singular) asked for, but there are 47 normals"),
+    ],
+)
+def test_what_options_and_network_do_not_allow_is_refused_before_the_data(changed, shape, num_train, message):
+    names = run_path(str(JOB))
+    given = {"model": "m", "perturbation": "v", "train_shards": ("t",), "val_shards": ("h",), "num_singular": 5}
+    options, v = names["Options"](**given | changed), Perturbation("v", torch.ones(3, 16, 16))
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        names["_check_sizes"](options, v, shape, num_train)
 
 
 def test_an_analysis_that_cannot_be_is_one_line(shards, tmp_path):

@@ -3,9 +3,11 @@
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from clusters import can_hide_folders, ray_cluster
@@ -79,6 +81,47 @@ def test_from_no_node_to_three_through_a_lost_one_and_back_to_none(shards, expec
         assert text in out, out
 
 
+CLASSIFY = """
+import sys, numpy as np
+from uap_dist.cluster import connect
+from uap_dist.dataset import list_dataset
+from uap_dist.fleet import Fleet, FleetConfig
+
+connect()
+fleet = Fleet(sys.argv[1], None, FleetConfig(num_workers=1))
+fleet.wait()
+data = list_dataset(fleet, [sys.argv[2]])
+(answer,) = fleet.map("classify", [data.examples(0, range(3))], np.zeros(data.shape, np.float32))
+print("labels", answer.labels, "lost", fleet.tally.workers_lost)
+"""
+
+
+def test_nodes_that_vanish_are_not_the_tasks_fault(shards, tmp_path):
+    network, shard = TINY.replace(":Tiny", ":Sleepy"), str(shards / "val-0000.tar")
+    with ray_cluster(tmp_path) as cluster:
+        cluster.add_node()
+        command = [sys.executable, "-c", CLASSIFY, network, shard]
+        process = subprocess.Popen(
+            command, cwd=tmp_path, env=cluster.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for _ in range(3):
+            cluster.add_node()
+            wait_for(lambda: find_classifying(cluster), process)
+            cluster.kill_node(find_classifying(cluster))
+            wait_for(lambda: not find_classifying(cluster), process)
+        out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "lost 3" in out, out
+
+
+def find_classifying(cluster):
+    """The worker that is at it, if one is."""
+    for process in cluster.workers():
+        with suppress(psutil.NoSuchProcess):
+            if "classify" in " ".join(process.cmdline()):
+                return process
+    return None
+
+
 @pytest.fixture(scope="module")
 def nodes(shards, s3, tmp_path_factory):
     """Three nodes to which the driver's folder is empty, shards on S3, and packages of which one has another version."""
@@ -121,6 +164,17 @@ def test_files_that_only_the_driver_sees_are_named(nodes, shards):
     )
     out, _ = job.communicate(timeout=120)
     assert job.returncode == 1 and str(own) in out.splitlines()[-1], out
+
+
+def test_the_demonstration_is_refused_where_nodes_do_not_see_its_shards(nodes):
+    cluster, driver, *_ = nodes
+    job = start(cluster, driver, "--output", str(driver / "demo"))
+    out, _ = job.communicate(timeout=120)
+    *_, line = out.splitlines()
+    assert job.returncode == 1 and "decoding" not in out, out
+    assert (
+        line.startswith("error: 3 of 3 nodes (") and f"do not see the folder {driver}/demo-shards; the demons" in line
+    )
 
 
 def test_a_node_with_another_version_is_refused(nodes):

@@ -17,6 +17,7 @@ from uap_dist.dataset import LocalWorkers, load_dataset
 from uap_dist.evaluate import baselines, measure_perturbations
 from uap_dist.norms import measure, random_perturbation
 from uap_dist.perturbations import Perturbation
+from uap_dist.weights import write_weights
 from uap_dist.worker import Worker
 
 SHAPE = (3, 16, 16)
@@ -82,10 +83,13 @@ def test_the_job_leaves_table_matrix_and_run(shards, tmp_path):
         "--models",
         TINY,
         TINY.replace(":Tiny", ":Resized"),
-        TINY.replace(":Tiny", ":OwnPerProcess"),
+        f"after tuning={TINY}=tuned.safetensors",
         "--num-workers",
         "1",
     ]
+    tuned = load_classifier(TINY).network
+    tuned.head.bias.data += 9 * torch.eye(4)[0]
+    write_weights(tmp_path / "tuned.safetensors", tuned, {})
     (tmp_path / "mlflow.db").write_bytes(empty_store())
     options = ["--shards", f"val={shards}/val-*.tar", "--scales", "0.5", "1", "--output", "out"]
     done = subprocess.run(
@@ -99,10 +103,10 @@ def test_the_job_leaves_table_matrix_and_run(shards, tmp_path):
     assert done.returncode == 0, done.stderr
     table = pq.read_table(tmp_path / "out/tables/evaluation.parquet").to_pylist()
     assert len(table) == 3 * 4 * 2  # the perturbation, nothing, and noise of either norm
-    assert list(dict.fromkeys(row["classifier"] for row in table)) == ["Tiny", "Resized", "OwnPerProcess"]
+    assert list(dict.fromkeys(row["classifier"] for row in table)) == ["Tiny", "Resized", "after tuning"]
     # but those that see images alike were measured one after another, so that images were decoded twice, not three times
     order = re.findall("(.*): waiting for", done.stdout)
-    assert abs(order.index("Tiny") - order.index("OwnPerProcess")) == 1
+    assert abs(order.index("Tiny") - order.index("after tuning")) == 1
     assert {row["fooling_rate_num_images"] for row in table} == {20}
     assert all(row["fooling_rate_low"] <= row["fooling_rate"] <= row["fooling_rate_high"] for row in table)
     assert {row["fooling_rate"] for row in table if row["perturbation"] == "zero"} == {0.0}
@@ -111,7 +115,8 @@ def test_the_job_leaves_table_matrix_and_run(shards, tmp_path):
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
     pictures = {a.path for a in client.list_artifacts(run.info.run_id, "pictures")}
-    assert run.info.status == "FINISHED" and len(run.data.params["weights_digest.Tiny"]) == 64
+    digests = {run.data.params[f"weights_digest.{name}"] for name in ("Tiny", "after tuning")}
+    assert run.info.status == "FINISHED" and [len(digest) for digest in digests] == [64, 64]
     assert "| noise × 0.5 | " in run.data.tags["mlflow.note.content"]
     assert pictures == {"pictures/1-transfer-val.png", "pictures/2-fooling-rate-by-norm-val.png"}
     with (tmp_path / "out/tables/transfer-val.csv").open() as file:
@@ -128,7 +133,15 @@ def test_the_job_leaves_table_matrix_and_run(shards, tmp_path):
         ((), "no models given (--models)"),
         (
             ("--models", TINY, TINY, "--shards", "a.tar", "--perturbations", "v.npy:255"),
-            "two models have one name: Tiny",
+            f"--models has {TINY} twice with the same weights (published)",
+        ),
+        (
+            ("--models", TINY, "--shards", "a.tar", "--perturbations", "v.npy:255", "--scales", "1", "0.5", "1"),
+            "scale 1 is not finite, or given twice (--scales)",
+        ),
+        (
+            ("--models", TINY, "--shards", "a.tar", "--perturbations", "v.npy:255", "--num-images", "0"),
+            "number of images is 0; it must be positive",
         ),
     ],
 )

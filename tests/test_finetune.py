@@ -10,7 +10,17 @@ from uap_dist.classifiers import Classifier, Geometry, load_classifier
 from uap_dist.dataset import LocalWorkers, load_dataset, reload_dataset
 from uap_dist.errors import ConfigError, ShardError
 from uap_dist.evaluate import measure_perturbations
-from uap_dist.finetune import HELD_OUT, TRAINED_ON, FinetuneConfig, Learner, Task, check_labels, smallest_factors
+from uap_dist.finetune import (
+    HELD_OUT,
+    TRAINED_ON,
+    FinetuneConfig,
+    Learner,
+    Task,
+    check_labels,
+    check_trainable,
+    check_truths,
+    smallest_factors,
+)
 from uap_dist.norms import random_perturbation
 from uap_dist.pool import PerturbationPool
 from uap_dist.shards import write_shards
@@ -160,6 +170,7 @@ def test_two_workers_see_all_images_between_them(tiny_data, pool):
         ({"weight_decay": -1.0}, "must not be negative"),
         ({"ladder": (0.5, 0.5)}, "ladder is .*ascending positive numbers"),
         ({"ladder": ()}, "ladder is"),
+        ({"ladder": (0.5, 1.0)}, "ladder belongs to --adaptive"),
         ({"batch_norm": "off"}, "batch norm is 'off'; it must be frozen or train"),
     ],
 )
@@ -175,9 +186,9 @@ def test_pools_and_batches_that_cannot_be_shared_are_refused(pool):
         FinetuneConfig().split(pool.take(0, 1))
     assert [len(part.members) for part in FinetuneConfig(held_out_members=1).split(pool)] == [1, 1]
     with pytest.raises(ConfigError, match="batch size 9 is not a multiple of 2 workers"):
-        FinetuneConfig(batch_size=9).check_batch(47, 2)
+        FinetuneConfig(batch_size=9).check_workers(2)
     with pytest.raises(ConfigError, match="47 training images are fewer than one batch of 64"):
-        FinetuneConfig().check_batch(47, 2)
+        FinetuneConfig().check_images(47)
 
 
 def test_a_network_without_anything_to_learn_is_refused(tiny_data, pool, tmp_path):
@@ -185,6 +196,8 @@ def test_a_network_without_anything_to_learn_is_refused(tiny_data, pool, tmp_pat
         f"import sys; sys.path.insert(0, {str(TINY.rpartition('/')[0])!r})\n"
         "from tiny import Tiny\ndef fixed():\n    return Tiny().requires_grad_(False)\n"
     )
+    with pytest.raises(ConfigError, match="has no trainable parameters"):
+        check_trainable(load_classifier(f"{tmp_path / 'fixed.py'}:fixed"))
     with pytest.raises(ConfigError, match="has no trainable parameters"):
         learner(tiny_data, pool, f"{tmp_path / 'fixed.py'}:fixed")
 
@@ -213,4 +226,5 @@ def test_labels_that_are_not_the_networks_are_refused(label, message, tmp_path, 
     write_shards(samples, tmp_path, prefix="other", shard_size=20)
     other = load_dataset(local_workers, [str(tmp_path / "other-0000.tar")])
     with pytest.raises(ConfigError, match=message):
-        check_labels(load_classifier(TINY), other, tiny_data[1])
+        check_truths(load_classifier(TINY), other, tiny_data[1])
+        check_labels(other)

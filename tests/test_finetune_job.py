@@ -1,17 +1,21 @@
 """jobs/finetune.py as a user starts it: on S3, with a training worker and the driver killed, and what bad input gets."""
 
+import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
+from hashlib import sha256
 
 import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
+from clusters import can_hide_folders, ray_cluster
 from conftest import TINY, compute_here
 from test_job import JOB, empty_store, environment, runs
 from torch.nn.parallel import DistributedDataParallel
@@ -19,7 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 from uap_dist.classifiers import Geometry, load_classifier
 from uap_dist.config import ComputeConfig
 from uap_dist.dataset import LocalWorkers, load_dataset
+from uap_dist.errors import ConfigError
 from uap_dist.finetune import FinetuneConfig, Learner, Task
+from uap_dist.fleet import FleetConfig
 from uap_dist.pool import PerturbationPool
 from uap_dist.share import Share
 from uap_dist.weights import digest_weights, write_weights
@@ -70,11 +76,11 @@ def words(weights, data, pool, *more):
     return [*given, "--train-shards", *data[0], "--val-shards", *data[1], *OPTIONS, *more]
 
 
-def start(folder, command):
+def start(folder, command, env=None):
     if not (folder / "mlflow.db").exists():
         (folder / "mlflow.db").write_bytes(empty_store())
     log = (folder / "log").open("a")
-    environ = environment(**{k: v for k, v in os.environ.items() if k.startswith("AWS_")})
+    environ = env or environment(**{k: v for k, v in os.environ.items() if k.startswith("AWS_")})
     return subprocess.Popen([sys.executable, str(FINETUNE), *command], cwd=folder, env=environ, stdout=log, stderr=log)
 
 
@@ -194,13 +200,67 @@ def test_the_model_in_mlflow_takes_pixels(disturbed):
     assert (taken.type, taken.shape) == (np.float32, (-1, 3, 16, 16))
 
 
-@pytest.mark.parametrize("name", ["storage", "foreign network"])
+@pytest.fixture(scope="module")
+def two_nodes(tmp_path_factory):
+    """A cluster of two nodes to which the driver's folder is empty, and that folder."""
+    if not can_hide_folders():
+        pytest.skip("unshare may not mount here")
+    driver = tmp_path_factory.mktemp("driver")
+    with ray_cluster(tmp_path_factory.mktemp("cluster")) as cluster:
+        for _ in range(2):
+            cluster.add_node(hidden=driver)
+        yield cluster, driver
+
+
+@pytest.mark.slow
+def test_on_nodes_that_see_the_storage_only_through_a_kill_and_without_the_output_folder(
+    two_nodes, weights, data, pool, tmp_path
+):
+    cluster, folder = two_nodes
+    process = start(folder, words(weights, data, pool, "--storage", str(tmp_path)), cluster.env)
+    wait_for(folder, process, "repetition 1: fresh pool")
+    process.kill()
+    process.wait()
+    run_id = re.search("MLflow run ([0-9a-f]{32})", (folder / "log").read_text())[1]
+    tuned = digest(folder / "out/repetitions/1/network/network.safetensors")
+    shutil.rmtree(folder / "out")
+    (folder / "log").write_text("")
+    assert start(folder, ["--resume", run_id], cluster.env).wait(200) == 0, (folder / "log").read_text()
+    assert "epoch 1 of 3" not in (folder / "log").read_text()
+    rows = json.loads((folder / "out/result.json").read_text())["comparisons"]
+    assert {row["network"] for row in rows} == {"before", "repetition 1"}
+    assert tuned == digest(folder / "out/repetitions/1/network/network.safetensors")
+    assert (
+        tuned == digest(folder / "out/network.safetensors") == digest(*tmp_path.rglob("1-network/network.safetensors"))
+    )
+
+
+def digest(path):
+    return sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.slow
+def test_a_storage_that_only_the_driver_sees_is_refused_before_any_work(two_nodes, weights, data, pool):
+    cluster, folder = two_nodes
+    (folder / "log").write_text("")
+    command = words(weights, data, pool, "--storage", "kept-here", "--output", "refused")
+    assert start(folder, command, cluster.env).wait(200) == 1
+    *_, line = (folder / "log").read_text().splitlines()
+    assert line.startswith("error: 2 of 2 nodes (") and f"do not see the folder {folder}/kept-here/" in line
+    assert line.endswith("give --storage as a folder that every node sees, or as s3://, gs://")
+
+
+@pytest.mark.parametrize("name", ["storage", "foreign network", "one shard twice"])
 def test_bad_input_is_one_line(name, weights, data, pool, tmp_path):
     command, message = {
         "storage": (words(weights, data, pool, "--storage", "/proc/here"), "cannot write checkpoints to /proc/here/"),
         "foreign network": (
             [w for w in words(weights, data, pool) if w not in ("--weights", weights)],
             "the pool was computed for",
+        ),
+        "one shard twice": (
+            words(weights, data, pool, "--val-shards", data[0][0]),
+            f"shard {data[0][0]} is among both the training and the held-out ones",
         ),
     }[name]
     process = start(tmp_path, command)
@@ -209,3 +269,28 @@ def test_bad_input_is_one_line(name, weights, data, pool, tmp_path):
     assert line.startswith(f"error: {message}")
     _, (run,) = runs(tmp_path)
     assert run.info.status == "FAILED" and run.data.tags["reason"] in line
+
+
+def job_options(**options):
+    """The job's own dataclass."""
+    spec = importlib.util.spec_from_file_location("finetune_job", FINETUNE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.Options(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"fleet": FleetConfig(num_workers=3)},
+            "batch size 64 is not a multiple of 3 workers; give another --batch-size",
+        ),
+        ({"num_train_images": 7}, "7 training images are fewer than one batch of 64; give a smaller --batch-size"),
+        ({"num_val_images": 0}, "number of images is 0; it must be positive"),
+        ({"max_bad_fraction": 2.0}, "max bad fraction is 2.0; it must lie in"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_before_anything_is_looked_at(options, message):
+    with pytest.raises(ConfigError, match=message):
+        job_options(**options)

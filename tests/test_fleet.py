@@ -5,7 +5,7 @@ import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from threading import Thread
+from threading import Lock, Thread
 from urllib.request import urlopen
 
 import numpy as np
@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import TINY
 
+from uap_dist.batch import Batch
 from uap_dist.compute import compute
 from uap_dist.config import ComputeConfig
 from uap_dist.dataset import load_dataset
@@ -129,9 +130,8 @@ def test_a_block_that_kills_three_workers_is_named(cluster, shards):
     fleet.wait()
     train, _ = load(fleet, shards)
     zero = np.zeros((3, 16, 16), np.float32)
-    with pytest.raises(
-        WorkerLostError, match=r"3 workers were lost over the same examples of .*train-0000.tar: s1-000, s1-001"
-    ):
+    message = r"3 workers were lost over the same examples of .*train-0000.tar: s1-000, s1-001, s1-002 \(the last one: its process died\)"
+    with pytest.raises(WorkerLostError, match=f"{message}; look at memory"):
         list(fleet.map("classify", [train.examples(0, range(size)) for size in (2, 3, 4)], zero))
     fleet.close()
 
@@ -181,6 +181,70 @@ def test_a_fleet_changes_its_classifier(cluster, shards):
     fleet.close()
     assert np.array_equal(answer.labels, val.clean.labels)
     assert not np.array_equal(answer.confidences, val.clean.confidences)
+
+
+def pids():
+    return {process.pid for process in worker_processes()}
+
+
+def test_workers_that_could_not_load_a_classifier_load_the_next_one(cluster, shards):
+    fleet = make_fleet(2)
+    _, val = load(fleet, shards)
+    before = pids()
+    for bad, message in ((":not_a_network", "not a torch.nn.Module"), (":Absent", "has no factory 'Absent'")):
+        fleet.use(TINY.replace(":Tiny", bad), None)
+        with pytest.raises(ClassifierError, match=message):
+            fleet.wait()
+        with pytest.raises(ClassifierError, match=message):
+            list(fleet.map("pixels", [val.examples(0, [1])]))
+    fleet.use(TINY.replace(":Tiny", ":Sharper"), None)
+    fleet.wait()
+    answers = list(fleet.map("classify", [val.examples(0, [i]) for i in range(20)], np.zeros((3, 16, 16), np.float32)))
+    after, lost = pids(), fleet.tally.workers_lost
+    fleet.close()
+    assert [int(answer.labels[0]) for answer in answers] == val.clean.labels.tolist()
+    assert after == before and len(before) == 2 and lost == 0
+
+
+def test_what_goes_wrong_with_a_callers_change_is_the_callers_and_the_fleet_goes_on(cluster, shards):
+    fleet = make_fleet(1)
+    train, _ = load(fleet, shards)
+    with pytest.raises(TypeError, match="serialize"):
+        fleet.use(Lock(), None)  # no name of a network, and nothing that can be sent to a worker
+    with pytest.raises(TypeError, match="serialize"):
+        fleet.wait()
+    fleet.use(TINY, None)
+    fleet.wait()
+    assert len(list(fleet.map("pixels", [train.examples(0, [1])]))) == 1
+    fleet.close()
+    with pytest.raises(WorkerLostError, match="the fleet was closed"):
+        fleet.use(TINY, None)
+
+
+@pytest.mark.parametrize("where", ["_step", "_accept"])
+def test_nobody_waits_for_a_thread_that_is_dead(cluster, shards, monkeypatch, where):
+    fleet = make_fleet(1)
+    train, _ = load(fleet, shards)
+
+    def die(*_):
+        raise SystemExit
+
+    monkeypatch.setattr(fleet, where, die)
+    with pytest.raises(WorkerLostError, match="the thread that gives out its tasks"):
+        list(fleet.map("pixels", [train.examples(0, [1])]))
+    for ask in (lambda: fleet.use(TINY, None), fleet.wait, lambda: fleet.map("pixels", [train.examples(0, [1])])):
+        with pytest.raises(WorkerLostError, match="the thread that gives out its tasks"):
+            ask()
+    fleet.close()
+
+
+def test_a_task_is_to_blame_for_workers_that_died_and_not_for_nodes_that_vanished():
+    batch = Batch("solve", [Examples("a.tar", keys=("x", "y"))], [], set())
+    batch.losses[0] = ["gone", "alive", "gone", "", "alive", "gone"]
+    assert batch.blame(0, {"alive"}) == ""
+    assert batch.blame(0, {"alive", "gone"}) == "5 workers were lost over the same examples of a.tar: x, y"
+    batch.losses[0] += ["gone"] * 6
+    assert batch.blame(0, {"alive"}) == "10 nodes were lost over the same examples of a.tar: x, y"
 
 
 def test_what_a_worker_raises_comes_back_as_it_was_raised(cluster, shards):

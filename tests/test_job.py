@@ -23,6 +23,7 @@ from safetensors import safe_open
 from uap_dist.compute import compute
 from uap_dist.config import ComputeConfig
 from uap_dist.dataset import LocalWorkers, load_dataset
+from uap_dist.errors import ConfigError
 from uap_dist.fleet import FleetConfig
 from uap_dist.shards import expand_patterns, write_shards
 
@@ -250,6 +251,22 @@ def test_held_out_images_that_are_training_images_too_are_left_out_and_recorded(
     assert run.data.params["num_shared_images"] == "1"
     assert {i.dataset.name for i in run.inputs.dataset_inputs} == {"training-47", "held-out-20"}
     assert any("link.tar" in i.dataset.source for i in run.inputs.dataset_inputs)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_train_images": 0}, "number of images is 0; it must be positive"),
+        ({"max_bad_fraction": 1.5}, "max bad fraction is 1.5; it must lie in"),
+        (
+            {"num_train_images": 40, "compute": ComputeConfig(max_evaluations=40)},
+            "do not pay for more than the clean labels of 40 training images",
+        ),
+    ],
+)
+def test_options_that_cannot_be_are_refused_before_anything_is_looked_at(options, message):
+    with pytest.raises(ConfigError, match=message):
+        job_options(**options)
 
 
 def test_a_tracking_server_that_does_not_answer_fails_early(shards, tmp_path):

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from scipy.io import savemat
 
-from uap_dist.errors import PerturbationError
+from uap_dist.errors import ConfigError, PerturbationError
 from uap_dist.norms import measure
 from uap_dist.perturbations import PERTURBATION_FILE, Perturbation, load_perturbations, save_perturbation
 
@@ -15,7 +15,7 @@ V = 20 * torch.rand(3, 6, 5, generator=torch.Generator().manual_seed(0)) - 10
 
 
 def save_own(folder, v=V, **changes):
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     provenance = {"perturbation_sha256": sha256(v.numpy().tobytes()).hexdigest(), "norm": "linf", "radius": 10.0}
     save_perturbation(folder / PERTURBATION_FILE, v, provenance | changes)
     return str(folder)
@@ -89,8 +89,24 @@ def test_what_is_no_perturbation_gets_one_line(tmp_path):
         load_perturbations([damaged])
     with pytest.raises(PerturbationError, match="has linf norm 10, more than the radius 9 that it says"):
         load_perturbations([save_own(tmp_path / "large", V / V.abs().max() * 10, radius=9.0)])
-    with pytest.raises(PerturbationError, match="two perturbations are named a; name them"):
-        load_perturbations([save_own(tmp_path / "a"), f"a={save_own(tmp_path / 'b')}"])
+
+
+def test_names_are_those_given_else_as_much_of_the_path_as_tells_them_apart(tmp_path):
+    one, two, three = (save_own(tmp_path / name) for name in ("run-1/seed-0", "run-2/seed-0", "run-2/seed-1"))
+    np.save(tmp_path / "run-2/signs.npy", V.numpy())
+
+    def names(*specifications, taken=()):
+        return [perturbation.name for perturbation in load_perturbations(specifications, taken)]
+
+    assert names(one, three, f"{tmp_path}/run-2/signs.npy:255") == ["seed-0", "seed-1", "signs"]
+    assert names(one, f"{two}/perturbation.safetensors", three) == ["run-1/seed-0", "run-2/seed-0", "seed-1"]
+    assert names(f"seed-0={one}", two) == ["seed-0", "run-2/seed-0"]
+    assert names(three, taken=["seed-1"]) == ["run-2/seed-1"]
+    with pytest.raises(ConfigError, match=r"perturbation .*run-1/seed-0 is there twice"):
+        names(one, f"again={one}/perturbation.safetensors")
+    for twin in ((f"a={one}", f"a={two}"), (f"a={one}",)):
+        with pytest.raises(ConfigError, match="two perturbations are named 'a'; give them other names, as NAME="):
+            names(*twin, taken=["a"] if len(twin) == 1 else ())
 
 
 def test_the_published_ones_of_the_papers_authors(shared):

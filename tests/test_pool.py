@@ -1,4 +1,6 @@
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +11,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 
-from uap_dist.errors import PerturbationError
+from uap_dist.errors import ConfigError, PerturbationError
 from uap_dist.perturbations import Perturbation
-from uap_dist.pool import POOL_FILE, AddUniversalPerturbation, PerturbationPool
+from uap_dist.pool import POOL_FILE, AddUniversalPerturbation, PerturbationPool, load_members
 
 SHARED = {"model": "tiny", "weights_digest": "a" * 64, "norm": "linf", "radius": 10.0}
 
@@ -189,3 +191,31 @@ def test_options_that_cannot_be_are_refused(pool):
             AddUniversalPerturbation(pool, **options)
     with pytest.raises(PerturbationError, match="a pool needs perturbations"):
         PerturbationPool.of([])
+
+
+def test_members_of_several_pools_are_told_apart_by_their_pools(pool, tmp_path):
+    other = PerturbationPool.of([member(seed, val_fooling_rate=0.4) for seed in (2, 5)])
+    other = replace(other, perturbations=other.perturbations * 0.5)
+    third = PerturbationPool.of([member(7)])
+    places = [str(tmp_path / name / "pool") for name in ("a", "b", "c")]
+    for each, place in zip((pool, other, third), places, strict=True):
+        each.save(Path(place))
+
+    def names(*specifications, taken=()):
+        return [perturbation.name for perturbation in load_members(specifications, taken)]
+
+    assert names(places[0]) == ["seed-0", "seed-1", "seed-2"]
+    a, b = [f"a/pool, seed-{seed}" for seed in range(3)], [f"b/pool, seed-{seed}" for seed in (2, 5)]
+    assert names(*places) == [*a, *b, "seed-7"]
+    assert names(f"new={places[0]}", *places[1:]) == [
+        *(f"new, seed-{seed}" for seed in range(3)),
+        "seed-2",
+        "seed-5",
+        "seed-7",
+    ]
+    assert names(places[2], taken=["seed-7"]) == ["pool, seed-7"]
+    for again in (f"{places[0]}/", f"again={places[0]}/pool.safetensors"):
+        with pytest.raises(ConfigError, match="hold the same perturbations; leave one of them out"):
+            names(places[0], again)
+    with pytest.raises(ConfigError, match="two pools are named 'x'"):
+        names(f"x={places[0]}", f"x={places[1]}")

@@ -128,6 +128,20 @@ def test_job_makes_shards_of_a_folder_and_refuses_to_mix(tmp_path):
     assert again.returncode == 1 and "already holds train-*.tar" in again.stderr and "Traceback" not in again.stderr
 
 
+def test_what_the_shard_job_cannot_do_is_said_before_anything_is_listed(tmp_path):
+    (tmp_path / "labels.txt").write_text("a 0\n")
+    given = [sys.executable, str(JOB), "--source", str(tmp_path)]
+    for more, message in (
+        (["--output", str(tmp_path / "out"), "--labels", str(tmp_path / "labels.txt")], "--labels belongs to a tar of"),
+        (
+            ["--output", str(tmp_path / "labels.txt/out")],
+            f"cannot write to --output {tmp_path}/labels.txt/out: Not a dir",
+        ),
+    ):
+        done = subprocess.run([*given, *more], capture_output=True, text=True)
+        assert done.returncode == 1 and done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
+
+
 def test_a_folder_without_images_is_refused(tmp_path):
     (tmp_path / "cat").mkdir()
     with pytest.raises(ShardError, match="holds no CLASS/NAME.jpg"):

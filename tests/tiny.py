@@ -59,6 +59,15 @@ class Deadly(Tiny):
         return super().forward(pixels)
 
 
+class Sleepy(Tiny):
+    """Long enough at one block of three images for its node to be killed meanwhile."""
+
+    def forward(self, pixels):
+        if len(pixels) == 3:
+            time.sleep(6)
+        return super().forward(pixels)
+
+
 def not_a_network():
     return "a string"
 

@@ -46,6 +46,14 @@ class Answer:
     warnings: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a worker runs: the kind of machine, as `provenance.machine` names it, and Ray's id of the node."""
+
+    machine: str
+    node: str
+
+
 class UapWorker:
     """An actor; it starts in a method so that what goes wrong comes back as it was raised."""
 
@@ -61,8 +69,8 @@ class UapWorker:
         """In Ray's dashboard and logs."""
         return self._name
 
-    def start(self, expected: Mapping[str, str], **how: Any) -> str:
-        """Load the classifier; says what machine it runs on.
+    def start(self, expected: Mapping[str, str], **how: Any) -> Place:
+        """Load the classifier; says where it runs. Where that fails, it can be called again.
 
         Args:
             expected: `decisive_versions` of the driver.
@@ -81,7 +89,7 @@ class UapWorker:
         if self._worker is not None:
             worker.adopt(self._worker)
         self._worker = worker
-        return machine()
+        return Place(machine(), ray.get_runtime_context().get_node_id())
 
     def call(self, method: str, task: Examples, upcoming: str, *shared: Any) -> Answer:
         """`Worker.method(task, *shared)`, and meanwhile fetch the shard that comes next, if any."""

@@ -1,7 +1,7 @@
 """The tasks of one `map`: which wait, which were given to whom, which are answered. Knows actors, but calls nothing of Ray."""
 
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from threading import Condition
@@ -15,13 +15,17 @@ from ray.actor import ActorHandle
 
 from uap_dist.worker import Examples
 
+MAX_LOSSES_PER_TASK = 3  # of workers whose node lives on: so many, and the task itself is to blame
+MAX_NODE_LOSSES_PER_TASK = 10  # spot nodes vanish for reasons of their own, but hardly so many over one task
+
 
 @dataclass(eq=False)
 class ActorRecord:
-    """An actor, and the shards that it has read or is about to read."""
+    """An actor, the shards that it has read or is about to read, and Ray's id of its node once that is known."""
 
     actor: ActorHandle[Any]
     name: str
+    node: str = ""
     shards: dict[str, None] = field(default_factory=dict)
 
 
@@ -39,7 +43,9 @@ class Batch:
     answered: set[int] = field(default_factory=set)
     digests: dict[int, str] = field(default_factory=dict)  # of first answers that want a second one
     durations: list[float] = field(default_factory=list)  # ascending
-    losses: Counter[int] = field(default_factory=Counter)
+    losses: defaultdict[int, list[str]] = field(
+        default_factory=lambda: defaultdict(list)
+    )  # nodes of workers lost over a task
     changed: Condition = field(default_factory=Condition)
 
     def __post_init__(self) -> None:
@@ -82,6 +88,19 @@ class Batch:
             self.error = error
             self.changed.notify()
 
+    def blame(self, task: int, living_nodes: Collection[str]) -> str:
+        """Why a task is to be given up over which workers were lost; empty where it is to be done again.
+
+        All nodes are looked at each time: a worker may be seen to die before its node is.
+        """
+        nodes, examples = self.losses[task], self.tasks[task]
+        num_died = sum(node in living_nodes for node in nodes)
+        num_gone = len(nodes) - num_died
+        if num_died < MAX_LOSSES_PER_TASK and num_gone < MAX_NODE_LOSSES_PER_TASK:
+            return ""
+        what = f"{num_died} workers" if num_died >= MAX_LOSSES_PER_TASK else f"{num_gone} nodes"
+        return f"{what} were lost over the same examples of {examples.shard}: {name_some(examples.keys)}"
+
     def put(self, task: int) -> None:
         """Have one more worker asked."""
         self.waiting[task] = self.waiting.get(task, 0) + 1
@@ -113,3 +132,8 @@ class Call:
     task: int = -1
     started: float = 0.0
     deadline: float = float("inf")  # a worker that waits for its place is not lost
+
+
+def name_some(keys: Sequence[str]) -> str:
+    """The first keys, for messages."""
+    return ", ".join(keys[:5]) + ", …" * (len(keys) > 5)

@@ -4,6 +4,7 @@ import difflib
 import importlib
 import importlib.util
 import math
+import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,11 @@ class Geometry:
     resize: int | None = None
     crop: int | None = None
     interpolation: str = "bilinear"
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """C×H×W of the classifier's input; None where the shards decide it."""
+        return None if self.crop is None else (3, self.crop, self.crop)
 
 
 class Classifier(nn.Module):
@@ -285,7 +291,7 @@ def _load_own(name: str, weights: str | None) -> Classifier:
 
 def _import_file(path: Path) -> ModuleType:
     if not path.is_file():
-        raise ClassifierError(f"no file {path}; expected path/to/file.py:factory")
+        raise ClassifierError(f"no file {path} on {platform.node()}; expected path/to/file.py:factory")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -10,13 +10,19 @@ if "RAY_ADDRESS" not in os.environ:
 import logging
 import socket
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from uap_dist.errors import ConfigError
 
 LOCAL = "local"
 ANSWER_TIMEOUT_S = 10.0
+LOOK_TIMEOUT_S = 60.0  # of a node for a folder: it starts a process for that
+NUM_NODES_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -32,9 +38,10 @@ class Need:
 
     def room(self) -> int:
         """So many such workers fit on the nodes that are alive, were nothing else on them."""
-        return sum(self._room_on(node["Resources"]) for node in ray.nodes() if node["Alive"])
+        return sum(self.room_on(node["Resources"]) for node in ray.nodes() if node["Alive"])
 
-    def _room_on(self, resources: dict[str, float]) -> int:
+    def room_on(self, resources: dict[str, float]) -> int:
+        """So many fit on a node of these resources, were nothing else on it."""
         by_cpu = int(resources.get("CPU", 0) // self.cpus)
         num_gpus = int(resources.get("GPU", 0))
         if not self.gpus:
@@ -81,6 +88,45 @@ def can_grow() -> bool:
 def has_gpus() -> bool:
     """Whether a node that is alive has a GPU."""
     return ray.cluster_resources().get("GPU", 0) > 0
+
+
+def living_nodes() -> set[str]:
+    """Ray's ids of the nodes that are alive."""
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
+def check_shared(folder: Path, need: Need, advice: str) -> None:
+    """Raise ConfigError where nodes with room for such a worker do not see a folder that the driver has just made.
+
+    Args:
+        folder: local; workers read or write there.
+        need: of a worker.
+        advice: what to do, for the complaint.
+    """
+    if not can_grow():  # all is on this machine
+        return
+    sees: Any = ray.remote(num_cpus=0, max_retries=0)(_sees)
+    nodes = [node for node in ray.nodes() if node["Alive"] and need.room_on(node["Resources"])]
+    answers = [
+        sees.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(str(folder))
+        for node in nodes
+    ]
+    blind = [node["NodeManagerAddress"] for node, answer in zip(nodes, answers, strict=True) if not _answer(answer)]
+    if blind:
+        named = ", ".join(blind[:NUM_NODES_NAMED]) + ", …" * (len(blind) > NUM_NODES_NAMED)
+        raise ConfigError(f"{len(blind)} of {len(nodes)} nodes ({named}) do not see the folder {folder}; {advice}")
+
+
+def _sees(folder: str) -> bool:
+    return Path(folder).is_dir()
+
+
+def _answer(ref: "ray.ObjectRef[bool]") -> bool:
+    """What a node says; one that is lost meanwhile is no reason to refuse a job."""
+    try:
+        return ray.get(ref, timeout=LOOK_TIMEOUT_S)
+    except RayError:
+        return True
 
 
 def describe() -> str:

@@ -145,11 +145,8 @@ def compute(
     if train.shape != val.shape:
         raise ConfigError(f"training images have shape {train.shape}, held-out ones {val.shape}; they must have one")
     planned = count_rounds(train.sizes, config)
-    if planned is None and train.num_examples >= (config.max_evaluations or 0):
-        raise ConfigError(
-            f"{config.max_evaluations} evaluations (--max-evaluations) do not pay for more than the clean labels of "
-            f"{train.num_examples} training images"
-        )
+    if planned is None:
+        check_budget(train.num_examples, config)
     state = state or State.start(train, config)
     every, num_glanced = plan_measurements(train.num_examples, val.num_examples, config)
     some = None if num_glanced is None else val.thin(num_glanced)
@@ -165,6 +162,15 @@ def compute(
         yield replace(report, is_last=ends or reached)
         if ends or reached:
             return
+
+
+def check_budget(num_images: int, config: ComputeConfig) -> None:
+    """Raise ConfigError where the evaluations are spent on the clean labels of so many training images."""
+    if config.max_evaluations is not None and num_images >= config.max_evaluations:
+        raise ConfigError(
+            f"{config.max_evaluations} evaluations (--max-evaluations) do not pay for more than the clean labels of "
+            f"{num_images} training images"
+        )
 
 
 def run_round(

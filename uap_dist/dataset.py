@@ -217,10 +217,7 @@ def list_dataset(
         ShardError: a shard that cannot be used, or too many bad images.
         ConfigError: fewer images than asked for, or an option outside its range.
     """
-    if num_images is not None and num_images < 1:
-        raise ConfigError(f"number of images is {num_images}; it must be positive")
-    if not 0 <= max_bad_fraction <= 1:
-        raise ConfigError(f"max bad fraction is {max_bad_fraction}; it must lie in [0, 1]")
+    check_limits(max_bad_fraction, num_images)
     listings = list(_list_shards(workers, urls, num_images))
     bad = tuple(f"{url}: {complaint}" for url, listing in listings for complaint in listing.bad)
     num_samples = len(bad) + sum(len(listing.keys) for _, listing in listings)
@@ -249,6 +246,15 @@ def list_dataset(
     dataset = Dataset(shards, shapes.pop(), bad, Predictions(np.full(found, -1), np.zeros(found, np.float32)))
     _warn_of_twins(dataset)
     return dataset
+
+
+def check_limits(max_bad_fraction: float, *num_images: int | None) -> None:
+    """Raise ConfigError for options of a data set that cannot be; None takes all images."""
+    for number in num_images:
+        if number is not None and number < 1:
+            raise ConfigError(f"number of images is {number}; it must be positive")
+    if not 0 <= max_bad_fraction <= 1:
+        raise ConfigError(f"max bad fraction is {max_bad_fraction}; it must lie in [0, 1]")
 
 
 def reload_dataset(workers: Workers, dataset: Dataset) -> Dataset:

@@ -13,6 +13,7 @@ from uap_dist.norms import SYMBOLS, Norm, measure, random_of_same_norms
 from uap_dist.perturbations import Perturbation
 from uap_dist.shards import UNKNOWN_CLASS
 
+NOTHING = "zero"  # name of the baseline
 NEAR = 0.01  # relative: norms that one baseline serves
 
 
@@ -91,7 +92,7 @@ def baselines(perturbations: Iterable[Perturbation], shape: tuple[int, ...], see
         shape: C×H×W of the images.
         seed: of the noise.
     """
-    found = [Perturbation("zero", torch.zeros(shape), {"baseline": True})]
+    found = [Perturbation(NOTHING, torch.zeros(shape), {"baseline": True})]
     sizes: list[tuple[Norm, float]] = []
     for perturbation in perturbations:
         noise = random_of_same_norms(perturbation.resized(shape), seed=seed)

@@ -80,15 +80,24 @@ class FinetuneConfig:
         steps = (0.0, *self.ladder)
         if len(steps) < 2 or not all(0 <= a < b < float("inf") for a, b in zip(steps, steps[1:], strict=False)):
             raise ConfigError(f"ladder is {self.ladder}; it must hold ascending positive numbers")
+        if not self.adaptive and self.ladder != FinetuneConfig.ladder:
+            raise ConfigError("ladder belongs to --adaptive; give that as well, or leave it out")
         if self.batch_norm not in ("frozen", "train"):
             raise ConfigError(f"batch norm is {self.batch_norm!r}; it must be frozen or train")
 
-    def check_batch(self, num_images: int, num_workers: int) -> None:
-        """Raise ConfigError unless so many workers can share each batch, and the images fill one."""
+    def check_workers(self, num_workers: int) -> None:
+        """Raise ConfigError unless so many workers can share each batch."""
         if self.batch_size % num_workers:
-            raise ConfigError(f"batch size {self.batch_size} is not a multiple of {num_workers} workers")
+            raise ConfigError(
+                f"batch size {self.batch_size} is not a multiple of {num_workers} workers; give another --batch-size or --num-workers"
+            )
+
+    def check_images(self, num_images: int) -> None:
+        """Raise ConfigError unless so many training images fill a batch."""
         if num_images < self.batch_size:
-            raise ConfigError(f"{num_images} training images are fewer than one batch of {self.batch_size}")
+            raise ConfigError(
+                f"{num_images} training images are fewer than one batch of {self.batch_size}; give a smaller --batch-size"
+            )
 
     def split(self, pool: PerturbationPool) -> tuple[PerturbationPool, PerturbationPool]:
         """The members to train on, and the held-out ones.
@@ -300,11 +309,17 @@ class Learner:
         return total.tolist()
 
 
-def check_labels(classifier: Classifier, train: Dataset, val: Dataset) -> None:
-    """Refuse data that this classifier cannot be fine-tuned on; the datasets carry its clean labels.
+def check_trainable(classifier: Classifier) -> None:
+    """Raise ConfigError for a network that has nothing to learn."""
+    if not classifier.trainable:
+        raise ConfigError(f"{classifier.name} has no trainable parameters; leave some with requires_grad")
+
+
+def check_truths(classifier: Classifier, train: Dataset, val: Dataset) -> None:
+    """Refuse data whose labels cannot be this classifier's.
 
     Raises:
-        ConfigError: images without a label, labels outside its classes, or such that it names no better than by guessing.
+        ConfigError: images without a label, or labels outside its classes.
     """
     with torch.no_grad():
         num_classes = classifier(torch.zeros(1, *train.shape)).shape[1]
@@ -321,6 +336,14 @@ def check_labels(classifier: Classifier, train: Dataset, val: Dataset) -> None:
                 f"{len(outside)} of {len(truths)} {what} images have labels outside the network's {num_classes} classes, as {outside[0]}; "
                 "give a network with a head for these classes"
             )
+
+
+def check_labels(train: Dataset) -> None:
+    """Refuse training images, with their clean predictions, of which the classifier names no more than by guessing.
+
+    Raises:
+        ConfigError: it does not.
+    """
     counts = np.bincount(train.truths)
     top1, guess = float((train.clean.labels == train.truths).mean()), float(counts.max() / train.num_examples)
     if top1 <= guess:

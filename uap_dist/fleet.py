@@ -6,6 +6,7 @@ import time
 from bisect import insort
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import count
 from threading import Condition, Event, Thread
@@ -15,16 +16,16 @@ from uap_dist import cluster  # before Ray, which reads on import what this sets
 
 # isort: split
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayError, RayTaskError
 
-from uap_dist.actor import Answer, decisive_versions, start_actor
-from uap_dist.batch import ActorRecord, Batch, Call
+from uap_dist.actor import Answer, Place, decisive_versions, start_actor
+from uap_dist.batch import ActorRecord, Batch, Call, name_some
 from uap_dist.cluster import Need
 from uap_dist.errors import ConfigError, DeterminismError, WorkerLostError
 from uap_dist.tally import Dashboard, Tally
 from uap_dist.worker import Examples
 
-MAX_LOSSES_PER_TASK = 3
+WHAT_TO_LOOK_AT = "look at memory (--cache-gib, --block-size) and at these images"
 SECONDS_BETWEEN_LOOKS = 5.0
 SECONDS_BETWEEN_COMPLAINTS = 30.0
 SECONDS_WITHOUT_WORKERS = 0.1
@@ -32,6 +33,14 @@ STRAGGLER_FACTOR, STRAGGLER_MIN_S = 3.0, 2.0  # of the median task, and never be
 
 logger = logging.getLogger(__name__)
 worker_numbers = count(1)  # of a process: names of Ray's actors are unique, also where one fleet follows another
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a caller wants done by the thread that dispatches, and who is told what went wrong with it."""
+
+    make: Callable[[], None]
+    fail: Callable[[Exception], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,15 +143,19 @@ class Fleet:
         self.machines: set[str] = set()
         self._classifier = (model, weights)
         self._idle: list[ActorRecord] = []
+        self._empty: list[
+            ActorRecord
+        ] = []  # without the classifier that was asked for last; `use` has them load another
         self._running: dict[ray.ObjectRef, Call] = {}
         self._batches: list[Batch] = []
         self._held: set[str] = set()  # shards that some member has read or is about to read
         self._last_call = time.monotonic()
-        self._changes: deque[Callable[[], None]] = deque()  # by callers, made by the thread
+        self._changes: deque[Change] = deque()  # by callers, made by the thread
         self._changed = Condition()
         self._ready = Event()
         self._error: Exception | None = None  # of a worker that could not load the classifier
         self._is_closed = False
+        self._end: WorkerLostError | None = None  # why nothing is dispatched any more
         self._ask_for(self._most or max(1, self.need.room()))
         self._thread = Thread(target=self._dispatch, name="fleet", daemon=True)
         self._thread.start()
@@ -166,10 +179,22 @@ class Fleet:
             raise self._error
 
     def use(self, model: str, weights: str | None) -> None:
-        """Change to another classifier; decoded shards that serve it as well are kept. To be followed by `wait`."""
-        changed = Event()
-        self._change(lambda: self._load(model, weights, changed))
-        changed.wait()
+        """Change to another classifier; decoded shards that serve it as well are kept. To be followed by `wait`.
+
+        What workers say of a classifier that they cannot load, `wait` raises; they can be given another one then.
+
+        Raises:
+            WorkerLostError: the fleet was closed, or Ray has ended.
+            Exception: what went wrong when the workers were to be told.
+        """
+        changed: Future[None] = Future()
+
+        def change() -> None:
+            self._load(model, weights)
+            changed.set_result(None)
+
+        self._change(Change(change, changed.set_exception))
+        changed.result()
 
     def map(self, method: str, tasks: Sequence[Examples], *shared: Any) -> Iterator[Any]:
         """Worker.method(task, *shared) for each task, in the order of the tasks, through the loss of workers.
@@ -177,16 +202,17 @@ class Fleet:
         All are under way when it returns; an answer is forgotten once it was taken.
 
         Raises:
-            WorkerLostError: a task whose workers were lost three times, or no worker left and none to be had.
+            WorkerLostError: a task over which three workers were lost whose nodes live on, or ten nodes; no worker left and none
+                to be had; or a fleet that was closed or given another classifier meanwhile.
             DeterminismError: two workers gave different bits (`verify_determinism`).
             Exception: what a worker raised; that is no lost worker, and not tried again.
         """
-        if self._is_closed:
-            raise WorkerLostError("the fleet was closed")
+        if self._end is not None:
+            raise self._end
         twice = {self.tally.rounds % len(tasks)} if self._config.verify_determinism and method == "solve" else set()
         self.tally.rounds += method == "solve"
         batch = Batch(method, tasks, [ray.put(value) for value in shared], unverified=twice)
-        self._change(lambda: self._accept(batch))
+        self._change(Change(lambda: self._accept(batch), batch.fail))
         return batch.answers()
 
     def describe(self) -> dict[str, Any]:
@@ -210,14 +236,18 @@ class Fleet:
     def close(self) -> None:
         """End all workers."""
         if not self._is_closed:
-            self._is_closed = True
-            self._change(lambda: None)
-            self._thread.join()
-            for member in [*self._idle, *(call.member for call in self._running.values())]:
+            self._stop()
+            for member in [*self._idle, *self._empty, *(call.member for call in self._running.values())]:
                 if ray.is_initialized():
                     ray.kill(member.actor)
-            self._fail(WorkerLostError("the fleet was closed"))
             atexit.unregister(self.close)
+
+    def _stop(self) -> None:
+        """End the thread."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify()
+        self._thread.join()
 
     def _check_room(self) -> None:
         room = self.need.room()
@@ -226,31 +256,60 @@ class Fleet:
                 f"{self._first} worker{'s' * (self._first > 1)} of {self.need} each do not fit on this machine "
                 f"({cluster.describe()}); give fewer (--num-workers) or smaller ones (--threads-per-worker, --gpus-per-worker)"
             )
+        if self._config.verify_determinism and not cluster.can_grow() and room < 2:
+            raise ConfigError(
+                f"verify determinism compares two workers, but only {room} of {self.need} fits on this machine ({cluster.describe()}); "
+                "leave it out, or give smaller ones (--threads-per-worker, --gpus-per-worker)"
+            )
         if not room and self._config.gpus_per_worker is None:
             raise ConfigError(
                 f"the cluster ({cluster.describe()}) has no room for workers now; say what one takes of the nodes that it "
                 "starts: --gpus-per-worker 1, or 0"
             )
 
-    def _change(self, change: Callable[[], None]) -> None:
+    def _change(self, change: Change) -> None:
         """Have the thread do something between two looks at the workers."""
         with self._changed:
+            if self._end is not None:
+                raise self._end
             self._changes.append(change)
             self._changed.notify()
 
     def _dispatch(self) -> None:
-        """What the thread does until the fleet is closed."""
-        while not self._is_closed and ray.is_initialized():  # else its calls would start a Ray of their own
+        """What the thread does until the fleet is closed, or Ray ends; whatever ends it, nobody waits for it any longer."""
+        reason = "ended unexpectedly, with the thread that gives out its tasks"
+        try:
+            while self._goes_on():
+                self._make_changes()
+                try:
+                    if self._goes_on():
+                        self._step()
+                except Exception as error:  # of nobody's task: of a worker's start, or of Ray
+                    self._give_up(error)
+            reason = "was closed" if self._is_closed else "ended with Ray"
+        finally:
             with self._changed:
-                self._changed.wait_for(lambda: self._changes or self._running or self._batches, SECONDS_BETWEEN_LOOKS)
-                while self._changes:
-                    self._changes.popleft()()
+                self._end = WorkerLostError(f"the fleet {reason}")
+                for change in self._changes:
+                    change.fail(self._end)
+            self._give_up(self._end)
+
+    def _goes_on(self) -> bool:
+        return not self._is_closed and ray.is_initialized()  # else its calls would start a Ray of their own
+
+    def _make_changes(self) -> None:
+        """Wait for something to do, and do what callers want; what goes wrong with that is theirs."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._changes or self._running or self._batches or self._is_closed, SECONDS_BETWEEN_LOOKS
+            )
+        while self._changes and self._goes_on():
+            change = self._changes[0]  # and it stays there while it is made, to be told where that ends the thread
             try:
-                self._step()
-            except Exception as error:  # of nobody's task: of a worker's start, or of Ray
-                self._error = error
-                self._fail(error)
-                self._ready.set()
+                change.make()
+            except Exception as error:
+                change.fail(error)
+            self._changes.popleft()
 
     def _step(self) -> None:
         """Give tasks to idle workers, wait a moment for answers, and hand over what is complete."""
@@ -279,24 +338,38 @@ class Fleet:
         if self._error is not None:
             self._fail(self._error)
 
+    def _give_up(self, error: Exception) -> None:
+        """Tell everybody who waits, and whoever asks for something before another `use`."""
+        self._error = error
+        self._fail(error)
+        self._ready.set()
+
     def _fail(self, error: Exception) -> None:
         for batch in self._batches:
-            batch.fail(error)
+            if not batch.is_complete:
+                batch.fail(error)
         self._batches = []
 
-    def _load(self, model: str, weights: str | None, changed: Event) -> None:
-        """Have idle workers load another classifier, and replace those that still compute with the old one."""
+    def _load(self, model: str, weights: str | None) -> None:
+        """Have workers load another classifier, and replace those that still compute with the old one."""
+        self._fail(WorkerLostError("the workers were given another classifier meanwhile"))
         self._classifier, self._error = (model, weights), None
-        late = [call.member for call in self._running.values()]
-        idle, self._idle, self._running = self._idle, [], {}
-        for member in idle:
-            self._prepare(member)
-        for member in late:
-            ray.kill(member.actor)
-            self._start_member()
-        self._num_ready = 0
+        calls = list(self._running.values())
+        # of those that load another one now, Ray has them load this one after it
+        self._empty += [*self._idle, *(call.member for call in calls if call.batch is None)]
+        self._idle, self._running, self._num_ready = [], {}, 0
         self._ready.clear()
-        changed.set()
+        try:
+            for call in calls:
+                if call.batch is not None:
+                    ray.kill(call.member.actor)
+                    self._start_member()
+            while self._empty:
+                self._prepare(self._empty[0])
+                del self._empty[0]
+        except Exception as error:
+            self._give_up(error)
+            raise
 
     def _grow(self) -> None:
         """Where no number of workers was asked for, take what has joined the cluster."""
@@ -399,7 +472,8 @@ class Fleet:
                 else:
                     self._keep(call, call.batch, answer)
 
-    def _greet(self, member: ActorRecord, machine: str) -> None:
+    def _greet(self, member: ActorRecord, place: Place) -> None:
+        member.node, machine = place.node, place.machine
         if self.machines and machine not in self.machines:
             logger.warning(
                 "workers run on different kinds of machines (%s; %s); the bits may depend on which of them solves what",
@@ -412,11 +486,14 @@ class Fleet:
             logger.info("%s joins; %d of %d are there", member.name, num_there, self.num_asked)
 
     def _dismiss(self, member: ActorRecord, error: Exception) -> None:
-        """A worker could not load the classifier: that ends a fleet that begins, and costs a fleet that computes this worker."""
-        ray.kill(member.actor)
-        if not self._ready.is_set():
-            raise error
-        logger.warning("%s cannot be used, and no other one is asked for in its place: %s", member.name, error)
+        """A worker could not load the classifier: all wait for another one then, but a fleet that computes does without this worker."""
+        if self._ready.is_set() and self._error is None:
+            ray.kill(member.actor)
+            logger.warning("%s cannot be used, and no other one is asked for in its place: %s", member.name, error)
+            return
+        self._empty.append(member)
+        if self._error is None:
+            self._give_up(error)
 
     def _keep(self, call: Call, batch: Batch, answer: Answer) -> None:
         """The first answer to a task is its result; a second one is compared where that is wanted, else dropped."""
@@ -439,7 +516,7 @@ class Fleet:
             if answer.result.digest() != batch.digests[call.task]:
                 batch.fail(
                     DeterminismError(
-                        f"two workers gave different bits for the same examples of {task.shard}: {_name_some(task.keys)}; "
+                        f"two workers gave different bits for the same examples of {task.shard}: {name_some(task.keys)}; "
                         f"look at the network's layers and at the machines ({'; '.join(sorted(self.machines))})"
                     ),
                 )
@@ -452,7 +529,9 @@ class Fleet:
         ray.kill(call.member.actor)
         self.tally.workers_lost += 1
         self._start_member()
-        reason = "died" if isinstance(error, RayActorError) else type(error).__name__
+        is_preempted = getattr(error, "preempted", False)
+        node = "" if is_preempted else call.member.node
+        reason = self._describe_loss(error, call.member.node, is_preempted)
         if call.batch is None:
             logger.warning("%s was lost while it started (%s); another one starts", call.member.name, reason)
             return
@@ -464,17 +543,23 @@ class Fleet:
             len(task.keys),
             task.title,
         )
-        batch.losses[call.task] += 1
-        if batch.losses[call.task] >= MAX_LOSSES_PER_TASK:
-            lost = WorkerLostError(
-                f"{MAX_LOSSES_PER_TASK} workers were lost over the same examples of {task.shard}: "
-                f"{_name_some(task.keys)}; look at memory (--cache-gib, --block-size) and at these images"
-            )
-            batch.fail(lost)
+        batch.losses[call.task].append(node)
+        complaint = batch.blame(call.task, cluster.living_nodes())
+        if complaint:
+            batch.fail(WorkerLostError(f"{complaint} (the last one: {reason}); {WHAT_TO_LOOK_AT}"))
         on_their_way = sum(other.batch is batch and other.task == call.task for other in self._running.values())
         wanted = (call.task not in batch.answered) + (call.task in batch.unverified)
         if on_their_way + batch.waiting.get(call.task, 0) < wanted:
             batch.put(call.task)
+
+    def _describe_loss(self, error: RayError, node: str, is_preempted: bool) -> str:
+        if isinstance(error, GetTimeoutError):
+            return f"no answer in {self._config.task_timeout_s:g} s, --task-timeout-s"
+        if isinstance(error, OutOfMemoryError):
+            return "out of memory"
+        if is_preempted:
+            return "its node was reclaimed"
+        return "its node is gone" if node and node not in cluster.living_nodes() else "its process died"
 
     def _show(self) -> None:
         """What Ray's dashboard shows."""
@@ -498,7 +583,3 @@ class Fleet:
             f"{self.describe_wish()} were not placed and ready in {self._config.placement_timeout_s:g} s: {self._describe_place()}; "
             "give fewer (--num-workers) or smaller ones (--gpus-per-worker, --threads-per-worker), or longer (--placement-timeout-s)"
         )
-
-
-def _name_some(keys: Sequence[str]) -> str:
-    return ", ".join(keys[:5]) + ", …" * (len(keys) > 5)

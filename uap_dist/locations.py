@@ -73,6 +73,11 @@ def split_query(location: str) -> tuple[str, str]:
     return path, mark + query
 
 
+def absolute(location: str) -> str:
+    """The same place whatever the working directory is; a URL as it is."""
+    return location if is_url(location) else str(Path(location).resolve())
+
+
 def join(location: str, name: str) -> str:
     """The name below a folder, the folder's options kept."""
     path, query = split_query(location)
@@ -139,8 +144,36 @@ def read_file(location: str) -> bytes:
     return data
 
 
+def exists(location: str) -> bool:
+    """Whether there is such a file.
+
+    Raises:
+        OSError: the store does not say; in one line, as `explain` says it.
+        ConfigError: see `locate`.
+    """
+    filesystem, path = locate(location)
+    try:
+        return bool(filesystem.get_file_info(path).type == fs.FileType.File)
+    except OSError as error:
+        raise OSError(explain(location, error)) from error
+
+
+def write_file(location: str, data: bytes) -> None:
+    """A whole file, or none: nobody ever sees half of it. Its folder is there already.
+
+    Raises:
+        OSError: it cannot be written; in one line, as `explain` says it.
+        ConfigError: see `locate`.
+    """
+    filesystem, path = locate(location)
+    try:
+        _write(filesystem, path, data)
+    except OSError as error:
+        raise OSError(explain(location, error)) from error
+
+
 def copy_folder(folder: Path, location: str, last: str) -> None:
-    """Every file of a local folder to another place, the one named `last` at the end: where it is, the rest is.
+    """Every file of a local folder to another place, the one named `last` at the end: where it is, the rest is, and whole.
 
     Raises:
         OSError: it cannot be written; in one line, as `explain` says it.
@@ -152,8 +185,7 @@ def copy_folder(folder: Path, location: str, last: str) -> None:
         for parent in sorted({file.parent for file in files}):
             filesystem.create_dir(f"{place}/{parent.relative_to(folder).as_posix()}".removesuffix("/."), recursive=True)
         for file in files:
-            with filesystem.open_output_stream(f"{place}/{file.relative_to(folder).as_posix()}") as out:
-                out.write(file.read_bytes())
+            _write(filesystem, f"{place}/{file.relative_to(folder).as_posix()}", file.read_bytes())
     except OSError as error:
         raise OSError(explain(location, error)) from error
 
@@ -170,6 +202,16 @@ def try_to_write(folder: Path) -> None:
         file.write(bytes(TRIAL_BYTES))
         file.flush()
         os.fsync(file.fileno())
+
+
+def _write(filesystem: fs.FileSystem, path: str, data: bytes) -> None:
+    """An object store shows a file when it is whole; on a disk that takes a rename."""
+    is_local = isinstance(filesystem, fs.LocalFileSystem)
+    target = f"{path}.unfinished" if is_local else path
+    with filesystem.open_output_stream(target) as out:
+        out.write(data)
+    if is_local:
+        filesystem.move(target, path)
 
 
 def is_refusal(error: Exception) -> bool:

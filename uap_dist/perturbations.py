@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
@@ -15,8 +15,9 @@ from scipy.io import loadmat
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from uap_dist.errors import PerturbationError
+from uap_dist.errors import ConfigError, PerturbationError
 from uap_dist.locations import read_file, split_query
+from uap_dist.names import Parts, canonical, name_rest, parts_of
 from uap_dist.norms import Norm, measure
 
 PERTURBATION_FILE = "perturbation.safetensors"
@@ -47,24 +48,30 @@ class Perturbation:
         return interpolate(self.v[None], size=tuple(shape[1:]), mode="bilinear", antialias=True)[0]
 
 
-def load_perturbations(specifications: Sequence[str]) -> list[Perturbation]:
+def load_perturbations(specifications: Sequence[str], taken: Collection[str] = ()) -> list[Perturbation]:
     """The perturbations of files: `[NAME=]LOCATION`, for .npy and .mat `[NAME=]LOCATION:UNIT`.
+
+    Those without a name are called as the folder of jobs/compute.py, or as the file; where that is another's name, with more of
+    their path before it.
 
     Args:
         specifications: LOCATION is a perturbation.safetensors or its folder, an .npy, or a .mat with one array (local, s3://, gs://,
             runs:/RUN/PATH of MLflow).
             The arrays of the last two are 3×H×W or H×W×3, RGB, and UNIT says what they are in: 255 for pixels 0..255, 1 for
-            the scale 0..1. NAME is the folder's or file's by default.
+            the scale 0..1.
+        taken: names of other things in the same tables.
 
     Raises:
-        PerturbationError: a file that is none, is not what it says, or does not say its unit; two of one name.
+        PerturbationError: a file that is none, is not what it says, or does not say its unit.
+        ConfigError: a file that is there twice, or a name that is given twice.
     """
-    found = [_load(specification) for specification in specifications]
-    names = [perturbation.name for perturbation in found]
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise PerturbationError(f"two perturbations are named {twice[0]}; name them, as NAME=PATH")
-    return found
+    given, locations = zip(*map(split_name, specifications), strict=True) if specifications else ((), ())
+    places = [canonical(split_query(location)[0].removesuffix(f"/{PERTURBATION_FILE}")) for location in locations]
+    for location, place in zip(locations, places, strict=True):
+        if places.count(place) > 1:
+            raise ConfigError(f"perturbation {location} is there twice")
+    names = name_rest("perturbations", given, [_parts(location) for location in locations], taken=taken)
+    return [_load(name, location) for name, location in zip(names, locations, strict=True)]
 
 
 def save_perturbation(path: Path, v: Tensor, provenance: Mapping[str, Any]) -> None:
@@ -85,8 +92,16 @@ def split_name(text: str) -> tuple[str, str]:
     return (name, rest) if equals and "/" not in name and "?" not in name else ("", text)
 
 
-def _load(specification: str) -> Perturbation:
-    name, location = split_name(specification)
+def _parts(location: str) -> Parts:
+    """Of the place, the last one naming the perturbation."""
+    *folders, last = parts_of(split_query(location)[0])
+    if last == PERTURBATION_FILE and folders:
+        return tuple(folders)
+    extension = PurePosixPath(last).suffix.partition(":")[0]
+    return (*folders, last.removesuffix(".safetensors") if extension not in (".npy", ".mat") else last.split(".")[0])
+
+
+def _load(name: str, location: str) -> Perturbation:
     path = PurePosixPath(split_query(location)[0])
     extension, colon, unit = path.suffix.partition(":")
     if extension in (".npy", ".mat"):
@@ -95,12 +110,11 @@ def _load(specification: str) -> Perturbation:
                 f"{location}: say what its values are in: {location.removesuffix(colon + unit)}:255 for pixels 0..255, or :1 for 0..1"
             )
         location = location.replace(f"{extension}:{unit}", extension, 1)
-        return Perturbation(name or path.name.split(".")[0], _published(location, extension, UNITS[unit]))
+        return Perturbation(name, _published(location, extension, UNITS[unit]))
     if extension != ".safetensors":
         location, query = split_query(location)
         location = f"{location.rstrip('/')}/{PERTURBATION_FILE}{query}"
-        return _own(name or path.name, location)
-    return _own(name or (path.parent.name if path.name == PERTURBATION_FILE else path.stem), location)
+    return _own(name, location)
 
 
 def _own(name: str, location: str) -> Perturbation:

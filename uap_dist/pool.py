@@ -1,7 +1,7 @@
 """A pool: perturbations of one classifier as one file, and the transform that adds them to images."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import combinations
@@ -16,9 +16,10 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from uap_dist.errors import PerturbationError
-from uap_dist.locations import join
-from uap_dist.perturbations import Perturbation, check_radius, metadata_of, read
+from uap_dist.errors import ConfigError, PerturbationError
+from uap_dist.locations import join, split_query
+from uap_dist.names import name_rest, parts_of, refuse_twins
+from uap_dist.perturbations import Perturbation, check_radius, metadata_of, read, split_name
 
 POOL_FILE, MANIFEST_FILE = "pool.safetensors", "pool.json"
 SHARED = ("model", "weights_digest", "norm", "radius")  # what all members have in common
@@ -155,6 +156,45 @@ class PerturbationPool:
         names = [member["name"] for member in self.members]
         pairs = [(float(products[i, j]), (names[i], names[j])) for i, j in combinations(range(len(names)), 2)]
         return sorted(pairs, reverse=True)
+
+
+def load_members(specifications: Sequence[str], taken: Collection[str]) -> list[Perturbation]:
+    """All members of pools, given as `[NAME=]LOCATION`, by names that differ.
+
+    Those of a pool with a name are called "NAME, member". Those of one without are called as in the pool; where one of them
+    shares its name with something else, all of its pool are called "pool, member", pool being its folder with as much of its
+    path before it as tells it from the other pools.
+
+    Args:
+        specifications: of pools, see `PerturbationPool.load`.
+        taken: names of other things in the same tables.
+
+    Raises:
+        PerturbationError: see `PerturbationPool.load`.
+        ConfigError: a pool that is there twice, or a name that is.
+    """
+    given, locations = zip(*map(split_name, specifications), strict=True) if specifications else ((), ())
+    pools = [PerturbationPool.load(location) for location in locations]
+    digests = [pool.digest for pool in pools]
+    for number, digest in enumerate(digests):
+        if digest in digests[:number]:
+            first = locations[digests.index(digest)]
+            raise ConfigError(
+                f"pools {first} and {locations[number]} hold the same perturbations; leave one of them out"
+            )
+    places = [
+        split_query(location)[0].removesuffix(f"/{POOL_FILE}").removesuffix(".safetensors") for location in locations
+    ]
+    names = name_rest("pools", given, [parts_of(place) for place in places])
+    unnamed = [member["name"] for name, pool in zip(given, pools, strict=True) if not name for member in pool.members]
+    found = []
+    for has_name, name, pool in zip(given, names, pools, strict=True):
+        own = [member["name"] for member in pool.members]
+        is_known = any(member in taken or unnamed.count(member) > 1 for member in own)
+        prefix = f"{name}, " if has_name or is_known else ""
+        found += [replace(p, name=f"{prefix}{p.name}") for p in pool.to_perturbations()]
+    refuse_twins("perturbations", [perturbation.name for perturbation in found], taken)
+    return found
 
 
 class AddUniversalPerturbation(v2.Transform):

@@ -1,7 +1,7 @@
 """One repetition of a fine-tuning job: train on a pool, compute a fresh one against the network that comes of it, measure both."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,13 @@ from uap_dist.checkpoint import JobRecord
 from uap_dist.classifiers import load_classifier
 from uap_dist.config import ComputeConfig
 from uap_dist.dataset import Dataset, reload_dataset
+from uap_dist.errors import ConfigError
 from uap_dist.evaluate import Measurement, measure_perturbations
 from uap_dist.finetune import HELD_OUT, NETWORK_FILE, TRAINED_ON, FinetuneConfig, Task
 from uap_dist.finetune_report import BEFORE, FRESH, RANDOM
 from uap_dist.fleet import Fleet, FleetConfig
 from uap_dist.history import RoundRecord
-from uap_dist.locations import join
+from uap_dist.locations import copy_folder, exists, join, read_file, write_file
 from uap_dist.norms import random_of_same_norms
 from uap_dist.perturbations import Perturbation
 from uap_dist.pool import POOL_FILE, PerturbationPool
@@ -70,7 +71,7 @@ class Job:
         train, val: the examples, with the clean labels of the network as it came.
         uses_gpu: whether each worker takes one.
         output: folder of the results.
-        storage: where everything is committed.
+        storage: where everything is committed, and what workers read lies; every node reaches it.
         record: what a resumed job is held against.
         provenance: of all that is written.
         tracker: of the job's own MLflow run.
@@ -90,8 +91,12 @@ class Job:
     tracker: Tracker
     console: Console
 
+    def network_storage(self, repetition: int) -> str:
+        """Of the network that a repetition gives: where workers on every node read it."""
+        return join(self.storage, f"{repetition}-network")
+
     def network_folder(self, repetition: int) -> Path:
-        """Of the network that a repetition gives."""
+        """Of the user's copy of it."""
         return self.output / REPETITIONS_FOLDER / str(repetition) / "network"
 
     def pool_folder(self, repetition: int) -> Path:
@@ -106,15 +111,18 @@ def repeat(job: Job, repetition: int, before: Network) -> Network:
         TrackingError: MLflow does not take what is done; to be tried again.
     """
     name, folder = f"repetition {repetition}", job.network_folder(repetition)
-    weights, pool = folder / NETWORK_FILE, job.pool_folder(repetition) / POOL_FOLDER
-    if not (weights.exists() and job.tracker.has_finished(f"{name}: fine-tuning")):
+    weights, pool = join(job.network_storage(repetition), NETWORK_FILE), job.pool_folder(repetition) / POOL_FOLDER
+    with _storage():
+        is_stored = exists(weights)
+    if not (is_stored and job.tracker.has_finished(f"{name}: fine-tuning")):
         job.console.print(f"{name}: fine-tuning")
         _fine_tune(job, repetition, before)
+    _restore(job, repetition)
     if not ((pool / POOL_FILE).exists() and job.tracker.has_finished(f"{name}: fresh pool")):
         job.console.print(f"{name}: fresh pool")
-        _compute_pool(job, repetition, before.pool, str(weights))
+        _compute_pool(job, repetition, before.pool, weights)
     epochs = [RoundRecord.from_json(line) for line in (folder / EPOCHS_FILE).read_text().splitlines()]
-    return Network(name, str(weights), PerturbationPool.load(pool), epochs)
+    return Network(name, weights, PerturbationPool.load(pool), epochs)
 
 
 def measure(job: Job, networks: Sequence[Network]) -> list[Measurement]:
@@ -184,7 +192,7 @@ def _save_network(
     records: Sequence[RoundRecord],
     mlflow_run_id: str,
 ) -> None:
-    """The weights with where they come from, whole or not at all, and the epochs."""
+    """The weights with where they come from, whole or not at all, and the epochs: in the output folder and, for workers, in the storage."""
     classifier = load_classifier(job.model, before.weights)
     fill(classifier.network, weights, f"repetition {repetition}")
     provenance = dict(job.provenance) | {
@@ -194,7 +202,10 @@ def _save_network(
         "weights_digest": digest_weights(classifier.network),
         "mlflow_run_id": mlflow_run_id,
     }
-    _write_network(job.network_folder(repetition), classifier.network, provenance, records)
+    folder = job.network_folder(repetition)
+    _write_network(folder, classifier.network, provenance, records)
+    with _storage():
+        copy_folder(folder, job.network_storage(repetition), last=NETWORK_FILE)
 
 
 @writes_files
@@ -206,6 +217,27 @@ def _write_network(
     unfinished = folder / f".{NETWORK_FILE}"
     write_weights(unfinished, network, provenance)
     unfinished.rename(folder / NETWORK_FILE)
+
+
+def _restore(job: Job, repetition: int) -> None:
+    """The user's copy of a network, which a job that is resumed on another machine or with another output folder lacks."""
+    folder = job.network_folder(repetition)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (EPOCHS_FILE, NETWORK_FILE):
+        if not (folder / name).exists():
+            with _storage():
+                write_file(str(folder / name), read_file(join(job.network_storage(repetition), name)))
+
+
+@contextmanager
+def _storage() -> Iterator[None]:
+    """What goes wrong where tuned networks are kept, as an error of ours."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"cannot keep or find the tuned network, {error} (--storage); when that is mended, go on with --resume"
+        ) from error
 
 
 def _compute_pool(job: Job, repetition: int, pool: PerturbationPool, weights: str) -> None:

@@ -6,12 +6,11 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 from uap_dist.checkpoint import Checkpoint, CheckpointStore
 from uap_dist.errors import ResumeError
-from uap_dist.locations import is_url
+from uap_dist.locations import absolute
 from uap_dist.terminal import command
 from uap_dist.tracking import RunFacts, look_up
 
@@ -60,10 +59,7 @@ def find_resumed(job: str) -> Resumed | None:
         option, _, value = word.partition("=")
         target = value or "".join(sys.argv[number + 1 : number + 2])
         if option == "--resume" and target:
-            if re.fullmatch("[0-9a-f]{32}", target):
-                storage = _checkpoints_of(target, job)
-            else:
-                storage = target if is_url(target) else str(Path(target).resolve())
+            storage = _checkpoints_of(target, job) if re.fullmatch("[0-9a-f]{32}", target) else absolute(target)
             checkpoint = CheckpointStore(storage).newest()
             record = checkpoint.job
             if record.part_of is not None:

@@ -111,6 +111,19 @@ def expand_patterns(patterns: Sequence[str]) -> list[str]:
     return urls
 
 
+def expand_apart(train: Sequence[str], val: Sequence[str]) -> tuple[list[str], list[str]]:
+    """URLs of training and held-out shards.
+
+    Raises:
+        ShardError: as `expand_patterns`, or a shard that is among both.
+    """
+    train_urls, val_urls = expand_patterns(train), expand_patterns(val)
+    both = set(train_urls) & set(val_urls)
+    if both:
+        raise ShardError(f"shard {min(both)} is among both the training and the held-out ones")
+    return train_urls, val_urls
+
+
 class ShardFile:
     """A shard's bytes on this machine, read once from the start to the end; hashes, counts and times them on their way.
 
