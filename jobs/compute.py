@@ -16,7 +16,7 @@ import tyro
 from rich.console import Console
 
 from uap_dist.checkpoint import Checkpoint, CheckpointStore, check_identity
-from uap_dist.classifiers import load_classifier
+from uap_dist.classifiers import load_usable_classifier
 from uap_dist.cluster import connect
 from uap_dist.compute import State
 from uap_dist.config import POOL_RANDOM_START, ComputeConfig
@@ -186,7 +186,7 @@ def main() -> None:
 def plan(options: Options, tracker: Tracker) -> None:
     """Try a little of the job, and say what all of it costs."""
     output = output_folder(options.output, options.name)
-    classifier = load_classifier(options.model, options.weights)
+    classifier = load_usable_classifier(options.model, options.weights)
     tracker.log_params(describe_settings(classifier, options.weights, options.compute, options.fleet))
     train_urls, val_urls = _shards(options, output)
     connect()
@@ -265,7 +265,7 @@ def run(options: Options, tracker: Tracker, resumed: Resumed | None) -> None:
 
 def _set_up(options: Options, output: Path, storage: str, tracker: Tracker, resumed: Resumed | None) -> Setting:
     """Network, fleet and data; the run says what they are."""
-    classifier = load_classifier(options.model, options.weights)
+    classifier = load_usable_classifier(options.model, options.weights)
     settings = describe_settings(classifier, options.weights, options.compute, options.fleet)
     settings |= {"demo": not options.train_shards, "num_perturbations": options.num_perturbations}
     if resumed is None:
@@ -274,7 +274,9 @@ def _set_up(options: Options, output: Path, storage: str, tracker: Tracker, resu
     CheckpointStore(storage).prepare()  # that it can be written to is known before any work
     connect()
     raise_on_sigterm()  # again: ray.init installs a handler of its own
-    fleet = Fleet(options.model, options.weights, options.fleet, tracker.run_id)
+    fleet = Fleet(
+        options.model, options.weights, options.fleet, tracker.run_id, weights_digest=classifier.weights_digest
+    )
     console.print(f"MLflow run {tracker.run_id}; waiting for {fleet.describe_wish()}")
     fleet.wait()
     console.print(f"decoding {len(train_urls)} training and {len(val_urls)} held-out shards")

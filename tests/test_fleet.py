@@ -14,11 +14,13 @@ import pytest
 import torch
 from conftest import TINY
 
+from uap_dist.classifiers import load_classifier
 from uap_dist.compute import compute
 from uap_dist.config import ComputeConfig
 from uap_dist.dataset import load_dataset
 from uap_dist.errors import ClassifierError, ConfigError, DeterminismError, WorkerLostError
 from uap_dist.fleet import Fleet, FleetConfig, need_of
+from uap_dist.weights import write_weights
 from uap_dist.worker import Examples
 
 CONFIG = ComputeConfig(round_size=20, block_size=5, max_passes=3, radius=20.0)
@@ -181,6 +183,31 @@ def test_a_fleet_changes_its_classifier(cluster, shards):
     fleet.close()
     assert np.array_equal(answer.labels, val.clean.labels)
     assert not np.array_equal(answer.confidences, val.clean.confidences)
+
+
+@pytest.mark.parametrize("factory", ["FreshHead", "FreshBuffers"])
+def test_a_factory_that_makes_other_weights_in_every_process_is_refused(cluster, factory):
+    model = TINY.replace(":Tiny", f":{factory}")
+    fleet = Fleet(model, None, FleetConfig(num_workers=1), weights_digest=load_classifier(model).weights_digest)
+    with pytest.raises(
+        ClassifierError, match=rf"worker-\d+ loaded other weights of .*:{factory} than the driver .* seed"
+    ):
+        fleet.wait()
+    fleet.close()
+
+
+def test_a_replacement_that_loads_a_changed_weights_file_ends_the_job(cluster, shards, tmp_path):
+    network, path = load_classifier(TINY).network, tmp_path / "w.safetensors"
+    write_weights(path, network, {})
+    fleet = Fleet(TINY, str(path), FleetConfig(num_workers=1))  # nobody says what the driver has
+    fleet.wait()
+    train, _ = load(fleet, shards)
+    next(network.parameters()).data[0] += 1
+    write_weights(path, network, {})
+    os.kill(worker_processes()[0].pid, signal.SIGKILL)
+    with pytest.raises(ClassifierError, match=r"loaded other weights .*; keep \S*w.safetensors as it is while"):
+        list(fleet.map("pixels", [train.examples(0, [0])]))
+    fleet.close()
 
 
 def test_what_a_worker_raises_comes_back_as_it_was_raised(cluster, shards):

@@ -30,6 +30,14 @@ def decisive_versions() -> dict[str, str]:
 
 
 @dataclass(frozen=True)
+class Introduction:
+    """What a worker says of itself when it has loaded the classifier: its kind of machine, and `Classifier.weights_digest`."""
+
+    machine: str
+    weights_digest: str
+
+
+@dataclass(frozen=True)
 class Answer:
     """What came of a call.
 
@@ -61,8 +69,8 @@ class UapWorker:
         """In Ray's dashboard and logs."""
         return self._name
 
-    def start(self, expected: Mapping[str, str], **how: Any) -> str:
-        """Load the classifier; says what machine it runs on.
+    def start(self, expected: Mapping[str, str], **how: Any) -> Introduction:
+        """Load the classifier.
 
         Args:
             expected: `decisive_versions` of the driver.
@@ -81,7 +89,7 @@ class UapWorker:
         if self._worker is not None:
             worker.adopt(self._worker)
         self._worker = worker
-        return machine()
+        return Introduction(machine(), worker.classifier.weights_digest)
 
     def call(self, method: str, task: Examples, upcoming: str, *shared: Any) -> Answer:
         """`Worker.method(task, *shared)`, and meanwhile fetch the shard that comes next, if any."""

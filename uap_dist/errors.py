@@ -11,6 +11,8 @@ UapDistError
 └── TrackingError                   the tracking server does not answer
 """
 
+import re
+
 
 class UapDistError(Exception):
     """Base of everything that the package raises on purpose."""
@@ -49,3 +51,15 @@ class ResumeError(UapDistError):
 
 class TrackingError(UapDistError):
     """The MLflow tracking server does not answer."""
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of what an error of another library says, without terminal codes; its kind where it says nothing."""
+    said = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+    text = re.sub(r"\x1b\[[0-9;]*m", "", said)
+    lines = [
+        line
+        for line in ("".join(c if c.isprintable() else " " for c in line) for line in text.splitlines())
+        if line.strip()
+    ]
+    return lines[0].strip() if lines else type(error).__name__

@@ -17,11 +17,12 @@ from uap_dist import cluster  # before Ray, which reads on import what this sets
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from uap_dist.actor import Answer, decisive_versions, start_actor
+from uap_dist.actor import Answer, Introduction, decisive_versions, start_actor
 from uap_dist.batch import ActorRecord, Batch, Call
 from uap_dist.cluster import Need
-from uap_dist.errors import ConfigError, DeterminismError, WorkerLostError
+from uap_dist.errors import ClassifierError, ConfigError, DeterminismError, WorkerLostError
 from uap_dist.tally import Dashboard, Tally
+from uap_dist.weights import check_same_weights
 from uap_dist.worker import Examples
 
 MAX_LOSSES_PER_TASK = 3
@@ -112,7 +113,9 @@ class Fleet:
         machines: kinds of machines that workers ran on, as `provenance.machine` names them.
     """
 
-    def __init__(self, model: str, weights: str | None, config: FleetConfig, run: str = "") -> None:
+    def __init__(
+        self, model: str, weights: str | None, config: FleetConfig, run: str = "", *, weights_digest: str = ""
+    ) -> None:
         """Ask Ray for the workers; `wait` waits for as many as it begins with.
 
         Args:
@@ -120,6 +123,8 @@ class Fleet:
             weights: of the classifier.
             config: who computes.
             run: MLflow run, for logs.
+            weights_digest: of the classifier as the driver loaded it; empty: as the first worker does. Workers that load
+                others are refused.
 
         Raises:
             ConfigError: more workers, or other ones, than a cluster that does not grow can ever hold.
@@ -132,7 +137,7 @@ class Fleet:
         self.num_asked = self._num_ready = 0
         self.tally, self._dashboard = Tally(), Dashboard(run)
         self.machines: set[str] = set()
-        self._classifier = (model, weights)
+        self._classifier, self._weights_digest = (model, weights), weights_digest
         self._idle: list[ActorRecord] = []
         self._running: dict[ray.ObjectRef, Call] = {}
         self._batches: list[Batch] = []
@@ -158,6 +163,7 @@ class Fleet:
 
         Raises:
             WorkerLostError: Ray cannot place them in time.
+            ClassifierError: a worker has loaded other weights than the driver.
             UapDistError: what a worker raised when it loaded the classifier.
         """
         if not self._ready.wait(self._config.placement_timeout_s):
@@ -165,10 +171,10 @@ class Fleet:
         if self._error is not None:
             raise self._error
 
-    def use(self, model: str, weights: str | None) -> None:
+    def use(self, model: str, weights: str | None, *, weights_digest: str = "") -> None:
         """Change to another classifier; decoded shards that serve it as well are kept. To be followed by `wait`."""
         changed = Event()
-        self._change(lambda: self._load(model, weights, changed))
+        self._change(lambda: self._load(model, weights, weights_digest, changed))
         changed.wait()
 
     def map(self, method: str, tasks: Sequence[Examples], *shared: Any) -> Iterator[Any]:
@@ -284,9 +290,9 @@ class Fleet:
             batch.fail(error)
         self._batches = []
 
-    def _load(self, model: str, weights: str | None, changed: Event) -> None:
+    def _load(self, model: str, weights: str | None, weights_digest: str, changed: Event) -> None:
         """Have idle workers load another classifier, and replace those that still compute with the old one."""
-        self._classifier, self._error = (model, weights), None
+        self._classifier, self._weights_digest, self._error = (model, weights), weights_digest, None
         late = [call.member for call in self._running.values()]
         idle, self._idle, self._running = self._idle, [], {}
         for member in idle:
@@ -393,13 +399,22 @@ class Fleet:
             except RayError as error:  # lost, out of memory, or no answer in time
                 self._bury(call, error)
             else:
-                self._idle.append(call.member)
                 if call.batch is None:
                     self._greet(call.member, answer)
                 else:
+                    self._idle.append(call.member)
                     self._keep(call, call.batch, answer)
 
-    def _greet(self, member: ActorRecord, machine: str) -> None:
+    def _greet(self, member: ActorRecord, introduction: Introduction) -> None:
+        """Let a worker take part that has the driver's weights; another one is an error even while the rest computes."""
+        self._weights_digest = self._weights_digest or introduction.weights_digest
+        try:
+            check_same_weights(*self._classifier, introduction.weights_digest, self._weights_digest, member.name)
+        except ClassifierError:
+            ray.kill(member.actor)
+            raise
+        self._idle.append(member)
+        machine = introduction.machine
         if self.machines and machine not in self.machines:
             logger.warning(
                 "workers run on different kinds of machines (%s; %s); the bits may depend on which of them solves what",

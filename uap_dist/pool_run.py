@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from uap_dist.checkpoint import Checkpoint, CheckpointStore, JobRecord, check_identity
-from uap_dist.classifiers import Classifier
+from uap_dist.classifiers import Classifier, describe_weights
 from uap_dist.compute import State
 from uap_dist.config import ComputeConfig
 from uap_dist.dataset import Dataset
@@ -149,8 +149,9 @@ def describe_settings(
     """Network, config and versions, for parameters and provenance."""
     return {
         "model": classifier.name,
-        "weights": weights or "published",
+        "weights": describe_weights(classifier.name, weights),
         "weights_digest": classifier.weights_digest,
+        **{f"geometry.{key}": value for key, value in asdict(classifier.geometry).items()},
         **asdict(config),
         "radius": config.ball_radius,
         **{f"solver.{key}": value for key, value in asdict(config.solver).items()},

@@ -20,7 +20,8 @@ from torch import Tensor
 from uap_dist.accelerate import accelerate
 from uap_dist.augment import Augmentation, augment
 from uap_dist.cache import ShardCache, Traffic
-from uap_dist.classifiers import Classifier, check_classifier, load_classifier
+from uap_dist.check import check_classifier
+from uap_dist.classifiers import Classifier, load_classifier
 from uap_dist.deepfool import add_perturbation, deepfool, log_odds_sum
 from uap_dist.errors import ShardError
 from uap_dist.shards import DecodedShard
