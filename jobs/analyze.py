@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 import tyro
 from rich.console import Console
 
+from uap_dist.accuracy import check_accuracy
 from uap_dist.analysis_report import FinishedAnalysis, save_analysis
 from uap_dist.boundaries import Boundaries, analyze_boundaries, check_subspace, gather_normals, paper_norm_l2, sum_steps
 from uap_dist.by_number import NumberPoint, Recipe, compute_by_number, default_numbers, plan_numbers
@@ -140,6 +141,7 @@ def run(options: Options, tracker: Tracker) -> None:
     train = load_dataset(fleet, train_urls, num_images=options.num_train_images, **load)
     val = load_dataset(fleet, val_urls, num_images=options.num_val_images, **load)
     check_disjoint(train, val)
+    check_accuracy(fleet, train, options.model)
     data = {"train_digest": train.digest, "val_digest": val.digest}
     tracker.log_params(data)
     tracker.log_dataset(train, "training")

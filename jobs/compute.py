@@ -15,6 +15,7 @@ from typing import Any
 import tyro
 from rich.console import Console
 
+from uap_dist.accuracy import check_accuracy
 from uap_dist.checkpoint import Checkpoint, CheckpointStore, check_identity
 from uap_dist.classifiers import load_usable_classifier
 from uap_dist.cluster import connect
@@ -284,6 +285,8 @@ def _set_up(options: Options, output: Path, storage: str, tracker: Tracker, resu
     train = load_dataset(fleet, train_urls, num_images=options.num_train_images, **load)
     val = load_dataset(fleet, val_urls, num_images=options.num_val_images, **load)
     check_disjoint(train, val)
+    for what, dataset in (("training", train), ("held-out", val)):
+        console.print(f"clean top-1 of {what} images: {check_accuracy(fleet, dataset, options.model) or 'no labels'}")
     ball = f"{options.compute.norm} {options.compute.ball_radius:g}"
     console.print(f"{options.model}, {ball}, {train.num_examples} training and {val.num_examples} held-out images")
     return Setting(classifier, fleet, train, val, settings | describe_data(train, val), console)

@@ -9,6 +9,7 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
+from uap_dist.accuracy import check_accuracy
 from uap_dist.classifiers import load_usable_classifier
 from uap_dist.cluster import connect
 from uap_dist.dataset import load_dataset
@@ -125,6 +126,7 @@ def _measure(
     """All perturbations, and the baselines, on one classifier and one set of images."""
     set_name, urls = images
     dataset = load_dataset(fleet, urls, num_images=options.num_images, max_bad_fraction=options.max_bad_fraction)
+    check_accuracy(fleet, dataset, model)
     tracker.log_dataset(dataset, set_name)
     everything = [*perturbations, *baselines(dataset.shape, options.radius, options.seed)]
     for measurement in measure_perturbations(

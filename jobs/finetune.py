@@ -14,6 +14,7 @@ from typing import Any
 import tyro
 from rich.console import Console
 
+from uap_dist.accuracy import check_accuracy
 from uap_dist.check import check_classifier
 from uap_dist.checkpoint import Checkpoint, CheckpointStore, check_identity
 from uap_dist.classifiers import load_classifier, load_usable_classifier
@@ -191,6 +192,7 @@ def _set_up(options: Options, pool: PerturbationPool, tracker: Tracker, resumed:
     load = {"max_bad_fraction": options.max_bad_fraction}
     train = load_dataset(fleet, train_urls, num_images=options.num_train_images, **load)
     val = load_dataset(fleet, val_urls, num_images=options.num_val_images, **load)
+    check_accuracy(fleet, train, options.model)
     fleet.close()  # training workers take its place
     check_disjoint(train, val)
     check_classifier(classifier, train.shape)

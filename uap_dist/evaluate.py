@@ -3,15 +3,14 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from uap_dist.accuracy import top1
 from uap_dist.dataset import Dataset, Workers, classify, fooling_rate
 from uap_dist.fooling import Rate
 from uap_dist.norms import measure, random_perturbation
 from uap_dist.perturbations import Perturbation
-from uap_dist.shards import UNKNOWN_CLASS
 
 
 @dataclass(frozen=True)
@@ -73,8 +72,8 @@ def measure_perturbations(
                 measure(v, "l2"),
                 measure(v, "linf"),
                 fooling_rate(dataset, labels),
-                _top1(dataset, dataset.clean.labels),
-                _top1(dataset, labels.labels),
+                top1(dataset, dataset.clean.labels),
+                top1(dataset, labels.labels),
             )
 
 
@@ -102,8 +101,3 @@ def baselines(shape: tuple[int, ...], radius: float, seed: int) -> list[Perturba
 def is_baseline(perturbation: Perturbation) -> bool:
     """Whether it is one of `baselines`."""
     return bool(perturbation.provenance.get("baseline"))
-
-
-def _top1(dataset: Dataset, labels: np.ndarray) -> Rate | None:
-    known = dataset.truths != UNKNOWN_CLASS
-    return Rate(int((labels == dataset.truths)[known].sum()), int(known.sum())) if known.any() else None

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from uap_dist.accuracy import top1
 from uap_dist.checkpoint import Checkpoint, CheckpointStore, JobRecord, check_identity
 from uap_dist.classifiers import Classifier, describe_weights
 from uap_dist.compute import State
@@ -161,13 +162,15 @@ def describe_settings(
 
 
 def describe_data(train: Dataset, val: Dataset) -> dict[str, Any]:
-    """Digests and sizes."""
+    """Digests, sizes and, where labels are known, clean top-1."""
+    rates = {name: top1(dataset, dataset.clean.labels) for name, dataset in (("train", train), ("val", val))}
     return {
         "train_digest": train.digest,
         "val_digest": val.digest,
         "train_shards": len(train.shards),
         "val_shards": len(val.shards),
         "num_bad_images": len(train.bad) + len(val.bad),
+        **{f"top1.clean_{name}": rate.rate for name, rate in rates.items() if rate is not None},
     }
 
 
