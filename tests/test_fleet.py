@@ -210,6 +210,16 @@ def test_a_replacement_that_loads_a_changed_weights_file_ends_the_job(cluster, s
     fleet.close()
 
 
+def test_kernels_that_do_not_repeat_their_bits_are_said_once_and_kept(cluster, shards, caplog):
+    fleet = Fleet(TINY.replace(":Tiny", ":Unrepeatable"), None, FleetConfig(num_workers=2))
+    fleet.wait()
+    assert fleet.describe()["nondeterministic_kernels"] == "none"
+    load(fleet, shards)
+    fleet.close()
+    assert fleet.describe()["nondeterministic_kernels"] == "put_"
+    assert caplog.text.count("torch has no kernel that repeats its bits for put_") == 1
+
+
 def test_what_a_worker_raises_comes_back_as_it_was_raised(cluster, shards):
     fleet = Fleet(TINY.replace(":Tiny", ":not_a_network"), None, FleetConfig(num_workers=1))
     with pytest.raises(ClassifierError, match="not a torch.nn.Module"):

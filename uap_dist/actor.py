@@ -16,6 +16,7 @@ from ray.util import get_node_ip_address
 from uap_dist.cache import Traffic
 from uap_dist.errors import ConfigError
 from uap_dist.provenance import machine, versions
+from uap_dist.reproducible import noticing_kernels, set_up_torch
 from uap_dist.worker import Examples, Worker, make_worker
 
 DECISIVE_VERSIONS = ("python", "uap_dist", "torch", "torchvision", "pillow")  # the bits of a result may depend on them
@@ -46,12 +47,14 @@ class Answer:
         traffic: what was read for it.
         seconds: that it took.
         warnings: of the package, meanwhile.
+        kernels: of torch that were used for it and do not repeat their bits.
     """
 
     result: Any
     traffic: Traffic
     seconds: float
     warnings: tuple[str, ...]
+    kernels: frozenset[str] = frozenset()
 
 
 class UapWorker:
@@ -85,6 +88,7 @@ class UapWorker:
             raise ConfigError(
                 f"node {self._node} has {', '.join(others)}; the bits of a result depend on them: install what the driver has"
             )
+        set_up_torch(how["num_threads"])
         worker = make_worker(**how)
         if self._worker is not None:
             worker.adopt(self._worker)
@@ -96,12 +100,13 @@ class UapWorker:
         assert self._worker is not None
         logger.info("%s %s", method, task.title)
         started, before = time.perf_counter(), self._worker.traffic
-        with _listening() as warnings:
+        with _listening() as warnings, noticing_kernels() as kernels:
             if upcoming:
                 self._worker.prefetch(upcoming)
             result = getattr(self._worker, method)(task, *shared)
         traffic, seconds = self._worker.traffic - before, time.perf_counter() - started
-        return Answer(result, traffic, seconds, tuple(f"{self._name} on {self._node}: {text}" for text in warnings))
+        named = tuple(f"{self._name} on {self._node}: {text}" for text in warnings)
+        return Answer(result, traffic, seconds, named, frozenset(kernels))
 
 
 @contextmanager

@@ -27,7 +27,6 @@ from uap_dist.pool import AddUniversalPerturbation, PerturbationPool
 from uap_dist.shards import UNKNOWN_CLASS
 from uap_dist.share import Batch, Share
 from uap_dist.weights import check_same_weights, fill, read_weights, write_weights
-from uap_dist.worker import set_up_torch
 
 NETWORK_FILE, OPTIMISER_FILE = "network.safetensors", "optimiser.pt"
 TRAINED_ON, HELD_OUT = "trained_on_members", "held_out_members"
@@ -152,7 +151,6 @@ class Learner:
             device: that it trains on.
             prepare: wraps the network so that gradients are averaged over the workers.
         """
-        set_up_torch(task.num_threads)
         config = self._config = task.config
         self._number, self._num_workers = number, num_workers
         self._device = device or torch.device("cpu")

@@ -111,6 +111,7 @@ class Fleet:
         num_asked: workers that Ray was asked for.
         tally: what became of it so far.
         machines: kinds of machines that workers ran on, as `provenance.machine` names them.
+        kernels: of torch that workers used and that do not repeat their bits.
     """
 
     def __init__(
@@ -137,6 +138,7 @@ class Fleet:
         self.num_asked = self._num_ready = 0
         self.tally, self._dashboard = Tally(), Dashboard(run)
         self.machines: set[str] = set()
+        self.kernels: set[str] = set()
         self._classifier, self._weights_digest = (model, weights), weights_digest
         self._idle: list[ActorRecord] = []
         self._running: dict[ray.ObjectRef, Call] = {}
@@ -202,6 +204,7 @@ class Fleet:
             "num_workers_at_end": self._num_ready,
             "num_workers_lost": self.tally.workers_lost,
             "num_stragglers": self.tally.stragglers,
+            "nondeterministic_kernels": ", ".join(sorted(self.kernels)) or "none",
         }
 
     def metrics(self) -> dict[str, float]:
@@ -437,6 +440,7 @@ class Fleet:
         """The first answer to a task is its result; a second one is compared where that is wanted, else dropped."""
         for warning in answer.warnings:
             logger.warning("%s", warning)
+        self._note_kernels(answer.kernels)
         self.tally.traffic += answer.traffic
         self.tally.seconds_busy += answer.seconds
         if call.task not in batch.answered:
@@ -461,6 +465,17 @@ class Fleet:
             with batch.changed:
                 batch.unverified.remove(call.task)
                 batch.changed.notify()
+
+    def _note_kernels(self, kernels: frozenset[str]) -> None:
+        """Say once of each kernel that its bits may be others the next time."""
+        new = sorted(kernels - self.kernels)
+        if new:
+            self.kernels.update(new)
+            logger.warning(
+                "%s: torch has no kernel that repeats its bits for %s; the same command may give another result",
+                self._classifier[0],
+                ", ".join(new),
+            )
 
     def _bury(self, call: Call, error: RayError) -> None:
         """Replace a lost worker; its task, if nobody else has it, is to be done again."""
