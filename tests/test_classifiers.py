@@ -86,6 +86,7 @@ def test_lite0_has_the_published_accuracy(shared):
         ("absent_module:Net", None, "cannot import 'absent_module'"),
         (f"{TINY_FILE}:tiny", None, "has no factory 'tiny'; nearest names: .*Tiny"),
         (f"{TINY_FILE}:not_a_network", None, "returns str, not a torch.nn.Module"),
+        (f"{TINY_FILE}:SizedByShape", None, r"has input_size \(3, 16, 16\); it must be the side of its input"),
         (f"{TINY_FILE}:Lazy", None, "has lazy layers without weights"),
     ],
 )

@@ -112,6 +112,10 @@ class Resized(Tiny):
     input_size = 16
 
 
+class SizedByShape(Tiny):
+    input_size = (3, 16, 16)
+
+
 class WronglyResized(Tiny):
     input_size = 20
 

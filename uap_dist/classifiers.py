@@ -228,7 +228,7 @@ def choose_preset(file: WeightsFile, presets: Mapping[str, Preset], default: str
         is, by its SHA-256; else the default.
     """
     own = {key: file.provenance.get(f"geometry.{key}") for key in ("resize", "crop", "interpolation")}
-    if own["interpolation"] is not None:
+    if None not in own.values():
         geometry = Geometry(**own)  # type: ignore[arg-type]
         alike = [preset for preset in presets.values() if preset.geometry == geometry]
         return alike[0] if alike else replace(presets[default], geometry=geometry)
@@ -357,6 +357,8 @@ def _load_own(name: str, weights: str | None) -> Classifier:
     if weights is not None:
         fill_from(network, open_weights(weights))
     size = getattr(network, "input_size", None)
+    if not (size is None or (isinstance(size, int) and size > 0)):
+        raise ClassifierError(f"{name} has input_size {size!r}; it must be the side of its input in pixels, as 224")
     return Classifier(
         network,
         name=name,

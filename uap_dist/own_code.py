@@ -28,7 +28,7 @@ def importable(folder: Path) -> Iterator[None]:
     """
     place = str(folder.resolve())
     for other in _beside.keys() - {place}:
-        sys.path.remove(other)
+        sys.path[:] = [path for path in sys.path if path != other]
         for name in _beside.pop(other):
             sys.modules.pop(name, None)
     if place not in _beside and place in map(os.path.abspath, sys.path):

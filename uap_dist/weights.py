@@ -90,7 +90,7 @@ def fill_from(network: nn.Module, file: WeightsFile) -> None:
     if len(fitting) > 1:
         raise ClassifierError(_choose_one(file.path, list(fitting)))
     own = network.state_dict().keys()
-    name = next(iter(fitting), None) or max(unwrapped, key=lambda name: len(unwrapped[name].keys() & own))
+    name = next(iter(fitting)) if fitting else max(unwrapped, key=lambda name: len(unwrapped[name].keys() & own))
     fill(network, unwrapped[name], f"{file.path} ({name})" if name else file.path)
 
 
