@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from uap_dist.accelerate import accelerate
 from uap_dist.classifiers import Classifier, load_classifier
 from uap_dist.deepfool import SLOPE_RATIO, Nearest, deepfool, find_nearest, log_odds_sum
+from uap_dist.reproducible import set_up_torch
 from uap_dist.shards import expand_patterns, load_shard
-from uap_dist.worker import Worker
 
 BLOCK = 6  # images together, as jobs/compute.py has them by default
 BATCHES = (1, 2, 6, 12, 24)  # of which the best makes the bound
@@ -65,7 +65,7 @@ def main() -> None:
     for name in options.networks:
         plain = load_classifier(*NETWORKS[name].locate(options.data))
         pixels = load_pixels(NETWORKS[name].train, plain, options.data, max(options.num_images, options.num_choices))
-        Worker(plain, cache_bytes=0, num_threads=1)  # sets up torch and memory, for all
+        set_up_torch(1)
         fast = accelerate(plain, pixels.shape[1:])
         labels = torch.cat([plain(x).argmax(1) for x in pixels.split(24)])
         few = slice(options.num_images)

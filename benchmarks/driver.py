@@ -18,7 +18,7 @@ import ray
 import torch
 import tyro
 
-from uap_dist.actor import Answer, Place
+from uap_dist.actor import Answer, Introduction
 from uap_dist.batch import ActorRecord
 from uap_dist.cache import Traffic
 from uap_dist.cluster import connect
@@ -56,9 +56,9 @@ class Sleeper:
         self._sleep_s = sleep_s
         self._total = np.ones((3, side, side), np.float32)
 
-    def start(self, *_: Any, **__: Any) -> Place:
+    def start(self, *_: Any, **__: Any) -> Introduction:
         """As actor.UapWorker."""
-        return Place("sleeper", "")
+        return Introduction("sleeper", "", "")
 
     def call(self, method: str, task: Any, upcoming: str, perturbation: np.ndarray, solver: Any) -> Answer:
         """As actor.UapWorker, after a while."""

@@ -21,6 +21,7 @@ from uap_dist.classifiers import load_classifier
 from uap_dist.compute import compute
 from uap_dist.config import ComputeConfig
 from uap_dist.dataset import LocalWorkers, load_dataset
+from uap_dist.reproducible import set_up_torch
 from uap_dist.shards import expand_patterns
 from uap_dist.worker import Worker
 
@@ -120,6 +121,7 @@ def run_job(options: Options, num_workers: int) -> JobTimes:
 def work_alone(options: Options) -> tuple[float, float]:
     """Seconds of decoding and clean labels, and of Worker.solve for the same rounds."""
     network = NETWORKS[options.network]
+    set_up_torch(1)  # and memory, as a worker's process
     worker = TimedWorker(load_classifier(*network.locate(options.data)), cache_bytes=8 << 30, num_threads=1)
     workers = LocalWorkers(worker)
     started = time.perf_counter()

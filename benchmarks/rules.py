@@ -40,6 +40,7 @@ from uap_dist.config import ComputeConfig
 from uap_dist.dataset import Dataset, LocalWorkers, classify, fooling_rate, load_dataset
 from uap_dist.norms import Norm
 from uap_dist.provenance import git_commit, machine
+from uap_dist.reproducible import set_up_torch
 from uap_dist.shards import expand_patterns
 from uap_dist.worker import Worker
 
@@ -190,6 +191,7 @@ class Bench:
     @cached_property
     def worker(self) -> Worker:
         """Ours."""
+        set_up_torch(1)  # and memory, as a worker's process
         return Worker(load_classifier(*self.network.locate(self.data)), cache_bytes=8 << 30, num_threads=1)
 
     @cached_property

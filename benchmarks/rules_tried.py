@@ -31,6 +31,7 @@ from uap_dist.classifiers import load_classifier
 from uap_dist.dataset import Dataset, LocalWorkers, classify, load_dataset
 from uap_dist.deepfool import add_perturbation, log_odds
 from uap_dist.norms import Norm, project, root_mean_square
+from uap_dist.reproducible import set_up_torch
 from uap_dist.shards import expand_patterns
 from uap_dist.update import FULL_STEPS, cosine, default_step_size, finish, repeat_mean
 from uap_dist.worker import Worker
@@ -135,6 +136,7 @@ def main() -> None:
 def run(options: Options) -> None:
     """A line for each entry and seed."""
     network = NETWORKS[options.network]
+    set_up_torch(1)  # and memory, as a worker's process
     worker = Worker(load_classifier(*network.locate(options.data)), cache_bytes=8 << 30, num_threads=1)
     workers = LocalWorkers(worker)
     urls = expand_patterns([str(options.data / network.train)])

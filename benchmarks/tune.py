@@ -20,6 +20,7 @@ from uap_dist.classifiers import load_classifier
 from uap_dist.compute import compute
 from uap_dist.config import ComputeConfig
 from uap_dist.dataset import LocalWorkers, load_dataset
+from uap_dist.reproducible import set_up_torch
 from uap_dist.shards import expand_patterns
 from uap_dist.worker import Worker
 
@@ -46,6 +47,7 @@ def main() -> None:
     """One line of JSON for each entry."""
     options = tyro.cli(Options)
     network = NETWORKS[options.network]
+    set_up_torch(1)  # and memory, as a worker's process
     workers = LocalWorkers(Worker(load_classifier(*network.locate(options.data)), cache_bytes=8 << 30, num_threads=1))
     urls = expand_patterns([str(options.data / network.train)])
     for entry in json.loads(options.grid):

@@ -29,6 +29,7 @@ from uap_dist.compute import compute
 from uap_dist.config import ComputeConfig
 from uap_dist.dataset import Dataset, LocalWorkers, classify, fooling_rate, load_dataset
 from uap_dist.fooling import Rate
+from uap_dist.reproducible import set_up_torch
 from uap_dist.shards import expand_patterns
 from uap_dist.worker import Worker
 
@@ -68,6 +69,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     network = NETWORKS["squeezenet"]
     plain = load_classifier(*network.locate(options.data))
+    set_up_torch(1)  # and memory, as a worker's process
     worker = Worker(load_classifier(*network.locate(options.data)), cache_bytes=8 << 30, num_threads=1)
     workers = LocalWorkers(worker)
     train, val = (

@@ -16,10 +16,11 @@ from typing import Any, Literal, TypeVar
 import tyro
 from rich.console import Console
 
+from uap_dist.accuracy import check_accuracy
 from uap_dist.analysis_report import FinishedAnalysis, save_analysis
 from uap_dist.boundaries import Boundaries, analyze_boundaries, check_subspace, gather_normals, paper_norm_l2, sum_steps
 from uap_dist.by_number import NumberPoint, Recipe, compute_by_number, default_numbers, plan_numbers
-from uap_dist.classifiers import load_classifier
+from uap_dist.classifiers import Classifier, describe_weights, load_usable_classifier
 from uap_dist.cluster import connect
 from uap_dist.config import ComputeConfig
 from uap_dist.dataset import Dataset, check_disjoint, check_limits, load_dataset
@@ -132,21 +133,24 @@ def run(options: Options, tracker: Tracker) -> None:
     options.check()
     (perturbation,) = load_perturbations([options.perturbation])
     recipe = Recipe.of(perturbation) if "images" in options.analyses else None
-    classifier = load_classifier(options.model, options.weights)
+    classifier = load_usable_classifier(options.model, options.weights)
     _check_sizes(options, perturbation, classifier.geometry.shape, options.num_train_images)
     train_urls, val_urls = expand_apart(options.train_shards, options.val_shards)
     output = output_folder(options.output, f"analysis-{perturbation.name}")
-    provenance = _describe(options, perturbation, classifier.weights_digest)
+    provenance = _describe(options, perturbation, classifier)
     tracker.log_params(provenance)
     connect()
     raise_on_sigterm()  # again: ray.init installs a handler of its own
-    fleet = Fleet(options.model, options.weights, options.fleet, tracker.run_id)
+    fleet = Fleet(
+        options.model, options.weights, options.fleet, tracker.run_id, weights_digest=classifier.weights_digest
+    )
     console.print(f"MLflow run {tracker.run_id}; waiting for {fleet.describe_wish()}")
     fleet.wait()
     load = {"max_bad_fraction": options.max_bad_fraction}
     train = load_dataset(fleet, train_urls, num_images=options.num_train_images, **load)
     val = load_dataset(fleet, val_urls, num_images=options.num_val_images, **load)
     val = check_disjoint(train, val, max_shared_fraction=options.max_bad_fraction)
+    check_accuracy(fleet, train, options.model)
     data = {"train_digest": train.digest, "val_digest": val.digest}
     tracker.log_params(data)
     tracker.log_dataset(train, "training")
@@ -231,13 +235,14 @@ def _show(name: Analysis, points: Iterable[Measured]) -> list[Measured]:
     return found
 
 
-def _describe(options: Options, perturbation: Perturbation, weights_digest: str) -> dict[str, Any]:
+def _describe(options: Options, perturbation: Perturbation, classifier: Classifier) -> dict[str, Any]:
     """What the run's parameters and the report say of where it comes from."""
     settings = {key: value for key, value in asdict(options).items() if key not in ("debug", "output", "fleet")}
     return {
         **settings,
-        "weights": options.weights or "published",
-        "weights_digest": weights_digest,
+        "weights": describe_weights(options.model, options.weights),
+        "weights_digest": classifier.weights_digest,
+        **{f"geometry.{key}": value for key, value in asdict(classifier.geometry).items()},
         "perturbation_sha256": sha256(perturbation.v.numpy().tobytes()).hexdigest(),
         **{f"fleet.{key}": value for key, value in asdict(options.fleet).items()},
         **describe_code(),

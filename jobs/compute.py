@@ -21,8 +21,9 @@ from typing import Any
 import tyro
 from rich.console import Console
 
+from uap_dist.accuracy import check_accuracy
 from uap_dist.checkpoint import Checkpoint, CheckpointStore, check_identity
-from uap_dist.classifiers import load_classifier
+from uap_dist.classifiers import load_usable_classifier
 from uap_dist.cluster import Need, check_shared, connect
 from uap_dist.compute import State, check_budget
 from uap_dist.config import POOL_RANDOM_START, ComputeConfig
@@ -197,7 +198,7 @@ def main() -> None:
 def plan(options: Options, tracker: Tracker) -> None:
     """Try a little of the job, and say what all of it costs."""
     output = output_folder(options.output, options.name)
-    classifier = load_classifier(options.model, options.weights)
+    classifier = load_usable_classifier(options.model, options.weights)
     tracker.log_params(describe_settings(classifier, options.weights, options.compute, options.fleet))
     train_urls, val_urls = _shards(options, output)
     connect()
@@ -285,7 +286,7 @@ def run(options: Options, tracker: Tracker, resumed: Resumed | None) -> None:
 
 def _set_up(options: Options, output: Path, storage: str, tracker: Tracker, resumed: Resumed | None) -> Setting:
     """Network, fleet and data; the run says what they are."""
-    classifier = load_classifier(options.model, options.weights)
+    classifier = load_usable_classifier(options.model, options.weights)
     settings = describe_settings(classifier, options.weights, options.compute, options.fleet)
     settings |= {"demo": not options.train_shards, "num_perturbations": options.num_perturbations}
     if resumed is None:
@@ -294,7 +295,9 @@ def _set_up(options: Options, output: Path, storage: str, tracker: Tracker, resu
     CheckpointStore(storage).prepare()  # that it can be written to is known before any work
     connect()
     raise_on_sigterm()  # again: ray.init installs a handler of its own
-    fleet = Fleet(options.model, options.weights, options.fleet, tracker.run_id)
+    fleet = Fleet(
+        options.model, options.weights, options.fleet, tracker.run_id, weights_digest=classifier.weights_digest
+    )
     console.print(f"MLflow run {tracker.run_id}; waiting for {fleet.describe_wish()}")
     fleet.wait()
     if not options.train_shards:
@@ -304,6 +307,8 @@ def _set_up(options: Options, output: Path, storage: str, tracker: Tracker, resu
     train = load_dataset(fleet, train_urls, num_images=options.num_train_images, **load)
     val = load_dataset(fleet, val_urls, num_images=options.num_val_images, **load)
     val = check_disjoint(train, val, max_shared_fraction=options.max_bad_fraction)
+    for what, dataset in (("training", train), ("held-out", val)):
+        console.print(f"clean top-1 of {what} images: {check_accuracy(fleet, dataset, options.model) or 'no labels'}")
     ball = f"{options.compute.norm} {options.compute.ball_radius:g}"
     console.print(f"{options.model}, {ball}, {train.num_examples} training and {val.num_examples} held-out images")
     return Setting(classifier, fleet, train, val, settings | describe_data(train, val), console)

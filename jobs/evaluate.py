@@ -15,7 +15,8 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from uap_dist.classifiers import load_classifier
+from uap_dist.accuracy import check_accuracy
+from uap_dist.classifiers import load_usable_classifier
 from uap_dist.cluster import connect
 from uap_dist.dataset import check_limits, load_dataset
 from uap_dist.errors import ConfigError
@@ -101,19 +102,23 @@ def run(options: Options, tracker: Tracker) -> None:
     perturbations = load_perturbations(options.perturbations, taken=[NOTHING])
     perturbations += load_members(options.pools, taken=[NOTHING, *(each.name for each in perturbations)])
     output = output_folder(options.output, "evaluation")
-    classifiers = {name: load_classifier(*model) for name, model in models.items()}
+    classifiers = {name: load_usable_classifier(*model) for name, model in models.items()}
     settings = asdict(options) | describe_code()
-    digests = {f"weights_digest.{plain_key(name)}": c.weights_digest for name, c in classifiers.items()}
-    tracker.log_params(settings | digests)
+    tracker.log_params(
+        settings
+        | {f"weights_digest.{plain_key(name)}": c.weights_digest for name, c in classifiers.items()}
+        | {f"geometry.{plain_key(name)}": c.geometry for name, c in classifiers.items()}
+    )
     connect()
     raise_on_sigterm()  # again: ray.init installs a handler of its own
     # networks that see images alike follow each other, so that each image is decoded once for all of them
     first, *others = sorted(models, key=lambda name: repr(classifiers[name].geometry))
-    fleet = Fleet(*models[first], options.fleet, tracker.run_id)
+    digests = {name: classifier.weights_digest for name, classifier in classifiers.items()}
+    fleet = Fleet(*models[first], options.fleet, tracker.run_id, weights_digest=digests[first])
     found: dict[str, list[Measurement]] = {}
     for name in (first, *others):
         if name != first:
-            fleet.use(*models[name])
+            fleet.use(*models[name], weights_digest=digests[name])
         console.print(f"{name}: waiting for {fleet.describe_wish()}")
         fleet.wait()
         found[name] = [m for each in urls.items() for m in _measure(options, fleet, name, each, perturbations, tracker)]
@@ -134,6 +139,7 @@ def _measure(
     """All perturbations, and the baselines, on one classifier and one set of images."""
     set_name, urls = images
     dataset = load_dataset(fleet, urls, num_images=options.num_images, max_bad_fraction=options.max_bad_fraction)
+    check_accuracy(fleet, dataset, model)
     tracker.log_dataset(dataset, set_name)
     everything = [*perturbations, *baselines(perturbations, dataset.shape, options.seed)]
     for measurement in measure_perturbations(

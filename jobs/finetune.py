@@ -20,8 +20,10 @@ from typing import Any
 import tyro
 from rich.console import Console
 
+from uap_dist.accuracy import check_accuracy
+from uap_dist.check import check_classifier
 from uap_dist.checkpoint import Checkpoint, CheckpointStore, check_identity
-from uap_dist.classifiers import check_classifier, load_classifier
+from uap_dist.classifiers import load_classifier, load_usable_classifier
 from uap_dist.cluster import check_shared, connect
 from uap_dist.compute import State
 from uap_dist.config import ComputeConfig
@@ -146,7 +148,7 @@ def run(options: Options, tracker: Tracker, resumed: Resumed | None) -> None:
     output = output_folder(options.output, options.name, may_hold_files=resumed is not None)
     pool = PerturbationPool.load(options.pool)
     job = _set_up(replace(options, output=output), pool, tracker, resumed)
-    networks = [Network(BEFORE, options.weights, pool)]
+    networks = [Network(BEFORE, options.weights, job.provenance["weights_digest"], pool)]
     try:
         for repetition in range(1, options.repetitions + 1):
             networks.append(repeat(job, repetition, networks[-1]))
@@ -184,7 +186,7 @@ def run(options: Options, tracker: Tracker, resumed: Resumed | None) -> None:
 
 def _set_up(options: Options, pool: PerturbationPool, tracker: Tracker, resumed: Resumed | None) -> Job:
     """Network, pool and data are what they have to be; the job can be resumed from now on."""
-    classifier = load_classifier(options.model, options.weights)
+    classifier = load_usable_classifier(options.model, options.weights)
     if not options.allow_transfer:
         try:
             pool.check_classifier(classifier.weights_digest)
@@ -199,7 +201,9 @@ def _set_up(options: Options, pool: PerturbationPool, tracker: Tracker, resumed:
     store = _prepare_storage(options, tracker, resumed)
     connect()
     raise_on_sigterm()  # again: ray.init installs a handler of its own
-    fleet = Fleet(options.model, options.weights, options.fleet, tracker.run_id)
+    fleet = Fleet(
+        options.model, options.weights, options.fleet, tracker.run_id, weights_digest=classifier.weights_digest
+    )
     # weights depend on it, and it has to divide the batch
     options = replace(options, fleet=replace(options.fleet, num_workers=fleet.num_asked))
     console.print(f"MLflow run {tracker.run_id}; waiting for {fleet.describe_wish()}")
@@ -219,6 +223,7 @@ def _set_up(options: Options, pool: PerturbationPool, tracker: Tracker, resumed:
     check_classifier(classifier, train.shape)
     check_truths(classifier, train, val)
     train, val = predict(fleet, train), predict(fleet, val)
+    check_accuracy(fleet, train, options.model)
     fleet.close()  # training workers take its place
     check_labels(train)
     provenance = describe_settings(classifier, options.weights, first, options.fleet) | describe_data(train, val)

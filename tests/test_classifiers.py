@@ -1,12 +1,21 @@
+import re
+
 import pytest
 import torch
 from conftest import TINY
 from safetensors.torch import save_file
 from torchvision.models import squeezenet1_1
 
-from uap_dist.classifiers import Geometry, check_classifier, load_classifier
+from uap_dist.classifiers import (
+    Geometry,
+    Preset,
+    check_classifier,
+    choose_preset,
+    load_classifier,
+    load_usable_classifier,
+)
 from uap_dist.errors import ClassifierError
-from uap_dist.weights import digest_weights
+from uap_dist.weights import WeightsFile, digest_weights, write_weights
 
 TINY_FILE = TINY.rpartition(":")[0]
 
@@ -39,6 +48,16 @@ def test_pth_and_safetensors_give_the_same_digest(squeezenet_file, tmp_path):
     assert digest_weights(again.network) != again.weights_digest
 
 
+def test_the_digest_covers_every_tensor_that_a_network_holds():
+    network = load_classifier(f"{TINY_FILE}:FreshBuffers").network
+    digests = {digest_weights(network)}
+    for tensor in (network.scale, network.shift, network.head.bias.data):
+        tensor += 1
+        digests.add(digest_weights(network))
+    digests.add(digest_weights(network.to(torch.bfloat16)))
+    assert len(digests) == 5
+
+
 def test_network_of_ones_own_by_file_and_by_module():
     by_file, by_module = load_classifier(TINY), load_classifier("tiny:Tiny")
     assert by_file.weights_digest == by_module.weights_digest
@@ -67,6 +86,8 @@ def test_lite0_has_the_published_accuracy(shared):
         ("absent_module:Net", None, "cannot import 'absent_module'"),
         (f"{TINY_FILE}:tiny", None, "has no factory 'tiny'; nearest names: .*Tiny"),
         (f"{TINY_FILE}:not_a_network", None, "returns str, not a torch.nn.Module"),
+        (f"{TINY_FILE}:SizedByShape", None, r"has input_size \(3, 16, 16\); it must be the side of its input"),
+        (f"{TINY_FILE}:Lazy", None, "has lazy layers without weights"),
     ],
 )
 def test_what_cannot_be_loaded_says_why(name, weights, message):
@@ -88,6 +109,19 @@ def test_weights_that_do_not_match_name_the_keys(squeezenet_file, tmp_path):
         ("Misnamed", "has 3 class names for 4 logits"),
         ("Probabilities", "returns probabilities; return the logits"),
         ("Random", "gives two outputs for the same pixels"),
+        ("NoGradient", "logits of .*:NoGradient cannot be differentiated by its pixels; look for no_grad, .* NumPy"),
+        (
+            "ThroughNumpy",
+            "logits of .*:ThroughNumpy cannot be differentiated by its pixels; look for no_grad, .* NumPy",
+        ),
+        ("Rounded", "gradient of .*:Rounded by its pixels is zero everywhere; look for .* rounding"),
+        ("Rooted", "gradient of .*:Rooted by its pixels is not finite; look for roots"),
+        ("Overflowing", "returns values that are not finite"),
+        ("Half", r"returns float16; return logits of float32, as by logits.float\(\)"),
+        ("OneLogit", r"returns \(2, 1\) for two images; expected logits of shape 2×K with K ≥ 2"),
+        ("Squeezed", r"returns \(4,\) for one image; expected logits of shape 1×K"),
+        ("OfBatch", r"says something else of an image alone than .* batch norms have no running statistics \(norm\)"),
+        ("Standardised", "says something else of an image alone than .* statistics over the batch"),
     ],
 )
 def test_what_is_no_classifier_is_refused(factory, message):
@@ -95,6 +129,48 @@ def test_what_is_no_classifier_is_refused(factory, message):
         check_classifier(load_classifier(f"{TINY_FILE}:{factory}"), (3, 16, 16))
 
 
+def test_a_network_whose_input_size_is_known_is_tried_before_any_image():
+    assert load_usable_classifier(f"{TINY_FILE}:Resized").geometry.crop == 16
+    with pytest.raises(ClassifierError, match="fails on pixels of shape 2×3×20×20"):
+        load_usable_classifier(f"{TINY_FILE}:WronglyResized")
+
+
 def test_wrong_input_size_is_refused():
     with pytest.raises(ClassifierError, match="fails on pixels of shape 2×3×20×20"):
         check_classifier(load_classifier(TINY), (3, 20, 20))
+
+
+OLD, NEW = (
+    Preset(Geometry(resize, 224), (0.5,) * 3, (0.2,) * 3, f"https://host/net-{key}.pth")
+    for resize, key in ((256, "0676ba61"), (232, "11ad3fa6"))
+)
+
+
+def file_of(sha256="f" * 64, **provenance):
+    return WeightsFile("w.pth", sha256, {}, {f"geometry.{key}": value for key, value in provenance.items()})
+
+
+def test_a_published_file_is_known_by_its_digest_and_brings_its_own_geometry(caplog):
+    presets = {"V1": OLD, "V2": NEW}
+    assert choose_preset(file_of("0676ba61" + "0" * 56), presets, "V2") is OLD
+    assert choose_preset(file_of("11ad3fa6" + "0" * 56), presets, "V1") is NEW
+    assert choose_preset(file_of(resize=256, crop=224, interpolation="bilinear"), presets, "V2") is OLD
+    other = choose_preset(file_of(resize=300, crop=288, interpolation="bicubic"), presets, "V2")
+    assert other.geometry == Geometry(300, 288, "bicubic") and other.mean == NEW.mean
+    assert choose_preset(file_of(), {"V1": OLD, "again": OLD}, "V1") is OLD
+    assert not caplog.text
+
+
+def test_a_file_of_unknown_geometry_says_which_one_is_taken_and_which_others_there_are(caplog):
+    assert choose_preset(file_of(), {"V1": OLD, "V2": NEW}, "V2") is NEW
+    assert re.search(
+        r"w.pth is none .* as for V2 \(resize 232, crop 224.* There are also V1 \(resize 256,", caplog.text
+    )
+
+
+def test_fine_tuned_weights_keep_the_geometry_that_they_were_tuned_with(squeezenet_file, tmp_path, caplog):
+    network = load_classifier("torchvision/squeezenet1_1", str(squeezenet_file)).network
+    geometry = {"geometry.resize": 232, "geometry.crop": 224, "geometry.interpolation": "bilinear"}
+    write_weights(tmp_path / "w.safetensors", network, geometry)
+    again = load_classifier("torchvision/squeezenet1_1", str(tmp_path / "w.safetensors"))
+    assert again.geometry == Geometry(232, 224, "bilinear") and not caplog.text

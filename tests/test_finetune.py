@@ -8,7 +8,7 @@ from torch import nn
 
 from uap_dist.classifiers import Classifier, Geometry, load_classifier
 from uap_dist.dataset import LocalWorkers, load_dataset, reload_dataset
-from uap_dist.errors import ConfigError, ShardError
+from uap_dist.errors import ClassifierError, ConfigError, ShardError
 from uap_dist.evaluate import measure_perturbations
 from uap_dist.finetune import (
     HELD_OUT,
@@ -40,6 +40,12 @@ def pool():
 def learner(data, pool, model=TINY, **options):
     config = FinetuneConfig(**{"batch_size": 8, "epochs": 2, "learning_rate": 1e-3} | options)
     return Learner(Task(model, None, *data, pool, config, num_threads=1))
+
+
+def test_a_worker_with_other_weights_than_the_driver_is_refused(tiny_data, pool):
+    task = Task(TINY, None, *tiny_data, pool, FinetuneConfig(), num_threads=1, weights_digest="0" * 64)
+    with pytest.raises(ClassifierError, match="training worker 0 loaded other weights of .*:Tiny than the driver"):
+        Learner(task)
 
 
 def finish(some):

@@ -27,6 +27,7 @@ from uap_dist.errors import ConfigError
 from uap_dist.finetune import FinetuneConfig, Learner, Task
 from uap_dist.fleet import FleetConfig
 from uap_dist.pool import PerturbationPool
+from uap_dist.reproducible import set_up_torch
 from uap_dist.share import Share
 from uap_dist.weights import digest_weights, write_weights
 from uap_dist.worker import Worker
@@ -116,6 +117,7 @@ def disturbed(weights, data, pool, s3, tmp_path_factory):
 
 def learn(number, task, folder):
     """One of two workers, without Ray."""
+    set_up_torch(1)
     where = f"file://{folder / 'meeting'}"
     torch.distributed.init_process_group("gloo", init_method=where, rank=number, world_size=2)
     learner = Learner(task, number=number, num_workers=2, prepare=DistributedDataParallel)

@@ -15,11 +15,13 @@ import torch
 from conftest import TINY
 
 from uap_dist.batch import Batch
+from uap_dist.classifiers import load_classifier
 from uap_dist.compute import compute
 from uap_dist.config import ComputeConfig
 from uap_dist.dataset import load_dataset
 from uap_dist.errors import ClassifierError, ConfigError, DeterminismError, WorkerLostError
 from uap_dist.fleet import Fleet, FleetConfig, need_of
+from uap_dist.weights import write_weights
 from uap_dist.worker import Examples
 
 CONFIG = ComputeConfig(round_size=20, block_size=5, max_passes=3, radius=20.0)
@@ -245,6 +247,39 @@ def test_a_task_is_to_blame_for_workers_that_died_and_not_for_nodes_that_vanishe
     assert batch.blame(0, {"alive", "gone"}) == "5 workers were lost over the same examples of a.tar: x, y"
     batch.losses[0] += ["gone"] * 6
     assert batch.blame(0, {"alive"}) == "10 nodes were lost over the same examples of a.tar: x, y"
+@pytest.mark.parametrize("factory", ["FreshHead", "FreshBuffers"])
+def test_a_factory_that_makes_other_weights_in_every_process_is_refused(cluster, factory):
+    model = TINY.replace(":Tiny", f":{factory}")
+    fleet = Fleet(model, None, FleetConfig(num_workers=1), weights_digest=load_classifier(model).weights_digest)
+    with pytest.raises(
+        ClassifierError, match=rf"worker-\d+ loaded other weights of .*:{factory} than the driver .* seed"
+    ):
+        fleet.wait()
+    fleet.close()
+
+
+def test_a_replacement_that_loads_a_changed_weights_file_ends_the_job(cluster, shards, tmp_path):
+    network, path = load_classifier(TINY).network, tmp_path / "w.safetensors"
+    write_weights(path, network, {})
+    fleet = Fleet(TINY, str(path), FleetConfig(num_workers=1))  # nobody says what the driver has
+    fleet.wait()
+    train, _ = load(fleet, shards)
+    next(network.parameters()).data[0] += 1
+    write_weights(path, network, {})
+    os.kill(worker_processes()[0].pid, signal.SIGKILL)
+    with pytest.raises(ClassifierError, match=r"loaded other weights .*; keep \S*w.safetensors as it is while"):
+        list(fleet.map("pixels", [train.examples(0, [0])]))
+    fleet.close()
+
+
+def test_kernels_that_do_not_repeat_their_bits_are_said_once_and_kept(cluster, shards, caplog):
+    fleet = Fleet(TINY.replace(":Tiny", ":Unrepeatable"), None, FleetConfig(num_workers=2))
+    fleet.wait()
+    assert fleet.describe()["nondeterministic_kernels"] == "none"
+    load(fleet, shards)
+    fleet.close()
+    assert fleet.describe()["nondeterministic_kernels"] == "put_"
+    assert caplog.text.count("torch has no kernel that repeats its bits for put_") == 1
 
 
 def test_what_a_worker_raises_comes_back_as_it_was_raised(cluster, shards):

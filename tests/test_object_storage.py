@@ -17,16 +17,18 @@ from pyarrow import fs
 from test_checkpoint import checkpoint
 from test_job import JOB, environment, finish, runs, start
 
+from uap_dist import locations
 from uap_dist import shards as shards_module
-from uap_dist.checkpoint import CheckpointStore
+from uap_dist.checkpoint import Checkpoint, CheckpointStore, JobRecord
 from uap_dist.classifiers import Geometry, load_classifier
-from uap_dist.compute import compute
+from uap_dist.compute import State, compute
 from uap_dist.config import ComputeConfig
 from uap_dist.dataset import LocalWorkers, load_dataset
 from uap_dist.errors import ClassifierError, ConfigError, ShardError, UapDistError
 from uap_dist.locations import join, locate
 from uap_dist.pool import PerturbationPool
 from uap_dist.shards import expand_patterns, load_shard
+from uap_dist.update import Iterate
 from uap_dist.weights import read_weights, write_weights
 from uap_dist.worker import Examples, Worker
 
@@ -44,7 +46,7 @@ def server(s3):
 
 @pytest.fixture
 def store(server, monkeypatch):
-    monkeypatch.setattr(shards_module, "SECONDS_BEFORE_RETRY", 0.01)
+    monkeypatch.setattr(locations, "SECONDS_BEFORE_RETRY", 0.01)
     server.reset()
     yield server
     server.reset()
@@ -283,6 +285,41 @@ def test_weights_lie_in_a_store_as_well(store, put, tmp_path):
         ClassifierError, match=r"cannot read weights file s3://bucket/no.pth\?.*: there is no such file"
     ):
         read_weights(f"s3://bucket/no.pth?{store.query}")
+
+
+def test_weights_pools_and_checkpoints_that_cannot_be_read_for_a_moment_are_asked_for_again(
+    store, put, tmp_path, caplog
+):
+    write_weights(tmp_path / "w.safetensors", load_classifier(TINY).network, {})
+    pool = PerturbationPool(torch.ones(1, 3, 4, 4), {"norm": "linf", "radius": 10.0}, [{"name": "a"}])
+    pool.save(tmp_path / "pool")
+    weights = put("w.safetensors", (tmp_path / "w.safetensors").read_bytes())
+    there = put("pool/pool.safetensors", (tmp_path / "pool/pool.safetensors").read_bytes())
+    checkpoint = Checkpoint(JobRecord("run", {}, {}, {}), State(Iterate.zero((3, 4, 4))), ())
+    place = CheckpointStore(f"s3://bucket/again?{store.query}&{ONCE}")
+    place.start(checkpoint)
+    for name, read in (
+        ("w.safetensors", lambda: load_classifier(TINY, weights)),
+        ("pool.safetensors", lambda: PerturbationPool.load(there)),
+        ("again", place.newest),
+    ):
+        caplog.clear()
+        store.fail_first(2, ("status", 503))
+        read()
+        assert [f"attempt {n} of 5 follows" in r.message for n, r in zip((2, 3), caplog.records, strict=True)] == [
+            True
+        ] * 2
+        assert name in caplog.text
+    store.fault = lambda method, path: ("status", 503)
+    store.requests.clear()
+    with pytest.raises(ClassifierError, match=r"cannot read weights file s3://bucket/w.*503.*; 5 attempts failed"):
+        read_weights(weights)
+    assert len(store.requests) == 5
+    store.fault = lambda method, path: ("status", 403)
+    store.requests.clear()
+    with pytest.raises(ClassifierError, match="access is denied"):
+        read_weights(weights)
+    assert len(store.requests) == 1
 
 
 def test_a_worker_that_misses_a_local_shard_says_what_to_give():

@@ -43,8 +43,111 @@ class Random(Tiny):
         return super().forward(pixels) + torch.rand(1)
 
 
+class NoGradient(Tiny):
+    def forward(self, pixels):
+        with torch.no_grad():
+            return super().forward(pixels)
+
+
+class ThroughNumpy(Tiny):
+    def forward(self, pixels):
+        return super().forward(torch.from_numpy(pixels.detach().numpy()))
+
+
+class Rounded(Tiny):
+    def forward(self, pixels):
+        return super().forward(pixels.round())
+
+
+class Rooted(Tiny):
+    def forward(self, pixels):
+        return super().forward(pixels) + (0 * pixels).sqrt().sum((1, 2, 3))[:, None]
+
+
+class Overflowing(Tiny):
+    def forward(self, pixels):
+        return super().forward(pixels) * float("inf")
+
+
+class Half(Tiny):
+    def forward(self, pixels):
+        return super().forward(pixels).half()
+
+
+class OneLogit(Tiny):
+    def forward(self, pixels):
+        return super().forward(pixels)[:, :1]
+
+
+class Squeezed(Tiny):
+    def forward(self, pixels):
+        return super().forward(pixels).squeeze()
+
+
+class OfBatch(Tiny):
+    """Its batch norm has no running statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3, track_running_stats=False)
+
+    def forward(self, pixels):
+        return super().forward(64 * (2 + self.norm(pixels)))
+
+
+class Standardised(Tiny):
+    """By the mean and deviation of all that it is given at once."""
+
+    def forward(self, pixels):
+        return super().forward(64 * (2 + (pixels - pixels.mean()) / pixels.std()))
+
+
+class Lazy(Tiny):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.LazyLinear(4)
+
+
 class Resized(Tiny):
     input_size = 16
+
+
+class SizedByShape(Tiny):
+    input_size = (3, 16, 16)
+
+
+class WronglyResized(Tiny):
+    input_size = 20
+
+
+class FreshHead(Tiny):
+    """With other weights in its last layer each time that it is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.seed()
+        self.head = nn.Linear(8 * 64, 4)
+
+
+class FreshBuffers(Tiny):
+    """With random tensors that no weights file holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.seed()
+        self.register_buffer("shift", torch.rand(4), persistent=False)
+        self.scale = 1 + torch.rand(4)
+
+    def forward(self, pixels):
+        return super().forward(pixels) * self.scale + self.shift
+
+
+class Unrepeatable(Tiny):
+    """Uses a kernel that may give other bits the next time."""
+
+    def forward(self, pixels):
+        logits = super().forward(pixels)
+        return logits + torch.zeros(4).put_(torch.tensor([0, 1]), torch.zeros(2))
 
 
 class OwnPerProcess(Tiny):

@@ -16,6 +16,7 @@ from ray.util import get_node_ip_address
 from uap_dist.cache import Traffic
 from uap_dist.errors import ConfigError
 from uap_dist.provenance import machine, versions
+from uap_dist.reproducible import noticing_kernels, set_up_torch
 from uap_dist.worker import Examples, Worker, make_worker
 
 DECISIVE_VERSIONS = ("python", "uap_dist", "torch", "torchvision", "pillow")  # the bits of a result may depend on them
@@ -30,6 +31,21 @@ def decisive_versions() -> dict[str, str]:
 
 
 @dataclass(frozen=True)
+class Introduction:
+    """What a worker says of itself when it has loaded the classifier.
+
+    Attributes:
+        machine: its kind, as `provenance.machine` names it.
+        node: Ray's id of the node.
+        weights_digest: of the classifier.
+    """
+
+    machine: str
+    node: str
+    weights_digest: str
+
+
+@dataclass(frozen=True)
 class Answer:
     """What came of a call.
 
@@ -38,20 +54,14 @@ class Answer:
         traffic: what was read for it.
         seconds: that it took.
         warnings: of the package, meanwhile.
+        kernels: of torch that were used for it and do not repeat their bits.
     """
 
     result: Any
     traffic: Traffic
     seconds: float
     warnings: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a worker runs: the kind of machine, as `provenance.machine` names it, and Ray's id of the node."""
-
-    machine: str
-    node: str
+    kernels: frozenset[str] = frozenset()
 
 
 class UapWorker:
@@ -69,8 +79,8 @@ class UapWorker:
         """In Ray's dashboard and logs."""
         return self._name
 
-    def start(self, expected: Mapping[str, str], **how: Any) -> Place:
-        """Load the classifier; says where it runs. Where that fails, it can be called again.
+    def start(self, expected: Mapping[str, str], **how: Any) -> Introduction:
+        """Load the classifier. Where that fails, it can be called again.
 
         Args:
             expected: `decisive_versions` of the driver.
@@ -85,23 +95,25 @@ class UapWorker:
             raise ConfigError(
                 f"node {self._node} has {', '.join(others)}; the bits of a result depend on them: install what the driver has"
             )
+        set_up_torch(how["num_threads"])
         worker = make_worker(**how)
         if self._worker is not None:
             worker.adopt(self._worker)
         self._worker = worker
-        return Place(machine(), ray.get_runtime_context().get_node_id())
+        return Introduction(machine(), ray.get_runtime_context().get_node_id(), worker.classifier.weights_digest)
 
     def call(self, method: str, task: Examples, upcoming: str, *shared: Any) -> Answer:
         """`Worker.method(task, *shared)`, and meanwhile fetch the shard that comes next, if any."""
         assert self._worker is not None
         logger.info("%s %s", method, task.title)
         started, before = time.perf_counter(), self._worker.traffic
-        with _listening() as warnings:
+        with _listening() as warnings, noticing_kernels() as kernels:
             if upcoming:
                 self._worker.prefetch(upcoming)
             result = getattr(self._worker, method)(task, *shared)
         traffic, seconds = self._worker.traffic - before, time.perf_counter() - started
-        return Answer(result, traffic, seconds, tuple(f"{self._name} on {self._node}: {text}" for text in warnings))
+        named = tuple(f"{self._name} on {self._node}: {text}" for text in warnings)
+        return Answer(result, traffic, seconds, named, frozenset(kernels))
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from pyarrow import fs
 from uap_dist.compute import State
 from uap_dist.errors import ConfigError, ResumeError
 from uap_dist.history import RoundRecord
-from uap_dist.locations import explain, locate, try_to_write
+from uap_dist.locations import explain, locate, persist, try_to_write
 from uap_dist.update import Iterate
 
 KEPT = 3
@@ -181,14 +181,18 @@ class CheckpointStore:
             ResumeError: the storage cannot be read, or another version wrote it.
         """
         try:
-            for path in reversed(self._paths()):
-                with self._filesystem.open_input_stream(path, compression=None) as stream:
-                    data = stream.read()
-                if path.endswith(f"-{_digest(data)}.npz"):
-                    return self._unpack(data, path)
-                logger.warning("checkpoint %s is not whole; taking the one before", path)
+            found, _ = persist(self.location, self._read_newest, "checkpoints in")
         except OSError as error:
-            raise ResumeError(f"cannot read checkpoints in {explain(self.location, error)}") from error
+            raise ResumeError(f"cannot read checkpoints in {error}") from error
+        return found
+
+    def _read_newest(self) -> Checkpoint | None:
+        for path in reversed(self._paths()):
+            with self._filesystem.open_input_stream(path, compression=None) as stream:
+                data = stream.read()
+            if path.endswith(f"-{_digest(data)}.npz"):
+                return self._unpack(data, path)
+            logger.warning("checkpoint %s is not whole; taking the one before", path)
         return None
 
     def _unpack(self, data: bytes, path: str) -> Checkpoint:

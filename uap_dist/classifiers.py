@@ -2,20 +2,26 @@
 
 import difflib
 import importlib
-import importlib.util
+import logging
 import math
-import platform
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from uap_dist.check import check_classifier as check_classifier  # found here as well
 from uap_dist.errors import ClassifierError
-from uap_dist.weights import digest_weights, fill, read_weights
+from uap_dist.own_code import import_file, import_module, importable, with_line
+from uap_dist.weights import WeightsFile, digest_weights, fill, fill_from, open_weights, read_weights
+
+logger = logging.getLogger(__name__)
 
 LITE_NAMES = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
 
@@ -38,6 +44,34 @@ class Geometry:
     def shape(self) -> tuple[int, ...] | None:
         """C×H×W of the classifier's input; None where the shards decide it."""
         return None if self.crop is None else (3, self.crop, self.crop)
+
+    def __str__(self) -> str:
+        """In words, for messages."""
+        return f"resize {self.resize}, crop {self.crop}, {self.interpolation}"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What published weights were made for.
+
+    Attributes:
+        geometry: of their input.
+        mean: that is subtracted from pixels / 255, RGB.
+        std: that they are then divided by.
+        url: of the file, whose name ends in the first digits of its SHA-256; empty where there is none.
+        class_names: of the logits.
+    """
+
+    geometry: Geometry
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    url: str = ""
+    class_names: tuple[str, ...] = ()
+
+    @property
+    def input(self) -> str:
+        """How images are prepared, in words."""
+        return f"{self.geometry}, mean {self.mean[0]:.3g}, deviation {self.std[0]:.3g}"
 
 
 class Classifier(nn.Module):
@@ -144,43 +178,22 @@ def load_classifier(name: str, weights: str | None = None) -> Classifier:
     )
 
 
-def check_classifier(classifier: Classifier, shape: Sequence[int]) -> None:
-    """Find out by two calls on random pixels whether this is a usable classifier.
+def describe_weights(name: str, weights: str | None) -> str:
+    """Where a classifier's weights come from, for records: a file, the library that published them, or the user's factory."""
+    return weights or ("made by the factory" if ":" in name else "published")
 
-    Args:
-        classifier: as `load_classifier` gives it.
-        shape: C×H×W of its input.
+
+def load_usable_classifier(name: str, weights: str | None = None) -> Classifier:
+    """`load_classifier`, tried out by `check_classifier` where its input size is known before the first image.
 
     Raises:
-        ClassifierError: it fails on that shape, is random, returns probabilities, non-finite values or another shape than
-            N×K, or has another number of class names.
+        ClassifierError: see both.
     """
-    device = next(classifier.buffers()).device
-    pixels = 255 * torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)).to(device)
-    with torch.no_grad():
-        try:
-            first, second = classifier(pixels), classifier(pixels)
-        except Exception as error:  # whatever a network of one's own raises
-            raise ClassifierError(
-                f"{classifier.name} fails on pixels of shape 2×{'×'.join(map(str, shape))}: {error}"
-            ) from error
-    if not isinstance(first, Tensor) or first.dim() != 2 or len(first) != 2 or first.shape[1] < 2:
-        found = tuple(first.shape) if isinstance(first, Tensor) else type(first).__name__
-        raise ClassifierError(
-            f"{classifier.name} returns {found} for two images; expected logits of shape 2×K with K ≥ 2"
-        )
-    if not first.isfinite().all():
-        raise ClassifierError(f"{classifier.name} returns values that are not finite")
-    if not torch.allclose(first, second, rtol=1e-4, atol=1e-5):
-        raise ClassifierError(
-            f"{classifier.name} gives two outputs for the same pixels; take dropout or other randomness out of it"
-        )
-    if (first >= 0).all() and torch.allclose(first.sum(1), torch.ones(2, device=device), atol=1e-3):
-        raise ClassifierError(f"{classifier.name} returns probabilities; return the logits before softmax instead")
-    if classifier.class_names and len(classifier.class_names) != first.shape[1]:
-        raise ClassifierError(
-            f"{classifier.name} has {len(classifier.class_names)} class names for {first.shape[1]} logits"
-        )
+    classifier = load_classifier(name, weights)
+    side = classifier.geometry.crop
+    if side is not None:
+        check_classifier(classifier, (3, side, side))
+    return classifier
 
 
 def _load_torchvision(architecture: str, weights: str | None) -> Classifier:
@@ -191,24 +204,77 @@ def _load_torchvision(architecture: str, weights: str | None) -> Classifier:
         raise ClassifierError(
             f"torchvision has no classifier {architecture!r}; nearest names: {', '.join(near) or 'none'}"
         )
-    published = torchvision.models.get_model_weights(architecture).DEFAULT
+    members = torchvision.models.get_model_weights(architecture)
+    presets = {member.name: _torchvision_preset(member) for member in members}
     if weights is None:
-        network = _download(lambda: torchvision.models.get_model(architecture, weights=published), architecture)
+        chosen = presets[members.DEFAULT.name]
+        network = _download(lambda: torchvision.models.get_model(architecture, weights=members.DEFAULT), architecture)
     else:
-        network = torchvision.models.get_model(architecture, weights=None)
-        if hasattr(
-            network, "transform_input"
-        ):  # Inception and GoogLeNet: torchvision sets it with its own weights only
+        file = open_weights(weights)
+        chosen = choose_preset(file, presets, members.DEFAULT.name)
+        size = {"image_size": chosen.geometry.crop} if architecture.startswith("vit_") else {}
+        network = torchvision.models.get_model(architecture, weights=None, **size)
+        if hasattr(network, "transform_input"):  # Inception and GoogLeNet: set by torchvision with its own weights only
             network.transform_input = True
-        fill(network, read_weights(weights), weights)
-    preset = published.transforms()
+        fill_from(network, file)
+    return _wrap_published(network, f"torchvision/{architecture}", chosen)
+
+
+def choose_preset(file: WeightsFile, presets: Mapping[str, Preset], default: str) -> Preset:
+    """What the weights in a file were made for, as far as it can be told; a guess is said.
+
+    Args:
+        file: with weights of one architecture.
+        presets: of the weights that were published for it, by name.
+        default: the name of those that are meant where nothing else is known.
+
+    Returns:
+        That with the geometry which a file of jobs/finetune.py says of itself; else that of the published file which this one
+        is, by its SHA-256; else the default.
+    """
+    own = {key: file.provenance.get(f"geometry.{key}") for key in ("resize", "crop", "interpolation")}
+    if None not in own.values():
+        geometry = Geometry(**own)  # type: ignore[arg-type]
+        alike = [preset for preset in presets.values() if preset.geometry == geometry]
+        return alike[0] if alike else replace(presets[default], geometry=geometry)
+    for preset in presets.values():
+        found = re.search(r"-([0-9a-f]{8,})\.\w+$", preset.url)
+        if found and file.sha256.startswith(found[1]):
+            return preset
+    chosen = presets[default]
+    others = {preset.input: name for name, preset in presets.items() if preset.input != chosen.input}
+    if others:
+        listed = "; ".join(f"{name} ({made_for})" for made_for, name in others.items())
+        logger.warning(
+            "%s is none of the published files; images are prepared as for %s (%s). If these weights were made for another "
+            "input, give the published file. There are also %s",
+            file.path,
+            default,
+            chosen.input,
+            listed,
+        )
+    return chosen
+
+
+def _torchvision_preset(member: Any) -> Preset:
+    made_for = member.transforms()
+    return Preset(
+        Geometry(made_for.resize_size[0], made_for.crop_size[0], made_for.interpolation.value),
+        tuple(made_for.mean),
+        tuple(made_for.std),
+        member.url,
+        tuple(member.meta["categories"] or ()),
+    )
+
+
+def _wrap_published(network: nn.Module, name: str, preset: Preset) -> Classifier:
     return Classifier(
         network,
-        name=f"torchvision/{architecture}",
-        geometry=Geometry(preset.resize_size[0], preset.crop_size[0], preset.interpolation.value),
+        name=name,
+        geometry=preset.geometry,
         mean=preset.mean,
         std=preset.std,
-        class_names=published.meta["categories"],
+        class_names=preset.class_names,
     )
 
 
@@ -220,8 +286,14 @@ def _load_timm(architecture: str, weights: str | None) -> Classifier:
     if weights is None:
         network = _download(lambda: timm.create_model(architecture, pretrained=True), architecture)
     else:
-        network = timm.create_model(architecture, pretrained=False)
-        fill(network, read_weights(weights), weights)
+        file, network = open_weights(weights), timm.create_model(architecture, pretrained=False)
+        fill_from(network, file)
+        # a tag, as in resnet50.tv_in1k, says which weights are meant
+        published = {} if "." in architecture else timm.models.get_arch_pretrained_cfgs(architecture)
+        presets = {name: _timm_preset(network, config.to_dict()) for name, config in published.items()}
+        default = f"{architecture.partition('.')[0]}.{network.pretrained_cfg.get('tag') or 'default'}"
+        presets[default] = _timm_preset(network, network.pretrained_cfg)
+        return _wrap_published(network, f"timm/{architecture}", choose_preset(file, presets, default))
     return _wrap_timm(network, f"timm/{architecture}")
 
 
@@ -253,60 +325,51 @@ def _rename_in_order(state: dict[str, Tensor], network: nn.Module, path: str) ->
 
 
 def _wrap_timm(network: nn.Module, name: str) -> Classifier:
-    config = _import_timm().data.resolve_model_data_config(network)
+    return _wrap_published(network, name, _timm_preset(network, getattr(network, "pretrained_cfg", {})))
+
+
+def _timm_preset(network: nn.Module, pretrained: Mapping[str, Any]) -> Preset:
+    config = _import_timm().data.resolve_model_data_config(network, pretrained_cfg=dict(pretrained) or None)
     size = config["input_size"][1]
-    return Classifier(
-        network,
-        name=name,
-        geometry=Geometry(math.floor(size / config["crop_pct"]), size, config["interpolation"]),
-        mean=config["mean"],
-        std=config["std"],
-        class_names=_imagenet_names() if getattr(network, "num_classes", 0) == 1000 else (),
+    return Preset(
+        Geometry(math.floor(size / config["crop_pct"]), size, config["interpolation"]),
+        tuple(config["mean"]),
+        tuple(config["std"]),
+        pretrained.get("url") or "",
+        tuple(_imagenet_names()) if getattr(network, "num_classes", 0) == 1000 else (),
     )
 
 
 def _load_own(name: str, weights: str | None) -> Classifier:
     location, _, attribute = name.rpartition(":")
-    module = _import_file(Path(location)) if location.endswith(".py") else _import_module(location)
-    factory = getattr(module, attribute, None)
-    if not callable(factory):
-        near = difflib.get_close_matches(attribute, dir(module), n=3, cutoff=0.4)
-        raise ClassifierError(f"{location} has no factory {attribute!r}; nearest names: {', '.join(near) or 'none'}")
-    try:
-        network = factory()
-    except Exception as error:  # the user's own code, whatever it raises
-        raise ClassifierError(f"{name} fails without arguments: {type(error).__name__}: {error}") from error
+    is_file = location.endswith(".py")
+    with importable(Path(location).parent) if is_file else nullcontext():
+        module = import_file(Path(location)) if is_file else import_module(location)
+        factory = getattr(module, attribute, None)
+        if not callable(factory):
+            near = difflib.get_close_matches(attribute, dir(module), n=3, cutoff=0.4)
+            raise ClassifierError(
+                f"{location} has no factory {attribute!r}; nearest names: {', '.join(near) or 'none'}"
+            )
+        try:
+            network = factory()
+        except (Exception, SystemExit) as error:  # the user's own code, whatever it raises
+            raise ClassifierError(f"{name} fails without arguments: {with_line(error)}") from error
     if not isinstance(network, nn.Module):
         raise ClassifierError(f"{name} returns {type(network).__name__}, not a torch.nn.Module")
+    if any(nn.parameter.is_lazy(p) for p in (*network.parameters(), *network.buffers())):
+        raise ClassifierError(f"{name} has lazy layers without weights; run it once on an image in the factory")
     if weights is not None:
-        fill(network, read_weights(weights), weights)
+        fill_from(network, open_weights(weights))
     size = getattr(network, "input_size", None)
+    if not (size is None or (isinstance(size, int) and size > 0)):
+        raise ClassifierError(f"{name} has input_size {size!r}; it must be the side of its input in pixels, as 224")
     return Classifier(
         network,
         name=name,
         geometry=Geometry(math.floor(size / 0.875), size) if size else Geometry(),
         class_names=getattr(network, "class_names", ()),
     )
-
-
-def _import_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise ClassifierError(f"no file {path} on {platform.node()}; expected path/to/file.py:factory")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # the user's own code, whatever it raises
-        raise ClassifierError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
-    return module
-
-
-def _import_module(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ClassifierError(f"cannot import {name!r}: {error}; expected package.module:factory") from error
 
 
 def _import_timm() -> ModuleType:

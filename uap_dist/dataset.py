@@ -273,9 +273,12 @@ def predict(workers: Workers, dataset: Dataset) -> Dataset:
     return replace(dataset, clean=classify(workers, dataset, np.zeros(dataset.shape, np.float32)))
 
 
-def classify(workers: Workers, dataset: Dataset, perturbation: np.ndarray, *, quantize: bool = False) -> Predictions:
-    """Predictions of every example of the dataset under v (C×H×W float32, pixels), rounded to 8 bits or not."""
-    parts: list[Predictions] = list(workers.map("classify", dataset.blocks(CLASSIFY_SIZE), perturbation, quantize))
+def classify(
+    workers: Workers, dataset: Dataset, perturbation: np.ndarray, *, quantize: bool = False, divisor: float = 1.0
+) -> Predictions:
+    """Predictions of every example of the dataset under v (C×H×W float32, pixels), see `Worker.classify`."""
+    tasks = dataset.blocks(CLASSIFY_SIZE)
+    parts: list[Predictions] = list(workers.map("classify", tasks, perturbation, quantize, divisor))
     return Predictions(np.concatenate([p.labels for p in parts]), np.concatenate([p.confidences for p in parts]))
 
 

@@ -77,3 +77,13 @@ def in_one_line(error: BaseException) -> str:
 def is_mistake(error: Exception) -> bool:
     """Whether a program's mistake raises such an error, as KeyError, and not a service, a library or the system that it asks."""
     return type(error).__module__ == "builtins" and not isinstance(error, OSError | ImportError)
+def one_line(error: BaseException) -> str:
+    """The first line of what an error of another library says, without terminal codes; its kind where it says nothing."""
+    said = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+    text = re.sub(r"\x1b\[[0-9;]*m", "", said)
+    lines = [
+        line
+        for line in ("".join(c if c.isprintable() else " " for c in line) for line in text.splitlines())
+        if line.strip()
+    ]
+    return lines[0].strip() if lines else type(error).__name__

@@ -3,15 +3,14 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from uap_dist.accuracy import top1
 from uap_dist.dataset import Dataset, Workers, classify, fooling_rate
 from uap_dist.fooling import Rate
 from uap_dist.norms import SYMBOLS, Norm, measure, random_of_same_norms
 from uap_dist.perturbations import Perturbation
-from uap_dist.shards import UNKNOWN_CLASS
 
 NOTHING = "zero"  # name of the baseline
 NEAR = 0.01  # relative: norms that one baseline serves
@@ -76,8 +75,8 @@ def measure_perturbations(
                 measure(v, "l2"),
                 measure(v, "linf"),
                 fooling_rate(dataset, labels),
-                _top1(dataset, dataset.clean.labels),
-                _top1(dataset, labels.labels),
+                top1(dataset, dataset.clean.labels),
+                top1(dataset, labels.labels),
             )
 
 
@@ -114,8 +113,3 @@ def measure_noise(workers: Workers, dataset: Dataset, noise: Mapping[Norm, Tenso
 def is_baseline(perturbation: Perturbation) -> bool:
     """Whether nobody computed it: see `baselines`."""
     return bool(perturbation.provenance.get("baseline"))
-
-
-def _top1(dataset: Dataset, labels: np.ndarray) -> Rate | None:
-    known = dataset.truths != UNKNOWN_CLASS
-    return Rate(int((labels == dataset.truths)[known].sum()), int(known.sum())) if known.any() else None

@@ -26,8 +26,7 @@ from uap_dist.history import RoundRecord
 from uap_dist.pool import AddUniversalPerturbation, PerturbationPool
 from uap_dist.shards import UNKNOWN_CLASS
 from uap_dist.share import Batch, Share
-from uap_dist.weights import fill, read_weights, write_weights
-from uap_dist.worker import set_up_torch
+from uap_dist.weights import check_same_weights, fill, read_weights, write_weights
 
 NETWORK_FILE, OPTIMISER_FILE = "network.safetensors", "optimiser.pt"
 TRAINED_ON, HELD_OUT = "trained_on_members", "held_out_members"
@@ -120,6 +119,7 @@ class Task:
 
     Attributes:
         model, weights: the network to begin with, as `load_classifier` takes it.
+        weights_digest: of it as the driver loaded it; empty where nobody says.
         train, val: images to learn from, and held-out ones.
         pool: perturbations of the network.
         config: of the training.
@@ -133,6 +133,7 @@ class Task:
     pool: PerturbationPool
     config: FinetuneConfig
     num_threads: int
+    weights_digest: str = ""
 
 
 class Learner:
@@ -149,6 +150,9 @@ class Learner:
     ) -> None:
         """Load the network.
 
+        Raises:
+            ClassifierError: its weights are not those that the driver loaded.
+
         Args:
             task: what is to be done.
             number: of this worker, from 0.
@@ -156,11 +160,12 @@ class Learner:
             device: that it trains on.
             prepare: wraps the network so that gradients are averaged over the workers.
         """
-        set_up_torch(task.num_threads)
         config = self._config = task.config
         self._number, self._num_workers = number, num_workers
         self._device = device or torch.device("cpu")
         self.classifier = load_classifier(task.model, task.weights).to(self._device)
+        digest, who = self.classifier.weights_digest, f"training worker {number}"
+        check_same_weights(task.model, task.weights, digest, task.weights_digest or digest, who)
         _make_trainable(self.classifier, task.train.shape)
         self._model = prepare(self.classifier)
         geometry, window = self.classifier.geometry, config.shuffle_shards

@@ -18,11 +18,12 @@ from uap_dist import cluster  # before Ray, which reads on import what this sets
 import ray
 from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayError, RayTaskError
 
-from uap_dist.actor import Answer, Place, decisive_versions, start_actor
+from uap_dist.actor import Answer, Introduction, decisive_versions, start_actor
 from uap_dist.batch import ActorRecord, Batch, Call, name_some
 from uap_dist.cluster import Need
-from uap_dist.errors import ConfigError, DeterminismError, WorkerLostError
+from uap_dist.errors import ClassifierError, ConfigError, DeterminismError, WorkerLostError
 from uap_dist.tally import Dashboard, Tally
+from uap_dist.weights import check_same_weights
 from uap_dist.worker import Examples
 
 WHAT_TO_LOOK_AT = "look at memory (--cache-gib, --block-size) and at these images"
@@ -119,9 +120,12 @@ class Fleet:
         num_asked: workers that Ray was asked for.
         tally: what became of it so far.
         machines: kinds of machines that workers ran on, as `provenance.machine` names them.
+        kernels: of torch that workers used and that do not repeat their bits.
     """
 
-    def __init__(self, model: str, weights: str | None, config: FleetConfig, run: str = "") -> None:
+    def __init__(
+        self, model: str, weights: str | None, config: FleetConfig, run: str = "", *, weights_digest: str = ""
+    ) -> None:
         """Ask Ray for the workers; `wait` waits for as many as it begins with.
 
         Args:
@@ -129,6 +133,8 @@ class Fleet:
             weights: of the classifier.
             config: who computes.
             run: MLflow run, for logs.
+            weights_digest: of the classifier as the driver loaded it; empty: as the first worker does. Workers that load
+                others are refused.
 
         Raises:
             ConfigError: more workers, or other ones, than a cluster that does not grow can ever hold.
@@ -141,7 +147,8 @@ class Fleet:
         self.num_asked = self._num_ready = 0
         self.tally, self._dashboard = Tally(), Dashboard(run)
         self.machines: set[str] = set()
-        self._classifier = (model, weights)
+        self.kernels: set[str] = set()
+        self._classifier, self._weights_digest = (model, weights), weights_digest
         self._idle: list[ActorRecord] = []
         self._empty: list[
             ActorRecord
@@ -171,6 +178,7 @@ class Fleet:
 
         Raises:
             WorkerLostError: Ray cannot place them in time.
+            ClassifierError: a worker has loaded other weights than the driver.
             UapDistError: what a worker raised when it loaded the classifier.
         """
         if not self._ready.wait(self._config.placement_timeout_s):
@@ -178,10 +186,15 @@ class Fleet:
         if self._error is not None:
             raise self._error
 
-    def use(self, model: str, weights: str | None) -> None:
+    def use(self, model: str, weights: str | None, *, weights_digest: str = "") -> None:
         """Change to another classifier; decoded shards that serve it as well are kept. To be followed by `wait`.
 
         What workers say of a classifier that they cannot load, `wait` raises; they can be given another one then.
+
+        Args:
+            model: as in `__init__`.
+            weights: likewise.
+            weights_digest: likewise.
 
         Raises:
             WorkerLostError: the fleet was closed, or Ray has ended.
@@ -190,7 +203,7 @@ class Fleet:
         changed: Future[None] = Future()
 
         def change() -> None:
-            self._load(model, weights)
+            self._load(model, weights, weights_digest)
             changed.set_result(None)
 
         self._change(Change(change, changed.set_exception))
@@ -222,6 +235,7 @@ class Fleet:
             "num_workers_at_end": self._num_ready,
             "num_workers_lost": self.tally.workers_lost,
             "num_stragglers": self.tally.stragglers,
+            "nondeterministic_kernels": ", ".join(sorted(self.kernels)) or "none",
         }
 
     def metrics(self) -> dict[str, float]:
@@ -350,10 +364,10 @@ class Fleet:
                 batch.fail(error)
         self._batches = []
 
-    def _load(self, model: str, weights: str | None) -> None:
+    def _load(self, model: str, weights: str | None, weights_digest: str) -> None:
         """Have workers load another classifier, and replace those that still compute with the old one."""
         self._fail(WorkerLostError("the workers were given another classifier meanwhile"))
-        self._classifier, self._error = (model, weights), None
+        self._classifier, self._weights_digest, self._error = (model, weights), weights_digest, None
         calls = list(self._running.values())
         # of those that load another one now, Ray has them load this one after it
         self._empty += [*self._idle, *(call.member for call in calls if call.batch is None)]
@@ -466,14 +480,22 @@ class Fleet:
             except RayError as error:  # lost, out of memory, or no answer in time
                 self._bury(call, error)
             else:
-                self._idle.append(call.member)
                 if call.batch is None:
                     self._greet(call.member, answer)
                 else:
+                    self._idle.append(call.member)
                     self._keep(call, call.batch, answer)
 
-    def _greet(self, member: ActorRecord, place: Place) -> None:
-        member.node, machine = place.node, place.machine
+    def _greet(self, member: ActorRecord, introduction: Introduction) -> None:
+        """Let a worker take part that has the driver's weights; another one is an error even while the rest computes."""
+        self._weights_digest = self._weights_digest or introduction.weights_digest
+        try:
+            check_same_weights(*self._classifier, introduction.weights_digest, self._weights_digest, member.name)
+        except ClassifierError:
+            self._empty.append(member)
+            raise
+        self._idle.append(member)
+        member.node, machine = introduction.node, introduction.machine
         if self.machines and machine not in self.machines:
             logger.warning(
                 "workers run on different kinds of machines (%s; %s); the bits may depend on which of them solves what",
@@ -499,6 +521,7 @@ class Fleet:
         """The first answer to a task is its result; a second one is compared where that is wanted, else dropped."""
         for warning in answer.warnings:
             logger.warning("%s", warning)
+        self._note_kernels(answer.kernels)
         self.tally.traffic += answer.traffic
         self.tally.seconds_busy += answer.seconds
         if call.task not in batch.answered:
@@ -523,6 +546,17 @@ class Fleet:
             with batch.changed:
                 batch.unverified.remove(call.task)
                 batch.changed.notify()
+
+    def _note_kernels(self, kernels: frozenset[str]) -> None:
+        """Say once of each kernel that its bits may be others the next time."""
+        new = sorted(kernels - self.kernels)
+        if new:
+            self.kernels.update(new)
+            logger.warning(
+                "%s: torch has no kernel that repeats its bits for %s; the same command may give another result",
+                self._classifier[0],
+                ", ".join(new),
+            )
 
     def _bury(self, call: Call, error: RayError) -> None:
         """Replace a lost worker; its task, if nobody else has it, is to be done again."""

@@ -1,22 +1,31 @@
 """Places of files: local paths and s3://, gs:// URLs with their options, through pyarrow; and what their stores' refusals mean."""
 
+import errno
+import logging
 import os
 import re
+import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from functools import cache
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryFile
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
 from pyarrow import ArrowInvalid, fs
 
 from uap_dist.errors import ConfigError
 
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
 # pyarrow's own defaults are 3, 1 s and 3 s for S3, of which a busy store needs more, and 15 minutes for GCS
 RETRIES, CONNECT_TIMEOUT_S, REQUEST_TIMEOUT_S, GCS_RETRY_S = 3, 5.0, 10.0, 30.0
 TRIAL_BYTES = 1 << 20
+ATTEMPTS, SECONDS_BEFORE_RETRY = 5, 0.5  # the pause doubles each time
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # on this machine; what a store says has no such number
 CREDENTIALS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or a profile, or the machine's role)"
 
 
@@ -129,19 +138,53 @@ def locate(location: str) -> tuple[fs.FileSystem, str]:
 
 
 def read_file(location: str) -> bytes:
-    """A whole file.
+    """A whole file; one that lies in a store is asked for again where that fails, see `persist`.
 
     Raises:
         OSError: it cannot be read; in one line, as `explain` says it.
         ConfigError: see `locate`.
     """
-    filesystem, path = locate(location)
-    try:
+
+    def read() -> bytes:
+        filesystem, path = locate(location)
         with filesystem.open_input_stream(path, compression=None) as stream:
             data: bytes = stream.read()
-    except OSError as error:
-        raise OSError(explain(location, error)) from error
-    return data
+        return data
+
+    return persist(location, read, "file")[0]
+
+
+def persist(location: str, read: Callable[[], T], what: str) -> tuple[T, int]:
+    """What a store gives, asked five times at most with pauses that double, and how many attempts beyond the first it took.
+
+    These come on top of the retries of single requests. What a store refuses, and what goes wrong on this machine, is not tried again.
+
+    Args:
+        location: that is read.
+        read: reads it; raises OSError, or ConfigError because of one, where that fails.
+        what: lies there, for warnings.
+
+    Raises:
+        OSError: in one line, as `explain` says it; with its number where it is this machine's.
+        ConfigError: see `locate`.
+    """
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return read(), attempt - 1
+        except (OSError, ConfigError) as raised:
+            # a store may be asked for a bucket's region before it is for a file
+            error = raised.__cause__ if isinstance(raised, ConfigError) else raised
+            if not isinstance(error, OSError):
+                raise
+            if error.errno in NO_ROOM:
+                raise error from None
+            if not is_url(location) or is_refusal(error):
+                raise OSError(explain(location, error)) from error
+            if attempt == ATTEMPTS:
+                raise OSError(f"{explain(location, error)}; {attempt} attempts failed") from error
+            logger.warning("%s %s; attempt %d of %d follows", what, explain(location, error), attempt + 1, ATTEMPTS)
+            time.sleep(SECONDS_BEFORE_RETRY * 2 ** (attempt - 1))
+    raise AssertionError("the last attempt returns or raises")
 
 
 def exists(location: str) -> bool:

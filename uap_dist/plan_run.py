@@ -112,7 +112,7 @@ def _try_fleets(
 ) -> tuple[list[Trial], int]:
     """Trials by size, and how many of the job's fleet may share a machine."""
     before_s = seconds_since_start()
-    trial = partial(_try_fleet, job, classifier.class_names, tracker, console, before_s)
+    trial = partial(_try_fleet, job, classifier, tracker, console, before_s)
     alone = trial(1)
     trials = [alone]
     share_machine = 1 if need.gpus else min(num_workers, max(1, alone.num_cpus // need.cpus))
@@ -126,7 +126,7 @@ def _try_fleets(
 
 def _try_fleet(
     job: PlannedJob,
-    class_names: Sequence[str],
+    classifier: Classifier,
     tracker: Tracker,
     console: Console,
     before_s: float,
@@ -135,7 +135,8 @@ def _try_fleet(
     """The trial on a fleet of its own; `before_s` is what the process did before it."""
     console.print(f"trying out {num_workers} worker{'s' * (num_workers > 1)}")
     started = time.perf_counter()
-    fleet = Fleet(job.model, job.weights, replace(job.fleet, num_workers=num_workers), tracker.run_id)
+    config = replace(job.fleet, num_workers=num_workers)
+    fleet = Fleet(job.model, job.weights, config, tracker.run_id, weights_digest=classifier.weights_digest)
     with closing(fleet), CheckpointStore(join(job.storage, tracker.run_id)) as store:
         fleet.wait()
         ready_s = time.perf_counter() - started
@@ -147,7 +148,7 @@ def _try_fleet(
                 job.config,
                 start_s=before_s + ready_s,
                 keep=partial(_keep, store, tracker, num_workers),
-                class_names=class_names,
+                class_names=classifier.class_names,
                 max_bad_fraction=job.max_bad_fraction,
             )
         finally:

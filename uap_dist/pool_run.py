@@ -9,8 +9,9 @@ from typing import Any
 
 from rich.console import Console
 
+from uap_dist.accuracy import top1
 from uap_dist.checkpoint import Checkpoint, CheckpointStore, JobRecord, check_identity
-from uap_dist.classifiers import Classifier
+from uap_dist.classifiers import Classifier, describe_weights
 from uap_dist.compute import State
 from uap_dist.config import ComputeConfig
 from uap_dist.dataset import Dataset
@@ -149,8 +150,9 @@ def describe_settings(
     """Network, config and versions, for parameters and provenance."""
     return {
         "model": classifier.name,
-        "weights": weights or "published",
+        "weights": describe_weights(classifier.name, weights),
         "weights_digest": classifier.weights_digest,
+        **{f"geometry.{key}": value for key, value in asdict(classifier.geometry).items()},
         **asdict(config),
         "radius": config.ball_radius,
         **{f"solver.{key}": value for key, value in asdict(config.solver).items()},
@@ -160,7 +162,8 @@ def describe_settings(
 
 
 def describe_data(train: Dataset, val: Dataset) -> dict[str, Any]:
-    """Digests and sizes."""
+    """Digests, sizes and, where labels are known, clean top-1."""
+    rates = {name: top1(dataset, dataset.clean.labels) for name, dataset in (("train", train), ("val", val))}
     return {
         "train_digest": train.digest,
         "val_digest": val.digest,
@@ -168,6 +171,7 @@ def describe_data(train: Dataset, val: Dataset) -> dict[str, Any]:
         "val_shards": len(val.shards),
         "num_bad_images": len(train.bad) + len(val.bad),
         "num_shared_images": len(val.shared),
+        **{f"top1.clean_{name}": rate.rate for name, rate in rates.items() if rate is not None},
     }
 
 

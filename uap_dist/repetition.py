@@ -46,10 +46,11 @@ DELIVERY_TIMEOUT_S = 20.0
 
 @dataclass(frozen=True)
 class Network:
-    """The classifier as it is after some repetitions: its weights file (None: the published ones), and the pool against it."""
+    """The classifier as it is after some repetitions: its weights file (None: its own), their digest, and the pool against it."""
 
     name: str
     weights: str | None
+    weights_digest: str
     pool: PerturbationPool
     epochs: Sequence[RoundRecord] = ()
 
@@ -122,7 +123,8 @@ def repeat(job: Job, repetition: int, before: Network) -> Network:
         job.console.print(f"{name}: fresh pool")
         _compute_pool(job, repetition, before.pool, weights)
     epochs = [RoundRecord.from_json(line) for line in (folder / EPOCHS_FILE).read_text().splitlines()]
-    return Network(name, weights, PerturbationPool.load(pool), epochs)
+    digest = load_classifier(job.model, weights).weights_digest
+    return Network(name, weights, digest, PerturbationPool.load(pool), epochs)
 
 
 def measure(job: Job, networks: Sequence[Network]) -> list[Measurement]:
@@ -134,10 +136,11 @@ def measure(job: Job, networks: Sequence[Network]) -> list[Measurement]:
     perturbations = [perturbation for network in networks for perturbation in network.perturbations]
     perturbations.append(Perturbation(RANDOM, noise, {"baseline": True}))
     measurements: list[Measurement] = []
-    fleet = Fleet(job.model, networks[0].weights, job.fleet, job.tracker.run_id)
+    digest = networks[0].weights_digest
+    fleet = Fleet(job.model, networks[0].weights, job.fleet, job.tracker.run_id, weights_digest=digest)
     for number, network in enumerate(networks):
         if number:
-            fleet.use(job.model, network.weights)
+            fleet.use(job.model, network.weights, weights_digest=network.weights_digest)
         fleet.wait()
         val = reload_dataset(fleet, job.val)
         measurements += measure_perturbations(fleet, network.name, "held-out", val, perturbations)
@@ -160,7 +163,16 @@ def group(job: Job, networks: Sequence[Network]) -> dict[str, dict[str, list[str
 def _fine_tune(job: Job, repetition: int, before: Network) -> None:
     """Train; the network and its epochs are in the folder, and in an MLflow run below the job's."""
     num_workers, _ = job.fleet.bounds
-    task = Task(job.model, before.weights, job.train, job.val, before.pool, job.config, job.fleet.threads_per_worker)
+    task = Task(
+        model=job.model,
+        weights=before.weights,
+        weights_digest=before.weights_digest,
+        train=job.train,
+        val=job.val,
+        pool=before.pool,
+        config=job.config,
+        num_threads=job.fleet.threads_per_worker,
+    )
     name = f"{repetition}-finetune"
     training = Training(task, name=name, storage=job.storage, num_workers=num_workers, uses_gpu=job.uses_gpu)
     records = []
@@ -250,7 +262,7 @@ def _compute_pool(job: Job, repetition: int, pool: PerturbationPool, weights: st
         plans[path.name] = MemberPlan(config, path, f"repetition {repetition}: {path.name}", job.record.options)
     config = next(iter(plans.values())).config
     provenance = dict(job.provenance) | describe_settings(classifier, weights, config, job.fleet)
-    fleet = Fleet(job.model, weights, job.fleet, job.tracker.run_id)
+    fleet = Fleet(job.model, weights, job.fleet, job.tracker.run_id, weights_digest=classifier.weights_digest)
     fleet.wait()
     train, val = reload_dataset(fleet, job.train), reload_dataset(fleet, job.val)
     setting = Setting(classifier, fleet, train, val, provenance, job.console)

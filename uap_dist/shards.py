@@ -1,10 +1,8 @@
 """WebDataset tar shards: from patterns to URLs, from a tar to decoded examples, and back."""
 
-import errno
 import hashlib
 import io
 import json
-import logging
 import os
 import platform
 import re
@@ -13,7 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path, PurePosixPath
@@ -31,17 +29,12 @@ from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
 from uap_dist.classifiers import Geometry
-from uap_dist.errors import ConfigError, ShardError
-from uap_dist.locations import explain, is_refusal, is_url, locate, split_query
+from uap_dist.errors import ShardError
+from uap_dist.locations import NO_ROOM, explain, is_url, locate, persist, split_query
 from uap_dist.tars import READ_SIZE, read_tar
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 COPY_SIZE = 8 << 20  # each is a request to the store
-FETCH_ATTEMPTS, SECONDS_BEFORE_RETRY = (
-    5,
-    0.5,
-)  # which double each time, and come on top of the retries of single requests
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # on this machine; what a store says has no such number
 HEAD_SIZE = 512  # of a tar's first header
 UNKNOWN_CLASS = -1
 HASH_SIZE = 16
@@ -55,8 +48,6 @@ TO_UPRIGHT = {  # by the orientation that EXIF says
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -181,19 +172,13 @@ def fetch(url: str) -> ShardFile:
             ) from error
         except OSError as error:
             raise ShardError(f"cannot open shard {url}: {error}") from error
-    for attempt in range(1, FETCH_ATTEMPTS + 1):
-        try:
-            return ShardFile(url, _copy(url), num_retries=attempt - 1)
-        except OSError as error:
-            if error.errno in NO_ROOM:
-                raise ShardError(f"cannot keep shard {url} in {gettempdir()} (TMPDIR): {error.strerror}") from error
-            if is_refusal(error):
-                raise ShardError(f"cannot read shard {explain(url, error)}") from error
-            if attempt == FETCH_ATTEMPTS:
-                raise ShardError(f"cannot read shard {explain(url, error)}; {attempt} attempts failed") from error
-            logger.warning("shard %s; attempt %d of %d follows", explain(url, error), attempt + 1, FETCH_ATTEMPTS)
-            time.sleep(SECONDS_BEFORE_RETRY * 2 ** (attempt - 1))
-    raise AssertionError("the last attempt returns or raises")
+    try:
+        copy, num_retries = persist(url, partial(_copy, url), "shard")
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            raise ShardError(f"cannot keep shard {url} in {gettempdir()} (TMPDIR): {error.strerror}") from error
+        raise ShardError(f"cannot read shard {error}") from error
+    return ShardFile(url, copy, num_retries)
 
 
 def load_shard(url: str, geometry: Geometry, keys: Collection[str] | None = None) -> DecodedShard:
@@ -338,12 +323,7 @@ def _names_in(folder: str) -> list[str]:
 
 def _copy(url: str) -> BinaryIO:
     """What a store holds, in a temporary file that is open at its start; OSError where it comes in part, or as parts of two objects."""
-    try:
-        filesystem, path = locate(url)
-    except ConfigError as error:
-        if isinstance(error.__cause__, OSError):  # the store was asked for the bucket's region
-            raise error.__cause__ from error
-        raise
+    filesystem, path = locate(url)
     with ExitStack() as failing:
         file = failing.enter_context(TemporaryFile())
         with filesystem.open_input_file(path) as stream:

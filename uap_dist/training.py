@@ -28,6 +28,7 @@ from uap_dist.errors import UapDistError, WorkerLostError
 from uap_dist.finetune import HELD_OUT, NETWORK_FILE, Learner, Task
 from uap_dist.history import RoundRecord
 from uap_dist.locations import locate
+from uap_dist.reproducible import set_up_torch
 from uap_dist.weights import read_weights
 
 MAX_RESTARTS = 10  # of all workers together, because one was lost
@@ -129,6 +130,7 @@ def _train(config: dict[str, Any]) -> None:
 
 
 def _train_to_the_end(task: Task, mailbox: ActorHandle[Any]) -> None:
+    set_up_torch(task.num_threads)
     context = ray.train.get_context()
     learner = Learner(
         task,

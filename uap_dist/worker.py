@@ -3,14 +3,13 @@
 Everything it returns is a function of its arguments, its classifier and the shards; what it keeps are caches.
 """
 
-import ctypes
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, wraps
 from math import inf
-from typing import Literal
+from typing import Concatenate, Literal, ParamSpec, TypeVar
 
 import numpy as np
 import psutil
@@ -20,15 +19,18 @@ from torch import Tensor
 from uap_dist.accelerate import accelerate
 from uap_dist.augment import Augmentation, augment
 from uap_dist.cache import ShardCache, Traffic
-from uap_dist.classifiers import Classifier, check_classifier, load_classifier
+from uap_dist.check import check_classifier
+from uap_dist.classifiers import Classifier, load_classifier
 from uap_dist.deepfool import add_perturbation, deepfool, log_odds_sum
 from uap_dist.errors import ShardError
+from uap_dist.reproducible import reproducible
 from uap_dist.shards import DecodedShard
 from uap_dist.update import Iterate, StepRule, log_odds_update, remember, weigh
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
-
 LOG_ODDS_SIZE = "mean_log_odds_size"  # name of a sum, which the next round needs
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 Rule = Literal["log-odds", "paper"]
 
@@ -158,13 +160,30 @@ class Resources:
     num_cpus: int
 
 
+def _reproducibly(method: Callable[Concatenate["Worker", P], T]) -> Callable[Concatenate["Worker", P], T]:
+    """The method with torch set as in every other worker, and as it was afterwards."""
+
+    @wraps(method)
+    def call(self: "Worker", /, *args: P.args, **options: P.kwargs) -> T:
+        with reproducible(self._num_threads):
+            return method(self, *args, **options)
+
+    return call
+
+
 class Worker:
-    """Blocks of shards in, sums and labels out."""
+    """Blocks of shards in, sums and labels out.
+
+    Torch's settings are those of the whole process: number of threads, deterministic kernels, precision (no TF32), and cuBLAS's
+    workspace in the environment. They are set during each task, the same in a notebook as in an actor, and are as they were
+    afterwards. A cuBLAS that the process has used before keeps its workspace: where GPUs have to repeat their bits, set
+    CUBLAS_WORKSPACE_CONFIG=:4096:8 before Python starts.
+    """
 
     def __init__(
         self, classifier: Classifier, *, cache_bytes: int, disk_cache_bytes: int = 0, num_threads: int
     ) -> None:
-        """Take a classifier to the GPU where there is one, with kernels that give the same bits each time.
+        """Take a classifier to the GPU where there is one.
 
         Args:
             classifier: as `load_classifier` gives it.
@@ -172,7 +191,7 @@ class Worker:
             disk_cache_bytes: kept on disk at most, beyond these; what does not fit is read and decoded again for each block.
             num_threads: of torch on the CPU; results may depend on it.
         """
-        set_up_torch(num_threads)
+        self._num_threads = num_threads
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.classifier = classifier.to(self.device)
         self._cache = ShardCache(classifier.geometry, memory_bytes=cache_bytes, disk_bytes=disk_cache_bytes)
@@ -191,6 +210,7 @@ class Worker:
         """Start to fetch a shard in the background, one at a time; a task that needs it then waits for the rest only."""
         self._cache.prefetch(url)
 
+    @_reproducibly
     def load(self, examples: Examples) -> ShardListing:
         """Read and decode a whole shard, keep it if there is room, and say what it holds.
 
@@ -211,6 +231,7 @@ class Worker:
             shape=shard.images.shape[1:],
         )
 
+    @_reproducibly
     def pixels(self, examples: Examples) -> np.ndarray:
         """The examples' images, N×3×H×W uint8.
 
@@ -225,14 +246,25 @@ class Worker:
         self._accelerate(shard)
         return shard.images[[shard.rows[key] for key in examples.keys]]
 
-    def classify(self, examples: Examples, perturbation: np.ndarray, quantize: bool = False) -> Predictions:
-        """What the classifier says of clip(x + v, 0, 255), rounded to whole pixel values or not; v is C×H×W float32, pixels."""
+    @_reproducibly
+    def classify(
+        self, examples: Examples, perturbation: np.ndarray, quantize: bool = False, divisor: float = 1.0
+    ) -> Predictions:
+        """What the classifier says of clip(x + v, 0, 255) / divisor.
+
+        Args:
+            examples: x.
+            perturbation: v, C×H×W float32, pixels.
+            quantize: round clip(x + v, 0, 255) to whole pixel values.
+            divisor: 255 shows the network another unit than pixels.
+        """
         shown = add_perturbation(self._tensor(self.pixels(examples)), self._tensor(perturbation))
         with torch.no_grad():
-            logits = self.classifier(shown.round() if quantize else shown)
+            logits = self.classifier((shown.round() if quantize else shown) / divisor)
         top = logits.softmax(1).max(1)
         return Predictions(top.indices.cpu().numpy(), top.values.cpu().numpy())
 
+    @_reproducibly
     def solve(
         self, examples: Examples, perturbation: np.ndarray, solver: Solver, local: LocalSteps | None = None
     ) -> BlockResult:
@@ -244,6 +276,7 @@ class Worker:
         solve = self._solve_log_odds if solver.rule == "log-odds" else self._solve_paper
         return solve(self._tensor(views), self._tensor(perturbation), labels, solver)
 
+    @_reproducibly
     def normals(self, examples: Examples) -> Normals:
         """Unit normals of the boundaries nearest to the examples as they are (v = 0), by DeepFool's defaults."""
         pixels = self._tensor(self.pixels(examples))
@@ -340,26 +373,6 @@ def add_sums(results: Sequence[BlockResult]) -> dict[str, tuple[float, int]]:
 def _sum_finite(values: Tensor) -> tuple[float, int]:
     finite = values[values.isfinite()].double()
     return float(finite.sum()), len(finite)
-
-
-def set_up_torch(num_threads: int) -> None:
-    """Have torch use so many CPU threads, and kernels that give the same bits each time."""
-    _keep_freed_memory()
-    # cuBLAS repeats its bits only with a fixed workspace
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.set_num_threads(num_threads)
-    torch.use_deterministic_algorithms(True, warn_only=True)  # some networks have layers without such a kernel on GPUs
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # slow, changes nothing
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.allow_tf32 = False
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc keep freed tensors instead of returning their pages, whose faults cost a quarter of a step in batches of 24."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for parameter, value in ((M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, (1 << 31) - 1), (M_TOP_PAD, 64 << 20)):
-            mallopt(parameter, value)
 
 
 def make_worker(

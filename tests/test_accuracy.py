@@ -1,0 +1,75 @@
+"""Networks that are shown the wrong unit, and labels that are numbered otherwise."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_samples
+from torch import nn
+
+from uap_dist.accuracy import check_accuracy
+from uap_dist.classifiers import Classifier, Geometry
+from uap_dist.dataset import LocalWorkers, load_dataset
+from uap_dist.errors import ClassifierError
+from uap_dist.shards import write_shards
+from uap_dist.worker import Worker
+
+
+class Strongest(nn.Module):
+    """The strongest colour of pixels of 0..1, as `random_samples` labels them; saturated, and so wrong, at 0..255."""
+
+    def __init__(self, divisor: float = 1.0, shift: int = 0) -> None:
+        super().__init__()
+        self.divisor, self.shift = divisor, shift
+
+    def forward(self, pixels):
+        x = pixels / self.divisor
+        means = x.mean((2, 3)) - 30 * torch.relu(x.mean((2, 3)) - 1)  # turned round beyond 1
+        return means.roll(self.shift, 1)
+
+
+def accuracy(network, shards):
+    classifier = Classifier(network, name="strongest", geometry=Geometry())
+    workers = LocalWorkers(Worker(classifier, cache_bytes=1 << 30, num_threads=1))
+    return check_accuracy(workers, load_dataset(workers, shards), "strongest")
+
+
+@pytest.fixture
+def data(shards):
+    return [str(shards / f"train-{i:04d}.tar") for i in range(3)]
+
+
+def test_a_network_that_wants_0_to_1_is_refused_with_what_to_do(data):
+    with pytest.raises(
+        ClassifierError, match=r"strongest names 0\.\d+ of the .* divided by 255: it wants 0..1 .* pixels / 255"
+    ):
+        accuracy(Strongest(), data)
+
+
+def test_a_network_that_is_right_is_not_warned_of(data, caplog):
+    rate = accuracy(Strongest(255.0), data)
+    assert rate.num_examples == 47 and rate.rate > 0.9 and not caplog.text
+
+
+def test_labels_that_are_numbered_otherwise_are_warned_of(data, caplog):
+    rate = accuracy(Strongest(255.0, shift=1), data)
+    assert rate.rate < 0.2 and "are its classes numbered as the labels (.cls) are?" in caplog.text
+
+
+def test_without_labels_nothing_is_said(tmp_path, caplog):
+    samples = [{key: value for key, value in sample.items() if key != "cls"} for sample in random_samples(9, seed=5)]
+    write_shards(samples, tmp_path, prefix="x", shard_size=9)
+    assert accuracy(Strongest(), [str(tmp_path / "x-0000.tar")]) is None and not caplog.text
+
+
+def test_a_network_that_says_the_same_of_all_dark_images_is_not_taken_for_one_of_0_to_1(tmp_path, caplog):
+    rng = np.random.default_rng(0)
+    samples = [sample | {"cls": int(rng.random() < 0.2)} for sample in random_samples(60, seed=6)]
+    write_shards(samples, tmp_path, prefix="x", shard_size=60)
+
+    class Bright(nn.Module):  # 0 of dark images, which is right of most
+        def forward(self, pixels):
+            mean = pixels.mean((1, 2, 3))
+            return torch.stack([10 - mean, mean], 1)
+
+    rate = accuracy(Bright(), [str(tmp_path / "x-0000.tar")])
+    assert rate.rate < 0.5 and "numbered" in caplog.text

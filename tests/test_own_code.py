@@ -1,0 +1,83 @@
+"""Networks in files of a user's own, in this process as in any other."""
+
+import sys
+
+import pytest
+import torch
+
+from uap_dist.classifiers import load_classifier
+from uap_dist.errors import ClassifierError
+
+NETWORK = """
+import torch
+from torch import nn
+
+def build():
+    torch.manual_seed(SEED)
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+"""
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return f"{path}:build"
+
+
+@pytest.mark.parametrize("name", ["options", "network", "torch", "test", "my-net.v2", "dataclasses", "random"])
+def test_a_file_of_any_name_may_have_dataclasses_under_postponed_annotations(tmp_path, name):
+    text = (
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        + NETWORK.replace("SEED", "Options().seed")
+        + "\n@dataclass\nclass Options:\n    seed: int = 3\n"
+    )
+    modules = dict(sys.modules)
+    assert load_classifier(write(tmp_path / f"{name}.py", text))(torch.zeros(1, 3, 2, 2)).shape == (1, 3)
+    assert all(sys.modules[known] is module for known, module in modules.items())
+
+
+@pytest.mark.parametrize("neighbour", ["blocks.py", "blocks/__init__.py"])
+@pytest.mark.parametrize(
+    "text", ["from blocks import build\n", "def build():\n    import blocks\n    return blocks.build()\n"]
+)
+def test_what_lies_beside_a_file_can_be_imported_and_is_not_taken_for_that_of_another_folder(tmp_path, neighbour, text):
+    digests = []
+    for seed in (1, 2, 1):
+        write(tmp_path / str(seed) / neighbour, NETWORK.replace("SEED", str(seed)))
+        digests.append(load_classifier(write(tmp_path / f"{seed}/network.py", text)).weights_digest)
+    assert digests[0] == digests[2] != digests[1]
+    assert [path for path in sys.path if path.startswith(str(tmp_path))] == [str(tmp_path / "1")]
+
+
+def test_neighbours_do_not_come_before_what_is_installed(tmp_path):
+    write(tmp_path / "json.py", "raise ImportError")
+    load_classifier(
+        write(tmp_path / "network.py", "import json, decimal\njson.dumps(1)\n" + NETWORK.replace("SEED", "1"))
+    )
+    write(tmp_path / "colorsys.py", "x = 1")
+    with pytest.raises(
+        ClassifierError, match="another module of the name colorsys is found before the one beside it: rename"
+    ):
+        load_classifier(write(tmp_path / "network.py", "from colorsys import x"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("import absent_module", "No module named 'absent_module'; install it, or set PYTHONPATH to the folder"),
+        (
+            "from .blocks import build",
+            "attempted relative import .*; a file alone has no package: give package.module:factory",
+        ),
+        ("x = {}['y']", r"there is no 'y' \(line 1 of .*net.py\)"),
+        ("def build(:", r"invalid syntax \(net.py, line 1\)"),
+        ("import sys\nsys.exit(2)", "it ends the process, as a script does"),
+        ("def build():\n    raise ValueError('\\x1b[1mno\\x1b[0m\\nmore')", r"fails without arguments: no \(line 2 of"),
+    ],
+)
+def test_an_error_in_a_users_code_is_one_line_that_says_where(tmp_path, text, message):
+    with pytest.raises(ClassifierError, match=message) as refusal:
+        load_classifier(write(tmp_path / "net.py", text))
+    assert str(refusal.value).isprintable()
+    with pytest.raises(ClassifierError):
+        load_classifier(write(tmp_path / "net.py", text))
