@@ -45,7 +45,7 @@ from uap_dist.provenance import describe_code, seconds_since_start
 from uap_dist.report import FinishedRun, output_folder, publish
 from uap_dist.resume import Resumed, find_resumed
 from uap_dist.shards import expand_patterns
-from uap_dist.terminal import command, one_line_errors, raise_on_sigterm, set_up_logging
+from uap_dist.terminal import command, one_line_errors, raise_on_sigterm, refuse_credentials, set_up_logging
 from uap_dist.tracking import CHECKPOINTS_TAG, Tracker
 
 JOB_COSTS = (
@@ -170,6 +170,7 @@ def main() -> None:
     with one_line_errors(debug="--debug" in sys.argv):
         raise_on_sigterm()
         set_up_logging(console, debug="--debug" in sys.argv)
+        refuse_credentials(sys.argv[1:])
         resumed = find_resumed()
         options, refusal = _parse(resumed)
         run_id = resumed.checkpoint.job.run_id if resumed else None

@@ -31,7 +31,7 @@ from uap_dist.repetition import REPETITIONS_FOLDER, Job, Network, group, measure
 from uap_dist.report import output_folder, publish
 from uap_dist.resume import Resumed, find_resumed
 from uap_dist.shards import expand_patterns
-from uap_dist.terminal import command, one_line_errors, raise_on_sigterm, set_up_logging
+from uap_dist.terminal import command, one_line_errors, raise_on_sigterm, refuse_credentials, set_up_logging
 from uap_dist.tracking import CHECKPOINTS_TAG, Tracker
 
 console = Console(soft_wrap=True, highlight=False)
@@ -118,6 +118,7 @@ def main() -> None:
     with one_line_errors(debug="--debug" in sys.argv):
         raise_on_sigterm()
         set_up_logging(console, debug="--debug" in sys.argv)
+        refuse_credentials(sys.argv[1:])
         resumed = find_resumed()
         default = Options() if resumed is None else Options.from_json(resumed.checkpoint.job.options)
         options = tyro.cli(Options, default=default, config=(tyro.conf.OmitArgPrefixes,))

@@ -13,7 +13,7 @@ from rich.progress import track
 from uap_dist.errors import ConfigError
 from uap_dist.shards import write_shards
 from uap_dist.sources import list_folder, list_ilsvrc_train, list_ilsvrc_val, shuffled_samples
-from uap_dist.terminal import one_line_errors
+from uap_dist.terminal import one_line_errors, refuse_credentials
 
 console = Console(soft_wrap=True, highlight=False)
 
@@ -41,6 +41,7 @@ class Options:
 def main() -> None:
     """List, shuffle, write."""
     with one_line_errors(debug="--debug" in sys.argv):
+        refuse_credentials(sys.argv[1:])
         options = tyro.cli(Options)
         if options.shard_size < 1:
             raise ConfigError(f"shard size is {options.shard_size}; it must be positive")

@@ -12,6 +12,7 @@ from urllib.parse import parse_qsl, urlsplit
 from pyarrow import ArrowInvalid, fs
 
 from uap_dist.errors import ConfigError
+from uap_dist.foreign_text import hide_credentials, redact
 
 # pyarrow's own defaults are 3, 1 s and 3 s for S3, of which a busy store needs more, and 15 minutes for GCS
 RETRIES, CONNECT_TIMEOUT_S, REQUEST_TIMEOUT_S, GCS_RETRY_S = 3, 5.0, 10.0, 30.0
@@ -96,9 +97,9 @@ def locate(location: str) -> tuple[fs.FileSystem, str]:
         return fs.LocalFileSystem(), location
     url, query = split_query(location)
     scheme, _, path = url.partition("://")
-    if "@" in path.partition("/")[0]:
+    if hide_credentials(location) != location:
         raise ConfigError(
-            f"{scheme}://…@{path.partition('@')[2]} holds credentials, which runs and checkpoints would keep; give {CREDENTIALS}, "
+            f"{redact(location)} holds credentials, which runs and checkpoints would keep; give {CREDENTIALS}, "
             "or ?anonymous=true where the bucket is public"
         )
     try:
@@ -173,7 +174,7 @@ def _options(location: str, query: str, known: Mapping[str, Callable[[str], Any]
     options = {}
     for name, text in parse_qsl(query.removeprefix("?"), keep_blank_values=True):
         if name not in known:
-            raise ConfigError(f"{location}: unknown option {name!r}; there are {', '.join(known)}")
+            raise ConfigError(f"{redact(location)}: unknown option {name!r}; there are {', '.join(known)}")
         try:
             options[name] = known[name](text)
         except (ValueError, KeyError) as error:

@@ -4,7 +4,8 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -13,9 +14,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from uap_dist.compute import RoundReport
-from uap_dist.errors import UapDistError
+from uap_dist.errors import ConfigError, UapDistError
+from uap_dist.foreign_text import hide_credentials, redact
 
 SECONDS_BETWEEN_LINES = 10.0
+WHERE_CREDENTIALS_BELONG = (
+    "credentials belong in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS), "
+    "in a profile, or in the machine's role"
+)
 
 
 class RoundProgress:
@@ -91,7 +97,7 @@ class _Lines(logging.Handler):
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        line = f"{record.levelname.lower()}: {record.getMessage()}"
+        line = f"{record.levelname.lower()}: {redact(record.getMessage())}"
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -99,6 +105,29 @@ def command() -> str:
     """How this job was started, for messages that say how to go on: `python jobs/compute.py`, or `uap-compute` where it is installed."""
     script = Path(sys.argv[0])
     return f"python {script}" if script.suffix == ".py" else script.name
+
+
+def refuse_credentials(words: Sequence[str]) -> None:
+    """Look through a command line before any of it is parsed, printed or stored.
+
+    Raises:
+        ConfigError: one of its words seems to hold a credential; names the option, not the credential.
+    """
+    option = ""
+    for word in words:
+        value = word
+        if word.startswith("-"):
+            name, _, value = word.partition("=")
+            option = redact(name)
+            if hide_credentials(f"{name}=value") != f"{name}=value":
+                raise ConfigError(f"{option}: no option takes a credential; {WHERE_CREDENTIALS_BELONG}")
+        if hide_credentials(value) != value:
+            what = (
+                "is a command, which is not run and may hold a credential; give a path, or an s3:// or gs:// URL"
+                if "pipe:" in value
+                else "seems to hold a credential, which runs, checkpoints and logs would keep"
+            )
+            raise ConfigError(f"{option} {redact(value)} {what}; {WHERE_CREDENTIALS_BELONG}".strip())
 
 
 def raise_on_sigterm() -> None:
@@ -114,7 +143,7 @@ def raise_on_sigterm() -> None:
 def one_line_errors(*, debug: bool) -> Iterator[None]:
     """End the process with one line: exit code 1 for an error, 130 when interrupted; tracebacks only for debugging.
 
-    An error that is not the package's own is named with its type.
+    An error that is not the package's own is named with its type. Credentials are hidden either way.
     """
     try:
         yield
@@ -123,14 +152,15 @@ def one_line_errors(*, debug: bool) -> Iterator[None]:
         sys.exit(130)
     except Exception as error:
         if debug:
-            raise
+            sys.stderr.write(redact(traceback.format_exc()))
+            sys.exit(1)
         lines = str(error).strip().splitlines() or [""]
         reason = (
             str(error)
             if isinstance(error, UapDistError)
             else f"{type(error).__name__}: {lines[-1]} (--debug shows where)"
         )
-        sys.stderr.write(f"error: {reason}\n")
+        sys.stderr.write(f"error: {redact(reason)}\n")
         sys.exit(1)
 
 

@@ -30,6 +30,7 @@ from mlflow.types import Schema, TensorSpec
 from uap_dist.classifiers import Classifier
 from uap_dist.dataset import Dataset
 from uap_dist.errors import ResumeError, TrackingError, UapDistError
+from uap_dist.foreign_text import HIDDEN, hide_credentials, redact
 from uap_dist.history import RoundRecord
 from uap_dist.outbox import Outbox
 
@@ -62,7 +63,7 @@ class Tracker:
         self._is_child, self._is_ended = parent is not None, False
         with _answering(self.uri):
             self._client = mlflow.MlflowClient()
-            tags = {"command": shlex.join(sys.argv)}
+            tags = {"command": shlex.join(map(redact, sys.argv))}
             if run_id is not None:
                 run = _reopen(run_id) if parent is None else _reopen_child(self._client, run_id)
             elif parent is not None:
@@ -103,7 +104,7 @@ class Tracker:
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Parameters; None is written as "none"."""
-        texts = {key: "none" if value is None else str(value) for key, value in params.items()}
+        texts = {key: "none" if value is None else redact(str(value)) for key, value in params.items()}
         with _answering(self.uri):
             self._client.log_batch(self.run_id, params=[Param(key, text) for key, text in texts.items()])
 
@@ -138,7 +139,7 @@ class Tracker:
         """
         left = self._outbox.close(timeout_s)
         if left:
-            raise TrackingError(f"metrics of {left} rounds are not at the tracking server at {self.uri}")
+            raise TrackingError(f"metrics of {left} rounds are not at the tracking server at {redact(self.uri)}")
 
     def complete(
         self,
@@ -169,7 +170,7 @@ class Tracker:
             self._client.log_batch(
                 self.run_id,
                 metrics=[Metric(key, value, now, step) for key, value in metrics.items() if key not in known],
-                tags=[RunTag(key, str(value)) for key, value in tags.items()],
+                tags=[RunTag(key, redact(str(value))) for key, value in tags.items()],
             )
             self.describe(markdown)
             for path in sorted(folder.iterdir()):
@@ -250,7 +251,7 @@ class Tracker:
     def _end(self, status: Literal["FINISHED", "FAILED", "KILLED"], reason: str | None) -> None:
         try:
             if reason is not None:
-                self.set_tag("reason", reason[:5000])
+                self.set_tag("reason", redact(reason)[:5000])
             if self._is_child:
                 self._client.set_terminated(self.run_id, status)
             else:
@@ -264,7 +265,8 @@ class Tracker:
         """Command or address that shows the run."""
         if self.uri.startswith("sqlite:"):
             return f"mlflow ui --backend-store-uri {self.uri}, then http://127.0.0.1:5000/{self._page()}"
-        return f"{self.uri.rstrip('/')}/{self._page()}" if self.uri.startswith("http") else self.uri
+        uri = hide_credentials(self.uri).replace(f"{HIDDEN}@", "")  # a browser asks for them
+        return f"{uri.rstrip('/')}/{self._page()}" if uri.startswith("http") else uri
 
     def _page(self) -> str:
         # without the option MLflow shows its pages for language models
@@ -284,7 +286,7 @@ def checkpoints_of(run_id: str) -> str:
             tags = mlflow.get_run(run_id).data.tags
         except MlflowException as error:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                raise ResumeError(f"no run {run_id} at {uri} (MLFLOW_TRACKING_URI)") from error
+                raise ResumeError(f"no run {run_id} at {redact(uri)} (MLFLOW_TRACKING_URI)") from error
             raise
     if CHECKPOINTS_TAG not in tags:
         raise ResumeError(f"run {run_id} ended before its first checkpoint; start it again without --resume")
@@ -308,7 +310,7 @@ def fetch(address: str) -> str:
         return str(mlflow.artifacts.download_artifacts(address))
     except (MlflowException, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise TrackingError(f"cannot fetch {address} from {uri} (MLFLOW_TRACKING_URI): {reason}") from error
+        raise TrackingError(redact(f"cannot fetch {address} from {uri} (MLFLOW_TRACKING_URI): {reason}")) from error
 
 
 def _tracking_uri() -> str:
@@ -328,7 +330,7 @@ def _answering(uri: str) -> Iterator[None]:
     except Exception as error:  # MLflow's, and those of whatever store its artifacts go to
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise TrackingError(
-            f"the tracking server at {uri} (MLFLOW_TRACKING_URI) does not answer as it should: {reason}"
+            redact(f"the tracking server at {uri} (MLFLOW_TRACKING_URI) does not answer as it should: {reason}")
         ) from error
 
 
