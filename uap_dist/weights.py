@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from uap_dist.errors import ClassifierError
@@ -44,7 +44,7 @@ def read_weights(path: str) -> dict[str, Tensor]:
 def write_weights(path: Path, network: nn.Module, provenance: Mapping[str, Any]) -> None:
     """The network's parameters and buffers as a .safetensors file that `read_weights` reads, with where they come from as JSON in it."""
     state = {key: value.detach().cpu().clone().contiguous() for key, value in network.state_dict().items()}
-    save_file(state, path, metadata={"provenance": json.dumps(provenance, sort_keys=True)})
+    path.write_bytes(save(state, {"provenance": json.dumps(provenance, sort_keys=True)}))
 
 
 def fill(network: nn.Module, state: dict[str, Tensor], path: str) -> None:
