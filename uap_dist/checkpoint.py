@@ -21,7 +21,7 @@ from pyarrow import fs
 from uap_dist.compute import State
 from uap_dist.errors import ConfigError, ResumeError
 from uap_dist.history import RoundRecord
-from uap_dist.locations import explain, locate
+from uap_dist.locations import explain, locate, make_folder
 from uap_dist.update import Iterate
 
 KEPT = 3
@@ -112,7 +112,7 @@ class CheckpointStore:
             ConfigError: it cannot be written to.
         """
         with self._writable():
-            self._filesystem.create_dir(self._folder, recursive=True)
+            make_folder(self._filesystem, self._folder)
             self._write(checkpoint)
 
     def prepare(self) -> None:
@@ -123,7 +123,7 @@ class CheckpointStore:
         """
         trial = f"{self._folder}/{UNFINISHED}"
         with self._writable():
-            self._filesystem.create_dir(self._folder, recursive=True)
+            make_folder(self._filesystem, self._folder)
             with self._filesystem.open_output_stream(trial) as file:
                 file.write(b"uap_dist")
             self._filesystem.delete_file(trial)

@@ -128,6 +128,18 @@ def read_file(location: str) -> bytes:
     return data
 
 
+def make_folder(filesystem: fs.FileSystem, path: str) -> None:
+    """A folder, unless it is there; a local one that is new is its owner's alone, because others may use the machine as well.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    if isinstance(filesystem, fs.LocalFileSystem):
+        Path(path).mkdir(0o700, parents=True, exist_ok=True)
+    else:
+        filesystem.create_dir(path, recursive=True)
+
+
 def copy_folder(folder: Path, location: str, last: str) -> None:
     """Every file of a local folder to another place, the one named `last` at the end: where it is, the rest is.
 

@@ -41,7 +41,8 @@ def output_folder(output: Path | None, name: str, *, may_hold_files: bool = Fals
     Raises:
         ConfigError: a URL, a folder that holds files, or one that cannot be written to.
     """
-    folder = output or Path("outputs") / f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    plain = re.sub(r"[/\\\s]+", "-", name)  # a model may be named by its path
+    folder = output or Path("outputs") / f"{plain}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     if re.match(r"\w+:/", str(folder)):
         raise ConfigError(
             f"--output {output} is a URL; give a folder (the same files go to MLflow, and to --storage s3://…)"
@@ -49,7 +50,7 @@ def output_folder(output: Path | None, name: str, *, may_hold_files: bool = Fals
     if not may_hold_files and folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty; give another --output")
     try:  # now, not when hours of work are to be saved
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(0o700, parents=True, exist_ok=True)  # on a machine that others use, nobody else looks in
         (folder / ".writable").touch()
         (folder / ".writable").unlink()
     except OSError as error:
