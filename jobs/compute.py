@@ -59,7 +59,7 @@ JOB_COSTS = (
 )
 FLEET_COSTS = ("num_workers", "gpus_per_worker", "threads_per_worker", "cache_gib", "disk_cache_gib")
 
-console = Console(soft_wrap=True, highlight=False)
+console = Console(soft_wrap=True, highlight=False, markup=False)
 
 
 @dataclass(frozen=True, kw_only=True)

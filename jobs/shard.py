@@ -15,7 +15,7 @@ from uap_dist.shards import write_shards
 from uap_dist.sources import list_folder, list_ilsvrc_train, list_ilsvrc_val, shuffled_samples
 from uap_dist.terminal import one_line_errors, refuse_credentials
 
-console = Console(soft_wrap=True, highlight=False)
+console = Console(soft_wrap=True, highlight=False, markup=False)
 
 
 @dataclass(frozen=True, kw_only=True)

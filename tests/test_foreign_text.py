@@ -2,12 +2,13 @@ import string
 from urllib.parse import quote
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 from test_job import finish, runs, start
 
 from uap_dist.errors import ConfigError
-from uap_dist.foreign_text import hide_credentials, redact
+from uap_dist.foreign_text import escape_markdown, hide_credentials, printable, redact
 from uap_dist.locations import locate
 from uap_dist.terminal import one_line_errors, refuse_credentials
 
@@ -149,6 +150,40 @@ def test_places_with_a_credential_are_refused_in_python_as_well():
         ) as caught:
             locate(url)
         assert "ter2" not in str(caught.value)
+
+
+NAMES = st.one_of(st.text('*_`~$|<>[]()!#+-.&;\\"ab1 \n\x1b\x9b', max_size=12), st.text(max_size=12))
+
+
+@pytest.mark.parametrize(
+    ("frame", "around"),
+    [
+        ("{}\n", ["paragraph"]),
+        ("* {}\n", ["bullet_list", "list_item", "paragraph"]),
+        ("| a |\n| - |\n| {} |\n", ["table"]),
+    ],
+)
+@given(name=NAMES)
+def test_a_name_in_markdown_is_text_and_nothing_else(frame, around, name):
+    shown = printable(name).strip()
+    assume(shown)
+    tokens = (
+        MarkdownIt("commonmark", {"html": True})
+        .enable(["table", "strikethrough"])
+        .parse(frame.format(escape_markdown(name)))
+    )
+    opened = [token.type.removesuffix("_open") for token in tokens if token.type.endswith("_open")]
+    assert opened[: len(around)] == around and len(opened) == {"table": 7}.get(around[0], len(around))
+    children = [token for token in tokens if token.type == "inline"][-1].children
+    assert {child.type for child in children} <= {"text", "text_special"}
+    assert "".join(child.content for child in children) == shown
+
+
+@given(text=st.text(max_size=30).filter(lambda text: "\x1b" not in text))
+def test_what_is_printable_is_one_line_that_no_terminal_obeys(text):
+    shown = printable(f"a\x1b[31m{text}\x1b]0;title\x07b")
+    assert not any(ord(character) < 32 or 127 <= ord(character) < 160 for character in shown)
+    assert len(shown.splitlines()) == 1 and shown.startswith("a") and "title" not in shown
 
 
 @pytest.mark.parametrize("debug", [False, True])

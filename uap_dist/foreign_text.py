@@ -40,6 +40,8 @@ _TOKEN = re.compile(
     r"glpat-[\w-]{16,}|hf_[A-Za-z0-9]{30,}|xox[a-z]-[\w-]{10,}|dapi[0-9a-f]{32}|eyJ[\w-]{8,}\.[\w-]+(?:\.[\w-]*)?)"
 )
 _URL_OPTION = re.compile(r"(?<=[?&;])([^\s&;=#?]+)=([^\s&#]+)")
+_TERMINAL_CODE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|.)?", re.DOTALL)
+_JOINERS = "\u00a0\u200c\u200d"  # which names in many scripts have
 
 
 def hide_credentials(text: str) -> str:
@@ -58,3 +60,16 @@ def _hide_option(match: re.Match[str], *, hides_unknown: bool) -> str:
     name = unquote_plus(match[1])
     is_secret = re.fullmatch(f"{_NAME}|{_SHORT_NAME}", name, re.IGNORECASE)
     return f"{match[1]}={HIDDEN}" if is_secret or (hides_unknown and name not in SHOWN_OPTIONS) else match[0]
+
+
+def printable(text: str) -> str:
+    """The text in one line without what a terminal would obey: its codes are left out, line ends are spaces, other such characters �."""
+    plain = re.sub(r"[\r\n\t\v\f\x85\u2028\u2029]+", " ", _TERMINAL_CODE.sub("", text))
+    return "".join(character if character.isprintable() or character in _JOINERS else "�" for character in plain)
+
+
+def escape_markdown(text: object) -> str:
+    """A name or value within a line or table cell of Markdown, which shows it as it is: no markup, no HTML, no second line."""
+    line = re.sub(r"([\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", printable(str(text)))
+    line = re.sub(r"^(\d+(?=[.)](?:\s|$))|(?=[#>+=-]))", r"\1\\", line)  # which begins a heading, a quotation or a list
+    return re.sub(r"&(?=#?\w+;)", "&amp;", line).replace("<", "&lt;")

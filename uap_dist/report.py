@@ -19,6 +19,7 @@ from uap_dist.compute import RoundReport
 from uap_dist.dataset import Dataset, Workers
 from uap_dist.errors import ConfigError
 from uap_dist.fooling import Rate
+from uap_dist.foreign_text import escape_markdown
 from uap_dist.history import RoundRecord
 from uap_dist.label_graph import dominant_labels, label_graph, save_label_graph
 from uap_dist.locations import copy_folder, is_url, join
@@ -150,14 +151,15 @@ class FinishedRun:
     def summary(self) -> str:
         """A few lines of Markdown: what was computed, how well it fools, against what."""
         p, final = self.provenance, self.final
+        model = escape_markdown(p["model"])
         demo = (
             "\n\nThe images are crops of a few photographs from Python packages: a demonstration, not a measurement."
             if p["demo"]
             else ""
         )
-        taken = ", ".join(f"{name} ({count})" for name, count in self.dominant_labels)
+        taken = ", ".join(f"{escape_markdown(name)} ({count})" for name, count in self.dominant_labels)
         return (
-            f"Universal perturbation of **{p['model']}**, {p['norm']} ≤ {p['radius']:g} pixels, rule {p['rule']}, seed {p['seed']}.\n\n"
+            f"Universal perturbation of **{model}**, {p['norm']} ≤ {p['radius']:g} pixels, rule {p['rule']}, seed {p['seed']}.\n\n"
             f"Fooling rate on held-out images: **{self.val_rate}** (95 % interval); "
             f"a random perturbation of the same norm: {self.random_rate}; on training images: {self.train_rate}.\n\n"
             f"Most of the {self.val_rate.num_hits} fooled held-out images are called: {taken or 'nothing'}.\n\n"

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from uap_dist.compute import RoundReport
 from uap_dist.errors import ConfigError, UapDistError
-from uap_dist.foreign_text import hide_credentials, redact
+from uap_dist.foreign_text import hide_credentials, printable, redact
 
 SECONDS_BETWEEN_LINES = 10.0
 WHERE_CREDENTIALS_BELONG = (
@@ -34,7 +34,9 @@ class RoundProgress:
         self._shares: dict[str, float] = {}
         self._done_before = 0.0  # by the runs that are resumed here
         self._started = self._last_line = time.monotonic()
-        self._bar = Progress(TextColumn("rounds"), BarColumn(), TextColumn("{task.description}"), console=console)
+        self._bar = Progress(
+            TextColumn("rounds"), BarColumn(), TextColumn("{task.description}", markup=False), console=console
+        )
         self._task = self._bar.add_task("the first round", total=1.0)
 
     def __enter__(self) -> "RoundProgress":
@@ -78,7 +80,7 @@ class RoundProgress:
 
     def _line(self, text: str) -> None:
         self._last_line = time.monotonic()
-        self._console.print(text, highlight=False, soft_wrap=True)
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def set_up_logging(console: Console, *, debug: bool) -> None:
@@ -97,7 +99,7 @@ class _Lines(logging.Handler):
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        line = f"{record.levelname.lower()}: {redact(record.getMessage())}"
+        line = f"{record.levelname.lower()}: {printable(redact(record.getMessage()))}"
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -127,7 +129,7 @@ def refuse_credentials(words: Sequence[str]) -> None:
                 if "pipe:" in value
                 else "seems to hold a credential, which runs, checkpoints and logs would keep"
             )
-            raise ConfigError(f"{option} {redact(value)} {what}; {WHERE_CREDENTIALS_BELONG}".strip())
+            raise ConfigError(f"{option} {printable(redact(value))} {what}; {WHERE_CREDENTIALS_BELONG}".strip())
 
 
 def raise_on_sigterm() -> None:
@@ -160,7 +162,7 @@ def one_line_errors(*, debug: bool) -> Iterator[None]:
             if isinstance(error, UapDistError)
             else f"{type(error).__name__}: {lines[-1]} (--debug shows where)"
         )
-        sys.stderr.write(f"error: {redact(reason)}\n")
+        sys.stderr.write(f"error: {printable(redact(reason))}\n")
         sys.exit(1)
 
 

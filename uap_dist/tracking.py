@@ -30,7 +30,7 @@ from mlflow.types import Schema, TensorSpec
 from uap_dist.classifiers import Classifier
 from uap_dist.dataset import Dataset
 from uap_dist.errors import ResumeError, TrackingError, UapDistError
-from uap_dist.foreign_text import HIDDEN, hide_credentials, redact
+from uap_dist.foreign_text import HIDDEN, hide_credentials, printable, redact
 from uap_dist.history import RoundRecord
 from uap_dist.outbox import Outbox
 
@@ -251,7 +251,7 @@ class Tracker:
     def _end(self, status: Literal["FINISHED", "FAILED", "KILLED"], reason: str | None) -> None:
         try:
             if reason is not None:
-                self.set_tag("reason", redact(reason)[:5000])
+                self.set_tag("reason", printable(redact(reason))[:5000])
             if self._is_child:
                 self._client.set_terminated(self.run_id, status)
             else:
