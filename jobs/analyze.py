@@ -31,10 +31,10 @@ from uap_dist.phase import Point, phase_transition
 from uap_dist.provenance import describe_code
 from uap_dist.report import output_folder
 from uap_dist.shards import expand_apart
-from uap_dist.terminal import one_line_errors, raise_on_sigterm, set_up_logging
+from uap_dist.terminal import one_line_errors, raise_on_sigterm, refuse_credentials, set_up_logging
 from uap_dist.tracking import Tracker
 
-console = Console(soft_wrap=True, highlight=False)
+console = Console(soft_wrap=True, highlight=False, markup=False)
 Analysis = Literal["phase", "boundaries", "images"]
 Measured = TypeVar("Measured", Point, NumberPoint)
 
@@ -123,6 +123,7 @@ def main() -> None:
     with one_line_errors(debug="--debug" in sys.argv):
         raise_on_sigterm()
         set_up_logging(console, debug="--debug" in sys.argv)
+        refuse_credentials(sys.argv[1:])
         options = tyro.cli(Options, config=(tyro.conf.OmitArgPrefixes,))
         with Tracker(job="analyze", experiment=options.experiment, run_name="analysis") as tracker:
             run(options, tracker)

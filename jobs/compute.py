@@ -52,7 +52,7 @@ from uap_dist.provenance import describe_code, seconds_since_start
 from uap_dist.report import FinishedRun, output_folder, publish, resumable, writes_files
 from uap_dist.resume import Resumed, find_resumed
 from uap_dist.shards import expand_apart
-from uap_dist.terminal import command, one_line_errors, raise_on_sigterm, set_up_logging
+from uap_dist.terminal import command, one_line_errors, raise_on_sigterm, refuse_credentials, set_up_logging
 from uap_dist.tracking import CHECKPOINTS_TAG, Tracker
 
 JOB_COSTS = (
@@ -66,7 +66,7 @@ JOB_COSTS = (
 )
 FLEET_COSTS = ("num_workers", "gpus_per_worker", "threads_per_worker", "cache_gib", "disk_cache_gib")
 
-console = Console(soft_wrap=True, highlight=False)
+console = Console(soft_wrap=True, highlight=False, markup=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +181,7 @@ def main() -> None:
     with one_line_errors(debug="--debug" in sys.argv):
         raise_on_sigterm()
         set_up_logging(console, debug="--debug" in sys.argv)
+        refuse_credentials(sys.argv[1:])
         resumed = find_resumed("compute")
         options, refusal = _parse(resumed)
         run_id = resumed.checkpoint.job.run_id if resumed else None

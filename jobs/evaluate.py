@@ -29,10 +29,10 @@ from uap_dist.provenance import describe_code
 from uap_dist.report import output_folder
 from uap_dist.review import save_evaluation, summary
 from uap_dist.shards import expand_patterns
-from uap_dist.terminal import one_line_errors, raise_on_sigterm, set_up_logging
+from uap_dist.terminal import one_line_errors, raise_on_sigterm, refuse_credentials, set_up_logging
 from uap_dist.tracking import Tracker
 
-console = Console(soft_wrap=True, highlight=False)
+console = Console(soft_wrap=True, highlight=False, markup=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +88,7 @@ def main() -> None:
     with one_line_errors(debug="--debug" in sys.argv):
         raise_on_sigterm()
         set_up_logging(console, debug="--debug" in sys.argv)
+        refuse_credentials(sys.argv[1:])
         options = tyro.cli(Options, config=(tyro.conf.OmitArgPrefixes,))
         with Tracker(job="evaluate", experiment=options.experiment, run_name="evaluation") as tracker:
             run(options, tracker)

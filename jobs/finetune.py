@@ -39,10 +39,10 @@ from uap_dist.repetition import REPETITIONS_FOLDER, Job, Network, group, measure
 from uap_dist.report import output_folder, publish
 from uap_dist.resume import Resumed, find_resumed
 from uap_dist.shards import expand_apart
-from uap_dist.terminal import command, one_line_errors, raise_on_sigterm, set_up_logging
+from uap_dist.terminal import command, one_line_errors, raise_on_sigterm, refuse_credentials, set_up_logging
 from uap_dist.tracking import CHECKPOINTS_TAG, Tracker
 
-console = Console(soft_wrap=True, highlight=False)
+console = Console(soft_wrap=True, highlight=False, markup=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +132,7 @@ def main() -> None:
     with one_line_errors(debug="--debug" in sys.argv):
         raise_on_sigterm()
         set_up_logging(console, debug="--debug" in sys.argv)
+        refuse_credentials(sys.argv[1:])
         resumed = find_resumed("finetune")
         default = Options() if resumed is None else resumed.options(Options.from_json)
         options = tyro.cli(Options, default=default, config=(tyro.conf.OmitArgPrefixes,))

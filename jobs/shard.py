@@ -20,9 +20,9 @@ from uap_dist.errors import ConfigError
 from uap_dist.report import output_folder
 from uap_dist.shards import write_shards
 from uap_dist.sources import list_folder, list_ilsvrc_train, list_ilsvrc_val, shuffled_samples
-from uap_dist.terminal import one_line_errors, raise_on_sigterm, set_up_logging
+from uap_dist.terminal import one_line_errors, raise_on_sigterm, refuse_credentials, set_up_logging
 
-console = Console(soft_wrap=True, highlight=False)
+console = Console(soft_wrap=True, highlight=False, markup=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +50,7 @@ def main() -> None:
     with one_line_errors(debug="--debug" in sys.argv):
         set_up_logging(console, debug="--debug" in sys.argv)
         raise_on_sigterm()
+        refuse_credentials(sys.argv[1:])
         options = tyro.cli(Options)
         if options.shard_size < 1:
             raise ConfigError(f"shard size is {options.shard_size}; it must be positive")

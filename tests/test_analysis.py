@@ -239,7 +239,13 @@ def test_numbers_that_cannot_be_are_refused(tiny_data, given):
 
 def dataset_of(sizes):
     shards = tuple(
-        Shard(f"{n}.tar", str(n), tuple(f"{n}-{i}" for i in range(size)), np.full(size, -1), np.zeros((size, 16), np.uint8))
+        Shard(
+            f"{n}.tar",
+            str(n),
+            tuple(f"{n}-{i}" for i in range(size)),
+            np.full(size, -1),
+            np.zeros((size, 16), np.uint8),
+        )
         for n, size in enumerate(sizes)
     )
     count = sum(sizes)

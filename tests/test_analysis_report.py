@@ -1,3 +1,7 @@
+import re
+from base64 import b64encode
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +11,7 @@ from uap_dist.analysis_text import boundaries_finding, norm_at, numbers_finding,
 from uap_dist.boundaries import SUBSPACE, Boundaries
 from uap_dist.by_number import NumberPoint
 from uap_dist.fooling import Rate
+from uap_dist.foreign_text import escape_markdown
 from uap_dist.perturbations import Perturbation
 from uap_dist.phase import MEAN, SIGNS, SINGLE, SPHERE, SUM, UNIVERSAL, Point
 from uap_dist.spectrum import Spectrum
@@ -95,8 +100,41 @@ def test_enough_images_are_the_fewest_within_half_an_interval():
 
 
 def test_names_stay_inside_their_cell_and_are_no_html(tmp_path):
-    html = to_html("# A & B\n\n" + table(["a", "b"], [["x|y", "<script>alert(1)</script>"]]), tmp_path)
+    html = to_html(
+        "# A & B\n\n" + table(["a", "b"], [[escape_markdown(name) for name in ("x|y", "<script>alert(1)</script>")]]),
+        tmp_path,
+    )
     assert "<title>A &amp; B</title>" in html and "<script>" not in html and html.count("<td") == 2
+
+
+HOSTILE = (
+    "x** ![](pictures/../../secret.png) ![](/etc/hostname) ![](http://127.0.0.1:9/x) [a](javascript:alert(1)) | b `c`\n\n"
+    "# heading\n\n<script>alert(1)</script>\n| d | e |\n\x1b]0;title\x07"
+)
+
+
+def test_what_a_file_says_of_itself_is_shown_and_not_obeyed(tmp_path):
+    (tmp_path / "secret.png").write_text("secret")
+    said = {"weights_digest": HOSTILE, "model": HOSTILE}
+    perturbation = Perturbation(HOSTILE, torch.full((3, 4, 4), 2.0), said)
+    analysis = replace(
+        finished({}), perturbation=perturbation, provenance={"model": HOSTILE, "weights_digest": "ab", HOSTILE: HOSTILE}
+    )
+    save_analysis(tmp_path / "report", analysis)
+    html = (tmp_path / "report/report.html").read_text()
+    assert html.count("<img") == html.count("data:image/png;base64,") == 1 and b64encode(b"secret").decode() not in html
+    assert not re.search("<script|<a |<h1>heading|\x1b", html)
+    assert "![](/etc/hostname)" in html and "&lt;script&gt;alert(1)&lt;/script&gt; | d | e |" in html
+
+
+@pytest.mark.parametrize(
+    "source", ["pictures/../secret.png", "/etc/hostname", "secret.png", "http://127.0.0.1:9/x.png", "file:///etc/x"]
+)
+def test_only_the_reports_own_pictures_are_read(tmp_path, source):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "secret.png").write_text("secret")
+    html = to_html(f"# A\n\n![]({source})", tmp_path)
+    assert f'="{source}' not in html and 'src=""' not in html and b64encode(b"secret").decode() not in html
 
 
 def test_dimensions_of_a_reduced_matrix_are_bounds():

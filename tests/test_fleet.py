@@ -247,6 +247,8 @@ def test_a_task_is_to_blame_for_workers_that_died_and_not_for_nodes_that_vanishe
     assert batch.blame(0, {"alive", "gone"}) == "5 workers were lost over the same examples of a.tar: x, y"
     batch.losses[0] += ["gone"] * 6
     assert batch.blame(0, {"alive"}) == "10 nodes were lost over the same examples of a.tar: x, y"
+
+
 @pytest.mark.parametrize("factory", ["FreshHead", "FreshBuffers"])
 def test_a_factory_that_makes_other_weights_in_every_process_is_refused(cluster, factory):
     model = TINY.replace(":Tiny", f":{factory}")

@@ -40,6 +40,16 @@ def test_every_fooled_label_has_one_edge_to_what_most_of_its_images_became(pairs
     assert sum(count for _, count in dominant_labels(perturbed, clean)) == (clean != perturbed).sum()
 
 
+def test_names_that_are_formulas_markup_or_no_text_are_drawn_and_saved(tmp_path):
+    names = [r"$\frac{1$", "<b>&", "a\0b\x1b[31m"]
+    graph = label_graph(np.array([0, 1, 2]), np.array([1, 0, 0]), names)
+    save_label_graph(tmp_path, graph)
+    assert nx.read_graphml(tmp_path / "label-graph.graphml").nodes["2"]["name"] == "a�b"
+    assert pq.read_table(tmp_path / "label-graph.parquet")["clean_name"].to_pylist() == names
+    pictures.save_label_graph(tmp_path / "graph.png", graph)
+    pictures.save_matrix(tmp_path / "m.png", np.eye(3), names, names, title="", limits=(0, 1))
+
+
 def test_nobody_fooled(tmp_path):
     labels = np.array([1, 2, 3])
     save_label_graph(tmp_path, label_graph(labels, labels))

@@ -1,5 +1,7 @@
 import json
+import pickle
 from hashlib import sha256
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,9 +9,10 @@ import torch
 from safetensors.torch import save_file
 from scipy.io import savemat
 
-from uap_dist.errors import ConfigError, PerturbationError
+from uap_dist.errors import ConfigError, PerturbationError, UapDistError
 from uap_dist.norms import measure
 from uap_dist.perturbations import PERTURBATION_FILE, Perturbation, load_perturbations, save_perturbation
+from uap_dist.weights import read_weights, write_weights
 
 V = 20 * torch.rand(3, 6, 5, generator=torch.Generator().manual_seed(0)) - 10
 
@@ -30,6 +33,31 @@ def test_own_ones_come_back_under_their_folders_name(tmp_path):
     ):
         (found,) = load_perturbations([location])
         assert found.name == name and torch.equal(found.v, V) and found.provenance["radius"] == 10.0
+
+
+def test_its_file_is_as_open_as_the_umask_lets_it(tmp_path):
+    (tmp_path / "neighbour").touch()
+    save_own(tmp_path)
+    write_weights(tmp_path / "w.safetensors", torch.nn.Linear(1, 1), {})
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
+
+
+def test_nothing_is_unpickled(tmp_path):
+    class Harm:
+        def __reduce__(self):
+            return (Path(tmp_path / "harmed").touch, ())
+
+    np.save(tmp_path / "v.npy", np.array([Harm()]), allow_pickle=True)
+    (tmp_path / "w.pth").write_bytes(pickle.dumps({"a": Harm()}, protocol=2))
+    torch.save({"a": Harm()}, tmp_path / "v.pth")
+    for load in (
+        lambda: load_perturbations([f"{tmp_path}/v.npy:255"]),
+        lambda: read_weights(f"{tmp_path}/v.pth"),
+        lambda: read_weights(f"{tmp_path}/w.pth"),
+    ):
+        with pytest.raises(UapDistError):
+            load()
+    assert not (tmp_path / "harmed").exists()
 
 
 def test_published_ones_in_any_layout_and_either_unit_are_the_same(tmp_path):

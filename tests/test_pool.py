@@ -40,6 +40,63 @@ def test_a_pool_comes_back_and_says_what_it_is(pool, tmp_path):
         assert torch.equal(before.v, after.v) and before.provenance.items() <= after.provenance.items()
 
 
+NAMES_THAT_LEAD_ELSEWHERE = (
+    "../../x",
+    "/tmp/x",
+    "a/b",
+    "..",
+    ".bashrc",
+    "",
+    "a\\b",
+    "a\0b",
+    "a\nb",
+    "a" * 250,
+    7,
+    None,
+)
+
+
+@pytest.mark.parametrize("name", NAMES_THAT_LEAD_ELSEWHERE)
+def test_a_manifest_cannot_say_where_files_are_written(pool, tmp_path, monkeypatch, name):
+    members = [{**pool.members[0], "name": name}, *pool.members[1:]]
+    with pytest.raises(PerturbationError, match="is not a plain name for a file"):
+        PerturbationPool(pool.perturbations, SHARED, members)
+    with monkeypatch.context() as unchecked:  # as somebody else's program may write it
+        unchecked.setattr(PerturbationPool, "__post_init__", lambda self: None)
+        PerturbationPool(pool.perturbations, SHARED, members).save(tmp_path / "theirs")
+    with pytest.raises(PerturbationError) as caught:
+        PerturbationPool.load(tmp_path / "theirs")
+    said = f"{tmp_path}/theirs/pool.safetensors is no pool: the member name {name!r} is not a plain name"
+    assert str(caught.value).startswith(said) and str(caught.value).isprintable()
+
+
+def test_two_members_of_one_name_are_refused_because_one_would_be_written_over_the_other(pool):
+    with pytest.raises(PerturbationError, match="two members are named seed-1"):
+        PerturbationPool.of([member(0), member(1), member(1)])
+
+
+def test_an_export_does_not_follow_links_that_lie_there(pool, tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "out").mkdir()
+    for extension in ("npy", "png"):
+        (tmp_path / f"out/seed-0.{extension}").symlink_to(tmp_path / "mine")
+    pool.export(tmp_path / "out")
+    assert (tmp_path / "mine").read_text() == "mine" and np.load(tmp_path / "out/seed-0.npy").shape == (3, 8, 6)
+
+
+@pytest.mark.parametrize("shared", [{}, SHARED | {"norm": "l7"}, SHARED | {"radius": "wide"}])
+def test_a_manifest_that_does_not_say_all_is_refused_in_words(pool, tmp_path, shared):
+    PerturbationPool(pool.perturbations, shared, pool.members).save(tmp_path)
+    with pytest.raises(PerturbationError, match="pool.safetensors is no pool") as caught:
+        PerturbationPool.load(tmp_path)
+    assert "Error" not in str(caught.value)
+
+
+def test_its_files_are_as_open_as_the_umask_lets_them(pool, tmp_path):
+    pool.save(tmp_path)
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
+
+
 def test_from_s3(pool, tmp_path, s3):
     from uap_dist.locations import locate
 

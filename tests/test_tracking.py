@@ -10,7 +10,8 @@ import pytest
 import requests
 from mlflow.exceptions import MlflowException, RestException
 
-from uap_dist.errors import ConfigError, TrackingError, in_one_line
+from uap_dist.errors import ConfigError, TrackingError
+from uap_dist.foreign_text import in_one_line
 from uap_dist.history import RoundRecord
 from uap_dist.tracking import Tracker, _answering
 

@@ -19,12 +19,14 @@ from uap_dist import pictures
 from uap_dist.boundaries import Boundaries
 from uap_dist.by_number import NumberPoint
 from uap_dist.fooling import Rate
+from uap_dist.foreign_text import escape_markdown
 from uap_dist.norms import measure
 from uap_dist.perturbations import Perturbation
 from uap_dist.phase import Point
 from uap_dist.report import RESULT_FILE, writes_files
 
 REPORT_FILE = "report"  # .md and .html
+PICTURES = (text.PHASE_PICTURE, text.BOUNDARIES_PICTURE, text.NUMBERS_PICTURE)
 STYLE = """body { font: 16px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222 }
 img { max-width: 100% } table { border-collapse: collapse; font-size: 85%; display: block; overflow-x: auto }
 td, th { border: 1px solid #ccc; padding: 0.2em 0.6em; text-align: left } code { overflow-wrap: anywhere }"""
@@ -88,7 +90,8 @@ class FinishedAnalysis:
             findings.append(text.boundaries_finding(self.boundaries))
         if self.numbers:
             findings.append(text.numbers_finding(self.numbers))
-        about = f"Analysis of the universal perturbation *{self.perturbation.name}* on **{self.provenance['model']}**."
+        name, model = escape_markdown(self.perturbation.name), escape_markdown(self.provenance["model"])
+        about = f"Analysis of the universal perturbation *{name}* on **{model}**."
         return "\n\n".join([about, *self._origin(), "\n".join(f"* {finding}" for finding in findings)])
 
     def markdown(self) -> str:
@@ -113,10 +116,13 @@ class FinishedAnalysis:
             parts += text.boundaries_section(self.boundaries)
         if self.numbers:
             parts += text.numbers_section(self.numbers)
-        rows = [[name, "default" if value in (None, ()) else f"`{value}`"] for name, value in self.provenance.items()]
+        rows = [
+            [escape_markdown(name), "default" if value in (None, ()) else escape_markdown(value)]
+            for name, value in self.provenance.items()
+        ]
         parts += [
             "## Where this comes from",
-            text.table(["what", "value"], [*rows, ["MLflow run", f"`{self.mlflow_run_id}`"]]),
+            text.table(["what", "value"], [*rows, ["MLflow run", self.mlflow_run_id]]),
         ]
         return "\n\n".join(parts) + "\n"
 
@@ -127,8 +133,9 @@ class FinishedAnalysis:
         if digest is None:
             return ["The perturbation does not say which network it was computed for; it may be another one than this."]
         if digest != self.provenance["weights_digest"]:
+            model, said = escape_markdown(origin.get("model", "unnamed")), escape_markdown(str(digest)[:12])
             return [
-                f"**The perturbation was computed for another network**, {origin['model']} (weights {digest[:12]}…): "
+                f"**The perturbation was computed for another network**, {model} (weights {said}…): "
                 "what it fools here is transfer."
             ]
         return []
@@ -159,13 +166,14 @@ def save_analysis(folder: Path, finished: FinishedAnalysis) -> None:
 
 
 def to_html(markdown: str, folder: Path) -> str:
-    """One file that needs no other: Markdown with its pictures, which lie in `folder`, inside."""
-
-    def inline(match: re.Match[str]) -> str:
-        return f'src="data:image/png;base64,{b64encode((folder / match[1]).read_bytes()).decode()}"'
-
-    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
-    body = re.sub(r'src="(pictures/[^"]+)"', inline, body)
+    """One file that needs no other: Markdown with the report's own pictures, which lie in `folder`, inside. No other file is read."""
+    parser = MarkdownIt("commonmark", {"html": False}).enable("table")
+    tokens = parser.parse(markdown)
+    for image in (child for token in tokens for child in token.children or () if child.type == "image"):
+        source = image.attrs["src"]
+        data = (folder / source).read_bytes() if source in PICTURES else b""
+        image.attrs["src"] = f"data:image/png;base64,{b64encode(data).decode()}"
+    body = parser.renderer.render(tokens, parser.options, {})
     title = escape(markdown.partition("\n")[0].lstrip("# "))
     head = f'<meta charset="utf-8"><title>{title}</title><style>\n{STYLE}\n</style>'
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}</body></html>\n'

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from uap_dist.errors import ClassifierError, one_line
+from uap_dist.errors import ClassifierError
+from uap_dist.foreign_text import first_line
 
 if TYPE_CHECKING:
     from uap_dist.classifiers import Classifier
@@ -47,7 +48,7 @@ def _try(classifier: "Classifier", pixels: Tensor) -> Tensor:
         logits = classifier(pixels)
     except Exception as error:  # whatever a network of one's own raises
         raise ClassifierError(
-            f"{classifier.name} fails on pixels of shape {'×'.join(map(str, pixels.shape))}: {one_line(error)}"
+            f"{classifier.name} fails on pixels of shape {'×'.join(map(str, pixels.shape))}: {first_line(error)}"
         ) from error
     count = {1: "one image", 2: "two images"}[len(pixels)]
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(pixels) or logits.shape[1] < 2:
@@ -105,7 +106,7 @@ def _check_gradient(classifier: "Classifier", pixels: Tensor) -> None:
             )
         except Exception as error:  # whatever a network of one's own raises
             raise ClassifierError(
-                f"the logits of {classifier.name} cannot be differentiated by its pixels: {one_line(error)}; {hint}"
+                f"the logits of {classifier.name} cannot be differentiated by its pixels: {first_line(error)}; {hint}"
             ) from error
     if gradient is None:
         raise ClassifierError(f"the logits of {classifier.name} cannot be differentiated by its pixels; {hint}")

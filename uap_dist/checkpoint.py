@@ -22,7 +22,7 @@ from pyarrow import fs
 from uap_dist.compute import State
 from uap_dist.errors import ConfigError, ResumeError
 from uap_dist.history import RoundRecord
-from uap_dist.locations import explain, locate, persist, try_to_write
+from uap_dist.locations import explain, locate, make_own_folder, persist, try_to_write
 from uap_dist.update import Iterate
 
 KEPT = 3
@@ -231,7 +231,7 @@ class CheckpointStore:
         is_local = isinstance(self._filesystem, fs.LocalFileSystem)
         target = f"{self._folder}/{UNFINISHED}" if is_local else path
         if is_local:
-            self._filesystem.create_dir(self._folder, recursive=True)
+            make_own_folder(Path(self._folder))
         with self._filesystem.open_output_stream(target) as file:
             file.write(data)
         if is_local:

@@ -12,12 +12,6 @@ UapDistError
 └── TrackingError                   MLflow's server or files cannot be used
 """
 
-import errno
-import re
-
-REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)  # by the system: nobody's mistake
-CONTROL = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|[\x00-\x1f\x7f]")
-
 
 class UapDistError(Exception):
     """Base of everything that the package raises on purpose."""
@@ -62,28 +56,6 @@ class TrackingError(UapDistError):
     """MLflow's server does not answer or refuses, or its files cannot be read or written."""
 
 
-def in_one_line(error: BaseException) -> str:
-    """What the terminal and MLflow say of an error; one that was not foreseen is said to be so, with its type."""
-    lines = str(error).strip().splitlines() or ["no more is known"]
-    if isinstance(error, UapDistError):
-        return CONTROL.sub("", " ".join(lines))
-    if isinstance(error, OSError) and error.errno in REFUSED:
-        where = f": {error.filename}" if error.filename else " (--debug shows where)"
-        return CONTROL.sub("", f"{error.strerror}{where}")
-    kind = type(error).__name__
-    return f"unexpected {kind}: {CONTROL.sub('', lines[-1])}; run it again with --debug, which shows where, and report that"
-
-
 def is_mistake(error: Exception) -> bool:
     """Whether a program's mistake raises such an error, as KeyError, and not a service, a library or the system that it asks."""
     return type(error).__module__ == "builtins" and not isinstance(error, OSError | ImportError)
-def one_line(error: BaseException) -> str:
-    """The first line of what an error of another library says, without terminal codes; its kind where it says nothing."""
-    said = f"there is no {error}" if isinstance(error, KeyError) else str(error)
-    text = re.sub(r"\x1b\[[0-9;]*m", "", said)
-    lines = [
-        line
-        for line in ("".join(c if c.isprintable() else " " for c in line) for line in text.splitlines())
-        if line.strip()
-    ]
-    return lines[0].strip() if lines else type(error).__name__

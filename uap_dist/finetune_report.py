@@ -15,6 +15,7 @@ from uap_dist import pictures
 from uap_dist.evaluate import Measurement
 from uap_dist.finetune import HELD_OUT, TRAINED_ON
 from uap_dist.fooling import Rate
+from uap_dist.foreign_text import escape_markdown
 from uap_dist.history import RoundRecord
 from uap_dist.report import RESULT_FILE, writes_files
 from uap_dist.review import save_evaluation
@@ -106,6 +107,7 @@ class FinishedFinetuning:
     def summary(self) -> str:
         """A few lines of Markdown: what was trained on what, and what it changed."""
         p = self.provenance
+        model = escape_markdown(p["model"])
         by_group = {(c.network, c.group): c for c in self.comparisons}
         networks = list(self.groups)
         first, last = by_group.get((networks[0], FRESH)), by_group[networks[-1], FRESH]
@@ -116,7 +118,7 @@ class FinishedFinetuning:
         )
         variant = "adaptive magnitudes" if p["finetune.adaptive"] else "the perturbations as they are"
         return (
-            f"**{p['model']}** fine-tuned on a pool of {p['pool_size']} universal perturbations ({p['norm']} ≤ {p['radius']:g} pixels), "
+            f"**{model}** fine-tuned on a pool of {p['pool_size']} universal perturbations ({p['norm']} ≤ {p['radius']:g} pixels), "
             f"{p['finetune.epochs']} epochs on {p['num_train_images']:,} images, {variant}; repetitions: {len(networks) - 1}.\n\n"
             f"Perturbations that are computed against the network itself, by one config and the same {last.num_perturbations} seeds, "
             f"fool {before}**{last.fooling}** after; clean top-1 {by_group[networks[0], RANDOM].top1_clean} before, "

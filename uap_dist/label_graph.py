@@ -8,6 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from uap_dist.foreign_text import printable
+
 
 def label_graph(clean: np.ndarray, perturbed: np.ndarray, class_names: Sequence[str] = ()) -> nx.DiGraph:
     """A node for each label that occurs, an edge from each clean label of a fooled image.
@@ -61,4 +63,6 @@ def save_label_graph(folder: Path, graph: nx.DiGraph) -> None:
     types += [("perturbed_name", pa.string()), ("num_images", pa.int64()), ("share", pa.float64())]
     schema = pa.schema([*types, ("num_clean_images", pa.int64())])
     pq.write_table(pa.Table.from_pylist(rows, schema), folder / "label-graph.parquet")
-    nx.write_graphml(graph, folder / "label-graph.graphml")
+    readable = graph.copy()  # XML has no control characters
+    nx.set_node_attributes(readable, {node: printable(name) for node, name in names}, "name")
+    nx.write_graphml(readable, folder / "label-graph.graphml")

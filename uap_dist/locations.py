@@ -16,6 +16,7 @@ from urllib.parse import parse_qsl, urlsplit
 from pyarrow import ArrowInvalid, fs
 
 from uap_dist.errors import ConfigError
+from uap_dist.foreign_text import hide_credentials, redact
 
 T = TypeVar("T")
 
@@ -122,9 +123,9 @@ def locate(location: str) -> tuple[fs.FileSystem, str]:
         return fs.LocalFileSystem(), location
     url, query = split_query(location)
     scheme, _, path = url.partition("://")
-    if "@" in path.partition("/")[0]:
+    if hide_credentials(location) != location:
         raise ConfigError(
-            f"{scheme}://…@{path.partition('@')[2]} holds credentials, which runs and checkpoints would keep; give {CREDENTIALS}, "
+            f"{redact(location)} holds credentials, which runs and checkpoints would keep; give {CREDENTIALS}, "
             "or ?anonymous=true where the bucket is public"
         )
     try:
@@ -215,6 +216,17 @@ def write_file(location: str, data: bytes) -> None:
         raise OSError(explain(location, error)) from error
 
 
+def make_own_folder(folder: Path) -> None:
+    """A local folder and those above it, unless they are there; new ones are their owner's alone, because others may use the machine.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    for path in reversed((folder, *folder.parents)):
+        if not path.is_dir():
+            path.mkdir(0o700, exist_ok=True)
+
+
 def copy_folder(folder: Path, location: str, last: str) -> None:
     """Every file of a local folder to another place, the one named `last` at the end: where it is, the rest is, and whole.
 
@@ -284,7 +296,7 @@ def _options(location: str, query: str, known: Mapping[str, Callable[[str], Any]
     options = {}
     for name, text in parse_qsl(query.removeprefix("?"), keep_blank_values=True):
         if name not in known:
-            raise ConfigError(f"{location}: unknown option {name!r}; there are {', '.join(known)}")
+            raise ConfigError(f"{redact(location)}: unknown option {name!r}; there are {', '.join(known)}")
         try:
             options[name] = known[name](text)
         except (ValueError, KeyError) as error:

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import os
+import platform
 import sys
 import traceback
 from collections.abc import Iterator
@@ -11,7 +12,8 @@ from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
 
-from uap_dist.errors import ClassifierError, one_line
+from uap_dist.errors import ClassifierError
+from uap_dist.foreign_text import first_line
 
 OWN = "uap_dist_network_"  # begins the names of modules that are users' files
 
@@ -54,7 +56,7 @@ def _lies_in(module: ModuleType, folder: str) -> bool:
 def import_file(path: Path) -> ModuleType:
     """A user's file as a module; ClassifierError where that fails."""
     if not path.is_file():
-        raise ClassifierError(f"no file {path}; expected path/to/file.py:factory")
+        raise ClassifierError(f"no file {path} on {platform.node()}; expected path/to/file.py:factory")
     # no module has this name, whatever the file is called; dataclasses look their module up
     name = f"{OWN}{sha256(str(path.resolve()).encode()).hexdigest()[:16]}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -88,7 +90,7 @@ def with_line(error: BaseException) -> str:
         if not isinstance(error, ImportError | SyntaxError)
         else ""
     )
-    return one_line(error) + where
+    return first_line(error) + where
 
 
 def _how_to_import(error: BaseException, path: Path) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save
 from scipy.io import loadmat
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -83,7 +83,14 @@ def save_perturbation(path: Path, v: Tensor, provenance: Mapping[str, Any]) -> N
         provenance: where it comes from; what is read back wants its perturbation_sha256, norm and radius.
     """
     metadata = {"provenance": json.dumps(provenance, sort_keys=True), "unit": "pixels 0..255, RGB, C×H×W"}
-    save_file({"perturbation": v.contiguous()}, path, metadata=metadata)
+    path.write_bytes(save({"perturbation": v.contiguous()}, metadata))  # save_file would let its owner alone read it
+
+
+def reason_of(error: Exception) -> str:
+    """What a library says of a file, in one line and without the error's type."""
+    return (
+        f"there is no {error} in it" if isinstance(error, KeyError) else (str(error).splitlines() or ["unreadable"])[0]
+    )
 
 
 def split_name(text: str) -> tuple[str, str]:
@@ -120,11 +127,13 @@ def _load(name: str, location: str) -> Perturbation:
 def _own(name: str, location: str) -> Perturbation:
     data = read(location)
     try:
-        v = load(data)["perturbation"]
+        v = load(data)["perturbation"].float()
         provenance = json.loads(metadata_of(data)["provenance"])
         digest, norm, radius = (provenance[key] for key in ("perturbation_sha256", "norm", "radius"))
     except Exception as error:
-        raise PerturbationError(f"{location} is no perturbation that jobs/compute.py has written: {error!r}") from error
+        raise PerturbationError(
+            f"{location} is no perturbation that jobs/compute.py has written: {reason_of(error)}"
+        ) from error
     if sha256(v.numpy().tobytes()).hexdigest() != digest:
         raise PerturbationError(f"{location} is damaged: its values do not have the digest that it says")
     check_radius(v, norm, radius, location)
@@ -153,7 +162,7 @@ def _published(location: str, extension: str, unit: float) -> Tensor:
     try:
         named = {"array": np.load(file)} if extension == ".npy" else loadmat(file)
     except Exception as error:
-        raise PerturbationError(f"{location} cannot be read: {error}") from error
+        raise PerturbationError(f"{location} cannot be read: {reason_of(error)}") from error
     arrays = [value for key, value in named.items() if not key.startswith("__")]
     array = np.squeeze(arrays[0]) if len(arrays) == 1 else np.zeros(0)
     places = [axis for axis in (0, 2) if array.ndim == 3 and array.shape[axis] == 3]

@@ -13,6 +13,7 @@ from uap_dist.boundaries import Boundaries
 from uap_dist.by_number import NumberPoint
 from uap_dist.evaluate import Measurement
 from uap_dist.fooling import Rate
+from uap_dist.foreign_text import printable
 from uap_dist.history import RoundRecord
 from uap_dist.phase import Point
 
@@ -42,7 +43,7 @@ def save_perturbations(path: Path, perturbations: Tensor, names: Sequence[str]) 
         axis.set_axis_off()
     for axis, v, name in zip(axes.flat, perturbations, names, strict=False):
         axis.imshow(_to_picture(v, stretch=True))
-        axis.set_title(name, fontsize=9)
+        axis.set_title(_readable(name), fontsize=9)
     _save(figure, path)
 
 
@@ -84,7 +85,7 @@ def save_curves(
         axes.plot(_column(rounds, "total/evaluations")[window - 1 :], means, lw=0.8, alpha=0.5, color=colour)
         measured = [metrics for metrics in rounds if metrics.get("fooling_rate/val") is not None]
         rates = _column(measured, "fooling_rate/val")
-        label = f"{name}: {rates[-1]:.3f}"
+        label = f"{_readable(name)}: {rates[-1]:.3f}"
         axes.plot(_column(measured, "total/evaluations"), rates, marker="o", ms=5, lw=1.5, color=colour, label=label)
     _finish_curves(
         axes, "Held-out fooling rate of each member; thin: on the images of its rounds, averaged", random_rates
@@ -124,8 +125,8 @@ def save_matrix(
         if not np.isnan(value):
             colour = "white" if value < middle else "black"
             axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=9)
-    axes.set_xticks(range(len(columns)), columns, rotation=20, ha="right")
-    axes.set_yticks(range(len(rows)), rows)
+    axes.set_xticks(range(len(columns)), map(_readable, columns), rotation=20, ha="right")
+    axes.set_yticks(range(len(rows)), map(_readable, rows))
     axes.set_title(title, fontsize=10)
     _save(figure, path)
 
@@ -141,8 +142,8 @@ def save_rates_by_norm(path: Path, measurements: Sequence[Measurement]) -> None:
         for name in dict.fromkeys(m.perturbation for m in own):
             points = sorted((m.norm_linf, m.fooling.rate) for m in own if m.perturbation == name)
             baseline = next(m.is_baseline for m in own if m.perturbation == name)
-            axes.plot(*zip(*points, strict=True), marker="o", ls="--" if baseline else "-", label=name)
-        axes.set(title=classifier, xlabel="ℓ∞ norm, pixels", ylim=(0, 1))
+            axes.plot(*zip(*points, strict=True), marker="o", ls="--" if baseline else "-", label=_readable(name))
+        axes.set(title=_readable(classifier), xlabel="ℓ∞ norm, pixels", ylim=(0, 1))
         axes.grid(alpha=0.3)
     panels[0][0].set_ylabel("fooling rate")
     panels[0][0].legend(fontsize=8)
@@ -323,7 +324,7 @@ def _draw_component(axes: Axes, graph: nx.DiGraph) -> None:
     nx.draw_networkx_edges(graph, places, ax=axes, edge_color="0.8", arrowsize=6, node_size=sizes, width=0.6)
     nx.draw_networkx_nodes(graph, places, ax=axes, node_size=sizes, node_color=colours, linewidths=0)
     for node in hubs:
-        name = f"{graph.nodes[node]['name']} ({incoming[node]})"
+        name = f"{_readable(graph.nodes[node]['name'])} ({incoming[node]})"
         box = {"facecolor": "white", "alpha": 0.7, "lw": 0, "pad": 1}
         above = 2 + (12 + 5 * incoming[node]) ** 0.5 / 2
         axes.annotate(name, places[node], (0, above), textcoords="offset points", ha="center", fontsize=9, bbox=box)
@@ -331,7 +332,12 @@ def _draw_component(axes: Axes, graph: nx.DiGraph) -> None:
 
 
 def _shorten(name: str) -> str:
-    return name if len(name) <= MAX_NAME else name[: MAX_NAME - 1] + "…"
+    return _readable(name if len(name) <= MAX_NAME else name[: MAX_NAME - 1] + "…")
+
+
+def _readable(name: str) -> str:
+    """A name as matplotlib shows it, which else takes what stands between two $ for a formula."""
+    return printable(name).replace("$", r"\$")
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from uap_dist.checkpoint import name_differences
 from uap_dist.config import ComputeConfig
 from uap_dist.errors import ConfigError
+from uap_dist.foreign_text import escape_markdown
 from uap_dist.plan import FleetPlan, Span, Work
 from uap_dist.terminal import duration
 from uap_dist.together import at_once
@@ -90,7 +91,7 @@ class Plan:
         parts = ", ".join(f"{name} {duration(part.expected)}" for name, part in last.parts.items())
         times = f"{work.num_perturbations} × " if work.num_perturbations > 1 else ""
         return (
-            f"**{self.job['model']}**, {self.config.norm} ≤ {self.config.ball_radius:g} pixels, rule {self.config.rule}: "
+            f"**{escape_markdown(self.job['model'])}**, {self.config.norm} ≤ {self.config.ball_radius:g} pixels, rule {self.config.rule}: "
             f"{times}{work.num_rounds:,} rounds of {max(work.rounds)} blocks, {times}{work.num_solves:,} solves, "
             f"{_between(work.num_evaluations, '{:,.0f}')} network evaluations; {work.num_classified:,} images classified for clean "
             f"labels and measurements.\n\n{self.table()}\n\nOf the {duration(last.seconds.expected)} on "

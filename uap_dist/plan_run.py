@@ -17,6 +17,7 @@ from uap_dist.compute import RoundReport
 from uap_dist.config import ComputeConfig
 from uap_dist.errors import ConfigError, WorkerLostError
 from uap_dist.fleet import Fleet, FleetConfig, need_of
+from uap_dist.foreign_text import redact
 from uap_dist.history import RoundRecord
 from uap_dist.locations import join
 from uap_dist.plan import ShardSizes, count_work, plan_fleet
@@ -120,7 +121,7 @@ def _try_fleets(
         try:
             trials.append(trial(share_machine))
         except WorkerLostError as error:
-            console.print(f"planned from one worker alone: {error}")
+            console.print(redact(f"planned from one worker alone: {error}"))
     return trials, share_machine
 
 

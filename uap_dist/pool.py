@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -19,10 +19,12 @@ from torchvision.transforms import v2
 from uap_dist.errors import ConfigError, PerturbationError
 from uap_dist.locations import join, split_query
 from uap_dist.names import name_rest, parts_of, refuse_twins
-from uap_dist.perturbations import Perturbation, check_radius, metadata_of, read, split_name
+from uap_dist.norms import check_ball
+from uap_dist.perturbations import Perturbation, check_radius, metadata_of, read, reason_of, split_name
 
 POOL_FILE, MANIFEST_FILE = "pool.safetensors", "pool.json"
 SHARED = ("model", "weights_digest", "norm", "radius")  # what all members have in common
+MAX_NAME_BYTES = 200  # a file's name, with its extension, has 255 at most
 DIVERSE = 0.1  # the paper's criterion (section 3.2): largest normalised inner product of two members
 
 
@@ -34,11 +36,26 @@ class PerturbationPool:
         perturbations: M×C×H×W float32, pixels (0..255).
         shared: model, weights_digest, norm, radius.
         members: a mapping for each, with its `name` and its own provenance: seed, digests, fooling rates, versions.
+
+    Raises:
+        PerturbationError: a member's name that is no plain name of a file, as exports need it, or the name of two.
     """
 
     perturbations: Tensor
     shared: Mapping[str, Any]
     members: Sequence[Mapping[str, Any]]
+
+    def __post_init__(self) -> None:
+        """Refuse names that lead elsewhere."""
+        names = [member.get("name") for member in self.members]
+        for name in names:
+            if not _is_plain(name):
+                raise PerturbationError(
+                    f"the member name {name!r} is not a plain name for a file (no path, not hidden, at most {MAX_NAME_BYTES} bytes)"
+                )
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise PerturbationError(f"two members are named {twice}; names within a pool must differ")
 
     @classmethod
     def of(cls, perturbations: Sequence[Perturbation]) -> "PerturbationPool":
@@ -85,9 +102,11 @@ class PerturbationPool:
             shared, members, digest, said = (
                 manifest[key] for key in ("shared", "members", "sha256", "manifest_sha256")
             )
+            _, _, norm, radius = (shared[key] for key in SHARED)
+            check_ball(norm, radius)
+            pool = cls(perturbations.float(), shared, members)
         except Exception as error:
-            raise PerturbationError(f"{location} is no pool: {error!r}") from error
-        pool = cls(perturbations, shared, members)
+            raise PerturbationError(f"{location} is no pool: {reason_of(error)}") from error
         if pool.digest != digest or len(members) != len(perturbations):
             raise PerturbationError(f"{location} is damaged: its values do not have the digest that it says")
         if _digest_text(shared, members) != said:
@@ -109,16 +128,19 @@ class PerturbationPool:
             "largest_inner_product": max((product for product, _ in self.nearest_pairs()), default=0.0),
         }
         metadata = {"manifest": json.dumps(manifest, sort_keys=True)}
-        save_file({"perturbations": self.perturbations.contiguous()}, folder / POOL_FILE, metadata=metadata)
+        (folder / POOL_FILE).write_bytes(save({"perturbations": self.perturbations.contiguous()}, metadata))
         (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
 
     def export(self, folder: Path) -> None:
         """Each member as NAME.npy (C×H×W float32, pixels) and NAME.png (128 + v, rounded)."""
         folder.mkdir(parents=True, exist_ok=True)
         for member, v in zip(self.members, self.perturbations.numpy(), strict=True):
-            np.save(folder / f"{member['name']}.npy", v)
+            array, image = (folder / f"{member['name']}.{extension}" for extension in ("npy", "png"))
+            for path in (array, image):  # a link that lies there would be followed
+                path.unlink(missing_ok=True)
+            np.save(array, v)
             picture = np.clip(np.rint(128 + v.transpose(1, 2, 0)), 0, 255).astype(np.uint8)
-            Image.fromarray(picture).save(folder / f"{member['name']}.png")
+            Image.fromarray(picture).save(image)
 
     def check_classifier(self, weights_digest: str) -> None:
         """Raise PerturbationError if the pool was computed for another network."""
@@ -263,6 +285,17 @@ class AddUniversalPerturbation(v2.Transform):
         if shape not in self._by_shape:
             self._by_shape[shape] = torch.stack([Perturbation("", v).resized(shape) for v in self.perturbations])
         return self._by_shape[shape]
+
+
+def _is_plain(name: Any) -> bool:
+    """Whether it names a file in any folder, and only there."""
+    return (
+        isinstance(name, str)
+        and name.isprintable()
+        and not name.startswith(".")
+        and not {"/", "\\"} & set(name)
+        and 0 < len(name.encode()) <= MAX_NAME_BYTES
+    )
 
 
 def _digest_text(shared: Mapping[str, Any], members: Sequence[Mapping[str, Any]]) -> str:

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from uap_dist import pictures
 from uap_dist.fooling import Rate
+from uap_dist.foreign_text import escape_markdown
 from uap_dist.perturbations import load_perturbations
 from uap_dist.pool import DIVERSE, PerturbationPool
 from uap_dist.report import RESULT_FILE, ROUNDS_FILE, name_random_rates, writes_files
@@ -87,13 +88,14 @@ class FinishedPool:
     def summary(self) -> str:
         """A few lines of Markdown: what was computed, how well it fools, how diverse it is."""
         p = self.pool.shared
+        model = escape_markdown(p["model"])
         pairs = self.pool.nearest_pairs()[:NUM_PAIRS_NAMED]
         value = pairs[0][0]
-        named = ", ".join(f"{a} and {b} ({product:.2f})" for product, (a, b) in pairs)
+        named = ", ".join(f"{escape_markdown(a)} and {escape_markdown(b)} ({product:.2f})" for product, (a, b) in pairs)
         random = ", of the ".join(f"{name}: {rate}" for name, rate in self.random_rates.items())
         verdict = "diverse" if value <= DIVERSE else "**not diverse**"
         return (
-            f"Pool of {len(self.results)} universal perturbations of **{p['model']}**, {p['norm']} ≤ {p['radius']:g} pixels. "
+            f"Pool of {len(self.results)} universal perturbations of **{model}**, {p['norm']} ≤ {p['radius']:g} pixels. "
             f"Mean held-out fooling rate **{self.mean_rate:.3f}**; a random perturbation of the {random}. "
             f"By the paper's criterion (normalised inner products of at most {DIVERSE:g}) the pool is {verdict}: "
             f"the largest is {value:.2f}. Nearest: {named}.\n\n"
@@ -110,7 +112,8 @@ class FinishedPool:
         for name, result in self.results.items():
             rates = [_rate(result[f"{part}_fooling_rate"], result[f"num_{part}_images"]) for part in ("val", "train")]
             label, count = result["dominant_labels"][0] if result["dominant_labels"] else ("–", 0)
-            lines.append(f"| {name} | {rates[0]} | {rates[1]} | {result['norm_l2']:.0f} | {label} ({count}) |")
+            cells = [escape_markdown(name), *rates, f"{result['norm_l2']:.0f}", f"{escape_markdown(label)} ({count})"]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
         return "\n".join(lines)
 
 

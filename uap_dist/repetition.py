@@ -19,7 +19,7 @@ from uap_dist.finetune import HELD_OUT, NETWORK_FILE, TRAINED_ON, FinetuneConfig
 from uap_dist.finetune_report import BEFORE, FRESH, RANDOM
 from uap_dist.fleet import Fleet, FleetConfig
 from uap_dist.history import RoundRecord
-from uap_dist.locations import copy_folder, exists, join, read_file, write_file
+from uap_dist.locations import copy_folder, exists, join, make_own_folder, read_file, write_file
 from uap_dist.norms import random_of_same_norms
 from uap_dist.perturbations import Perturbation
 from uap_dist.pool import POOL_FILE, PerturbationPool
@@ -224,7 +224,7 @@ def _save_network(
 def _write_network(
     folder: Path, network: nn.Module, provenance: Mapping[str, Any], records: Sequence[RoundRecord]
 ) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    make_own_folder(folder)
     (folder / EPOCHS_FILE).write_text("".join(f"{record.json}\n" for record in records))
     unfinished = folder / f".{NETWORK_FILE}"
     write_weights(unfinished, network, provenance)
@@ -234,7 +234,7 @@ def _write_network(
 def _restore(job: Job, repetition: int) -> None:
     """The user's copy of a network, which a job that is resumed on another machine or with another output folder lacks."""
     folder = job.network_folder(repetition)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_own_folder(folder)
     for name in (EPOCHS_FILE, NETWORK_FILE):
         if not (folder / name).exists():
             with _storage():

@@ -22,9 +22,10 @@ from uap_dist.compute import RoundReport
 from uap_dist.dataset import Dataset, Workers
 from uap_dist.errors import ConfigError, OutputError
 from uap_dist.fooling import Rate
+from uap_dist.foreign_text import escape_markdown
 from uap_dist.history import RoundRecord
 from uap_dist.label_graph import dominant_labels, label_graph, save_label_graph
-from uap_dist.locations import copy_folder, is_url, join, try_to_write
+from uap_dist.locations import copy_folder, is_url, join, make_own_folder, try_to_write
 from uap_dist.norms import SYMBOLS, Norm, measure
 from uap_dist.perturbations import PERTURBATION_FILE, save_perturbation
 from uap_dist.shards import UNKNOWN_CLASS
@@ -50,7 +51,8 @@ def output_folder(output: Path | None, name: str, *, may_hold_files: bool = Fals
     Raises:
         ConfigError: a URL, a folder that holds files, or one that cannot be written to.
     """
-    folder = output or Path("outputs") / f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    plain = re.sub(r"[/\\\s]+", "-", name)  # a model may be named by its path
+    folder = output or Path("outputs") / f"{plain}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     if re.match(r"\w+:/", str(folder)):
         raise ConfigError(
             f"--output {output} is a URL; give a folder (the same files go to MLflow, and to --storage s3://…)"
@@ -71,6 +73,7 @@ def writes_files(save: Callable[Concatenate[Path, Given], Result]) -> Callable[C
     @wraps(save)
     def save_or_say_why(folder: Path, /, *args: Given.args, **kwargs: Given.kwargs) -> Result:
         try:
+            make_own_folder(folder)
             return save(folder, *args, **kwargs)
         except (OSError, SafetensorError) as error:
             is_full = "No space left" in str(error) or "quota exceeded" in str(error)
@@ -194,6 +197,7 @@ class FinishedRun:
     def summary(self) -> str:
         """A few lines of Markdown: what was computed, how well it fools, against what."""
         p, final = self.provenance, self.final
+        model = escape_markdown(p["model"])
         demo = (
             "\n\nThe images are crops of a few photographs from Python packages: a demonstration, not a measurement."
             if p["demo"]
@@ -202,9 +206,9 @@ class FinishedRun:
         random = ", of the ".join(
             f"{name}: {rate}" for name, rate in name_random_rates(p["norm"], self.random_rates).items()
         )
-        taken = ", ".join(f"{name} ({count})" for name, count in self.dominant_labels)
+        taken = ", ".join(f"{escape_markdown(name)} ({count})" for name, count in self.dominant_labels)
         return (
-            f"Universal perturbation of **{p['model']}**, {p['norm']} ≤ {p['radius']:g} pixels, rule {p['rule']}, seed {p['seed']}.\n\n"
+            f"Universal perturbation of **{model}**, {p['norm']} ≤ {p['radius']:g} pixels, rule {p['rule']}, seed {p['seed']}.\n\n"
             f"Fooling rate on held-out images: **{self.val_rate}** (95 % interval); "
             f"a random perturbation of the {random}; on training images: {self.train_rate}.\n\n"
             f"Most of the {self.val_rate.num_hits} fooled held-out images are called: {taken or 'nothing'}.\n\n"

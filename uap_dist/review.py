@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from uap_dist import pictures
 from uap_dist.evaluate import Measurement
 from uap_dist.fooling import Rate
+from uap_dist.foreign_text import escape_markdown
 from uap_dist.report import writes_files
 
 MAX_ROWS_IN_SUMMARY = 40  # MLflow cuts a description at 8,000 characters
@@ -42,7 +43,10 @@ def summary(measurements: Sequence[Measurement]) -> str:
         own = [m for m in measurements if m.dataset == dataset]
         half = max((high - low) / 2 for low, high in (m.fooling.interval for m in own))
         count = own[0].fooling.num_examples
-        lines += [f"Fooling rates on {count:,} images of {dataset} (95 % intervals up to ±{half:.3f}).", ""]
+        lines += [
+            f"Fooling rates on {count:,} images of {escape_markdown(dataset)} (95 % intervals up to ±{half:.3f}).",
+            "",
+        ]
         lines += [_best(classifier, own) for classifier in dict.fromkeys(m.classifier for m in own)]
         lines += ["", *_matrix(own), ""]
     return "\n".join(
@@ -55,10 +59,10 @@ def _matrix(measurements: Sequence[Measurement]) -> Iterator[str]:
     classifiers = list(dict.fromkeys(m.classifier for m in measurements))
     rates = {(m.perturbation, m.scale, m.classifier): f"{m.fooling.rate:.3f}" for m in measurements}
     rows = list(dict.fromkeys((m.perturbation, m.scale) for m in measurements))
-    yield f"| perturbation | {' | '.join(classifiers)} |"
+    yield f"| perturbation | {' | '.join(map(escape_markdown, classifiers))} |"
     yield "| --- " * (1 + len(classifiers)) + "|"
     for name, scale in rows[:MAX_ROWS_IN_SUMMARY]:
-        label = name if scale == 1 else f"{name} × {scale:g}"
+        label = escape_markdown(name) + (f" × {scale:g}" if scale != 1 else "")
         yield f"| {label} | {' | '.join(rates.get((name, scale, classifier), '–') for classifier in classifiers)} |"
     if len(rows) > MAX_ROWS_IN_SUMMARY:
         yield f"\n{len(rows) - MAX_ROWS_IN_SUMMARY} more in `tables/evaluation.md`."
@@ -68,7 +72,8 @@ def _best(classifier: str, measurements: Sequence[Measurement]) -> str:
     """The most fooling perturbation of a classifier beside the most fooling noise."""
     own = [m for m in measurements if m.classifier == classifier]
     best, noise = (max((m for m in own if m.is_baseline == b), key=lambda m: m.fooling.rate) for b in (False, True))
-    return f"* {classifier}: **{best.perturbation}** fools {best.fooling}; {noise.perturbation}: {noise.fooling}"
+    name = escape_markdown(best.perturbation)
+    return f"* {escape_markdown(classifier)}: **{name}** fools {best.fooling}; {noise.perturbation}: {noise.fooling}"
 
 
 def markdown(measurements: Sequence[Measurement]) -> str:
@@ -77,11 +82,10 @@ def markdown(measurements: Sequence[Measurement]) -> str:
         "| classifier | images | perturbation | scale | ℓ2 | ℓ∞ | fooling rate | top-1 before | top-1 after |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    lines += [
-        f"| {m.classifier} | {m.dataset} | {m.perturbation} | {m.scale:g} | {m.norm_l2:.0f} | {m.norm_linf:.1f} "
-        f"| {m.fooling} | {m.top1_clean or '–'} | {m.top1 or '–'} |"
-        for m in measurements
-    ]
+    for m in measurements:
+        names = " | ".join(map(escape_markdown, (m.classifier, m.dataset, m.perturbation)))
+        rates = f"{m.fooling} | {m.top1_clean or '–'} | {m.top1 or '–'}"
+        lines.append(f"| {names} | {m.scale:g} | {m.norm_l2:.0f} | {m.norm_linf:.1f} | {rates} |")
     return "\n".join(lines)
 
 

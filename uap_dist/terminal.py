@@ -6,7 +6,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -15,11 +16,16 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from uap_dist.compute import RoundReport
-from uap_dist.errors import in_one_line
+from uap_dist.errors import ConfigError
+from uap_dist.foreign_text import hide_credentials, in_one_line, printable, redact
 
 SECONDS_BETWEEN_LINES = 10.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 INTERRUPTED = 130  # exit code
+WHERE_CREDENTIALS_BELONG = (
+    "credentials belong in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS), "
+    "in a profile, or in the machine's role"
+)
 
 
 class RoundProgress:
@@ -32,7 +38,9 @@ class RoundProgress:
         self._shares: dict[str, float] = {}
         self._done_before = 0.0  # by the runs that are resumed here
         self._started = self._last_line = time.monotonic()
-        self._bar = Progress(TextColumn("rounds"), BarColumn(), TextColumn("{task.description}"), console=console)
+        self._bar = Progress(
+            TextColumn("rounds"), BarColumn(), TextColumn("{task.description}", markup=False), console=console
+        )
         self._task = self._bar.add_task("the first round", total=1.0)
 
     def __enter__(self) -> "RoundProgress":
@@ -76,7 +84,7 @@ class RoundProgress:
 
     def _line(self, text: str) -> None:
         self._last_line = time.monotonic()
-        self._console.print(text, highlight=False, soft_wrap=True)
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def set_up_logging(console: Console, *, debug: bool) -> None:
@@ -95,7 +103,7 @@ class _Lines(logging.Handler):
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        line = f"{record.levelname.lower()}: {record.getMessage()}"
+        line = f"{record.levelname.lower()}: {printable(redact(record.getMessage()))}"
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -109,6 +117,29 @@ def command(job: str | None = None) -> str:
     if script.suffix == ".py":
         return f"python {script if job is None else script.with_name(f'{job}.py')}"
     return script.name if job is None else f"uap-{job}"
+
+
+def refuse_credentials(words: Sequence[str]) -> None:
+    """Look through a command line before any of it is parsed, printed or stored.
+
+    Raises:
+        ConfigError: one of its words seems to hold a credential; names the option, not the credential.
+    """
+    option = ""
+    for word in words:
+        value = word
+        if word.startswith("-"):
+            name, _, value = word.partition("=")
+            option = redact(name)
+            if hide_credentials(f"{name}=value") != f"{name}=value":
+                raise ConfigError(f"{option}: no option takes a credential; {WHERE_CREDENTIALS_BELONG}")
+        if hide_credentials(value) != value:
+            what = (
+                "is a command, which is not run and may hold a credential; give a path, or an s3:// or gs:// URL"
+                if "pipe:" in value
+                else "seems to hold a credential, which runs, checkpoints and logs would keep"
+            )
+            raise ConfigError(f"{option} {printable(redact(value))} {what}; {WHERE_CREDENTIALS_BELONG}".strip())
 
 
 def raise_on_sigterm() -> None:
@@ -133,7 +164,7 @@ def _end_at_once_from_now_on() -> None:
 def one_line_errors(*, debug: bool) -> Iterator[None]:
     """End the process with one line: exit code 1 for an error, 130 when interrupted; tracebacks only for debugging.
 
-    An error that is not the package's own is said to be unexpected, with its type.
+    An error that is not the package's own is said to be unexpected, with its type. Credentials are hidden either way.
     """
     try:
         yield
@@ -142,7 +173,8 @@ def one_line_errors(*, debug: bool) -> Iterator[None]:
         sys.exit(INTERRUPTED)
     except Exception as error:
         if debug:
-            raise
+            sys.stderr.write(redact(traceback.format_exc()))
+            sys.exit(1)
         sys.stderr.write(f"error: {in_one_line(error)}\n")
         sys.exit(1)
 

@@ -32,7 +32,8 @@ from mlflow.types import Schema, TensorSpec
 
 from uap_dist.classifiers import Classifier
 from uap_dist.dataset import Dataset
-from uap_dist.errors import ResumeError, TrackingError, UapDistError, in_one_line, is_mistake
+from uap_dist.errors import ResumeError, TrackingError, UapDistError, is_mistake
+from uap_dist.foreign_text import HIDDEN, hide_credentials, in_one_line, printable, redact
 from uap_dist.history import RoundRecord
 from uap_dist.outbox import Outbox
 from uap_dist.sqlite_store import prepare_store, sqlite_path
@@ -100,7 +101,7 @@ class Tracker:
         self._is_child, self._is_ended = parent is not None, False
         with _answering(self.uri):
             self._client = mlflow.MlflowClient()
-            tags = {"command": shlex.join(sys.argv), JOB_TAG: self.job}
+            tags = {"command": shlex.join(map(redact, sys.argv)), JOB_TAG: self.job}
             if run_id is not None:
                 run = _reopen(run_id, self.uri) if parent is None else _reopen_child(self._client, run_id)
             elif parent is not None:
@@ -145,7 +146,7 @@ class Tracker:
     @_patient
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Parameters; None is written as "none"."""
-        texts = {key: "none" if value is None else str(value) for key, value in params.items()}
+        texts = {key: "none" if value is None else redact(str(value)) for key, value in params.items()}
         with _answering(self.uri):
             self._client.log_batch(self.run_id, params=[Param(key, text) for key, text in texts.items()])
 
@@ -219,7 +220,7 @@ class Tracker:
             self._client.log_batch(
                 self.run_id,
                 metrics=[Metric(key, value, now, step) for key, value in metrics.items() if key not in known],
-                tags=[RunTag(key, str(value)) for key, value in tags.items()],
+                tags=[RunTag(key, redact(str(value))) for key, value in tags.items()],
             )
             self.describe(markdown)
             for path in sorted(folder.iterdir()):
@@ -303,7 +304,7 @@ class Tracker:
     def _end(self, status: Literal["FINISHED", "FAILED", "KILLED"], reason: str | None) -> None:
         try:
             if reason is not None:
-                self.set_tag("reason", reason[:5000])
+                self.set_tag("reason", printable(redact(reason))[:5000])
             if self._is_child:
                 self._client.set_terminated(self.run_id, status)
             else:
@@ -317,7 +318,8 @@ class Tracker:
         """Command or address that shows the run."""
         if self.uri.startswith("sqlite:"):
             return f"mlflow ui --backend-store-uri {self.uri}, then http://127.0.0.1:5000/{self._page()}"
-        return f"{self.uri.rstrip('/')}/{self._page()}" if self.uri.startswith("http") else self.uri
+        uri = hide_credentials(self.uri).replace(f"{HIDDEN}@", "")  # a browser asks for them
+        return f"{uri.rstrip('/')}/{self._page()}" if uri.startswith("http") else uri
 
     def _page(self) -> str:
         # without the option MLflow shows its pages for language models
@@ -371,7 +373,7 @@ def _get_run(run_id: str, uri: str) -> Run:
         return mlflow.get_run(run_id)
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            raise ResumeError(f"no run {run_id} at {uri} (MLFLOW_TRACKING_URI)") from error
+            raise ResumeError(f"no run {run_id} at {redact(uri)} (MLFLOW_TRACKING_URI)") from error
         raise
 
 
@@ -394,7 +396,7 @@ def fetch(address: str) -> str:
         if is_mistake(error):
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise TrackingError(f"cannot fetch {address} from {uri} (MLFLOW_TRACKING_URI): {reason}") from error
+        raise TrackingError(redact(f"cannot fetch {address} from {uri} (MLFLOW_TRACKING_URI): {reason}")) from error
 
 
 def _tracking_uri() -> str:
@@ -443,11 +445,11 @@ def _explain(uri: str, error: Exception) -> str:
     where = f"MLflow's file {path} or its artifacts" if path else f"the tracking server at {uri} (MLFLOW_TRACKING_URI)"
     meaning = next((meaning for words, meaning in FAULTS.items() if re.search(words, text)), None)
     if meaning is not None:
-        return f"{where}: {meaning} ({text})"
+        return redact(f"{where}: {meaning} ({text})")
     if path is not None:
-        return f"{where} cannot be used: {text}"
+        return redact(f"{where} cannot be used: {text}")
     is_refusal = isinstance(error, MlflowException) and "failed with exception" not in text
-    return f"{where} {'refuses' if is_refusal else 'does not answer as it should'}: {text}"
+    return redact(f"{where} {'refuses' if is_refusal else 'does not answer as it should'}: {text}")
 
 
 def _find_experiment(client: mlflow.MlflowClient, name: str, uri: str) -> str:

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from uap_dist.errors import ClassifierError, one_line
+from uap_dist.errors import ClassifierError
+from uap_dist.foreign_text import first_line
 from uap_dist.locations import is_url, read_file
 
 WRAPPERS = ("module", "_orig_mod")  # parts of keys that DataParallel and torch.compile add
@@ -76,7 +77,7 @@ def read_weights(path: str) -> dict[str, Tensor]:
 def write_weights(path: Path, network: nn.Module, provenance: Mapping[str, Any]) -> None:
     """The network's parameters and buffers as a .safetensors file that `read_weights` reads, with where they come from as JSON in it."""
     state = {key: value.detach().cpu().clone().contiguous() for key, value in network.state_dict().items()}
-    save_file(state, path, metadata={"provenance": json.dumps(provenance, sort_keys=True)})
+    path.write_bytes(save(state, {"provenance": json.dumps(provenance, sort_keys=True)}))
 
 
 def fill_from(network: nn.Module, file: WeightsFile) -> None:
@@ -149,7 +150,7 @@ def _load_safetensors(data: bytes, path: str) -> dict[str, Tensor]:
         return load(data)
     except Exception as error:  # the library's own kinds
         raise ClassifierError(
-            f"{path} is a safetensors file that is cut short or damaged ({one_line(error)}); fetch it again"
+            f"{path} is a safetensors file that is cut short or damaged ({first_line(error)}); fetch it again"
         ) from error
 
 
