@@ -223,6 +223,7 @@ def test_what_goes_wrong_with_a_callers_change_is_the_callers_and_the_fleet_goes
         fleet.use(TINY, None)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("where", ["_step", "_accept"])
 def test_nobody_waits_for_a_thread_that_is_dead(cluster, shards, monkeypatch, where):
     fleet = make_fleet(1)
