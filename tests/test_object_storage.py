@@ -6,6 +6,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from threading import Thread
 from urllib.request import Request, urlopen
 
 import numpy as np
@@ -164,6 +166,85 @@ def test_what_cannot_be_is_one_line_at_once(store, address, status, message):
         expand_patterns([f"s3://{address.format(store.query)}"])
     assert "\n" not in str(caught.value) and "secret" not in str(caught.value)
     assert len(store.requests) <= 3
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "localhost:9000",
+        "minio.local",
+        "//localhost:9000",
+        "http://",
+        "http://localhost:9000/minio",
+        "ftp://localhost:9000",
+    ]
+    + ["http://user:secret@localhost:9000", "http://localhost:port", "http://localhost:9000?region=eu"],
+)
+@pytest.mark.parametrize(
+    ("url", "variable"),
+    [("s3://b/t.tar?region=eu-west-1", "AWS_ENDPOINT_URL"), ("S3://b/t.tar", "AWS_ENDPOINT_URL_S3")]
+    + [("gs://b/t.tar", "STORAGE_EMULATOR_HOST")],
+)
+def test_an_endpoint_that_is_none_is_refused_and_no_other_store_is_asked(monkeypatch, text, url, variable):
+    monkeypatch.setenv(variable, text)
+    with pytest.raises(
+        ConfigError, match=f"^{variable} is '.*'; it must be HOST:PORT .*, with http:// or https://"
+    ) as caught:
+        locate(url)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["HTTP://{}", "http://{}/", " http://{} "])
+@pytest.mark.parametrize("variable", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])
+def test_the_store_that_a_variable_names_is_asked(store, put, monkeypatch, variable, text):
+    put("t.tar", "train-0000.tar")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv(variable, text.format(re.search(r"127.0.0.1:\d+", store.query)[0]))
+    assert len(load_shard("s3://bucket/t.tar?region=us-east-1", AS_IS).keys) == 20
+
+
+@pytest.mark.parametrize(
+    "query",
+    ["endpoint_override=http://{}", "endpoint_override=HTTP://{}/&scheme=http", "endpoint_override={}&scheme=HTTP"],
+)
+def test_an_endpoint_in_the_url_may_have_its_scheme(store, put, query):
+    put("t.tar", "train-0000.tar")
+    endpoint = re.search(r"127.0.0.1:\d+", store.query)[0]
+    assert len(load_shard(f"s3://bucket/t.tar?region=us-east-1&{query.format(endpoint)}", AS_IS).keys) == 20
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ("endpoint_override=", "option endpoint_override is ''; it must be HOST:PORT"),
+        ("endpoint_override=host:9000/path", "it must be HOST:PORT of the store, without a path"),
+        ("endpoint_override=http://host&scheme=https", "endpoint_override begins with http, but scheme is https"),
+        ("scheme=ftp", "option scheme is 'ftp'; it must be https or http"),
+    ],
+)
+def test_an_endpoint_in_the_url_that_is_none_is_refused(query, message):
+    with pytest.raises(ConfigError, match=message):
+        locate(f"s3://bucket/t.tar?{query}")
+
+
+def test_googles_emulator_is_asked_where_a_variable_names_one(monkeypatch):
+    asked = []
+
+    class Emulator(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_error(404)
+
+        def log_message(self, *words):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Emulator) as emulator:
+        Thread(target=emulator.serve_forever, daemon=True).start()
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{emulator.server_port}")
+        with pytest.raises(ShardError, match="no shard gs://bucket/t.tar"):
+            expand_patterns(["gs://bucket/t.tar?retry_limit_seconds=2"])
+        emulator.shutdown()
+    assert any("/b/bucket" in path for path in asked)
 
 
 def test_a_worker_is_not_refused_twice(store, put):

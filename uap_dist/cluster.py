@@ -1,14 +1,30 @@
 """The Ray cluster that a job joins or starts, and what it has room for."""
 
 import os
+import secrets
 
-if "RAY_ADDRESS" not in os.environ:
-    # Ray reads these on import. The first, despite its name, is what makes a local Ray listen on loopback only.
+LOCAL = "local"
+
+
+def _address() -> str:
+    return os.environ.get("RAY_ADDRESS", "").strip() or LOCAL
+
+
+# Ray reads these on import
+if _address() == LOCAL:
+    # despite its name, this is what makes a local Ray listen on loopback only; there it obeys who has this process's token
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
+import atexit
 import logging
+import re
+import shutil
 import socket
+import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +34,18 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from uap_dist.errors import ConfigError
+from uap_dist.foreign_text import redact
 
-LOCAL = "local"
 ANSWER_TIMEOUT_S = 10.0
 LOOK_TIMEOUT_S = 60.0  # of a node for a folder: it starts a process for that
 NUM_NODES_NAMED = 3
+SOCKET_BYTES = 103 if sys.platform == "darwin" else 107  # of the path of a Unix socket, at most
+FOLDER_PREFIX = "uap-"
+SETTINGS = b"\0\0\0\x04\0\0\0\0\0"  # the frame with which HTTP/2, that Ray speaks, begins on both sides
+GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + SETTINGS
+ITS_PORT = (
+    "its head's port is 6379 unless it was started with another; unset RAY_ADDRESS to start a Ray on this machine"
+)
 
 
 @dataclass(frozen=True)
@@ -55,34 +78,102 @@ def connect() -> None:
     """Join the cluster of RAY_ADDRESS (as in a submitted job), else start a Ray of our own on loopback.
 
     Raises:
-        ConfigError: the cluster does not answer.
+        ConfigError: the address is none, the cluster does not answer, or there is no place for Ray's files.
     """
     if ray.is_initialized():
         return
-    address = os.environ.get("RAY_ADDRESS", LOCAL)
+    address = _address()
+    if address == LOCAL:
+        _start_own()
+        return
     _check_answers(address)
-    include_dashboard = False if address == LOCAL else None
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=include_dashboard)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         has_token = os.environ.get("RAY_AUTH_MODE") == "token"
         hint = "" if has_token else "; if it has token authentication, set RAY_AUTH_MODE=token"
-        raise ConfigError(f"cannot join the Ray cluster at {address} (RAY_ADDRESS): {error}{hint}") from error
+        reason = (str(error).splitlines() or [""])[0]
+        raise ConfigError(f"cannot join the Ray cluster at {redact(address)} (RAY_ADDRESS): {reason}{hint}") from error
+
+
+def _start_own() -> None:
+    """A Ray whose files (logs, sockets) only this user may open, and which are gone when the process ends."""
+    place = _place_for_sockets()
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=place))
+    except OSError as error:
+        raise ConfigError(
+            f"cannot make a folder for Ray in {place}: {error.strerror}; set RAY_TMPDIR to another one"
+        ) from error
+    atexit.register(_end_own, folder)  # before Ray's own
+    # Ray opens what it makes to all users, but not the folder around it
+    ray.init(
+        address=LOCAL,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        include_dashboard=False,
+        _temp_dir=str(folder / "r"),
+    )
+
+
+def _end_own(folder: Path) -> None:
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _place_for_sockets() -> Path:
+    """RAY_TMPDIR where that is set, else TMPDIR, or /tmp where TMPDIR is too long.
+
+    Raises:
+        ConfigError: RAY_TMPDIR is too long.
+    """
+    longest = f"/{FOLDER_PREFIX}12345678/r/session_2026-01-01_00-00-00_000000_{os.getpid()}/sockets/plasma_store"
+    room = SOCKET_BYTES - len(longest)
+    asked = os.environ.get("RAY_TMPDIR")
+    place = os.path.abspath(asked or tempfile.gettempdir())
+    size = len(os.fsencode(place))
+    if size <= room:
+        return Path(place)
+    if not asked:
+        return Path("/tmp")
+    raise ConfigError(
+        f"RAY_TMPDIR is {place}, {size} bytes long: paths of Ray's sockets below it would be longer than {SOCKET_BYTES} bytes, all that "
+        f"the system takes; set RAY_TMPDIR to a folder of at most {room}, as /tmp (decoded images go to TMPDIR, which may be long)"
+    )
 
 
 def _check_answers(address: str) -> None:
-    """Ray itself would try a host and port for minutes."""
+    """Ray itself would try a host and port for minutes, and take other forms for something else."""
+    shown = redact(address)
+    if address == "auto":
+        return
+    if re.match("https?://", address, re.IGNORECASE):
+        raise ConfigError(
+            f"RAY_ADDRESS is {shown}, an address to submit jobs to: unset it and use `ray job submit --address {shown} -- COMMAND`; "
+            "for a job started by hand on a machine of the cluster it is HOST:6379"
+        )
     host, _, port = address.rpartition(":")
-    if "://" not in address and port.isdigit():
-        try:
-            socket.create_connection((host, int(port)), timeout=ANSWER_TIMEOUT_S).close()
-        except OSError as error:
-            raise ConfigError(f"no Ray cluster answers at {address} (RAY_ADDRESS): {error}") from error
+    if not re.fullmatch(r"[\w.-]+|\[[0-9a-fA-F:.]+\]", host) or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ConfigError(
+            f"RAY_ADDRESS is {shown!r}; it must be HOST:PORT of the cluster's head, as 10.0.0.1:6379 (Ray Client, ray://, is not "
+            "supported); unset it to start a Ray on this machine"
+        )
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_TIMEOUT_S) as connection:
+            connection.sendall(GREETING)
+            answer = connection.recv(len(SETTINGS))
+    except OSError as error:
+        raise ConfigError(
+            f"no Ray cluster answers at {shown} (RAY_ADDRESS): {error.strerror or error}; {ITS_PORT}"
+        ) from error
+    if answer[3:4] != SETTINGS[3:4]:
+        raise ConfigError(f"what answers at {shown} (RAY_ADDRESS) is no Ray cluster; {ITS_PORT}")
 
 
 def can_grow() -> bool:
     """Whether nodes may join: not where the job started a Ray of its own."""
-    return os.environ.get("RAY_ADDRESS", LOCAL) != LOCAL
+    return _address() != LOCAL
 
 
 def has_gpus() -> bool:

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryFile
 from typing import Any, TypeVar
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 from pyarrow import ArrowInvalid, fs
 
@@ -28,16 +28,42 @@ TRIAL_BYTES = 1 << 20
 ATTEMPTS, SECONDS_BEFORE_RETRY = 5, 0.5  # the pause doubles each time
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # on this machine; what a store says has no such number
 CREDENTIALS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or a profile, or the machine's role)"
+S3_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+GCS_ENDPOINTS = ("STORAGE_EMULATOR_HOST", "CLOUD_STORAGE_EMULATOR_ENDPOINT")
+AN_ENDPOINT = "HOST:PORT of the store, without a path or credentials"
 
 
 def _to_bool(text: str) -> bool:
     return {"true": True, "false": False}[text]
 
 
+def _to_scheme(text: str) -> str:
+    return {"https": "https", "http": "http"}[text.lower()]
+
+
+def _split_url(text: str) -> SplitResult | None:
+    """Scheme, host and port; None where there is no host, or anything else."""
+    try:
+        url = urlsplit(text)
+        has_host = bool(url.hostname) and url.port != 0
+    except ValueError:
+        return None
+    has_more = url.path.strip("/") or url.query or url.fragment or re.search(r"[@\s]", url.netloc)
+    return url if has_host and not has_more else None
+
+
+def _to_endpoint(text: str) -> str:
+    """HOST:PORT, or the same after http:// or https://; ValueError otherwise."""
+    url = _split_url(text if is_url(text) else f"//{text}")
+    if url is None or url.scheme not in ("", "http", "https"):
+        raise ValueError
+    return f"{url.scheme}://{url.netloc}" if url.scheme else url.netloc
+
+
 S3_OPTIONS: Mapping[str, Callable[[str], Any]] = {
     "region": str,
-    "endpoint_override": str,
-    "scheme": str,
+    "endpoint_override": _to_endpoint,
+    "scheme": _to_scheme,
     "anonymous": _to_bool,
     "retries": int,
     "connect_timeout": float,
@@ -47,11 +73,16 @@ S3_OPTIONS: Mapping[str, Callable[[str], Any]] = {
     "tls_ca_file_path": str,
 }
 GCS_OPTIONS: Mapping[str, Callable[[str], Any]] = {
-    "endpoint_override": str,
-    "scheme": str,
+    "endpoint_override": _to_endpoint,
+    "scheme": _to_scheme,
     "anonymous": _to_bool,
     "retry_limit_seconds": float,
     "project_id": str,
+}
+KINDS: Mapping[Callable[[str], Any], str] = {
+    _to_bool: "true or false",
+    _to_scheme: "https or http",
+    _to_endpoint: AN_ENDPOINT,
 }
 
 # what stands in a store's error, and what it means; in none of these cases does it help to ask again
@@ -109,10 +140,12 @@ def locate(location: str) -> tuple[fs.FileSystem, str]:
 
     Options of a URL follow it, as in s3://bucket/key?region=eu-west-1&retries=5.
 
-    * s3: `region` (default: the bucket's own), `endpoint_override` (host:port; default: of AWS_ENDPOINT_URL, else AWS), `scheme`
-      (https or http), `anonymous` (true for a public bucket), `retries` (of one request, 3), `connect_timeout` (5 s),
-      `request_timeout` (seconds without a byte, 10), `allow_bucket_creation`, `force_virtual_addressing`, `tls_ca_file_path`.
-    * gs: `anonymous`, `retry_limit_seconds` (of one request, 30), `endpoint_override`, `scheme`, `project_id`.
+    * s3: `region` (default: the bucket's own), `endpoint_override` (host:port; default: that of AWS_ENDPOINT_URL_S3 or
+      AWS_ENDPOINT_URL, which are URLs, else AWS), `scheme` (https or http), `anonymous` (true for a public bucket), `retries` (of
+      one request, 3), `connect_timeout` (5 s), `request_timeout` (seconds without a byte, 10), `allow_bucket_creation`,
+      `force_virtual_addressing`, `tls_ca_file_path`.
+    * gs: `anonymous`, `retry_limit_seconds` (of one request, 30), `endpoint_override` (default: that of STORAGE_EMULATOR_HOST,
+      else Google), `scheme`, `project_id`.
 
     Credentials are no option, because URLs are kept in runs and checkpoints; the stores' libraries find them as they always do.
 
@@ -123,6 +156,7 @@ def locate(location: str) -> tuple[fs.FileSystem, str]:
         return fs.LocalFileSystem(), location
     url, query = split_query(location)
     scheme, _, path = url.partition("://")
+    scheme = scheme.lower()
     if hide_credentials(location) != location:
         raise ConfigError(
             f"{redact(location)} holds credentials, which runs and checkpoints would keep; give {CREDENTIALS}, "
@@ -300,8 +334,16 @@ def _options(location: str, query: str, known: Mapping[str, Callable[[str], Any]
         try:
             options[name] = known[name](text)
         except (ValueError, KeyError) as error:
-            kind = "true or false" if known[name] is _to_bool else "a number"
-            raise ConfigError(f"{location}: option {name} is {text!r}; it must be {kind}") from error
+            kind = KINDS.get(known[name], "a number")
+            raise ConfigError(f"{redact(location)}: option {name} is {text!r}; it must be {kind}") from error
+    endpoint, scheme = options.get("endpoint_override", ""), options.get("scheme")
+    if is_url(endpoint):  # as the variables have it
+        said, _, options["endpoint_override"] = endpoint.partition("://")
+        options["scheme"] = said
+        if scheme not in (None, said):
+            raise ConfigError(
+                f"{redact(location)}: endpoint_override begins with {said}, but scheme is {scheme}; give one of them"
+            )
     return options
 
 
@@ -312,9 +354,7 @@ def _region(bucket: str) -> str:
 
 
 def _s3(bucket: str, options: dict[str, Any]) -> fs.S3FileSystem:
-    endpoint = urlsplit(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "")
-    if endpoint.netloc:
-        options = {"endpoint_override": endpoint.netloc, "scheme": endpoint.scheme} | options
+    options = _named_endpoint(options, *S3_ENDPOINTS) | options
     if "region" not in options and "endpoint_override" not in options and bucket:
         options["region"] = _region(bucket)
     retries = fs.AwsStandardS3RetryStrategy(max_attempts=options.pop("retries", RETRIES))
@@ -323,10 +363,26 @@ def _s3(bucket: str, options: dict[str, Any]) -> fs.S3FileSystem:
 
 
 def _gcs(options: dict[str, Any]) -> fs.GcsFileSystem:
+    emulator = _named_endpoint(options, *GCS_ENDPOINTS)
+    options = emulator | ({"anonymous": True} if emulator else {}) | options  # emulators have no accounts
     limit = timedelta(seconds=options.pop("retry_limit_seconds", GCS_RETRY_S))
     return fs.GcsFileSystem(**options, retry_time_limit=limit)
 
 
+def _named_endpoint(options: Mapping[str, Any], *variables: str) -> dict[str, str]:
+    """The endpoint that the first of these variables names, as options of pyarrow's; none where the options name one, or nothing does."""
+    found = next((name for name in variables if os.environ.get(name, "").strip()), None)
+    if found is None or "endpoint_override" in options:
+        return {}
+    text = os.environ[found].strip()
+    url = _split_url(text)
+    if url is None or url.scheme not in ("http", "https"):
+        raise ConfigError(f"{found} is {redact(text)!r}; it must be {AN_ENDPOINT}, with http:// or https:// before it")
+    return {"endpoint_override": url.netloc, "scheme": url.scheme}
+
+
 def _endpoint(location: str) -> str:
     options = dict(parse_qsl(split_query(location)[1].removeprefix("?")))
-    return options.get("endpoint_override") or os.environ.get("AWS_ENDPOINT_URL") or "the store's endpoint"
+    variables = GCS_ENDPOINTS if location.startswith("g") else S3_ENDPOINTS
+    named = (os.environ.get(name) for name in variables)
+    return redact(options.get("endpoint_override") or next(filter(None, named), "the store's endpoint"))
