@@ -34,7 +34,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from uap_dist.errors import ConfigError
-from uap_dist.foreign_text import redact
+from uap_dist.foreign_text import first_line, redact
 
 ANSWER_TIMEOUT_S = 10.0
 LOOK_TIMEOUT_S = 60.0  # of a node for a folder: it starts a process for that
@@ -92,7 +92,7 @@ def connect() -> None:
     except (ConnectionError, RuntimeError, ValueError) as error:
         has_token = os.environ.get("RAY_AUTH_MODE") == "token"
         hint = "" if has_token else "; if it has token authentication, set RAY_AUTH_MODE=token"
-        reason = (str(error).splitlines() or [""])[0]
+        reason = first_line(error)
         raise ConfigError(f"cannot join the Ray cluster at {redact(address)} (RAY_ADDRESS): {reason}{hint}") from error
 
 

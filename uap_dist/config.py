@@ -25,8 +25,8 @@ class ComputeConfig:
     radius: float | None = None
     """Radius of the ball, in pixels (0..255). Default: 10 for linf, 2000 for l2, as in the paper (for 224×224 images)."""
     rule: Rule = "log-odds"
-    """How increments are computed and summed: one log-odds step an image, or the paper's DeepFool and plain sum. The paper's algorithm 1, which projects after
-    each image, is this rule with rounds of one image: --round-size 1 --block-size 1."""
+    """How increments are computed and summed: one log-odds step an image, or the paper's DeepFool and plain sum.
+    The paper's algorithm 1, which projects after each image, is its rule in rounds of one: --round-size 1 --block-size 1."""
     target_fooling_rate: float = 1.0
     """Stop after a pass that fools this share of the training images (0..1)."""
     max_passes: int | None = None

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from threading import Condition, Event, Thread
 
+from uap_dist.foreign_text import first_line, redact
 from uap_dist.history import RoundRecord
 
 SECONDS_BETWEEN_TRIES, SECONDS_BETWEEN_LAST_TRIES = 5.0, 0.5
@@ -50,8 +51,7 @@ class Outbox:
                 self._send(records)
             except Exception as error:  # whatever it is, the computation goes on
                 if not failing:
-                    reason = (str(error).splitlines() or [type(error).__name__])[0]
-                    logger.warning("metrics wait for the tracking server: %s", reason)
+                    logger.warning("metrics wait for the tracking server: %s", redact(first_line(error)))
                 failing, self.failure = True, error
                 if self._closing.wait(SECONDS_BETWEEN_TRIES):
                     time.sleep(SECONDS_BETWEEN_LAST_TRIES)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from uap_dist.errors import ConfigError, PerturbationError
+from uap_dist.foreign_text import first_line
 from uap_dist.locations import read_file, split_query
 from uap_dist.names import Parts, canonical, name_rest, parts_of
 from uap_dist.norms import Norm, measure
@@ -86,13 +87,6 @@ def save_perturbation(path: Path, v: Tensor, provenance: Mapping[str, Any]) -> N
     path.write_bytes(save({"perturbation": v.contiguous()}, metadata))  # save_file would let its owner alone read it
 
 
-def reason_of(error: Exception) -> str:
-    """What a library says of a file, in one line and without the error's type."""
-    return (
-        f"there is no {error} in it" if isinstance(error, KeyError) else (str(error).splitlines() or ["unreadable"])[0]
-    )
-
-
 def split_name(text: str) -> tuple[str, str]:
     """NAME and the rest of NAME=REST; no name where the = belongs to a path or to a URL's options."""
     name, equals, rest = text.partition("=")
@@ -132,7 +126,7 @@ def _own(name: str, location: str) -> Perturbation:
         digest, norm, radius = (provenance[key] for key in ("perturbation_sha256", "norm", "radius"))
     except Exception as error:
         raise PerturbationError(
-            f"{location} is no perturbation that jobs/compute.py has written: {reason_of(error)}"
+            f"{location} is no perturbation that jobs/compute.py has written: {first_line(error)}"
         ) from error
     if sha256(v.numpy().tobytes()).hexdigest() != digest:
         raise PerturbationError(f"{location} is damaged: its values do not have the digest that it says")
@@ -162,7 +156,7 @@ def _published(location: str, extension: str, unit: float) -> Tensor:
     try:
         named = {"array": np.load(file)} if extension == ".npy" else loadmat(file)
     except Exception as error:
-        raise PerturbationError(f"{location} cannot be read: {reason_of(error)}") from error
+        raise PerturbationError(f"{location} cannot be read: {first_line(error)}") from error
     arrays = [value for key, value in named.items() if not key.startswith("__")]
     array = np.squeeze(arrays[0]) if len(arrays) == 1 else np.zeros(0)
     places = [axis for axis in (0, 2) if array.ndim == 3 and array.shape[axis] == 3]

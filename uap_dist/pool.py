@@ -17,10 +17,11 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from uap_dist.errors import ConfigError, PerturbationError
+from uap_dist.foreign_text import first_line
 from uap_dist.locations import join, split_query
 from uap_dist.names import name_rest, parts_of, refuse_twins
 from uap_dist.norms import check_ball
-from uap_dist.perturbations import Perturbation, check_radius, metadata_of, read, reason_of, split_name
+from uap_dist.perturbations import Perturbation, check_radius, metadata_of, read, split_name
 
 POOL_FILE, MANIFEST_FILE = "pool.safetensors", "pool.json"
 SHARED = ("model", "weights_digest", "norm", "radius")  # what all members have in common
@@ -106,7 +107,7 @@ class PerturbationPool:
             check_ball(norm, radius)
             pool = cls(perturbations.float(), shared, members)
         except Exception as error:
-            raise PerturbationError(f"{location} is no pool: {reason_of(error)}") from error
+            raise PerturbationError(f"{location} is no pool: {first_line(error)}") from error
         if pool.digest != digest or len(members) != len(perturbations):
             raise PerturbationError(f"{location} is damaged: its values do not have the digest that it says")
         if _digest_text(shared, members) != said:

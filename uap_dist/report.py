@@ -22,7 +22,7 @@ from uap_dist.compute import RoundReport
 from uap_dist.dataset import Dataset, Workers
 from uap_dist.errors import ConfigError, OutputError
 from uap_dist.fooling import Rate
-from uap_dist.foreign_text import escape_markdown
+from uap_dist.foreign_text import escape_markdown, first_line
 from uap_dist.history import RoundRecord
 from uap_dist.label_graph import dominant_labels, label_graph, save_label_graph
 from uap_dist.locations import copy_folder, is_url, join, make_own_folder, try_to_write
@@ -77,7 +77,7 @@ def writes_files(save: Callable[Concatenate[Path, Given], Result]) -> Callable[C
             return save(folder, *args, **kwargs)
         except (OSError, SafetensorError) as error:
             is_full = "No space left" in str(error) or "quota exceeded" in str(error)
-            reason = "no space is left on its disk" if is_full else str(error).splitlines()[0]
+            reason = "no space is left on its disk" if is_full else first_line(error)
             raise OutputError(f"cannot write results to {folder}: {reason}") from error
 
     return save_or_say_why

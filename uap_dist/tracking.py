@@ -33,7 +33,7 @@ from mlflow.types import Schema, TensorSpec
 from uap_dist.classifiers import Classifier
 from uap_dist.dataset import Dataset
 from uap_dist.errors import ResumeError, TrackingError, UapDistError, is_mistake
-from uap_dist.foreign_text import HIDDEN, hide_credentials, in_one_line, printable, redact
+from uap_dist.foreign_text import HIDDEN, first_line, hide_credentials, in_one_line, printable, redact
 from uap_dist.history import RoundRecord
 from uap_dist.outbox import Outbox
 from uap_dist.sqlite_store import prepare_store, sqlite_path
@@ -252,7 +252,7 @@ class Tracker:
             try:  # before MLflow does it, which would leave half a model behind
                 torch.export.export(classifier, (torch.tensor(pixels),), dynamic_shapes=({0: torch.export.Dim.AUTO},))
             except Exception as error:  # whatever torch says of a network that it cannot export
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                reason = first_line(error)
                 logger.warning(
                     "%s is not logged as a model, because torch cannot export it: %s", classifier.name, reason
                 )
@@ -395,7 +395,7 @@ def fetch(address: str) -> str:
     except Exception as error:  # MLflow's, and those of whatever store its artifacts are in
         if is_mistake(error):
             raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise TrackingError(redact(f"cannot fetch {address} from {uri} (MLFLOW_TRACKING_URI): {reason}")) from error
 
 
@@ -440,7 +440,7 @@ def _answering(uri: str) -> Iterator[None]:
 
 def _explain(uri: str, error: Exception) -> str:
     """What cannot be used, and why."""
-    text = (str(error).splitlines() or [type(error).__name__])[0]
+    text = first_line(error)
     path = sqlite_path(uri)
     where = f"MLflow's file {path} or its artifacts" if path else f"the tracking server at {uri} (MLFLOW_TRACKING_URI)"
     meaning = next((meaning for words, meaning in FAULTS.items() if re.search(words, text)), None)
