@@ -372,7 +372,11 @@ def test_weights_pools_and_checkpoints_that_cannot_be_read_for_a_moment_are_aske
     store, put, tmp_path, caplog
 ):
     write_weights(tmp_path / "w.safetensors", load_classifier(TINY).network, {})
-    pool = PerturbationPool(torch.ones(1, 3, 4, 4), {"norm": "linf", "radius": 10.0}, [{"name": "a"}])
+    pool = PerturbationPool(
+        torch.ones(1, 3, 4, 4),
+        {"model": "m", "weights_digest": "d", "norm": "linf", "radius": 10.0},
+        [{"name": "a"}],
+    )
     pool.save(tmp_path / "pool")
     weights = put("w.safetensors", (tmp_path / "w.safetensors").read_bytes())
     there = put("pool/pool.safetensors", (tmp_path / "pool/pool.safetensors").read_bytes())

@@ -3,7 +3,7 @@ import stat
 
 import pytest
 
-from uap_dist.report import output_folder
+from uap_dist.report import output_folder, writes_files
 
 
 @pytest.fixture
@@ -22,7 +22,10 @@ def test_a_default_folder_lies_in_outputs_however_the_model_is_named(tmp_path, m
 
 def test_a_new_folder_is_its_owners_alone_and_one_that_is_there_stays_as_it_is(tmp_path, umask):
     (tmp_path / "mine").mkdir()
-    output_folder(tmp_path / "mine", "x")
-    output_folder(tmp_path / "new" / "out", "x")
-    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("mine", "new/out")]
-    assert modes == [0o755, 0o700]
+    save = writes_files(lambda folder: (folder / "result.json").write_text("{}"))
+    for folder in ("mine", "new/out"):
+        save(output_folder(tmp_path / folder, "x"))
+    modes = [
+        stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("mine", "new", "new/out", "new/out/result.json")
+    ]
+    assert modes == [0o755, 0o700, 0o700, 0o644]
