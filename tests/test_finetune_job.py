@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import TINY, compute_here
-from test_job import JOB, empty_store, environment, runs
+from processes import environment, run_job
+from test_job import JOB, empty_store, runs
 from torch.nn.parallel import DistributedDataParallel
 
 from uap_dist.classifiers import Geometry, load_classifier
@@ -203,9 +204,10 @@ def test_bad_input_is_one_line(name, weights, data, pool, tmp_path):
             "the pool was computed for",
         ),
     }[name]
-    process = start(tmp_path, command)
-    assert process.wait(100) == 1
-    (line,) = [line for line in (tmp_path / "log").read_text().splitlines() if not line.startswith("MLflow run")]
+    (tmp_path / "mlflow.db").write_bytes(empty_store())
+    done = run_job([str(FINETUNE), *command], tmp_path)
+    assert done.returncode == 1
+    (line,) = [x for x in (done.stdout + done.stderr).splitlines() if not x.startswith("MLflow run")]
     assert line.startswith(f"error: {message}")
     _, (run,) = runs(tmp_path)
     assert run.info.status == "FAILED" and run.data.tags["reason"] in line

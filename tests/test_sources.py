@@ -1,13 +1,12 @@
 import io
 import json
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import encode
+from processes import run_job
 
 from uap_dist.classifiers import Geometry
 from uap_dist.errors import ShardError
@@ -105,7 +104,6 @@ def test_job_makes_shards_of_a_folder_and_refuses_to_mix(tmp_path):
         for i in range(3):
             (tmp_path / "images" / name / f"{i}.png").write_bytes(picture(100 * label + i))
     command = [
-        sys.executable,
         str(JOB),
         "--source",
         str(tmp_path / "images"),
@@ -114,7 +112,7 @@ def test_job_makes_shards_of_a_folder_and_refuses_to_mix(tmp_path):
         "--shard-size",
         "4",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = run_job(command, tmp_path)
     assert "6 images of 2 classes in 2 shards" in done.stdout
     assert json.loads((tmp_path / "out/train-index.json").read_text())["shards"] == {
         "train-0000.tar": 4,
@@ -123,7 +121,7 @@ def test_job_makes_shards_of_a_folder_and_refuses_to_mix(tmp_path):
     loaded = [load_shard(str(tmp_path / f"out/train-000{i}.tar"), Geometry()) for i in range(2)]
     for shard in loaded:
         assert [(image[0, 0, 0] >= 100) for image in shard.images] == [truth == 1 for truth in shard.truths]
-    again = subprocess.run(command, capture_output=True, text=True)
+    again = run_job(command, tmp_path)
     assert again.returncode == 1 and "already holds train-*.tar" in again.stderr and "Traceback" not in again.stderr
 
 
