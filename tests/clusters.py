@@ -1,4 +1,4 @@
-"""Ray clusters on loopback as `ray start` makes them: with an autoscaler, and of nodes that do not see the driver's files."""
+"""Ray clusters on loopback, with a token, as `ray start` makes them: with an autoscaler, or of nodes that do not share files."""
 
 import json
 import os
@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import psutil
 
@@ -32,7 +33,7 @@ NO_COMMANDS = (
 
 
 class RayCluster:
-    """A head without room for workers, and its nodes.
+    """A head, by default without room for workers, and its nodes.
 
     Attributes:
         env: for processes that join it.
@@ -46,6 +47,7 @@ class RayCluster:
         *,
         node_types: dict | None = None,
         idle_s: float = 5,
+        head_cpus: int = 0,
         takes_jobs: bool = False,
         env: Mapping[str, str] | None = None,
         settings: Mapping[str, object] | None = None,
@@ -64,7 +66,7 @@ class RayCluster:
             "RAY_USAGE_STATS_ENABLED": "0",
         }
         self._env = base | ray_env | ON_LOOPBACK | dict(env or {})
-        options = ["--head", "--port", str(port), "--num-cpus", "0", "--num-gpus", "0"]
+        options = ["--head", "--port", str(port), "--num-cpus", str(head_cpus), "--num-gpus", "0"]
         options += ["--include-dashboard", str(takes_jobs).lower(), "--dashboard-host", "127.0.0.1"]
         options += ["--dashboard-port", str(others[0]), "--dashboard-agent-listen-port", str(others[1])]
         options += ["--system-config", json.dumps(dict(settings or {}))]
@@ -103,6 +105,17 @@ class RayCluster:
     def workers(self) -> list[psutil.Process]:
         """Processes of actors."""
         return self.find(lambda p: p.name().startswith(("ray::UapWorker", "ray::worker-")))
+
+    def job_status(self, job: str) -> str:
+        """Of a submitted job: RUNNING, STOPPED, SUCCEEDED, …"""
+        headers = {"Authorization": f"Bearer {self.env['RAY_AUTH_TOKEN']}"}
+        with urlopen(Request(f"{self.dashboard}/api/jobs/{job}", headers=headers), timeout=30) as answer:
+            return json.load(answer)["status"]
+
+    def listens_at(self) -> set[str]:
+        """IP addresses at which its processes can be reached."""
+        processes = self.find(lambda p: True)
+        return {c.laddr.ip for p in processes for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}
 
     def kill_node(self, number: int = 1) -> None:
         """SIGKILL to the raylet of a node by its age, the head being 0, and to all that runs below it."""

@@ -20,6 +20,11 @@ def lab(tmp_path_factory):
         yield lab
 
 
+def test_nothing_listens_beyond_loopback(lab):
+    found = {ip.removeprefix("::ffff:") for ip in lab.cluster.listens_at()}
+    assert found and found <= {"127.0.0.1", "::1"}
+
+
 @pytest.mark.parametrize("name", sorted(set(chaos.ROWS) - NEITHER_SHORT_NOR_SMALL))
 def test_a_fault_changes_no_bit_and_loses_no_metric(lab, name):
     lines = lab.do(name)
