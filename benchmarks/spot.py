@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from chaos import JOB, write_shards
+from chaos import JOB, VICTIM, write_shards
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from clusters import RayCluster, ray_cluster
@@ -127,10 +127,9 @@ def main() -> None:
 
 def start(shards: Path, folder: Path, env: dict[str, str], *words: str) -> subprocess.Popen[str]:
     """jobs/compute.py, its lines in a file."""
-    model = f"{Path(__file__).with_name('chaos.py').resolve()}:Victim"
     return subprocess.Popen(
         [
-            *(sys.executable, str(JOB), "--model", model, "--output", str(folder / "out")),
+            *(sys.executable, str(JOB), "--model", VICTIM, "--output", str(folder / "out")),
             *("--train-shards", f"{shards}/train-*.tar", "--val-shards", f"{shards}/val-*.tar"),
             *(
                 "--round-size",

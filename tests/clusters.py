@@ -1,20 +1,30 @@
-"""Ray clusters on loopback as `ray start` makes them: with an autoscaler, and of nodes that do not see the driver's files."""
+"""Ray clusters on loopback, with a token, as `ray start` makes them: with an autoscaler, or of nodes that do not share files."""
 
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import psutil
 
 HEAD_ID = "f" * 51 + "00000"  # what Ray's provider of pretended nodes calls the head
 HEAD_TYPE = "ray.head.default"  # and its type
 STARTED = "Ray runtime started"
+ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # despite its name, what keeps Ray on 127.0.0.1
+JOIN = f"""
+import os
+from ray._private import services
+from ray.scripts.scripts import main
+services.get_node_ip_address = lambda address=None: "127.0.0.1"
+os.environ |= {ON_LOOPBACK}
+main()
+"""  # `ray start` of a second node, which Ray refuses on loopback
 NO_COMMANDS = (
     *(f"{which}setup_commands" for which in ("", "head_", "worker_")),
     *("initialization_commands", "head_start_ray_commands", "worker_start_ray_commands"),
@@ -23,27 +33,43 @@ NO_COMMANDS = (
 
 
 class RayCluster:
-    """A head without room for workers, and its nodes.
+    """A head, by default without room for workers, and its nodes.
 
     Attributes:
         env: for processes that join it.
         log: of its processes.
+        dashboard: address for `ray job`, where the cluster takes jobs.
     """
 
-    def __init__(self, folder: Path, *, node_types: dict | None = None, idle_s: float = 5) -> None:
-        """Start the head; with node types an autoscaler starts such nodes on demand, and ends those that idle."""
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        node_types: dict | None = None,
+        idle_s: float = 5,
+        head_cpus: int = 0,
+        takes_jobs: bool = False,
+        env: Mapping[str, str] | None = None,
+        settings: Mapping[str, object] | None = None,
+    ) -> None:
+        """Start the head, with environment variables and Ray settings (its `_system_config`) of its own.
+
+        With node types an autoscaler starts such nodes on demand, and ends those that idle.
+        """
         self.log = folder / "ray.log"
-        port = _free_port()
-        on_loopback = node_types is not None  # Ray has no nodes on 127.0.0.1 but those that its provider pretends
+        port, *others = _free_ports(3)
+        self.dashboard = f"http://127.0.0.1:{others[0]}"
         base = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "RAY_"))}
         ray_env = {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": "0123456789abcdef" * 4,
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": str(int(not on_loopback)),
             "RAY_USAGE_STATS_ENABLED": "0",
         }
-        self._env = base | ray_env
-        options = ["--head", "--port", str(port), "--num-cpus", "0", "--num-gpus", "0", "--include-dashboard", "false"]
+        self._env = base | ray_env | ON_LOOPBACK | dict(env or {})
+        options = ["--head", "--port", str(port), "--num-cpus", str(head_cpus), "--num-gpus", "0"]
+        options += ["--include-dashboard", str(takes_jobs).lower(), "--dashboard-host", "127.0.0.1"]
+        options += ["--dashboard-port", str(others[0]), "--dashboard-agent-listen-port", str(others[1])]
+        options += ["--system-config", json.dumps(dict(settings or {}))]
         extra: dict[str, str] = {}
         if node_types is not None:
             config = folder / "autoscaler.json"
@@ -56,35 +82,44 @@ class RayCluster:
                 "AUTOSCALER_UPDATE_INTERVAL_S": "1",
                 "RAY_FAKE_CLUSTER": "1",
             }
-        self._processes = [self._start([], options, extra)]
+        self._processes = [self._start(["ray"], options, extra)]
         self._wait(lambda: STARTED in self.log.read_text())
-        found = re.search(r"Local node IP.*?(\d+\.\d+\.\d+\.\d+)", self.log.read_text())
-        self._address = f"{found[1]}:{port}"
+        self._address = f"127.0.0.1:{port}"
         self.env = self._env | {"RAY_ADDRESS": self._address}
 
-    def add_node(self, *, hidden: Path | None = None, python_path: Path | None = None) -> None:
-        """One more node with room for a worker; a folder of this machine is empty there, or its Python finds other packages first."""
+    def add_node(self, *, num_cpus: int = 1, hidden: Path | None = None, python_path: Path | None = None) -> None:
+        """One more node; a folder of this machine is empty there, or its Python finds other packages first."""
         before = self.log.read_text().count(STARTED)
-        within = (
-            []
-            if hidden is None
-            else ["unshare", "-rm", "sh", "-c", f'mount -t tmpfs none "{hidden}" && exec "$@"', "sh"]
-        )
-        extra = {} if python_path is None else {"PYTHONPATH": str(python_path)}
-        self._processes.append(self._start(within, ["--address", self._address, "--num-cpus", "1"], extra))
+        words = ["python", "-c", JOIN]
+        if hidden is not None:
+            words = ["unshare", "-rm", "sh", "-c", f'mount -t tmpfs none "{hidden}" && exec "$@"', "sh", *words]
+        extra = dict.fromkeys(ON_LOOPBACK, "1") | ({} if python_path is None else {"PYTHONPATH": str(python_path)})
+        options = ["--address", self._address, "--num-cpus", str(num_cpus)]
+        self._processes.append(self._start(words, options, extra))
         self._wait(lambda: self.log.read_text().count(STARTED) > before)
 
     def raylets(self) -> list[psutil.Process]:
         """One for each node, the head's first."""
-        return self._find(lambda p: p.name() == "raylet")
+        return self.find(lambda p: p.name() == "raylet")
 
     def workers(self) -> list[psutil.Process]:
         """Processes of actors."""
-        return self._find(lambda p: p.name().startswith(("ray::UapWorker", "ray::worker-")))
+        return self.find(lambda p: p.name().startswith(("ray::UapWorker", "ray::worker-")))
 
-    def kill_node(self, worker: psutil.Process | None = None) -> None:
-        """SIGKILL to the raylet of a worker's node, or of the oldest node but the head, and to all that runs below it."""
-        raylet = self.raylets()[1] if worker is None else worker.parent()
+    def job_status(self, job: str) -> str:
+        """Of a submitted job: RUNNING, STOPPED, SUCCEEDED, …"""
+        headers = {"Authorization": f"Bearer {self.env['RAY_AUTH_TOKEN']}"}
+        with urlopen(Request(f"{self.dashboard}/api/jobs/{job}", headers=headers), timeout=30) as answer:
+            return json.load(answer)["status"]
+
+    def listens_at(self) -> set[str]:
+        """IP addresses at which its processes can be reached."""
+        processes = self.find(lambda p: True)
+        return {c.laddr.ip for p in processes for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+
+    def kill_node(self, number: int = 1, *, worker: psutil.Process | None = None) -> None:
+        """SIGKILL to the raylet of a node by its age, the head being 0, or to that of a worker, and to all that runs below it."""
+        raylet = self.raylets()[number] if worker is None else worker.parent()
         for process in [raylet, *raylet.children(recursive=True)]:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -98,15 +133,12 @@ class RayCluster:
                     each.kill()
             process.wait()
 
-    def _start(self, within: list[str], options: list[str], extra: dict) -> subprocess.Popen:
-        ray = str(Path(sys.executable).parent / "ray")
+    def _start(self, ray: list[str], options: list[str], extra: dict) -> subprocess.Popen:
+        env = self._env | extra
+        env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', os.defpath)}"
         with self.log.open("a") as log:
-            return subprocess.Popen(
-                [*within, ray, "start", "--block", *options],
-                env=self._env | extra,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
+            words = [*ray, "start", "--block", *options]
+            return subprocess.Popen(words, env=env, stdout=log, stderr=subprocess.STDOUT)
 
     def _wait(self, is_so) -> None:
         deadline = time.monotonic() + 90
@@ -114,7 +146,8 @@ class RayCluster:
             assert time.monotonic() < deadline and self._processes[-1].poll() is None, self.log.read_text()
             time.sleep(0.1)
 
-    def _find(self, is_wanted) -> list[psutil.Process]:
+    def find(self, is_wanted: Callable[[psutil.Process], bool]) -> list[psutil.Process]:
+        """Processes of the cluster, the oldest first."""
         found = []
         for process in self._processes:
             with suppress(psutil.NoSuchProcess):
@@ -166,10 +199,13 @@ def _autoscaler(address: str, node_types: dict, idle_s: float) -> dict:
     }
 
 
-def _free_port() -> int:
+def _free_ports(count: int) -> list[int]:
     """Below those that Ray gives to workers."""
+    found: list[int] = []
     for port in range(6400, 9900):
         with socket.socket() as s, suppress(OSError):
             s.bind(("127.0.0.1", port))
-            return port
+            found.append(port)
+            if len(found) == count:
+                return found
     raise OSError("no free port")

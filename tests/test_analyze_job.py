@@ -3,8 +3,6 @@
 import csv
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from runpy import run_path
 
@@ -13,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import TINY, compute_here, tiny_worker
-from test_job import data, empty_store, environment, runs
+from processes import run_job
+from test_job import data, empty_store, runs
 
 from uap_dist.boundaries import SUBSPACE, analyze_boundaries, gather_normals, paper_norm_l2
 from uap_dist.by_number import Recipe, compute_by_number, plan_numbers
@@ -47,8 +46,8 @@ def urls(shards):
 
 
 def analyze(folder, shards, *options, perturbation="v"):
-    command = [sys.executable, str(JOB), "--model", TINY, "--perturbation", perturbation, *data(shards), *options]
-    return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=200)
+    words = [str(JOB), "--model", TINY, "--perturbation", perturbation, *data(shards), *options]
+    return run_job(words, folder)
 
 
 @pytest.fixture(scope="module")

@@ -107,7 +107,7 @@ def test_nodes_that_vanish_are_not_the_tasks_fault(shards, tmp_path):
         for _ in range(3):
             cluster.add_node()
             wait_for(lambda: find_classifying(cluster), process)
-            cluster.kill_node(find_classifying(cluster))
+            cluster.kill_node(worker=find_classifying(cluster))
             wait_for(lambda: not find_classifying(cluster), process)
         out, _ = process.communicate(timeout=120)
     assert process.returncode == 0 and "lost 3" in out, out

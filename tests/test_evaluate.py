@@ -1,7 +1,5 @@
 import csv
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import mlflow
@@ -10,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import TINY, tiny_worker
-from test_job import empty_store, environment
+from processes import run_job
+from test_job import empty_store
 
 from uap_dist.classifiers import load_classifier
 from uap_dist.dataset import LocalWorkers, load_dataset
@@ -78,7 +77,6 @@ def test_the_job_leaves_table_matrix_and_run(shards, tmp_path):
     v = 40 * np.random.default_rng(0).choice([-1.0, 1.0], (8, 8, 3))
     np.save(tmp_path / "noise.npy", v)
     command = [
-        sys.executable,
         str(JOB),
         "--models",
         TINY,
@@ -92,14 +90,7 @@ def test_the_job_leaves_table_matrix_and_run(shards, tmp_path):
     write_weights(tmp_path / "tuned.safetensors", tuned, {})
     (tmp_path / "mlflow.db").write_bytes(empty_store())
     options = ["--shards", f"val={shards}/val-*.tar", "--scales", "0.5", "1", "--output", "out"]
-    done = subprocess.run(
-        [*command, *options, "--perturbations", "noise.npy:255"],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    done = run_job([*command, *options, "--perturbations", "noise.npy:255"], tmp_path)
     assert done.returncode == 0, done.stderr
     table = pq.read_table(tmp_path / "out/tables/evaluation.parquet").to_pylist()
     assert len(table) == 3 * 4 * 2  # the perturbation, nothing, and noise of either norm
@@ -148,6 +139,5 @@ def test_the_job_leaves_table_matrix_and_run(shards, tmp_path):
 def test_an_evaluation_that_cannot_be_is_one_line(tmp_path, options, message):
     np.save(tmp_path / "v.npy", np.ones((3, 8, 8)))
     (tmp_path / "mlflow.db").write_bytes(empty_store())
-    command = [sys.executable, str(JOB), *options]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    done = run_job([str(JOB), *options], tmp_path)
     assert done.returncode == 1 and done.stderr == f"error: {message}\n"

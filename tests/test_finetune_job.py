@@ -17,7 +17,8 @@ import pytest
 import torch
 from clusters import can_hide_folders, ray_cluster
 from conftest import TINY, compute_here
-from test_job import JOB, empty_store, environment, runs
+from processes import environment, run_job
+from test_job import JOB, empty_store, runs
 from torch.nn.parallel import DistributedDataParallel
 
 from uap_dist.classifiers import Geometry, load_classifier
@@ -265,9 +266,10 @@ def test_bad_input_is_one_line(name, weights, data, pool, tmp_path):
             f"shard {data[0][0]} is among both the training and the held-out ones",
         ),
     }[name]
-    process = start(tmp_path, command)
-    assert process.wait(100) == 1
-    (line,) = [line for line in (tmp_path / "log").read_text().splitlines() if not line.startswith("MLflow run")]
+    (tmp_path / "mlflow.db").write_bytes(empty_store())
+    done = run_job([str(FINETUNE), *command], tmp_path)
+    assert done.returncode == 1
+    (line,) = [x for x in (done.stdout + done.stderr).splitlines() if not x.startswith("MLflow run")]
     assert line.startswith(f"error: {message}")
     _, (run,) = runs(tmp_path)
     assert run.info.status == "FAILED" and run.data.tags["reason"] in line

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import re
 import signal
 import subprocess
@@ -18,6 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import TINY, random_samples, tiny_worker
+from processes import JobProcess, environment, run_job
 from safetensors import safe_open
 
 from uap_dist.compute import compute
@@ -30,10 +30,6 @@ from uap_dist.shards import expand_patterns, write_shards
 JOB = Path(__file__).parents[1] / "jobs/compute.py"
 
 
-def environment(**extra):
-    return {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "RAY_"))} | extra
-
-
 @cache
 def empty_store() -> bytes:
     """A new mlflow.db: making its tables takes MLflow several seconds, which one job of these tests spends for all."""
@@ -44,12 +40,13 @@ def empty_store() -> bytes:
 
 
 def start(folder, *options, has_store=True, **extra):
+    """The job; without a store as at a user's first start: an interpreter that imports everything, and tables to be made."""
+    words = [str(JOB), "--model", TINY, "--num-workers", "1", *options]
     if has_store:
         (folder / "mlflow.db").write_bytes(empty_store())
-    command = [sys.executable, str(JOB), "--model", TINY, "--num-workers", "1", *options]
-    return subprocess.Popen(
-        command, cwd=folder, env=environment(**extra), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        return JobProcess(words, folder, environment(**extra))
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, *words], cwd=folder, env=environment(**extra), text=True, **pipes)
 
 
 def finish(process, timeout=150):
@@ -163,9 +160,9 @@ def test_sigterm_ends_the_run_killed(shards, tmp_path):
     process = start(
         tmp_path, *data(shards), "--max-passes", "100000", "--round-size", "10", "--block-size", "5", "--output", "out"
     )
-    while "training and" not in (line := process.stdout.readline()):
-        assert line, process.stderr.read()
-    time.sleep(3)
+    while not list(tmp_path.glob("checkpoints/*/round-0000002*")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
     stopped = time.time()
     process.send_signal(signal.SIGTERM)
     code, _, err = finish(process, timeout=30)
@@ -177,7 +174,18 @@ def test_sigterm_ends_the_run_killed(shards, tmp_path):
 
 
 def test_a_killed_driver_resumes_to_the_same_bits_with_every_metric_once(shards, tmp_path):
-    options = ("--max-passes", "20", "--round-size", "10", "--block-size", "5", "--radius", "20")
+    options = (
+        "--max-passes",
+        "10",
+        "--evaluate-every",
+        "5",
+        "--round-size",
+        "10",
+        "--block-size",
+        "5",
+        "--radius",
+        "20",
+    )
     process = start(tmp_path, *data(shards), *options, "--output", "out")
     while not list(tmp_path.glob("checkpoints/*/round-0000002*")):
         assert process.poll() is None, process.stderr.read()
@@ -187,9 +195,9 @@ def test_a_killed_driver_resumes_to_the_same_bits_with_every_metric_once(shards,
     _, (run,) = runs(tmp_path)
     assert run.info.status == "RUNNING" and not (tmp_path / "out/result.json").exists()
 
-    resume = [sys.executable, str(JOB), "--resume", run.info.run_id]
+    resume = [str(JOB), "--resume", run.info.run_id]
     for more, code in ((("--step-size", "5"), 1), (("--num-workers", "2"), 0), ((), 1)):
-        done = subprocess.run([*resume, *more], cwd=tmp_path, env=environment(), capture_output=True, text=True)
+        done = run_job([*resume, *more], tmp_path)
         assert done.returncode == code, done.stderr
         if more == ("--step-size", "5"):
             assert "cannot be resumed, its result would be another one: step_size was None, is 5.0" in done.stderr
@@ -199,13 +207,13 @@ def test_a_killed_driver_resumes_to_the_same_bits_with_every_metric_once(shards,
     assert run.info.status == "FINISHED"
     workers = LocalWorkers(tiny_worker())
     train, val = (load_dataset(workers, expand_patterns([str(shards / name)])) for name in ("train-*.tar", "val-*.tar"))
-    config = ComputeConfig(max_passes=20, round_size=10, block_size=5, radius=20.0)
+    config = ComputeConfig(max_passes=10, evaluate_every=5, round_size=10, block_size=5, radius=20.0)
     *_, final = compute(workers, train, val, config)
     result = json.loads((tmp_path / "out/result.json").read_text())
     assert result["perturbation_sha256"] == sha256(final.perturbation.numpy().tobytes()).hexdigest()
     for name in ("fooling_rate/round", "round/step", "total/evaluations"):
-        assert [m.step for m in client.get_metric_history(run.info.run_id, name)] == list(range(1, 101))
-    assert len(client.get_metric_history(run.info.run_id, "fooling_rate/val")) == 2  # of 20 passes
+        assert [m.step for m in client.get_metric_history(run.info.run_id, name)] == list(range(1, 51))
+    assert len(client.get_metric_history(run.info.run_id, "fooling_rate/val")) == 2  # of 10 passes
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,6 @@
 
 import re
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -15,9 +13,10 @@ import pytest
 import torch
 from conftest import TINY, tiny_worker
 from faulty_store import FaultyStore
+from processes import run_job
 from pyarrow import fs
 from test_checkpoint import checkpoint
-from test_job import JOB, environment, finish, runs, start
+from test_job import JOB, finish, runs, start
 
 from uap_dist import locations
 from uap_dist import shards as shards_module
@@ -498,8 +497,7 @@ def test_a_job_lives_on_a_store_that_fails_and_is_resumed_from_it(store, s3, put
     names = list_names(seen)
     run_id = names[0].partition("/")[0]
     assert not any("/results/" in name for name in names)
-    resume = [sys.executable, str(JOB), "--resume", join(storage, run_id)]
-    done = subprocess.run(resume, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=200)
+    done = run_job([str(JOB), "--resume", join(storage, run_id)], tmp_path)
     assert done.returncode == 0, done.stderr
     store.reset()
     results = join(join(storage, run_id), "results")

@@ -2,8 +2,6 @@
 
 import csv
 import json
-import subprocess
-import sys
 import time
 from hashlib import sha256
 
@@ -11,7 +9,8 @@ import mlflow
 import pytest
 import torch
 from conftest import tiny_worker
-from test_job import JOB, data, environment, finish, runs, start
+from processes import run_job
+from test_job import JOB, data, finish, runs, start
 
 from uap_dist.compute import compute
 from uap_dist.config import ComputeConfig
@@ -58,8 +57,7 @@ def resumed(shards, tmp_path_factory):
     (parent,) = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
     before = {run.info.run_id: run.info.end_time for run in found if run.info.status == "FINISHED"}
     assert before and not (folder / "out/result.json").exists()
-    resume = [sys.executable, str(JOB), "--resume", parent.info.run_id, "--num-workers", "2"]
-    done = subprocess.run(resume, cwd=folder, env=environment(), capture_output=True, text=True, timeout=200)
+    done = run_job([str(JOB), "--resume", parent.info.run_id, "--num-workers", "2"], folder)
     assert done.returncode == 0, done.stderr
     return folder, parent.info.run_id, before, done.stdout
 

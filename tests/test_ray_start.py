@@ -11,7 +11,7 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
-from test_job import environment
+from processes import environment
 
 from uap_dist import cluster
 from uap_dist.errors import ConfigError

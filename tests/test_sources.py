@@ -1,13 +1,12 @@
 import io
 import json
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import encode
+from processes import run_job
 from torchvision.datasets import ImageFolder
 
 from uap_dist.classifiers import Geometry
@@ -106,7 +105,6 @@ def test_job_makes_shards_of_a_folder_and_refuses_to_mix(tmp_path):
         for i in range(3):
             (tmp_path / "images" / name / f"{i}.png").write_bytes(picture(100 * label + i))
     command = [
-        sys.executable,
         str(JOB),
         "--source",
         str(tmp_path / "images"),
@@ -115,7 +113,7 @@ def test_job_makes_shards_of_a_folder_and_refuses_to_mix(tmp_path):
         "--shard-size",
         "4",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = run_job(command, tmp_path)
     assert "6 images of 2 classes in 2 shards" in done.stdout
     assert json.loads((tmp_path / "out/train-index.json").read_text())["shards"] == {
         "train-0000.tar": 4,
@@ -124,13 +122,13 @@ def test_job_makes_shards_of_a_folder_and_refuses_to_mix(tmp_path):
     loaded = [load_shard(str(tmp_path / f"out/train-000{i}.tar"), Geometry()) for i in range(2)]
     for shard in loaded:
         assert [(image[0, 0, 0] >= 100) for image in shard.images] == [truth == 1 for truth in shard.truths]
-    again = subprocess.run(command, capture_output=True, text=True)
+    again = run_job(command, tmp_path)
     assert again.returncode == 1 and "already holds train-*.tar" in again.stderr and "Traceback" not in again.stderr
 
 
 def test_what_the_shard_job_cannot_do_is_said_before_anything_is_listed(tmp_path):
     (tmp_path / "labels.txt").write_text("a 0\n")
-    given = [sys.executable, str(JOB), "--source", str(tmp_path)]
+    given = [str(JOB), "--source", str(tmp_path)]
     for more, message in (
         (["--output", str(tmp_path / "out"), "--labels", str(tmp_path / "labels.txt")], "--labels belongs to a tar of"),
         (
@@ -138,7 +136,7 @@ def test_what_the_shard_job_cannot_do_is_said_before_anything_is_listed(tmp_path
             f"cannot write to --output {tmp_path}/labels.txt/out: Not a dir",
         ),
     ):
-        done = subprocess.run([*given, *more], capture_output=True, text=True)
+        done = run_job([*given, *more], tmp_path)
         assert done.returncode == 1 and done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
 
 
