@@ -58,7 +58,7 @@ HEALTH = {  # a lost node is noticed in a second or two instead of a quarter of 
     "health_check_failure_threshold": 3,
 }
 DEFAULT_LIMIT_S = 400.0  # of a row
-LIMITS_S = {"real-networks": 2400.0, "driver-kills": 1200.0, "pool-kills": 900.0}
+LIMITS_S = {"real-networks": 2400.0, "driver-kills": 1200.0, "pool-kills": 900.0, "pool-outage": 900.0}
 MEMORY_TO_FILL = 0.25  # of the machine's, when Ray ends the worker that fills it
 
 
