@@ -70,6 +70,6 @@ def printable(text: str) -> str:
 
 def escape_markdown(text: object) -> str:
     """A name or value within a line or table cell of Markdown, which shows it as it is: no markup, no HTML, no second line."""
-    line = re.sub(r"([\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", printable(str(text)))
+    line = re.sub(r"([\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", printable(str(text)).strip())
     line = re.sub(r"^(\d+(?=[.)](?:\s|$))|(?=[#>+=-]))", r"\1\\", line)  # which begins a heading, a quotation or a list
     return re.sub(r"&(?=#?\w+;)", "&amp;", line).replace("<", "&lt;")
