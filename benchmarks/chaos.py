@@ -59,6 +59,7 @@ HEALTH = {  # a lost node is noticed in a second or two instead of a quarter of 
 }
 DEFAULT_LIMIT_S = 400.0  # of a row
 LIMITS_S = {"real-networks": 2400.0, "driver-kills": 1200.0, "pool-kills": 900.0, "pool-outage": 900.0}
+NUM_CPUS = 5  # of the node that is always there
 MEMORY_TO_FILL = 0.25  # of the machine's, when Ray ends the worker that fills it
 
 
@@ -339,6 +340,8 @@ class Lab:
         for flag in (self.folder / "flags").iterdir():
             flag.unlink()
         self.remove_nodes()
+        if len(self.cluster.raylets()) < 2:  # a row that failed may have left no node
+            self.cluster.add_node(num_cpus=NUM_CPUS)
 
     def remove_nodes(self) -> None:
         """All but the head and the first."""
@@ -360,7 +363,7 @@ def open_lab(folder: Path, data: Path, size: Size) -> Iterator[Lab]:
         "RAY_memory_usage_threshold": str(threshold),
     }
     with ray_cluster(folder, takes_jobs=True, env=env, settings=HEALTH) as cluster:
-        cluster.add_node(num_cpus=5)
+        cluster.add_node(num_cpus=NUM_CPUS)
         yield Lab(cluster, folder, data, size)
 
 
