@@ -189,7 +189,7 @@ def test_options_that_cannot_be_are_named(changed, message):
         (
             {"numbers": (100,)},
             16,
-            "a perturbation of 100 training images (--numbers) cannot be compared: its rounds would have another size; give numbers between",
+            "a perturbation of 100 training images (--numbers) cannot be compared: its rounds would have another size",
         ),
         ({}, 8, "v has shape 3×8×8, but images of m have 3×16×16; give a perturbation of that size"),
     ],
