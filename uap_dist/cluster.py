@@ -35,6 +35,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from uap_dist.errors import ConfigError
 from uap_dist.foreign_text import first_line, redact
+from uap_dist.locations import make_own_folder
 
 ANSWER_TIMEOUT_S = 10.0
 LOOK_TIMEOUT_S = 60.0  # of a node for a folder: it starts a process for that
@@ -187,10 +188,10 @@ def living_nodes() -> set[str]:
 
 
 def check_shared(folder: Path, need: Need, advice: str) -> None:
-    """Raise ConfigError where nodes with room for such a worker do not see a folder that the driver has just made.
+    """Raise ConfigError where nodes with room for such a worker do not see a folder of the driver.
 
     Args:
-        folder: local; workers read or write there.
+        folder: local; workers read or write there. One that is not there yet is made for as long as this takes.
         need: of a worker.
         advice: what to do, for the complaint.
     """
@@ -198,11 +199,15 @@ def check_shared(folder: Path, need: Need, advice: str) -> None:
         return
     sees: Any = ray.remote(num_cpus=0, max_retries=0)(_sees)
     nodes = [node for node in ray.nodes() if node["Alive"] and need.room_on(node["Resources"])]
+    made = [path for path in (folder, *folder.parents) if not path.is_dir()]
+    make_own_folder(folder)
     answers = [
         sees.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(str(folder))
         for node in nodes
     ]
     blind = [node["NodeManagerAddress"] for node, answer in zip(nodes, answers, strict=True) if not _answer(answer)]
+    for path in made:
+        path.rmdir()
     if blind:
         named = ", ".join(blind[:NUM_NODES_NAMED]) + ", …" * (len(blind) > NUM_NODES_NAMED)
         raise ConfigError(f"{len(blind)} of {len(nodes)} nodes ({named}) do not see the folder {folder}; {advice}")
