@@ -60,7 +60,7 @@ HEALTH = {  # a lost node is noticed in a second or two instead of a quarter of 
 DEFAULT_LIMIT_S = 400.0  # of a row
 LIMITS_S = {"real-networks": 2400.0, "driver-kills": 1200.0, "pool-kills": 900.0, "pool-outage": 900.0}
 NUM_CPUS = 5  # of the node that is always there
-MEMORY_TO_FILL = 0.25  # of the machine's, when Ray ends the worker that fills it
+MEMORY_TO_FILL = 0.45  # of the machine's, when Ray ends the worker that fills it; less, and other work ends workers too
 
 
 @dataclass(frozen=True, kw_only=True)
