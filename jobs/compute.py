@@ -229,7 +229,6 @@ def plan(options: Options, tracker: Tracker) -> None:
 
 @writes_files
 def _save_plan(folder: Path, plan: Mapping[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / PLAN_FILE).write_text(json.dumps(plan, indent=2) + "\n")
 
 
