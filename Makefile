@@ -27,6 +27,7 @@ check: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 wheel: .venv/demo  # dist/uap_dist-VERSION-py3-none-any.whl
 	rm -rf build

@@ -18,17 +18,20 @@ import ray
 import torch
 import tyro
 
-from uap_dist.actor import Answer, Introduction
-from uap_dist.batch import ActorRecord
-from uap_dist.cache import Traffic
-from uap_dist.cluster import connect
-from uap_dist.compute import State, run_round
-from uap_dist.config import ComputeConfig
-from uap_dist.dataset import Dataset, Shard
-from uap_dist.fleet import Fleet, FleetConfig
-from uap_dist.schedule import Block, Round
-from uap_dist.update import Iterate
-from uap_dist.worker import LOG_ODDS_SIZE, BlockResult, Predictions
+from uap_dist.computing.rounds import run_round
+from uap_dist.data.cache import Traffic
+from uap_dist.fleet.actor import Answer, Introduction
+from uap_dist.fleet.config import FleetConfig
+from uap_dist.fleet.fleet import Fleet
+from uap_dist.fleet.ray_cluster import connect
+from uap_dist.fleet.task_queue import ActorRecord
+from uap_dist.method.config import ComputeConfig
+from uap_dist.method.rates import Predictions
+from uap_dist.method.schedule import Block, Round
+from uap_dist.method.solver import LOG_ODDS_SIZE, BlockResult
+from uap_dist.method.state import State
+from uap_dist.method.update import Iterate
+from uap_dist.workers.dataset import Dataset, Shard
 
 NUM_ACTORS = 4
 

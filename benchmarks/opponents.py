@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from uap_dist.classifiers import Classifier
-from uap_dist.deepfool import add_perturbation
-from uap_dist.norms import Norm, measure, project
-from uap_dist.worker import LOG_ODDS_SIZE, BlockResult, Solver, Worker
+from uap_dist.method.deepfool import add_perturbation
+from uap_dist.method.norms import Norm, measure, project
+from uap_dist.method.solver import LOG_ODDS_SIZE, BlockResult, Solver
+from uap_dist.models.classifier import Classifier
+from uap_dist.workers.worker import Worker
 
 BATCH, CLAMP, STEP_DECAY = 100, 12.0, 0.8
 

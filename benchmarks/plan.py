@@ -23,7 +23,7 @@ import mlflow
 import tyro
 from networks import NETWORKS, Network
 
-from uap_dist.provenance import git_commit
+from uap_dist.versions import git_commit
 
 JOB = Path(__file__).parents[1] / "jobs/compute.py"
 RUNS: dict[str, tuple[Network, tuple[str, ...]]] = {

@@ -25,15 +25,15 @@ from rules import MAX_LABEL_SHARE, RADII, Bench, Row, interval, spread, stamp
 from torch import Tensor
 from torch.nn import functional as F
 
-from uap_dist.augment import SHIFT_SHARE
-from uap_dist.compute import count_rounds, step_sizes
-from uap_dist.config import ComputeConfig
-from uap_dist.dataset import Dataset
-from uap_dist.deepfool import add_perturbation, log_odds
-from uap_dist.norms import Norm
-from uap_dist.schedule import Round, plan_rounds
-from uap_dist.update import MOMENTUM, REMEMBERED, WIDTH, finish, weigh
-from uap_dist.worker import Examples
+from uap_dist.computing.rounds import count_rounds, step_sizes
+from uap_dist.method.augment import SHIFT_SHARE
+from uap_dist.method.config import ComputeConfig
+from uap_dist.method.deepfool import add_perturbation, log_odds
+from uap_dist.method.norms import Norm
+from uap_dist.method.schedule import Round, plan_rounds
+from uap_dist.method.update import MOMENTUM, REMEMBERED, WIDTH, finish, weigh
+from uap_dist.workers.dataset import Dataset
+from uap_dist.workers.messages import Examples
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,23 +16,32 @@ from typing import Any, Literal, TypeVar
 import tyro
 from rich.console import Console
 
-from uap_dist.accuracy import check_accuracy
-from uap_dist.analysis_report import FinishedAnalysis, save_analysis
-from uap_dist.boundaries import Boundaries, analyze_boundaries, check_subspace, gather_normals, paper_norm_l2, sum_steps
-from uap_dist.by_number import NumberPoint, Recipe, compute_by_number, default_numbers, plan_numbers
-from uap_dist.classifiers import Classifier, describe_weights, load_usable_classifier
-from uap_dist.cluster import connect
-from uap_dist.config import ComputeConfig
-from uap_dist.dataset import Dataset, check_disjoint, check_limits, load_dataset
+from uap_dist.analysis.boundaries import (
+    Boundaries,
+    analyze_boundaries,
+    check_subspace,
+    gather_normals,
+    paper_norm_l2,
+    sum_steps,
+)
+from uap_dist.analysis.phase_transition import Point, phase_transition
+from uap_dist.analysis.report import FinishedAnalysis, save_analysis
+from uap_dist.analysis.sample_size import NumberPoint, Recipe, compute_by_number, default_numbers, plan_numbers
+from uap_dist.data.patterns import expand_apart
 from uap_dist.errors import ConfigError
-from uap_dist.fleet import Fleet, FleetConfig
-from uap_dist.perturbations import Perturbation, load_perturbations
-from uap_dist.phase import Point, phase_transition
-from uap_dist.provenance import describe_code
-from uap_dist.report import output_folder
-from uap_dist.shards import expand_apart
-from uap_dist.terminal import one_line_errors, raise_on_sigterm, refuse_credentials, set_up_logging
-from uap_dist.tracking import Tracker
+from uap_dist.fleet.config import FleetConfig
+from uap_dist.fleet.fleet import Fleet
+from uap_dist.fleet.ray_cluster import connect
+from uap_dist.method.config import ComputeConfig
+from uap_dist.models.classifier import Classifier
+from uap_dist.models.loading import describe_weights, load_usable_classifier
+from uap_dist.perturbations.files import Perturbation, load_perturbations
+from uap_dist.tracking.console import one_line_errors, raise_on_sigterm, refuse_credentials, set_up_logging
+from uap_dist.tracking.mlflow_run import Tracker
+from uap_dist.tracking.outputs import output_folder
+from uap_dist.versions import describe_code
+from uap_dist.workers.accuracy import check_accuracy
+from uap_dist.workers.dataset import Dataset, check_disjoint, check_limits, load_dataset
 
 console = Console(soft_wrap=True, highlight=False, markup=False)
 Analysis = Literal["phase", "boundaries", "images"]

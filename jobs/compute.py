@@ -21,22 +21,8 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from uap_dist.accuracy import check_accuracy
-from uap_dist.checkpoint import Checkpoint, CheckpointStore, check_identity
-from uap_dist.classifiers import load_usable_classifier
-from uap_dist.cluster import Need, check_shared, connect
-from uap_dist.compute import State, check_budget
-from uap_dist.config import POOL_RANDOM_START, ComputeConfig
-from uap_dist.dataset import check_disjoint, check_limits, load_dataset
-from uap_dist.demo import write_demo_shards
-from uap_dist.errors import ConfigError, TrackingError
-from uap_dist.fleet import Fleet, FleetConfig, need_of
-from uap_dist.locations import absolute, join
-from uap_dist.member import Member
-from uap_dist.plan_report import PLAN_FILE, Spent, read_plan
-from uap_dist.plan_run import PlannedJob, make_plan
-from uap_dist.pool_report import POOL_FOLDER, FinishedPool, save_pool
-from uap_dist.pool_run import (
+from uap_dist.computing.pool_report import POOL_FOLDER, FinishedPool, save_pool
+from uap_dist.computing.pool_run import (
     MemberPlan,
     Setting,
     compute_members,
@@ -48,12 +34,29 @@ from uap_dist.pool_run import (
     member_folder,
     open_members,
 )
-from uap_dist.provenance import describe_code, seconds_since_start
-from uap_dist.report import FinishedRun, output_folder, publish, resumable, writes_files
-from uap_dist.resume import Resumed, find_resumed
-from uap_dist.shards import expand_apart
-from uap_dist.terminal import command, one_line_errors, raise_on_sigterm, refuse_credentials, set_up_logging
-from uap_dist.tracking import CHECKPOINTS_TAG, Tracker
+from uap_dist.computing.report import FinishedRun
+from uap_dist.computing.rounds import check_budget
+from uap_dist.computing.run import Member
+from uap_dist.data.demo import write_demo_shards
+from uap_dist.data.locations import absolute, join
+from uap_dist.data.patterns import expand_apart
+from uap_dist.errors import ConfigError, TrackingError
+from uap_dist.fleet.config import FleetConfig, need_of
+from uap_dist.fleet.fleet import Fleet
+from uap_dist.fleet.ray_cluster import Need, check_shared, connect
+from uap_dist.method.config import POOL_RANDOM_START, ComputeConfig
+from uap_dist.method.state import State
+from uap_dist.models.loading import load_usable_classifier
+from uap_dist.planning.estimate import PlannedJob, make_plan
+from uap_dist.planning.report import PLAN_FILE, Spent, read_plan
+from uap_dist.tracking.checkpoint import Checkpoint, CheckpointStore, check_identity
+from uap_dist.tracking.console import command, one_line_errors, raise_on_sigterm, refuse_credentials, set_up_logging
+from uap_dist.tracking.mlflow_run import CHECKPOINTS_TAG, Tracker
+from uap_dist.tracking.outputs import output_folder, publish, resumable, writes_files
+from uap_dist.tracking.resume import Resumed, find_resumed
+from uap_dist.versions import describe_code, seconds_since_start
+from uap_dist.workers.accuracy import check_accuracy
+from uap_dist.workers.dataset import check_disjoint, check_limits, load_dataset
 
 JOB_COSTS = (
     "model",
@@ -325,7 +328,7 @@ def _start(setting: Setting, options: Options, tracker: Tracker, resumed: Resume
     tracker.log_params(describe_data(setting.train, setting.val))
     tracker.log_dataset(setting.train, "training")
     tracker.log_dataset(setting.val, "held-out")
-    return Checkpoint(job, State.start(setting.train, options.compute), ())
+    return Checkpoint(job, State.start(setting.train.shape, setting.train.num_examples, options.compute), ())
 
 
 def _plan_members(options: Options, output: Path) -> dict[str, MemberPlan]:

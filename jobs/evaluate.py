@@ -15,22 +15,23 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from uap_dist.accuracy import check_accuracy
-from uap_dist.classifiers import load_usable_classifier
-from uap_dist.cluster import connect
-from uap_dist.dataset import check_limits, load_dataset
+from uap_dist.data.patterns import expand_patterns
 from uap_dist.errors import ConfigError
-from uap_dist.evaluate import NOTHING, Measurement, baselines, measure_perturbations
-from uap_dist.fleet import Fleet, FleetConfig
-from uap_dist.names import ModelChoice, name_models, name_sets, plain_key
-from uap_dist.perturbations import Perturbation, load_perturbations, split_name
-from uap_dist.pool import load_members
-from uap_dist.provenance import describe_code
-from uap_dist.report import output_folder
-from uap_dist.review import save_evaluation, summary
-from uap_dist.shards import expand_patterns
-from uap_dist.terminal import one_line_errors, raise_on_sigterm, refuse_credentials, set_up_logging
-from uap_dist.tracking import Tracker
+from uap_dist.evaluation.evaluate import NOTHING, Measurement, baselines, measure_perturbations
+from uap_dist.evaluation.report import save_evaluation, summary
+from uap_dist.fleet.config import FleetConfig
+from uap_dist.fleet.fleet import Fleet
+from uap_dist.fleet.ray_cluster import connect
+from uap_dist.models.loading import load_usable_classifier
+from uap_dist.perturbations.files import Perturbation, load_perturbations, split_name
+from uap_dist.perturbations.names import ModelChoice, name_models, name_sets, plain_key
+from uap_dist.perturbations.pool import load_members
+from uap_dist.tracking.console import one_line_errors, raise_on_sigterm, refuse_credentials, set_up_logging
+from uap_dist.tracking.mlflow_run import Tracker
+from uap_dist.tracking.outputs import output_folder
+from uap_dist.versions import describe_code
+from uap_dist.workers.accuracy import check_accuracy
+from uap_dist.workers.dataset import check_limits, load_dataset
 
 console = Console(soft_wrap=True, highlight=False, markup=False)
 

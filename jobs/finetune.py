@@ -20,27 +20,29 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from uap_dist.accuracy import check_accuracy
-from uap_dist.check import check_classifier
-from uap_dist.checkpoint import Checkpoint, CheckpointStore, check_identity
-from uap_dist.classifiers import load_classifier, load_usable_classifier
-from uap_dist.cluster import check_shared, connect
-from uap_dist.compute import State
-from uap_dist.config import ComputeConfig
-from uap_dist.dataset import check_disjoint, check_limits, list_dataset, predict
+from uap_dist.computing.pool_run import Setting, describe_data, describe_job, describe_settings
+from uap_dist.data.locations import absolute, is_url, join
+from uap_dist.data.patterns import expand_apart
 from uap_dist.errors import ConfigError, OutputError, PerturbationError, TrackingError
-from uap_dist.finetune import NETWORK_FILE, FinetuneConfig, check_labels, check_trainable, check_truths
-from uap_dist.finetune_report import BEFORE, FinishedFinetuning, save_finetuning
-from uap_dist.fleet import Fleet, FleetConfig
-from uap_dist.locations import absolute, is_url, join
-from uap_dist.pool import PerturbationPool
-from uap_dist.pool_run import Setting, describe_data, describe_job, describe_settings
-from uap_dist.repetition import REPETITIONS_FOLDER, Job, Network, group, measure, repeat
-from uap_dist.report import output_folder, publish
-from uap_dist.resume import Resumed, find_resumed
-from uap_dist.shards import expand_apart
-from uap_dist.terminal import command, one_line_errors, raise_on_sigterm, refuse_credentials, set_up_logging
-from uap_dist.tracking import CHECKPOINTS_TAG, Tracker
+from uap_dist.finetuning.config import FinetuneConfig
+from uap_dist.finetuning.pipeline import REPETITIONS_FOLDER, Job, Network, group, measure, repeat
+from uap_dist.finetuning.report import BEFORE, FinishedFinetuning, save_finetuning
+from uap_dist.finetuning.trainer import NETWORK_FILE, check_labels, check_trainable, check_truths
+from uap_dist.fleet.config import FleetConfig
+from uap_dist.fleet.fleet import Fleet
+from uap_dist.fleet.ray_cluster import check_shared, connect
+from uap_dist.method.config import ComputeConfig
+from uap_dist.method.state import State
+from uap_dist.models.check import check_classifier
+from uap_dist.models.loading import load_classifier, load_usable_classifier
+from uap_dist.perturbations.pool import PerturbationPool
+from uap_dist.tracking.checkpoint import Checkpoint, CheckpointStore, check_identity
+from uap_dist.tracking.console import command, one_line_errors, raise_on_sigterm, refuse_credentials, set_up_logging
+from uap_dist.tracking.mlflow_run import CHECKPOINTS_TAG, Tracker
+from uap_dist.tracking.outputs import output_folder, publish
+from uap_dist.tracking.resume import Resumed, find_resumed
+from uap_dist.workers.accuracy import check_accuracy
+from uap_dist.workers.dataset import check_disjoint, check_limits, list_dataset, predict
 
 console = Console(soft_wrap=True, highlight=False, markup=False)
 
@@ -247,7 +249,7 @@ def _set_up(options: Options, pool: PerturbationPool, tracker: Tracker, resumed:
     if resumed is not None:
         check_identity(resumed.checkpoint.job, record)
     else:
-        store.start(Checkpoint(record, State.start(train, first), ()))
+        store.start(Checkpoint(record, State.start(train.shape, train.num_examples, first), ()))
         tracker.set_tag(CHECKPOINTS_TAG, store.location)
         tracker.log_params(provenance)
         tracker.log_dataset(train, "training")

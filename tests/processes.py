@@ -17,8 +17,11 @@ from runpy import run_path
 import uap_dist
 
 SETTINGS = ("MLFLOW_", "RAY_")  # variables of the caller's that no test is to depend on
-FIRST = "uap_dist.cluster"  # sets variables that Ray reads when it is imported
-MODULES = [f"uap_dist.{path.stem}" for path in sorted(Path(uap_dist.__file__).parent.glob("[!_]*.py"))]
+FIRST = "uap_dist.fleet.ray_cluster"  # sets variables that Ray reads when it is imported
+ROOT = Path(uap_dist.__file__).parent
+MODULES = [
+    ".".join(("uap_dist", *path.relative_to(ROOT).with_suffix("").parts)) for path in sorted(ROOT.rglob("[!_]*.py"))
+]
 
 
 def environment(**extra: str) -> dict[str, str]:

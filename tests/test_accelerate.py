@@ -4,9 +4,11 @@ from conftest import TINY
 from torch import nn
 from torch.testing import assert_close
 
-from uap_dist.accelerate import accelerate
-from uap_dist.classifiers import Classifier, Geometry, load_classifier
-from uap_dist.deepfool import log_odds_sum
+from uap_dist.data.decode import Geometry
+from uap_dist.method.deepfool import log_odds_sum
+from uap_dist.models.accelerate import accelerate
+from uap_dist.models.classifier import Classifier
+from uap_dist.models.loading import load_classifier
 
 SHAPE = (3, 32, 32)
 

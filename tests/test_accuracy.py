@@ -6,12 +6,14 @@ import torch
 from conftest import random_samples
 from torch import nn
 
-from uap_dist.accuracy import check_accuracy
-from uap_dist.classifiers import Classifier, Geometry
-from uap_dist.dataset import LocalWorkers, load_dataset
+from uap_dist.data.decode import Geometry
+from uap_dist.data.write import write_shards
 from uap_dist.errors import ClassifierError
-from uap_dist.shards import write_shards
-from uap_dist.worker import Worker
+from uap_dist.models.classifier import Classifier
+from uap_dist.workers.accuracy import check_accuracy
+from uap_dist.workers.dataset import load_dataset
+from uap_dist.workers.local import LocalWorkers
+from uap_dist.workers.worker import Worker
 
 
 class Strongest(nn.Module):

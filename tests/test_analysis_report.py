@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from uap_dist.analysis_report import FinishedAnalysis, save_analysis, to_html
-from uap_dist.analysis_text import boundaries_finding, norm_at, numbers_finding, phase_finding, table
-from uap_dist.boundaries import SUBSPACE, Boundaries
-from uap_dist.by_number import NumberPoint
-from uap_dist.fooling import Rate
+from uap_dist.analysis.boundaries import SUBSPACE, Boundaries
+from uap_dist.analysis.phase_transition import MEAN, SIGNS, SINGLE, SPHERE, SUM, UNIVERSAL, Point
+from uap_dist.analysis.report import FinishedAnalysis, save_analysis, to_html
+from uap_dist.analysis.sample_size import NumberPoint
+from uap_dist.analysis.spectrum import Spectrum
+from uap_dist.analysis.text import boundaries_finding, norm_at, numbers_finding, phase_finding, table
 from uap_dist.foreign_text import escape_markdown
-from uap_dist.perturbations import Perturbation
-from uap_dist.phase import MEAN, SIGNS, SINGLE, SPHERE, SUM, UNIVERSAL, Point
-from uap_dist.spectrum import Spectrum
+from uap_dist.method.rates import Rate
+from uap_dist.perturbations.files import Perturbation
 
 SLOPES = {UNIVERSAL: 40, SPHERE: 5, SIGNS: 6, SINGLE: 10, SUM: 20, MEAN: 0}  # of 100 images, at the norm 10 and scale 1
 

@@ -14,14 +14,15 @@ from conftest import TINY, compute_here, tiny_worker
 from processes import run_job
 from test_job import data, empty_store, runs
 
-from uap_dist.boundaries import SUBSPACE, analyze_boundaries, gather_normals, paper_norm_l2
-from uap_dist.by_number import Recipe, compute_by_number, plan_numbers
-from uap_dist.config import ComputeConfig
-from uap_dist.dataset import LocalWorkers, load_dataset
+from uap_dist.analysis.boundaries import SUBSPACE, analyze_boundaries, gather_normals, paper_norm_l2
+from uap_dist.analysis.phase_transition import UNIVERSAL, phase_transition
+from uap_dist.analysis.sample_size import Recipe, compute_by_number, plan_numbers
 from uap_dist.errors import ConfigError
-from uap_dist.norms import measure
-from uap_dist.perturbations import PERTURBATION_FILE, Perturbation, load_perturbations, save_perturbation
-from uap_dist.phase import UNIVERSAL, phase_transition
+from uap_dist.method.config import ComputeConfig
+from uap_dist.method.norms import measure
+from uap_dist.perturbations.files import PERTURBATION_FILE, Perturbation, load_perturbations, save_perturbation
+from uap_dist.workers.dataset import load_dataset
+from uap_dist.workers.local import LocalWorkers
 
 JOB = Path(__file__).parents[1] / "jobs/analyze.py"
 SMALL = ("--num-singular", "5", "--num-draws", "2", "--scales", "0.5", "2", "--numbers", "12", "47", "--num-seeds", "2")

@@ -10,13 +10,14 @@ import torch
 from conftest import tiny_worker
 from pyarrow import fs
 
-from uap_dist.checkpoint import Checkpoint, CheckpointStore, JobRecord, _digest, check_identity
-from uap_dist.compute import State, compute
-from uap_dist.config import ComputeConfig
-from uap_dist.dataset import LocalWorkers
+from uap_dist.computing.rounds import compute
 from uap_dist.errors import ConfigError, ResumeError
-from uap_dist.history import RoundRecord
-from uap_dist.update import Iterate
+from uap_dist.method.config import ComputeConfig
+from uap_dist.method.state import State
+from uap_dist.method.update import Iterate
+from uap_dist.tracking.checkpoint import Checkpoint, CheckpointStore, JobRecord, _digest, check_identity
+from uap_dist.tracking.history import RoundRecord
+from uap_dist.workers.local import LocalWorkers
 
 JOB = JobRecord("a" * 32, {"seed": 1}, {"step_size": 5.0, "train_digest": "12"}, {"machines": ["CPU"]})
 

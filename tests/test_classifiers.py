@@ -6,16 +6,11 @@ from conftest import TINY
 from safetensors.torch import save_file
 from torchvision.models import squeezenet1_1
 
-from uap_dist.classifiers import (
-    Geometry,
-    Preset,
-    check_classifier,
-    choose_preset,
-    load_classifier,
-    load_usable_classifier,
-)
+from uap_dist.data.decode import Geometry
 from uap_dist.errors import ClassifierError
-from uap_dist.weights import WeightsFile, digest_weights, write_weights
+from uap_dist.models.check import check_classifier
+from uap_dist.models.loading import Preset, choose_preset, load_classifier, load_usable_classifier
+from uap_dist.models.weights import WeightsFile, digest_weights, write_weights
 
 TINY_FILE = TINY.rpartition(":")[0]
 
@@ -66,7 +61,7 @@ def test_network_of_ones_own_by_file_and_by_module():
 
 def test_lite0_has_the_published_accuracy(shared):
     pytest.importorskip("timm")
-    from uap_dist.shards import load_shard
+    from uap_dist.data.decode import load_shard
 
     classifier = load_classifier("efficientnet_lite0")
     shard = load_shard(str(shared / "data/imagenet-sample/heldout-0000.tar"), classifier.geometry)

@@ -15,9 +15,10 @@ from conftest import TINY, tiny_worker
 from pyarrow import fs
 from safetensors.torch import load_file
 
-from uap_dist.compute import compute
-from uap_dist.config import ComputeConfig
-from uap_dist.dataset import LocalWorkers, load_dataset
+from uap_dist.computing.rounds import compute
+from uap_dist.method.config import ComputeConfig
+from uap_dist.workers.dataset import load_dataset
+from uap_dist.workers.local import LocalWorkers
 
 pytestmark = pytest.mark.slow
 JOB = Path(__file__).parents[1] / "jobs/compute.py"

@@ -108,7 +108,9 @@ def test_spot_nodes_come_first_and_on_demand_ones_while_there_are_none(aws):
     failure = NodeLaunchException("InsufficientInstanceCapacity", "no spot capacity", None)
     tracker.update_node_availability("gpu_spot", int(now), failure)
     assert launched(load_function_or_class(name)) == {"gpu_on_demand": 4}
-    assert launched(_default_utilization_scorer) == {"gpu_spot": 4}, "Ray now does this itself: uap_dist/spot.py can go"
+    assert launched(_default_utilization_scorer) == {"gpu_spot": 4}, (
+        "Ray now does this itself: uap_dist/fleet/spot.py can go"
+    )
     now += 31 * 60
     assert launched(load_function_or_class(name)) == {"gpu_spot": 4}
 

@@ -7,13 +7,15 @@ import torch
 from conftest import random_samples, tiny_worker
 from PIL import Image
 
-from uap_dist.compute import State, compute, count_rounds, describe_steps, run_round, step_sizes
-from uap_dist.config import ComputeConfig
-from uap_dist.dataset import LocalWorkers, check_disjoint, classify, load_dataset
+from uap_dist.computing.rounds import compute, count_rounds, describe_steps, run_round, step_sizes
+from uap_dist.data.write import write_shards
 from uap_dist.errors import ConfigError, PerturbationError, ShardError
-from uap_dist.norms import measure
-from uap_dist.schedule import Block, Round
-from uap_dist.shards import write_shards
+from uap_dist.method.config import ComputeConfig
+from uap_dist.method.norms import measure
+from uap_dist.method.schedule import Block, Round
+from uap_dist.method.state import State
+from uap_dist.workers.dataset import check_disjoint, classify, load_dataset
+from uap_dist.workers.local import LocalWorkers
 
 SMALL = {"round_size": 10, "block_size": 5, "radius": 20.0}
 
@@ -23,8 +25,8 @@ def run(workers, data, **options):
 
 
 def test_log_odds_beats_random_on_held_out_images(local_workers, tiny_data):
-    from uap_dist.dataset import classify, fooling_rate
-    from uap_dist.norms import random_perturbation
+    from uap_dist.method.norms import random_perturbation
+    from uap_dist.workers.dataset import classify, fooling_rate
 
     final = run(local_workers, tiny_data, max_passes=4)[-1]
     noise = random_perturbation((3, 16, 16), norm="linf", radius=20.0, seed=0).numpy()
@@ -39,7 +41,7 @@ def test_blocks_of_one_image_follow_the_papers_loop(local_workers, tiny_data):
     options = {"round_size": 1, "block_size": 1, "rule": "paper", "max_passes": 1, "radius": 20.0}
     reports = run(local_workers, tiny_data, **options)
     network = tiny_worker().classifier.double()
-    from uap_dist.schedule import plan_rounds
+    from uap_dist.method.schedule import plan_rounds
 
     v = torch.zeros(3, 16, 16)
     starts = np.cumsum([0, *train.sizes])
@@ -138,7 +140,9 @@ def test_a_thinned_dataset_is_evenly_spread_and_keeps_its_labels(local_workers, 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_a_random_start_is_that_share_of_the_radius_in_a_direction_of_the_seed(tiny_data, norm):
     def start(**options):
-        return State.start(tiny_data[0], ComputeConfig(norm=norm, radius=20.0, **options))
+        return State.start(
+            tiny_data[0].shape, tiny_data[0].num_examples, ComputeConfig(norm=norm, radius=20.0, **options)
+        )
 
     first, second = (start(random_start=0.5, seed=seed) for seed in (0, 1))
     for state in (first, second):
@@ -162,7 +166,7 @@ def test_local_steps_of_a_lone_block_are_rounds_of_their_own(local_workers, tiny
     block = Block(0, tuple(range(15)))
     common = {"radius": 20.0, "augment": "none", "step_size": 2.0, "max_passes": 1}
     local = ComputeConfig(round_size=15, block_size=15, local_steps=3, **common)
-    start = State.start(train, local)
+    start = State.start(train.shape, train.num_examples, local)
     after, report = run_round(local_workers, train, Round(0, 0, False, (block,)), start, local, planned=1)
     alone, state = ComputeConfig(round_size=5, block_size=5, **common), start
     for number in range(3):

@@ -5,10 +5,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from uap_dist.accelerate import accelerate
-from uap_dist.classifiers import Classifier, Geometry, load_classifier
-from uap_dist.deepfool import deepfool, log_odds, log_odds_sum
+from uap_dist.data.decode import Geometry
 from uap_dist.errors import ConfigError
+from uap_dist.method.deepfool import deepfool, log_odds, log_odds_sum
+from uap_dist.models.accelerate import accelerate
+from uap_dist.models.classifier import Classifier
+from uap_dist.models.loading import load_classifier
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -258,7 +260,7 @@ def test_options_out_of_range_are_refused(options):
 )
 def test_median_norm_agrees_with_foolbox_on_real_images(shared, model, weights, shard, count):
     foolbox = pytest.importorskip("foolbox")
-    from uap_dist.shards import load_shard
+    from uap_dist.data.decode import load_shard
 
     classifier = load_classifier(model.format(shared=shared), f"{shared}/models/{weights}.safetensors")
     images = load_shard(f"{shared}/data/{shard}", classifier.geometry).images
@@ -281,7 +283,7 @@ def test_median_norm_agrees_with_foolbox_on_real_images(shared, model, weights, 
 @pytest.mark.filterwarnings("ignore")
 def test_saturated_images_are_solved_where_foolbox_solves_them_and_more(shared):
     foolbox = pytest.importorskip("foolbox")
-    from uap_dist.shards import load_shard
+    from uap_dist.data.decode import load_shard
 
     classifier = load_classifier(f"{shared}/models/cifar_resnet.py:resnet20", f"{shared}/models/resnet20.safetensors")
     pixels = torch.tensor(load_shard(f"{shared}/data/cifar10/test-0000.tar", classifier.geometry).images).float()

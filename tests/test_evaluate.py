@@ -11,13 +11,14 @@ from conftest import TINY, tiny_worker
 from processes import run_job
 from test_job import empty_store
 
-from uap_dist.classifiers import load_classifier
-from uap_dist.dataset import LocalWorkers, load_dataset
-from uap_dist.evaluate import baselines, measure_perturbations
-from uap_dist.norms import measure, random_perturbation
-from uap_dist.perturbations import Perturbation
-from uap_dist.weights import write_weights
-from uap_dist.worker import Worker
+from uap_dist.evaluation.evaluate import baselines, measure_perturbations
+from uap_dist.method.norms import measure, random_perturbation
+from uap_dist.models.loading import load_classifier
+from uap_dist.models.weights import write_weights
+from uap_dist.perturbations.files import Perturbation
+from uap_dist.workers.dataset import load_dataset
+from uap_dist.workers.local import LocalWorkers
+from uap_dist.workers.worker import Worker
 
 SHAPE = (3, 16, 16)
 

@@ -6,14 +6,15 @@ import torch
 from conftest import TINY, random_samples
 from torch import nn
 
-from uap_dist.classifiers import Classifier, Geometry, load_classifier
-from uap_dist.dataset import LocalWorkers, load_dataset, reload_dataset
+from uap_dist.data.decode import Geometry
+from uap_dist.data.write import write_shards
 from uap_dist.errors import ClassifierError, ConfigError, ShardError
-from uap_dist.evaluate import measure_perturbations
-from uap_dist.finetune import (
+from uap_dist.evaluation.evaluate import measure_perturbations
+from uap_dist.finetuning.batches import Share
+from uap_dist.finetuning.config import FinetuneConfig
+from uap_dist.finetuning.trainer import (
     HELD_OUT,
     TRAINED_ON,
-    FinetuneConfig,
     Learner,
     Task,
     check_labels,
@@ -21,11 +22,13 @@ from uap_dist.finetune import (
     check_truths,
     smallest_factors,
 )
-from uap_dist.norms import random_perturbation
-from uap_dist.pool import PerturbationPool
-from uap_dist.shards import write_shards
-from uap_dist.share import Share
-from uap_dist.worker import Worker
+from uap_dist.method.norms import random_perturbation
+from uap_dist.models.classifier import Classifier
+from uap_dist.models.loading import load_classifier
+from uap_dist.perturbations.pool import PerturbationPool
+from uap_dist.workers.dataset import load_dataset, reload_dataset
+from uap_dist.workers.local import LocalWorkers
+from uap_dist.workers.worker import Worker
 
 NORMED = TINY.replace(":Tiny", ":Normed")
 

@@ -21,17 +21,20 @@ from processes import environment, run_job
 from test_job import JOB, empty_store, runs
 from torch.nn.parallel import DistributedDataParallel
 
-from uap_dist.classifiers import Geometry, load_classifier
-from uap_dist.config import ComputeConfig
-from uap_dist.dataset import LocalWorkers, load_dataset
+from uap_dist.data.decode import Geometry
 from uap_dist.errors import ConfigError
-from uap_dist.finetune import FinetuneConfig, Learner, Task
-from uap_dist.fleet import FleetConfig
-from uap_dist.pool import PerturbationPool
-from uap_dist.reproducible import set_up_torch
-from uap_dist.share import Share
-from uap_dist.weights import digest_weights, write_weights
-from uap_dist.worker import Worker
+from uap_dist.finetuning.batches import Share
+from uap_dist.finetuning.config import FinetuneConfig
+from uap_dist.finetuning.trainer import Learner, Task
+from uap_dist.fleet.config import FleetConfig
+from uap_dist.method.config import ComputeConfig
+from uap_dist.models.loading import load_classifier
+from uap_dist.models.weights import digest_weights, write_weights
+from uap_dist.perturbations.pool import PerturbationPool
+from uap_dist.workers.dataset import load_dataset
+from uap_dist.workers.local import LocalWorkers
+from uap_dist.workers.reproducible import set_up_torch
+from uap_dist.workers.worker import Worker
 
 FINETUNE = JOB.with_name("finetune.py")
 SLOW = TINY.replace(":Tiny", ":Slow")

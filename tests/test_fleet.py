@@ -14,15 +14,16 @@ import pytest
 import torch
 from conftest import TINY
 
-from uap_dist.batch import Batch
-from uap_dist.classifiers import load_classifier
-from uap_dist.compute import compute
-from uap_dist.config import ComputeConfig
-from uap_dist.dataset import load_dataset
+from uap_dist.computing.rounds import compute
 from uap_dist.errors import ClassifierError, ConfigError, DeterminismError, WorkerLostError
-from uap_dist.fleet import Fleet, FleetConfig, need_of
-from uap_dist.weights import write_weights
-from uap_dist.worker import Examples
+from uap_dist.fleet.config import FleetConfig, need_of
+from uap_dist.fleet.fleet import Fleet
+from uap_dist.fleet.task_queue import Batch
+from uap_dist.method.config import ComputeConfig
+from uap_dist.models.loading import load_classifier
+from uap_dist.models.weights import write_weights
+from uap_dist.workers.dataset import load_dataset
+from uap_dist.workers.messages import Examples
 
 CONFIG = ComputeConfig(round_size=20, block_size=5, max_passes=3, radius=20.0)
 
@@ -53,7 +54,7 @@ def load(workers, shards):
 def undisturbed(shards):
     from conftest import tiny_worker
 
-    from uap_dist.dataset import LocalWorkers
+    from uap_dist.workers.local import LocalWorkers
 
     workers = LocalWorkers(tiny_worker())
     return list(compute(workers, *load(workers, shards), CONFIG))[-1].perturbation

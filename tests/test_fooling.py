@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from uap_dist.errors import ConfigError
-from uap_dist.fooling import Z_95, Rate, wilson_interval
+from uap_dist.method.rates import Z_95, Rate, wilson_interval
 
 
 @given(total=st.integers(1, 10_000), share=st.floats(0, 1))

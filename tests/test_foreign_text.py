@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from test_job import finish, runs, start
 
+from uap_dist.data.locations import locate
 from uap_dist.errors import ConfigError
 from uap_dist.foreign_text import escape_markdown, hide_credentials, printable, redact
-from uap_dist.locations import locate
-from uap_dist.terminal import one_line_errors, refuse_credentials
+from uap_dist.tracking.console import one_line_errors, refuse_credentials
 
 ALPHABET = string.ascii_letters + string.digits + "/+=._~-"  # those of AWS, Azure, JSON web tokens
 SECRET = st.builds(

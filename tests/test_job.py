@@ -20,12 +20,14 @@ from conftest import TINY, random_samples, tiny_worker
 from processes import JobProcess, environment, run_job
 from safetensors import safe_open
 
-from uap_dist.compute import compute
-from uap_dist.config import ComputeConfig
-from uap_dist.dataset import LocalWorkers, load_dataset
+from uap_dist.computing.rounds import compute
+from uap_dist.data.patterns import expand_patterns
+from uap_dist.data.write import write_shards
 from uap_dist.errors import ConfigError
-from uap_dist.fleet import FleetConfig
-from uap_dist.shards import expand_patterns, write_shards
+from uap_dist.fleet.config import FleetConfig
+from uap_dist.method.config import ComputeConfig
+from uap_dist.workers.dataset import load_dataset
+from uap_dist.workers.local import LocalWorkers
 
 JOB = Path(__file__).parents[1] / "jobs/compute.py"
 

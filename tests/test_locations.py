@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from uap_dist.locations import absolute, copy_folder, exists, join, read_file, write_file
+from uap_dist.data.locations import absolute, copy_folder, exists, join, read_file, write_file
 
 
 @pytest.fixture(params=["folder", "s3"])

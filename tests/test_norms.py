@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from uap_dist.errors import ConfigError
-from uap_dist.norms import measure, project, random_of_same_norms, random_perturbation, root_mean_square
+from uap_dist.method.norms import measure, project, random_of_same_norms, random_perturbation, root_mean_square
 
 NORMS = st.sampled_from(["linf", "l2"])
 

@@ -18,20 +18,24 @@ from pyarrow import fs
 from test_checkpoint import checkpoint
 from test_job import JOB, finish, runs, start
 
-from uap_dist import locations
-from uap_dist import shards as shards_module
-from uap_dist.checkpoint import Checkpoint, CheckpointStore, JobRecord
-from uap_dist.classifiers import Geometry, load_classifier
-from uap_dist.compute import State, compute
-from uap_dist.config import ComputeConfig
-from uap_dist.dataset import LocalWorkers, load_dataset
+from uap_dist.computing.rounds import compute
+from uap_dist.data import decode as shards_module
+from uap_dist.data import locations
+from uap_dist.data.decode import Geometry, load_shard
+from uap_dist.data.locations import join, locate
+from uap_dist.data.patterns import expand_patterns
 from uap_dist.errors import ClassifierError, ConfigError, ShardError, UapDistError
-from uap_dist.locations import join, locate
-from uap_dist.pool import PerturbationPool
-from uap_dist.shards import expand_patterns, load_shard
-from uap_dist.update import Iterate
-from uap_dist.weights import read_weights, write_weights
-from uap_dist.worker import Examples, Worker
+from uap_dist.method.config import ComputeConfig
+from uap_dist.method.state import State
+from uap_dist.method.update import Iterate
+from uap_dist.models.loading import load_classifier
+from uap_dist.models.weights import read_weights, write_weights
+from uap_dist.perturbations.pool import PerturbationPool
+from uap_dist.tracking.checkpoint import Checkpoint, CheckpointStore, JobRecord
+from uap_dist.workers.dataset import load_dataset
+from uap_dist.workers.local import LocalWorkers
+from uap_dist.workers.messages import Examples
+from uap_dist.workers.worker import Worker
 
 AS_IS = Geometry()
 V = np.random.default_rng(0).normal(0, 5, size=(3, 16, 16)).astype(np.float32)

@@ -1,8 +1,8 @@
 import time
 
-from uap_dist import outbox
-from uap_dist.history import RoundRecord
-from uap_dist.outbox import Outbox
+from uap_dist.tracking import outbox
+from uap_dist.tracking.history import RoundRecord
+from uap_dist.tracking.outbox import Outbox
 
 RECORDS = [RoundRecord(step, step, {}) for step in range(1, 121)]
 

@@ -5,8 +5,8 @@ import sys
 import pytest
 import torch
 
-from uap_dist.classifiers import load_classifier
 from uap_dist.errors import ClassifierError
+from uap_dist.models.loading import load_classifier
 
 NETWORK = """
 import torch

@@ -53,7 +53,7 @@ def test_the_wheel_holds_package_and_jobs_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as file:
         names = {name for name in file.namelist() if ".dist-info/" not in name}
         metadata = Parser().parsestr(file.read(f"uap_dist-{uap_dist.__version__}.dist-info/METADATA").decode())
-    package = {f"uap_dist/{path.name}" for path in (ROOT / "uap_dist").glob("*.py")}
+    package = {str(path.relative_to(ROOT)) for path in (ROOT / "uap_dist").rglob("*.py")}
     others = {"uap_dist/py.typed", "uap_dist_commands.py"}
     assert names == package | others | {f"uap_dist/jobs/{name}.py" for name in ("__init__", *JOBS)}
     assert metadata["Version"] == uap_dist.__version__
@@ -65,7 +65,7 @@ def test_its_commands_start_and_it_claims_no_commit_of_a_checkout_around_it(whee
     run("git", "-c", "user.name=n", "-c", "user.email=e", "commit", "--quiet", "--allow-empty", "-m", "m", cwd=tmp_path)
     run(sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", "site", wheel, cwd=tmp_path)
     code = (
-        "from importlib.metadata import distribution; from uap_dist.provenance import describe_code; import uap_dist;"
+        "from importlib.metadata import distribution; from uap_dist.versions import describe_code; import uap_dist;"
         "points = distribution('uap-dist').entry_points;"
         "print(uap_dist.__file__, *sorted(point.name for point in points if callable(point.load())));"
         "print(describe_code()['git_commit'], describe_code()['version.uap_dist'])"
@@ -77,16 +77,16 @@ def test_its_commands_start_and_it_claims_no_commit_of_a_checkout_around_it(whee
 
 def test_of_a_checkout_ray_uploads_the_code_and_networks_beside_it(tmp_path):
     for name in (
-        "uap_dist/worker.py",
+        "uap_dist/workers/worker.py",
         "jobs/compute.py",
         "network.py",
         "weights.safetensors",
         "imagenet/train-0000.tar",
         "tests/tiny.py",
     ):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     shutil.copy(ROOT / ".rayignore", tmp_path)
     package = tmp_path.with_suffix(".zip")
     create_package(str(tmp_path), package, include_gitignore=True, excludes=get_runtime_env_default_excludes())
-    assert set(zipfile.ZipFile(package).namelist()) == {"uap_dist/worker.py", "jobs/compute.py", "network.py"}
+    assert set(zipfile.ZipFile(package).namelist()) == {"uap_dist/workers/worker.py", "jobs/compute.py", "network.py"}

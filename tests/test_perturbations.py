@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from scipy.io import savemat
 
 from uap_dist.errors import ConfigError, PerturbationError, UapDistError
-from uap_dist.norms import measure
-from uap_dist.perturbations import PERTURBATION_FILE, Perturbation, load_perturbations, save_perturbation
-from uap_dist.weights import read_weights, write_weights
+from uap_dist.method.norms import measure
+from uap_dist.models.weights import read_weights, write_weights
+from uap_dist.perturbations.files import PERTURBATION_FILE, Perturbation, load_perturbations, save_perturbation
 
 V = 20 * torch.rand(3, 6, 5, generator=torch.Generator().manual_seed(0)) - 10
 
@@ -71,7 +71,7 @@ def test_published_ones_in_any_layout_and_either_unit_are_the_same(tmp_path):
 
 
 def test_from_s3(tmp_path, s3):
-    from uap_dist.locations import locate
+    from uap_dist.data.locations import locate
 
     filesystem, path = locate(f"s3://bucket/v.npy?{s3}")
     with filesystem.open_output_stream(path) as file:

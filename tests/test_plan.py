@@ -9,18 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_job import data, finish, job_options, runs, start, write_plan
 
-from uap_dist.checkpoint import Checkpoint, CheckpointStore, JobRecord
-from uap_dist.compute import State, compute
-from uap_dist.config import ComputeConfig
-from uap_dist.dataset import LocalWorkers
+from uap_dist.computing.rounds import compute
+from uap_dist.data.patterns import expand_patterns
+from uap_dist.data.write import write_shards
 from uap_dist.errors import ConfigError, ShardError
-from uap_dist.fleet import FleetConfig
-from uap_dist.plan import Costs, ShardSizes, Span, count_work, plan_fleet
-from uap_dist.plan_report import Plan, Spent, fleet_sizes, read_plan
-from uap_dist.shard_sizes import count_bytes, read_indexes
-from uap_dist.shards import expand_patterns, write_shards
-from uap_dist.trial import try_out
-from uap_dist.update import Iterate
+from uap_dist.fleet.config import FleetConfig
+from uap_dist.method.config import ComputeConfig
+from uap_dist.method.state import State
+from uap_dist.method.update import Iterate
+from uap_dist.planning.cost_model import Costs, ShardSizes, Span, count_work, plan_fleet
+from uap_dist.planning.profiling import try_out
+from uap_dist.planning.report import Plan, Spent, fleet_sizes, read_plan
+from uap_dist.planning.shard_sizes import count_bytes, read_indexes
+from uap_dist.tracking.checkpoint import Checkpoint, CheckpointStore, JobRecord
+from uap_dist.workers.local import LocalWorkers
 
 CONFIGS = {
     "passes": {"max_passes": 3},

@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 
 from uap_dist.errors import ConfigError, PerturbationError
-from uap_dist.perturbations import Perturbation
-from uap_dist.pool import POOL_FILE, AddUniversalPerturbation, PerturbationPool, load_members
+from uap_dist.perturbations.files import Perturbation
+from uap_dist.perturbations.pool import POOL_FILE, PerturbationPool, load_members
+from uap_dist.perturbations.transform import AddUniversalPerturbation
 
 SHARED = {"model": "tiny", "weights_digest": "a" * 64, "norm": "linf", "radius": 10.0}
 
@@ -98,7 +99,7 @@ def test_its_files_are_as_open_as_the_umask_lets_them(pool, tmp_path):
 
 
 def test_from_s3(pool, tmp_path, s3):
-    from uap_dist.locations import locate
+    from uap_dist.data.locations import locate
 
     pool.save(tmp_path)
     filesystem, path = locate(f"s3://bucket/pool/pool.safetensors?{s3}")

@@ -13,8 +13,8 @@ from threading import Thread
 import pytest
 from processes import environment
 
-from uap_dist import cluster
 from uap_dist.errors import ConfigError
+from uap_dist.fleet import ray_cluster
 
 OWN = """
 import json, sys, tempfile
@@ -90,7 +90,7 @@ def test_its_folder_is_gone_when_the_process_ends(own):
 
 
 def test_each_process_has_a_token_of_its_own():
-    code = "import uap_dist.cluster, os; print(os.environ['RAY_AUTH_MODE'], os.environ['RAY_AUTH_TOKEN'])"
+    code = "import uap_dist.fleet.ray_cluster, os; print(os.environ['RAY_AUTH_MODE'], os.environ['RAY_AUTH_TOKEN'])"
     found = {
         subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True).stdout
         for _ in range(2)
@@ -101,14 +101,14 @@ def test_each_process_has_a_token_of_its_own():
 def test_ray_tmpdir_is_kept_to_or_refused_by_name(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_TMPDIR", "/tmp/short")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    assert cluster._place_for_sockets() == Path("/tmp/short")
+    assert ray_cluster._place_for_sockets() == Path("/tmp/short")
     long = "/tmp/" + "x" * 60
     monkeypatch.setenv("RAY_TMPDIR", long)
     with pytest.raises(
         ConfigError,
         match=rf"^RAY_TMPDIR is {long}, 65 bytes long: .*107 bytes.*set RAY_TMPDIR to a folder of at most \d+",
     ):
-        cluster._place_for_sockets()
+        ray_cluster._place_for_sockets()
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ def web():
 def test_an_address_that_is_none_is_one_line_that_says_what_to_do(monkeypatch, address, message):
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(ConfigError, match=message) as caught:
-        cluster.connect()
+        ray_cluster.connect()
     said = str(caught.value)
     assert "\n" not in said and "RAY_ADDRESS" in said and "unset" in said and "secret" not in said
 
@@ -151,14 +151,14 @@ def test_what_is_no_ray_is_known_before_ray_waits_for_it_for_minutes(monkeypatch
     with pytest.raises(
         ConfigError, match=f"what answers at {web} .RAY_ADDRESS. is no Ray cluster; its head's port is 6379"
     ):
-        cluster.connect()
-    monkeypatch.setattr(cluster, "ANSWER_TIMEOUT_S", 0.2)
+        ray_cluster.connect()
+    monkeypatch.setattr(ray_cluster, "ANSWER_TIMEOUT_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{silent.getsockname()[1]}")
         with pytest.raises(ConfigError, match="no Ray cluster answers at .*timed out"):
-            cluster.connect()
+            ray_cluster.connect()
 
 
 def test_an_empty_address_is_none(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", " ")
-    assert not cluster.can_grow() and os.environ["RAY_ADDRESS"] == " "
+    assert not ray_cluster.can_grow() and os.environ["RAY_ADDRESS"] == " "

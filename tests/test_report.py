@@ -3,7 +3,7 @@ import stat
 
 import pytest
 
-from uap_dist.report import output_folder, writes_files
+from uap_dist.tracking.outputs import output_folder, writes_files
 
 
 @pytest.fixture

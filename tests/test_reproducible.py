@@ -11,10 +11,10 @@ import pytest
 import torch
 from conftest import TINY, tiny_worker
 
-from uap_dist.config import ComputeConfig
-from uap_dist.dataset import LocalWorkers
-from uap_dist.reproducible import Settings, noticing_kernels, reproducible
-from uap_dist.worker import Examples
+from uap_dist.method.config import ComputeConfig
+from uap_dist.workers.local import LocalWorkers
+from uap_dist.workers.messages import Examples
+from uap_dist.workers.reproducible import Settings, noticing_kernels, reproducible
 
 V = np.random.default_rng(0).normal(0, 5, size=(3, 16, 16)).astype(np.float32)
 OTHERS = (

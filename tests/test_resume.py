@@ -8,11 +8,11 @@ import mlflow
 import pytest
 from test_checkpoint import JOB, checkpoint
 
-from uap_dist.checkpoint import CheckpointStore
 from uap_dist.errors import ResumeError, TrackingError
-from uap_dist.history import RoundRecord
-from uap_dist.resume import find_resumed
-from uap_dist.tracking import CHECKPOINTS_TAG, Tracker
+from uap_dist.tracking.checkpoint import CheckpointStore
+from uap_dist.tracking.history import RoundRecord
+from uap_dist.tracking.mlflow_run import CHECKPOINTS_TAG, Tracker
+from uap_dist.tracking.resume import find_resumed
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ import rules
 import rules_at_once
 from networks import Network
 
-from uap_dist.classifiers import load_classifier
-from uap_dist.deepfool import add_perturbation
+from uap_dist.method.deepfool import add_perturbation
+from uap_dist.models.loading import load_classifier
 
 BUDGET = 400
 

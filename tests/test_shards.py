@@ -11,10 +11,11 @@ import pytest
 from conftest import encode, random_samples
 from PIL import Image
 
-from uap_dist.classifiers import Geometry
+from uap_dist.data.decode import UNKNOWN_CLASS, Geometry, load_shard
+from uap_dist.data.locations import locate, set_name
+from uap_dist.data.patterns import expand_patterns
+from uap_dist.data.write import write_shards
 from uap_dist.errors import ShardError, UapDistError
-from uap_dist.locations import locate, set_name
-from uap_dist.shards import UNKNOWN_CLASS, expand_patterns, load_shard, write_shards
 
 AS_IS = Geometry()
 

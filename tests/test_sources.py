@@ -9,10 +9,9 @@ from conftest import encode
 from processes import run_job
 from torchvision.datasets import ImageFolder
 
-from uap_dist.classifiers import Geometry
+from uap_dist.data.decode import Geometry, load_shard
+from uap_dist.data.imagenet import list_folder, list_ilsvrc_train, list_ilsvrc_val, shuffled_samples
 from uap_dist.errors import ShardError
-from uap_dist.shards import load_shard
-from uap_dist.sources import list_folder, list_ilsvrc_train, list_ilsvrc_val, shuffled_samples
 
 JOB = Path(__file__).parents[1] / "jobs/shard.py"
 WNIDS = ("n01440764", "n01443537", "n02096051")

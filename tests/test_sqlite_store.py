@@ -15,7 +15,7 @@ import mlflow
 import pytest
 
 from uap_dist.errors import TrackingError
-from uap_dist.sqlite_store import prepare_store, sqlite_path
+from uap_dist.tracking.sqlite_store import prepare_store, sqlite_path
 
 START = """
 from uap_dist.tracking import Tracker

@@ -11,7 +11,7 @@ import pytest
 from clusters import can_hide_folders
 
 from uap_dist.errors import OutputError
-from uap_dist.report import resumable, writes_files
+from uap_dist.tracking.outputs import resumable, writes_files
 
 ROOT = Path(__file__).parents[1]
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from conftest import tiny_worker
 
-from uap_dist.compute import compute
-from uap_dist.config import ComputeConfig
-from uap_dist.dataset import LocalWorkers
+from uap_dist.computing.concurrent import compute_together, keep_last
+from uap_dist.computing.rounds import compute
 from uap_dist.errors import WorkerLostError
-from uap_dist.together import compute_together, keep_last
+from uap_dist.method.config import ComputeConfig
+from uap_dist.workers.local import LocalWorkers
 
 
 def configs(count):

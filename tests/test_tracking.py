@@ -12,8 +12,8 @@ from mlflow.exceptions import MlflowException, RestException
 
 from uap_dist.errors import ConfigError, TrackingError
 from uap_dist.foreign_text import in_one_line
-from uap_dist.history import RoundRecord
-from uap_dist.tracking import Tracker, _answering
+from uap_dist.tracking.history import RoundRecord
+from uap_dist.tracking.mlflow_run import Tracker, _answering
 
 SERVER, FILE = "http://127.0.0.1:9", "sqlite:////runs/mlflow.db"
 

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from uap_dist.config import ComputeConfig
-from uap_dist.norms import measure
-from uap_dist.update import (
+from uap_dist.method.config import ComputeConfig
+from uap_dist.method.norms import measure
+from uap_dist.method.update import (
     MOMENTUM,
     REMEMBERED,
     WIDTH,

@@ -8,8 +8,8 @@ import torch
 from conftest import TINY
 from safetensors.torch import save_file
 
-from uap_dist.classifiers import load_classifier
 from uap_dist.errors import ClassifierError
+from uap_dist.models.loading import load_classifier
 
 NETWORK = load_classifier(TINY).network
 for _, parameter in NETWORK.named_parameters():

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from conftest import tiny_worker
 
-from uap_dist.config import ComputeConfig
 from uap_dist.errors import ShardError
-from uap_dist.worker import Examples
+from uap_dist.method.config import ComputeConfig
+from uap_dist.workers.messages import Examples
 
 V = np.random.default_rng(0).normal(0, 5, size=(3, 16, 16)).astype(np.float32)
 

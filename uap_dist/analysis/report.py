@@ -1,0 +1,200 @@
+"""What an analysis leaves as files: a report that explains itself, as Markdown and as one HTML file, pictures, tables, numbers."""
+
+import json
+import re
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+from markdown_it import MarkdownIt
+
+from uap_dist.analysis import plots
+from uap_dist.analysis import text as text
+from uap_dist.analysis.boundaries import Boundaries
+from uap_dist.analysis.phase_transition import Point
+from uap_dist.analysis.sample_size import NumberPoint
+from uap_dist.foreign_text import escape_markdown
+from uap_dist.method.norms import measure
+from uap_dist.method.rates import Rate
+from uap_dist.perturbations.files import Perturbation
+from uap_dist.tracking.outputs import RESULT_FILE, writes_files
+
+REPORT_FILE = "report"  # .md and .html
+PICTURES = (text.PHASE_PICTURE, text.BOUNDARIES_PICTURE, text.NUMBERS_PICTURE)
+STYLE = """body { font: 16px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222 }
+img { max-width: 100% } table { border-collapse: collapse; font-size: 85%; display: block; overflow-x: auto }
+td, th { border: 1px solid #ccc; padding: 0.2em 0.6em; text-align: left } code { overflow-wrap: anywhere }"""
+
+
+@dataclass(frozen=True)
+class FinishedAnalysis:
+    """What an analysis has measured.
+
+    Attributes:
+        perturbation: that was analysed.
+        phase: points of the phase transition, scale 1 among them; empty where it was left out.
+        boundaries: None where they were left out.
+        numbers: by number of training images and seed; empty where left out.
+        num_train_images, num_solved: that directions come from; those that DeepFool was asked of.
+        provenance: network, data, options, versions.
+        mlflow_run_id: where it is logged.
+    """
+
+    perturbation: Perturbation
+    phase: Sequence[Point]
+    boundaries: Boundaries | None
+    numbers: Sequence[NumberPoint]
+    num_train_images: int
+    num_solved: int
+    provenance: Mapping[str, Any]
+    mlflow_run_id: str
+
+    def result(self) -> dict[str, Any]:
+        """The numbers that scripts read."""
+        return {
+            "norm_l2": measure(self.perturbation.v, "l2"),
+            "norm_linf": measure(self.perturbation.v, "linf"),
+            "phase_transition": text.phase_numbers(self.phase) if self.phase else None,
+            "boundaries": text.boundaries_numbers(self.boundaries) if self.boundaries else None,
+            "number_of_images": text.numbers_numbers(self.numbers) if self.numbers else None,
+            "mlflow_run_id": self.mlflow_run_id,
+        }
+
+    def metrics(self) -> dict[str, float]:
+        """The key numbers under the names that MLflow uses; what was not measured, or not reached, is not among them."""
+        found: dict[str, float | None] = {}
+        for norm, values in text.phase_numbers(self.phase).items() if self.phase else ():
+            for name, by_kind in (("at_own_norm", "fooling_rates_at_own_norm"), ("norm_at_half", "norms_at_half")):
+                found |= {f"phase/{norm}/{name}/{_key(kind)}": value for kind, value in values[by_kind].items()}
+        if self.boundaries:
+            numbers = text.boundaries_numbers(self.boundaries)
+            rates = numbers.pop("fooling_rates")
+            found |= {f"boundaries/{name}": value for name, value in numbers.items()}
+            found |= {f"boundaries/fooling_rate/{_key(kind)}": rate for kind, rate in rates.items()}
+        for each in text.numbers_numbers(self.numbers):
+            found[f"images/{each['num_images']}"] = each["val_fooling_rate"]
+        return {name: float(value) for name, value in found.items() if value is not None}
+
+    def summary(self) -> str:
+        """A few lines of Markdown: what was found."""
+        findings = []
+        if self.phase:
+            findings.append(text.phase_finding(self.phase))
+        if self.boundaries:
+            findings.append(text.boundaries_finding(self.boundaries))
+        if self.numbers:
+            findings.append(text.numbers_finding(self.numbers))
+        name, model = escape_markdown(self.perturbation.name), escape_markdown(self.provenance["model"])
+        about = f"Analysis of the universal perturbation *{name}* on **{model}**."
+        return "\n\n".join([about, *self._origin(), "\n".join(f"* {finding}" for finding in findings)])
+
+    def markdown(self) -> str:
+        """The whole report."""
+        v = self.perturbation.v
+        parts = [
+            "# Analysis of a universal adversarial perturbation",
+            self.summary(),
+            f"A universal perturbation is one array v ({'×'.join(map(str, v.shape))}) that, added to almost any image, "
+            "changes what a classifier says of it. Pixels have values 0..255; this v reaches "
+            f"±{measure(v, 'linf'):.4g} (its ℓ∞ norm) and has length {measure(v, 'l2'):.4g} (its ℓ2 norm, the root of the "
+            "sum of squares). An image x is *fooled* if the label of x + v, cut off at 0 and 255, is another than that of "
+            "x; the *fooling rate* is the share of images that are. Rates are of held-out images, which nothing was "
+            "computed from, unless said otherwise; [low, high] is a 95 % Wilson interval, where the rate of very many "
+            "such images would lie.",
+            "The three questions are those of section 4 of Moosavi-Dezfooli, Fawzi, Fawzi and Frossard, *Universal "
+            "adversarial perturbations*, CVPR 2017 (arXiv 1610.08401), called the paper here.",
+        ]
+        if self.phase:
+            parts += text.phase_section(self.phase, self.num_train_images, self.num_solved)
+        if self.boundaries:
+            parts += text.boundaries_section(self.boundaries)
+        if self.numbers:
+            parts += text.numbers_section(self.numbers)
+        rows = [
+            [escape_markdown(name), "default" if value in (None, ()) else escape_markdown(value)]
+            for name, value in self.provenance.items()
+        ]
+        parts += [
+            "## Where this comes from",
+            text.table(["what", "value"], [*rows, ["MLflow run", self.mlflow_run_id]]),
+        ]
+        return "\n\n".join(parts) + "\n"
+
+    def _origin(self) -> list[str]:
+        """A paragraph, where the perturbation was computed for another network, or does not say for which."""
+        origin = self.perturbation.provenance
+        digest = origin.get("weights_digest")
+        if digest is None:
+            return ["The perturbation does not say which network it was computed for; it may be another one than this."]
+        if digest != self.provenance["weights_digest"]:
+            model, said = escape_markdown(origin.get("model", "unnamed")), escape_markdown(str(digest)[:12])
+            return [
+                f"**The perturbation was computed for another network**, {model} (weights {said}…): "
+                "what it fools here is transfer."
+            ]
+        return []
+
+
+@writes_files
+def save_analysis(folder: Path, finished: FinishedAnalysis) -> None:
+    """Every file of an analysis: pictures/, tables/, report.md and report.html, result.json last."""
+    for name in ("pictures", "tables"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    if finished.phase:
+        plots.save_phase_transition(folder / text.PHASE_PICTURE, finished.phase)
+        _save_table(folder / "tables/phase-transition", [_columns(point) for point in finished.phase])
+    if finished.boundaries:
+        plots.save_boundaries(folder / text.BOUNDARIES_PICTURE, finished.boundaries)
+        _save_table(folder / "tables/subspace", [_columns(point) for point in finished.boundaries.points])
+        pairs = zip(finished.boundaries.spectrum.values, finished.boundaries.random.values, strict=True)
+        rows = [{"index": i, "normals": own, "random": other} for i, (own, other) in enumerate(pairs, start=1)]
+        _save_table(folder / "tables/singular-values", rows)
+    if finished.numbers:
+        plots.save_number_of_images(folder / text.NUMBERS_PICTURE, finished.numbers)
+        _save_table(folder / "tables/number-of-images", [_columns(point) for point in finished.numbers])
+    markdown = finished.markdown()
+    (folder / f"{REPORT_FILE}.md").write_text(markdown)
+    (folder / f"{REPORT_FILE}.html").write_text(to_html(markdown, folder))
+    result = finished.result() | {"provenance": finished.provenance}
+    (folder / RESULT_FILE).write_text(json.dumps(result, indent=2) + "\n")
+
+
+def to_html(markdown: str, folder: Path) -> str:
+    """One file that needs no other: Markdown with the report's own pictures, which lie in `folder`, inside. No other file is read."""
+    parser = MarkdownIt("commonmark", {"html": False}).enable("table")
+    tokens = parser.parse(markdown)
+    for image in (child for token in tokens for child in token.children or () if child.type == "image"):
+        source = image.attrs["src"]
+        data = (folder / source).read_bytes() if source in PICTURES else b""
+        image.attrs["src"] = f"data:image/png;base64,{b64encode(data).decode()}"
+    body = parser.renderer.render(tokens, parser.options, {})
+    title = escape(markdown.partition("\n")[0].lstrip("# "))
+    head = f'<meta charset="utf-8"><title>{title}</title><style>\n{STYLE}\n</style>'
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}</body></html>\n'
+
+
+def _key(name: str) -> str:
+    """A kind as part of a metric's name."""
+    return re.sub(r"\W+", "_", name)
+
+
+def _columns(point: Point | NumberPoint) -> dict[str, Any]:
+    columns: dict[str, Any] = {}
+    for name, value in vars(point).items():
+        columns[name] = value.rate if isinstance(value, Rate) else value
+        if isinstance(value, Rate):
+            low, high = value.interval
+            columns |= {f"{name}_low": low, f"{name}_high": high, f"{name}_num_images": value.num_examples}
+    return columns
+
+
+def _save_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    table = pa.Table.from_pylist(list(rows))
+    pq.write_table(table, path.with_suffix(".parquet"))
+    pyarrow.csv.write_csv(table, path.with_suffix(".csv"))

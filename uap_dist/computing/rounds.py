@@ -1,0 +1,209 @@
+"""The loop over rounds: increments against v on any workers, one reduce, one update, one report."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from math import ceil, prod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from uap_dist.errors import ConfigError
+from uap_dist.method import update
+from uap_dist.method.config import ComputeConfig
+from uap_dist.method.rates import Rate
+from uap_dist.method.schedule import Round, plan_rounds
+from uap_dist.method.solver import LOG_ODDS_SIZE, LocalSteps, add_sums
+from uap_dist.method.state import Evaluation, RoundReport, State
+from uap_dist.method.update import Iterate, StepRule
+from uap_dist.workers.dataset import Dataset, classify, fooling_rate
+from uap_dist.workers.local import Workers
+
+DEFAULT_PASSES = 10
+EVALUATIONS_PER_LOG_ODDS_SOLVE = 2
+GLANCE_SHARE = 0.02  # of the network evaluations of the solves: what measurements before the end may cost
+GLANCE_IMAGES = 100  # held-out ones that are worth a measurement
+
+
+def compute(
+    workers: Workers, train: Dataset, val: Dataset, config: ComputeConfig, state: State | None = None
+) -> Iterator[RoundReport]:
+    """Rounds until the target, the passes or the evaluations are reached; the last report carries an evaluation.
+
+    The result depends on data, network, config and seed only, not on the workers, nor on whether the rounds before
+    `state` (of an earlier report that was not the last) were computed here or elsewhere. Each report holds v, the
+    momentum and what is delivered (3 MB at 224×224): keep the last one, not all.
+
+    Raises:
+        ConfigError: fewer training images than a block, a budget below one round, or datasets of different shapes.
+    """
+    if train.shape != val.shape:
+        raise ConfigError(f"training images have shape {train.shape}, held-out ones {val.shape}; they must have one")
+    planned = count_rounds(train.sizes, config)
+    if planned is None:
+        check_budget(train.num_examples, config)
+    state = state or State.start(train.shape, train.num_examples, config)
+    every, num_glanced = plan_measurements(train.num_examples, val.num_examples, config)
+    some = None if num_glanced is None else val.thin(num_glanced)
+    for round_ in islice(_plan(train.sizes, config), state.num_rounds, None):
+        state, report = run_round(workers, train, round_, state, config, planned)
+        ends = state.num_rounds == planned or _is_spent(state, config)
+        if ends or (some is None and is_due(round_, every)):
+            report = replace(report, evaluation=evaluate(workers, train, val, report.perturbation))
+        elif some is not None and is_due(round_, every):
+            report = replace(report, evaluation=evaluate(workers, None, some, report.perturbation))
+        train_rate = report.evaluation.train if report.evaluation is not None else None
+        reached = train_rate is not None and train_rate.rate >= config.target_fooling_rate
+        yield replace(report, is_last=ends or reached)
+        if ends or reached:
+            return
+
+
+def check_budget(num_images: int, config: ComputeConfig) -> None:
+    """Raise ConfigError where the evaluations are spent on the clean labels of so many training images."""
+    if config.max_evaluations is not None and num_images >= config.max_evaluations:
+        raise ConfigError(
+            f"{config.max_evaluations} evaluations (--max-evaluations) do not pay for more than the clean labels of "
+            f"{num_images} training images"
+        )
+
+
+def run_round(
+    workers: Workers, train: Dataset, round_: Round, state: State, config: ComputeConfig, planned: int | None
+) -> tuple[State, RoundReport]:
+    """Solve the round's blocks against the state's v, reduce in block order, update, project."""
+    started = time.perf_counter()
+    tasks = [
+        train.examples(block.shard, block.examples, seed=(config.seed, round_.number, number))
+        for number, block in enumerate(round_.blocks)
+    ]
+    sizes = () if config.rule == "paper" else step_sizes(round_.number, planned, train.shape, config)
+    rule = config.step_rule(planned or 0)  # rounds of the paper's rule, which has none, may not be planned
+    v, momentum = (field.float().numpy() for field in (state.iterate.v, state.iterate.momentum))
+    shared: tuple[Any, ...] = (v, replace(config.solver, scale=state.iterate.scale))
+    if config.local_steps:
+        shared += (LocalSteps(momentum, sizes, config.block_size // config.local_steps, rule),)
+    total, results = np.zeros((2, *train.shape) if config.local_steps else train.shape), []
+    for result in workers.map("solve", tasks, *shared):
+        total += result.total
+        # without its array: a round may have more blocks than the driver has memory for
+        results.append(replace(result, total=np.empty(0)))
+    sums = add_sums(results)
+    iterate = _update(state.iterate, torch.from_numpy(total), len(results), sizes, config, rule)
+    if config.rule == "log-odds":
+        iterate = update.remember(iterate, *sums[LOG_ODDS_SIZE])
+    state = State(
+        iterate,
+        num_rounds=round_.number + 1,
+        num_solves=state.num_solves + round_.num_examples,
+        num_evaluations=state.num_evaluations + sum(result.num_evaluations for result in results),
+    )
+    return state, RoundReport(
+        round_number=round_.number,
+        pass_number=round_.pass_number,
+        num_rounds=planned,
+        fooling=Rate(sum(result.num_fooled for result in results), round_.num_examples),
+        perturbation=_deliver(iterate, config),
+        state=state,
+        step=sizes[0] if sizes else config.paper_gain,
+        means={name: total / max(1, count) for name, (total, count) in sums.items()},
+        seconds=time.perf_counter() - started,
+    )
+
+
+def evaluate(workers: Workers, train: Dataset | None, val: Dataset, perturbation: Tensor) -> Evaluation:
+    """Fooling rates of v (C×H×W, pixels) on training images, if any, and held-out ones."""
+    v = perturbation.numpy()
+    train_rate = None if train is None else fooling_rate(train, classify(workers, train, v))
+    predictions = classify(workers, val, v)
+    return Evaluation(train_rate, fooling_rate(val, predictions), predictions)
+
+
+def plan_measurements(num_train: int, num_val: int, config: ComputeConfig) -> tuple[int, int | None]:
+    """After how many passes the fooling rates are measured each time, and on how many held-out images; None: on all images."""
+    if config.evaluate_every is not None or config.target_fooling_rate < 1:
+        return config.evaluate_every or 1, None
+    affordable = GLANCE_SHARE * EVALUATIONS_PER_LOG_ODDS_SOLVE * num_train  # in a pass
+    every = ceil(min(GLANCE_IMAGES, num_val) / affordable)
+    return every, min(num_val, int(every * affordable))
+
+
+def is_due(round_: Round, every: int) -> bool:
+    """Whether the round is followed by a measurement, unless it is the last one."""
+    return round_.ends_pass and (round_.pass_number + 1) % every == 0
+
+
+def count_rounds(shard_sizes: Sequence[int], config: ComputeConfig) -> int | None:
+    """Rounds that passes and evaluations allow; None where the paper's rule is bounded by evaluations alone.
+
+    Raises:
+        ConfigError: no round at all.
+    """
+    passes = config.max_passes or (None if config.max_evaluations else DEFAULT_PASSES)
+    budget = config.max_evaluations if config.rule == "log-odds" else None
+    if passes is None and budget is None:
+        return None
+    spent, rounds = sum(shard_sizes), 0
+    for round_ in _plan(shard_sizes, config):
+        spent += EVALUATIONS_PER_LOG_ODDS_SOLVE * round_.num_examples
+        if round_.pass_number == passes or (budget is not None and spent > budget):
+            break
+        rounds += 1
+    if rounds == 0:
+        raise ConfigError(
+            f"{budget} evaluations (--max-evaluations) do not pay for the clean labels of {sum(shard_sizes)} training "
+            f"images and one round; give at least {spent}"
+        )
+    return rounds
+
+
+def _plan(shard_sizes: Sequence[int], config: ComputeConfig) -> Iterator[Round]:
+    return plan_rounds(shard_sizes, seed=config.seed, round_size=config.round_size, block_size=config.block_size)
+
+
+def _is_spent(state: State, config: ComputeConfig) -> bool:
+    return config.max_evaluations is not None and state.num_evaluations >= config.max_evaluations
+
+
+def step_sizes(
+    round_number: int, num_rounds: int | None, shape: tuple[int, ...], config: ComputeConfig
+) -> tuple[float, ...]:
+    """Of the log-odds rule in a round, in pixels (root mean square for ℓ2): one, or one for each local step."""
+    assert num_rounds is not None
+    in_round = config.local_steps or 1
+    num_steps = in_round * num_rounds
+    default = update.default_step_size(
+        norm=config.norm, radius=config.ball_radius, num_values=prod(shape), num_steps=num_steps
+    )
+    is_averaged = config.local_steps and config.round_size > config.block_size
+    start = config.step_size or default * (update.AVERAGED if is_averaged else 1.0)
+    return tuple(update.cosine(start, in_round * round_number + step, num_steps) for step in range(in_round))
+
+
+def describe_steps(num_rounds: int | None, shape: tuple[int, ...], config: ComputeConfig) -> dict[str, float]:
+    """What follows from the length of a run, for its record: period and first step, in pixels. The paper's rule has neither."""
+    if config.rule == "paper":
+        return {}
+    assert num_rounds is not None
+    return {
+        "steps.period": config.step_rule(num_rounds).period,
+        "steps.first_size": step_sizes(0, num_rounds, shape, config)[0],
+    }
+
+
+def _update(
+    iterate: Iterate, total: Tensor, num_blocks: int, sizes: tuple[float, ...], config: ComputeConfig, rule: StepRule
+) -> Iterate:
+    if config.rule == "paper":
+        return update.paper_update(iterate, total, gain=config.paper_gain, norm=config.norm, radius=config.ball_radius)
+    if config.local_steps:
+        return update.average_update(iterate, total / num_blocks, rule)
+    return update.log_odds_update(iterate, total, sizes[0], rule)
+
+
+def _deliver(iterate: Iterate, config: ComputeConfig) -> Tensor:
+    v = iterate.v if config.rule == "paper" else update.finish(iterate.v, norm=config.norm, radius=config.ball_radius)
+    return v.float()

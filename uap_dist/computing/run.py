@@ -1,0 +1,123 @@
+"""One perturbation on its way through a job: its rounds committed and tracked, in the end its files in the folder and in MLflow."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from uap_dist.computing.report import FinishedRun, save_run
+from uap_dist.computing.rounds import compute, describe_steps
+from uap_dist.evaluation.evaluate import measure_noise
+from uap_dist.method.config import ComputeConfig
+from uap_dist.method.norms import random_of_same_norms
+from uap_dist.method.state import RoundReport
+from uap_dist.tracking.checkpoint import Checkpoint, CheckpointStore
+from uap_dist.tracking.history import RoundRecord
+from uap_dist.tracking.mlflow_run import CHECKPOINTS_TAG, Tracker
+from uap_dist.workers.dataset import Dataset
+from uap_dist.workers.local import Workers
+
+
+class Member:
+    """A perturbation of one seed.
+
+    Attributes:
+        config: of its computation, the seed among it.
+        state: what its computation goes on from.
+        folder: of its files.
+        finished: what was measured, once it is.
+        is_delivered: whether MLflow has all of it.
+    """
+
+    def __init__(
+        self, config: ComputeConfig, checkpoint: Checkpoint, *, store: CheckpointStore, folder: Path, tracker: Tracker
+    ) -> None:
+        """Commit where it stands, so that it can be resumed from now on; send what MLflow may lack of the rounds before.
+
+        Args:
+            config: of the computation.
+            checkpoint: what it goes on from.
+            store: of its commits.
+            folder: of its files.
+            tracker: of its MLflow run.
+
+        Raises:
+            ConfigError: the storage cannot be written to.
+        """
+        self.config, self.state, self.folder, self.is_delivered = config, checkpoint.state, folder, False
+        self._job, self._history = checkpoint.job, list(checkpoint.history)
+        self._store, self._tracker = store, tracker
+        self.finished: FinishedRun | None = None
+        store.start(checkpoint)
+        tracker.set_tag(CHECKPOINTS_TAG, store.location)
+        for record in self._history:
+            tracker.log_round(record)
+
+    def rounds(self, workers: Workers, train: Dataset, val: Dataset) -> Iterator[RoundReport]:
+        """Compute what is left, commit and track each round before the next one. The last one is committed as the result."""
+        for report in compute(workers, train, val, self.config, self.state):
+            self._history.append(RoundRecord.of(report, workers.metrics()))
+            if not report.is_last:
+                self._store.commit(Checkpoint(self._job, report.state, tuple(self._history)))
+            self._tracker.log_round(self._history[-1])
+            yield report
+
+    def finish(
+        self,
+        report: RoundReport,
+        workers: Workers,
+        val: Dataset,
+        provenance: Mapping[str, Any],
+        class_names: Sequence[str],
+    ) -> None:
+        """Write its files, from its last report and what led there.
+
+        Args:
+            report: of the last round.
+            workers: with the images.
+            val: the held-out ones.
+            provenance: network, data, config, versions; what is the member's own is added.
+            class_names: of the network's labels; empty where not known.
+        """
+        config = self.config
+        steps = describe_steps(report.num_rounds, val.shape, config)
+        noise = random_of_same_norms(report.perturbation, seed=config.seed)
+        self.finished = FinishedRun(
+            final=report,
+            history=self._history,
+            random_rates=measure_noise(workers, val, noise),
+            val=val,
+            provenance=dict(provenance) | own_provenance(config) | steps,
+            class_names=class_names,
+            mlflow_run_id=self._tracker.run_id,
+        )
+        save_run(self.folder, self.finished, workers)
+
+    def deliver(self, timeout_s: float, tags: Mapping[str, Any]) -> None:
+        """Complete the MLflow run and end it: the rest of its metrics, its description, its files.
+
+        Args:
+            timeout_s: how long to wait for a server that does not answer.
+            tags: that are known only now.
+
+        Raises:
+            TrackingError: the server does not answer; to be tried again.
+        """
+        assert self.finished is not None
+        self._tracker.wait_for_delivery(timeout_s)
+        final = self.finished.final
+        # not before the first round: to count those of a very long run takes seconds in which nothing would be committed
+        self._tracker.log_params(describe_steps(final.num_rounds, final.perturbation.shape, self.config))
+        self._tracker.complete(
+            tags=tags,
+            metrics=self.finished.random_metrics(),
+            step=final.state.num_rounds,
+            markdown=self.finished.summary(),
+            folder=self.folder,
+        )
+        self._tracker.finish()
+        self.is_delivered = True
+
+
+def own_provenance(config: ComputeConfig) -> dict[str, Any]:
+    """In what the provenance of a pool's member differs from the pool's."""
+    return {"seed": config.seed, "random_start": config.random_start, "num_perturbations": 1}

@@ -1,0 +1,1 @@
+"""Images: shards on disk or in object storage, fetched, decoded, cached and written."""

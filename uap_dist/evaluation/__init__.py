@@ -1,0 +1,1 @@
+"""Any perturbations on any networks and images."""

@@ -1,0 +1,1 @@
+"""Workers as Ray actors. With finetuning/ray_train.py the only place that imports Ray."""

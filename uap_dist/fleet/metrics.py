@@ -1,0 +1,81 @@
+"""What a fleet has done so far, in numbers: for MLflow, and for Ray's dashboard while it runs."""
+
+from dataclasses import asdict, dataclass, field
+
+from uap_dist.fleet import ray_cluster as ray_cluster  # before Ray, which reads on import what this sets
+
+# isort: split
+from ray.util.metrics import Counter, Gauge
+
+from uap_dist.data.cache import Traffic
+
+DESCRIPTIONS = {
+    "rounds": "rounds solved; of all perturbations of the job",
+    "solves": "examples solved",
+    "stragglers": "blocks given to a second worker because the first took long",
+    "workers_lost": "workers lost and replaced",
+    "bytes_read": "bytes of shards read",
+    "seconds_reading": "seconds that workers waited for shards",
+    "shards_read": "shards read",
+    "cache_hits": "tasks whose images were decoded already",
+    "cache_misses": "shards read again, because their images were not kept",
+    "retries": "attempts at reading a shard beyond the first",
+}
+
+
+@dataclass
+class Tally:
+    """Counted since the fleet began.
+
+    Attributes:
+        rounds: calls of `map` that solved blocks.
+        solves: examples solved.
+        stragglers: tasks that were given to a second worker because the first took long.
+        workers_lost: workers that were lost and replaced.
+        seconds_busy: that workers took over their tasks, waiting for shards included.
+        traffic: of all workers together.
+    """
+
+    rounds: int = 0
+    solves: int = 0
+    stragglers: int = 0
+    workers_lost: int = 0
+    seconds_busy: float = 0.0
+    traffic: Traffic = field(default_factory=Traffic)
+
+    def metrics(self) -> dict[str, float]:
+        """For a round's report."""
+        traffic = self.traffic
+        return {
+            "fleet/stragglers": float(self.stragglers),
+            "fleet/workers_lost": float(self.workers_lost),
+            "fleet/bytes_read": float(traffic.bytes_read),
+            "fleet/waiting_share": traffic.seconds_reading / max(self.seconds_busy, 1e-9),
+            "fleet/cache_hit_rate": traffic.cache_hits / max(traffic.cache_hits + traffic.cache_misses, 1),
+        }
+
+
+class Dashboard:
+    """Shows a tally as Ray's metrics, named uap_…, which Prometheus reads and Ray's dashboard draws."""
+
+    def __init__(self, run: str) -> None:
+        """Of the fleet that works for that MLflow run."""
+        tags = {"run": run}
+        self._counters = {name: Counter(f"uap_{name}", text, ("run",)) for name, text in DESCRIPTIONS.items()}
+        self._workers = Gauge("uap_workers", "workers that are there", ("run",))
+        self._in_flight = Gauge("uap_blocks_in_flight", "blocks and other tasks that workers compute now", ("run",))
+        self._rate = Gauge("uap_solves_per_second", "examples solved a second", ("run",))
+        for metric in (*self._counters.values(), self._workers, self._in_flight, self._rate):
+            metric.set_default_tags(tags)
+        self._shown: dict[str, float] = dict.fromkeys(DESCRIPTIONS, 0.0)
+
+    def show(self, tally: Tally, *, seconds: float, num_workers: int, in_flight: int) -> None:
+        """The tally as it is now, so many seconds after the last time."""
+        values = asdict(tally) | asdict(tally.traffic)
+        self._rate.set((tally.solves - self._shown["solves"]) / seconds)
+        for name, counter in self._counters.items():
+            if values[name] > self._shown[name]:
+                counter.inc(values[name] - self._shown[name])
+                self._shown[name] = values[name]
+        self._workers.set(num_workers)
+        self._in_flight.set(in_flight)

@@ -1,0 +1,67 @@
+"""Fooling rates, and other shares of examples, with their intervals."""
+
+from dataclasses import dataclass
+from math import sqrt
+
+import numpy as np
+
+from uap_dist.errors import ConfigError
+
+Z_95 = 1.959963984540054  # two-sided 95 % of the normal distribution
+
+
+def wilson_interval(successes: int, total: int) -> tuple[float, float]:
+    """95 % interval of a share.
+
+    Raises:
+        ConfigError: `total` is not positive, or `successes` lies outside 0..total.
+
+    Source: Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927).
+    """
+    if not 0 <= successes <= total or total == 0:
+        raise ConfigError(f"{successes} of {total} is not a share")
+    share, z2 = successes / total, Z_95**2
+    centre = (share + z2 / (2 * total)) / (1 + z2 / total)
+    half = Z_95 / (1 + z2 / total) * sqrt(share * (1 - share) / total + z2 / (4 * total**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A share of examples: of those fooled (label of clip(x + v, 0, 255) ≠ clean label), or of those named rightly."""
+
+    num_hits: int
+    num_examples: int
+
+    @property
+    def rate(self) -> float:
+        """Between 0 and 1."""
+        return self.num_hits / self.num_examples
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % Wilson interval of the rate."""
+        return wilson_interval(self.num_hits, self.num_examples)
+
+    def metrics(self, name: str) -> dict[str, float]:
+        """A fooling rate, its interval and count under the names that MLflow and the curve use."""
+        low, high = self.interval
+        return {
+            f"fooling_rate/{name}": self.rate,
+            f"fooling_rate/{name}_low": low,
+            f"fooling_rate/{name}_high": high,
+            f"num_images/{name}": float(self.num_examples),
+        }
+
+    def __str__(self) -> str:
+        """Rate, interval and count, as it is printed everywhere."""
+        low, high = self.interval
+        return f"{self.rate:.3f} [{low:.3f}, {high:.3f}] of {self.num_examples}"
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Labels (N, int64) and the softmax probability of each (N, float32)."""
+
+    labels: np.ndarray
+    confidences: np.ndarray

@@ -1,0 +1,1 @@
+"""Classifiers: loaded, checked and made faster."""

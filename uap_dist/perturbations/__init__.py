@@ -1,0 +1,1 @@
+"""What users take away: perturbations and pools as files, and the transform for training."""

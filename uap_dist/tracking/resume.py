@@ -1,0 +1,116 @@
+"""What --resume names: the newest checkpoint of a run, found before the other options are parsed."""
+
+import logging
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from uap_dist.data.locations import absolute
+from uap_dist.errors import ResumeError
+from uap_dist.tracking.checkpoint import Checkpoint, CheckpointStore
+from uap_dist.tracking.console import command
+from uap_dist.tracking.mlflow_run import RunFacts, look_up
+
+JOBS = {"compute": "a computation", "finetune": "a fine-tuning"}  # that can be resumed
+OTHER_JOBS = {"evaluate": "an evaluation", "analyze": "an analysis", "plan": "a plan"}
+
+FRESH_S = 60.0  # age of a last round that may have been ended by a process which is still there
+
+Options = TypeVar("Options")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """The newest checkpoint, and where it lies."""
+
+    checkpoint: Checkpoint
+    storage: str
+
+    def options(self, read: Callable[[Mapping[str, Any]], Options]) -> Options:
+        """Those of the job, as `read` makes them of plain values.
+
+        Raises:
+            ResumeError: this version has other options.
+        """
+        try:
+            return read(self.checkpoint.job.options)
+        except (KeyError, TypeError) as error:
+            raise ResumeError(
+                f"the options in {self.storage} are of another version of uap_dist ({error}); go on with that version, or start a new run"
+            ) from error
+
+
+def find_resumed(job: str) -> Resumed | None:
+    """What the command line's --resume (an MLflow run, or its folder of checkpoints) names; None without that option.
+
+    Args:
+        job: that is to go on with it: compute or finetune.
+
+    Raises:
+        ResumeError: there is no checkpoint, or one that this job cannot go on with.
+        TrackingError: the server that knows where it is does not answer.
+    """
+    for number, word in enumerate(sys.argv[1:], start=1):
+        option, _, value = word.partition("=")
+        target = value or "".join(sys.argv[number + 1 : number + 2])
+        if option == "--resume" and target:
+            storage = _checkpoints_of(target, job) if re.fullmatch("[0-9a-f]{32}", target) else absolute(target)
+            checkpoint = CheckpointStore(storage).newest()
+            record = checkpoint.job
+            if record.part_of is not None:
+                raise ResumeError(_is_part(f"{storage} is", record.part_of, record.program))
+            _check_job(f"{storage} is of", record.program, job, target)
+            _warn_if_fresh(checkpoint)
+            return Resumed(checkpoint, storage)
+    return None
+
+
+def _warn_if_fresh(checkpoint: Checkpoint) -> None:
+    """A run that was killed and one that goes on elsewhere look alike, but for the time of their last round."""
+    if checkpoint.history:
+        age_s = time.time() - checkpoint.history[-1].timestamp_ms / 1000
+        if age_s < FRESH_S:
+            logger.warning(
+                "run %s ended a round %.0f s ago; if another process still computes it, end one of the two",
+                checkpoint.job.run_id,
+                age_s,
+            )
+
+
+def _checkpoints_of(run_id: str, job: str) -> str:
+    """Where a run keeps its checkpoints; ResumeError where it has none or is another job's."""
+    run, (root_id, root) = look_up(run_id), _root(run_id)
+    if not root.job:
+        raise ResumeError(
+            f"run {run_id} ({run.name}) is of another program, or of an earlier version of uap_dist; it cannot be resumed here"
+        )
+    if root.status == "FINISHED":
+        raise ResumeError(f"run {run_id} is finished; there is nothing to resume")
+    if root_id != run_id:
+        raise ResumeError(_is_part(f"run {run_id} ({run.name}) is", root_id, root.job))
+    _check_job(f"run {run_id} is", run.job, job, run_id)
+    if run.checkpoints is None:
+        raise ResumeError(f"run {run_id} ended before its first checkpoint; start it again without --resume")
+    return run.checkpoints
+
+
+def _root(run_id: str) -> tuple[str, RunFacts]:
+    """The run that is no part of another, from a part of it."""
+    run = look_up(run_id)
+    return (run_id, run) if run.parent is None else _root(run.parent)
+
+
+def _is_part(subject: str, run_id: str, job: str) -> str:
+    return f"{subject} a part of run {run_id}, {JOBS.get(job, OTHER_JOBS.get(job))}; resume that: {command(job)} --resume {run_id}"
+
+
+def _check_job(subject: str, found: str, job: str, target: str) -> None:
+    if found in OTHER_JOBS:
+        raise ResumeError(f"{subject} {OTHER_JOBS[found]}, which cannot be resumed; start it again")
+    if found != job:
+        raise ResumeError(f"{subject} {JOBS.get(found, found)}; resume it with {command(found)} --resume {target}")

@@ -1,0 +1,49 @@
+"""What any workers offer the driver, and one worker in this process."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from threading import Lock
+from typing import Any, Protocol
+
+from uap_dist.workers.messages import Examples
+from uap_dist.workers.worker import Worker
+
+logger = logging.getLogger(__name__)
+
+
+class Workers(Protocol):
+    """Any workers: in this process (`LocalWorkers`) or Ray's (fleet.Fleet)."""
+
+    @property
+    def num_workers(self) -> int:
+        """That there are now."""
+        ...
+
+    def map(self, method: str, tasks: Sequence[Examples], *shared: Any) -> Iterator[Any]:
+        """Worker.method(task, *shared) for each task, in the order of the tasks; computed by the time that it is asked for."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """What they have done so far, for a round's report."""
+        ...
+
+
+class LocalWorkers:
+    """One worker in this process: for notebooks and tests."""
+
+    num_workers = 1
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._lock = Lock()  # computations that run together share it, and a classifier's hooks are no thread's own
+
+    def map(self, method: str, tasks: Sequence[Examples], *shared: Any) -> Iterator[Any]:
+        """See Workers."""
+        for task in tasks:
+            with self._lock:
+                result = getattr(self._worker, method)(task, *shared)
+            yield result
+
+    def metrics(self) -> dict[str, float]:
+        """See Workers."""
+        return {}
