@@ -32,6 +32,7 @@ from uap_dist.method.solver import LOG_ODDS_SIZE, BlockResult
 from uap_dist.method.state import State
 from uap_dist.method.update import Iterate
 from uap_dist.workers.dataset import Dataset, Shard
+from uap_dist.workers.messages import Examples
 
 NUM_ACTORS = 4
 
@@ -63,7 +64,7 @@ class Sleeper:
         """As actor.UapWorker."""
         return Introduction("sleeper", "", "")
 
-    def call(self, method: str, task: Any, upcoming: str, perturbation: np.ndarray, solver: Any) -> Answer:
+    def call(self, method: Any, task: Examples, upcoming: str, *shared: Any) -> Answer:
         """As actor.UapWorker, after a while."""
         time.sleep(self._sleep_s)
         result = BlockResult(self._total, len(task.keys), 0, 2, {LOG_ODDS_SIZE: (0.0, 1)})

@@ -65,12 +65,12 @@ def test_normals_of_an_affine_classifier_are_those_of_its_boundaries(shards):
     network = Affine()
     workers = workers_of(network)
     data = load_dataset(workers, [str(shards / "train-0000.tar")])
-    (found,) = workers.map("normals", data.blocks(24))
+    (found,) = workers.map(Worker.normals, data.blocks(24))
     normals = found.directions.reshape(-1, 768)
     assert len(normals) == 20 and found.num_left_out == 0
     np.testing.assert_allclose(np.linalg.norm(normals, axis=1), 1, rtol=1e-6)
     weights = network.weights.detach().numpy()
-    pixels = next(workers.map("pixels", data.blocks(24))).reshape(20, -1).astype(np.float64) - 128
+    pixels = next(workers.map(Worker.pixels, data.blocks(24))).reshape(20, -1).astype(np.float64) - 128
     expected = []
     for x, label in zip(pixels, data.clean.labels, strict=True):
         slopes = np.delete(weights - weights[label], label, 0).astype(np.float64)
@@ -85,7 +85,7 @@ def test_normals_of_an_affine_classifier_are_those_of_its_boundaries(shards):
 def test_images_that_deepfool_does_not_move_are_left_out(shards):
     workers = workers_of(Flat())
     data = load_dataset(workers, [str(shards / "train-0000.tar")])
-    (found,) = workers.map("normals", data.blocks(24))
+    (found,) = workers.map(Worker.normals, data.blocks(24))
     assert found.directions.shape == (0, *SHAPE) and found.num_left_out == 20 and not found.total.any()
     with pytest.raises(ConfigError, match="2 singular .* DeepFool found only 0 normals; 20 images have none"):
         boundaries.gather_normals(workers, data, 2, MEMORY)
@@ -102,7 +102,7 @@ def test_normals_sum_and_spectrum_are_those_of_deepfool(local_workers, tiny_data
     train, _ = tiny_data
     found = boundaries.gather_normals(local_workers, train, 10, MEMORY)
     rows, total = [], np.zeros(SHAPE)
-    for block, pixels in zip(train.blocks(24), local_workers.map("pixels", train.blocks(24)), strict=True):
+    for block, pixels in zip(train.blocks(24), local_workers.map(Worker.pixels, train.blocks(24)), strict=True):
         classifier = local_workers._worker.classifier
         solved = deepfool(classifier, torch.tensor(pixels).float(), torch.zeros(SHAPE), torch.tensor(block.labels))
         for step, normal, is_solved in zip(solved.steps, solved.normals, solved.is_solved, strict=True):
@@ -121,7 +121,7 @@ def test_normals_sum_and_spectrum_are_those_of_deepfool(local_workers, tiny_data
 
 def test_the_mean_image_is_the_mean(local_workers, tiny_data, tmp_path):
     train, _ = tiny_data
-    pixels = np.concatenate(list(local_workers.map("pixels", train.blocks(24))))
+    pixels = np.concatenate(list(local_workers.map(Worker.pixels, train.blocks(24))))
     np.testing.assert_allclose(phase_transition.mean_image(local_workers, train), pixels.mean(0), rtol=1e-12)
     nothing = replace(train, shards=(), clean=replace(train.clean, labels=np.zeros(0, np.int64)))
     with pytest.raises(ConfigError, match="no mean image of zero images"):

@@ -84,15 +84,17 @@ def test_from_no_node_to_three_through_a_lost_one_and_back_to_none(shards, expec
 
 CLASSIFY = """
 import sys, numpy as np
-from uap_dist.cluster import connect
-from uap_dist.dataset import list_dataset
-from uap_dist.fleet import Fleet, FleetConfig
+from uap_dist.fleet.ray_cluster import connect
+from uap_dist.fleet.config import FleetConfig
+from uap_dist.fleet.fleet import Fleet
+from uap_dist.workers.dataset import list_dataset
+from uap_dist.workers.worker import Worker
 
 connect()
 fleet = Fleet(sys.argv[1], None, FleetConfig(num_workers=1))
 fleet.wait()
 data = list_dataset(fleet, [sys.argv[2]])
-(answer,) = fleet.map("classify", [data.examples(0, range(3))], np.zeros(data.shape, np.float32))
+(answer,) = fleet.map(Worker.classify, [data.examples(0, range(3))], np.zeros(data.shape, np.float32))
 print("labels", answer.labels, "lost", fleet.tally.workers_lost)
 """
 

@@ -16,6 +16,7 @@ from uap_dist.method.schedule import Block, Round
 from uap_dist.method.state import State
 from uap_dist.workers.dataset import check_disjoint, classify, load_dataset
 from uap_dist.workers.local import LocalWorkers
+from uap_dist.workers.worker import Worker
 
 SMALL = {"round_size": 10, "block_size": 5, "radius": 20.0}
 
@@ -48,7 +49,7 @@ def test_blocks_of_one_image_follow_the_papers_loop(local_workers, tiny_data):
     for round_, report in zip(plan_rounds(train.sizes, seed=0, round_size=1, block_size=1), reports, strict=False):
         (block,) = round_.blocks
         task = train.examples(block.shard, block.examples)
-        x = torch.tensor(next(local_workers.map("pixels", [task])), dtype=torch.float64)
+        x = torch.tensor(next(local_workers.map(Worker.pixels, [task])), dtype=torch.float64)
         label = int(train.clean.labels[starts[block.shard] + block.examples[0]])
         expected = (v.double() + reference_deepfool(network, x, v, label)).clamp(-20, 20)
         # from the same v each time, and to a share of the step: rounding may decide where the next one leads, and whether a step so

@@ -29,7 +29,7 @@ def test_rates_are_what_a_loop_over_the_images_gives(local_workers, tiny_data):
     _, val = tiny_data
     v = torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(1)) * 30
     network = tiny_worker().classifier
-    pixels = torch.tensor(next(local_workers.map("pixels", [val.examples(0, range(20))])).astype(np.float32))
+    pixels = torch.tensor(next(local_workers.map(Worker.pixels, [val.examples(0, range(20))])).astype(np.float32))
     for quantize in (False, True):
         found = list(
             measure_perturbations(

@@ -24,6 +24,7 @@ from uap_dist.models.loading import load_classifier
 from uap_dist.models.weights import write_weights
 from uap_dist.workers.dataset import load_dataset
 from uap_dist.workers.messages import Examples
+from uap_dist.workers.worker import Worker
 
 CONFIG = ComputeConfig(round_size=20, block_size=5, max_passes=3, radius=20.0)
 
@@ -106,7 +107,7 @@ def test_a_hanging_worker_is_given_up_after_its_deadline(cluster, shards):
         daemon=True,
     ).start()
     os.kill(stopped, signal.SIGSTOP)
-    (listing,) = fleet.map("load", [Examples(str(shards / "val-0000.tar"))])
+    (listing,) = fleet.map(Worker.load, [Examples(str(shards / "val-0000.tar"))])
     lost = fleet.tally.workers_lost
     fleet.close()
     assert len(listing.keys) == 20 and lost == 1
@@ -118,10 +119,10 @@ def test_a_straggler_is_overtaken_and_its_late_answer_dropped(cluster, shards):
     slow = worker_processes()[0].pid
     os.kill(slow, signal.SIGSTOP)
     tasks = [train.examples(0, [i]) for i in range(20)]
-    first = list(fleet.map("pixels", tasks))  # would hang until the deadline of 900 s
+    first = list(fleet.map(Worker.pixels, tasks))  # would hang until the deadline of 900 s
     stragglers = fleet.tally.stragglers
     os.kill(slow, signal.SIGCONT)
-    second = list(fleet.map("pixels", tasks[::-1]))[::-1]
+    second = list(fleet.map(Worker.pixels, tasks[::-1]))[::-1]
     lost = fleet.tally.workers_lost
     fleet.close()
     assert stragglers == 1 and lost == 0
@@ -135,7 +136,7 @@ def test_a_block_that_kills_three_workers_is_named(cluster, shards):
     zero = np.zeros((3, 16, 16), np.float32)
     message = r"3 workers were lost over the same examples of .*train-0000.tar: s1-000, s1-001, s1-002 \(the last one: its process died\)"
     with pytest.raises(WorkerLostError, match=f"{message}; look at memory"):
-        list(fleet.map("classify", [train.examples(0, range(size)) for size in (2, 3, 4)], zero))
+        list(fleet.map(Worker.classify, [train.examples(0, range(size)) for size in (2, 3, 4)], zero))
     fleet.close()
 
 
@@ -164,7 +165,7 @@ def test_callers_share_the_workers_and_each_gets_its_own_answers(cluster, shards
     with ThreadPoolExecutor(3) as threads:
         together = list(threads.map(lambda config: list(compute(fleet, *data, config))[-1].perturbation, configs))
     with pytest.raises(KeyError):
-        next(fleet.map("pixels", [replace(data[0].examples(0, [1]), keys=("absent",))]))
+        next(fleet.map(Worker.pixels, [replace(data[0].examples(0, [1]), keys=("absent",))]))
     alone = [list(compute(fleet, *data, config))[-1].perturbation for config in configs]
     fleet.close()
     assert torch.equal(together[0], undisturbed)
@@ -177,7 +178,7 @@ def test_a_fleet_changes_its_classifier(cluster, shards):
     fleet.use(TINY.replace(":Tiny", ":Sharper"), None)
     fleet.wait()
     zero = np.zeros((3, 16, 16), np.float32)
-    (answer,) = fleet.map("classify", [val.examples(0, range(20))], zero)
+    (answer,) = fleet.map(Worker.classify, [val.examples(0, range(20))], zero)
     fleet.use(TINY.replace(":Tiny", ":not_a_network"), None)
     with pytest.raises(ClassifierError, match="not a torch.nn.Module"):
         fleet.wait()
@@ -199,10 +200,12 @@ def test_workers_that_could_not_load_a_classifier_load_the_next_one(cluster, sha
         with pytest.raises(ClassifierError, match=message):
             fleet.wait()
         with pytest.raises(ClassifierError, match=message):
-            list(fleet.map("pixels", [val.examples(0, [1])]))
+            list(fleet.map(Worker.pixels, [val.examples(0, [1])]))
     fleet.use(TINY.replace(":Tiny", ":Sharper"), None)
     fleet.wait()
-    answers = list(fleet.map("classify", [val.examples(0, [i]) for i in range(20)], np.zeros((3, 16, 16), np.float32)))
+    answers = list(
+        fleet.map(Worker.classify, [val.examples(0, [i]) for i in range(20)], np.zeros((3, 16, 16), np.float32))
+    )
     after, lost = pids(), fleet.tally.workers_lost
     fleet.close()
     assert [int(answer.labels[0]) for answer in answers] == val.clean.labels.tolist()
@@ -218,7 +221,7 @@ def test_what_goes_wrong_with_a_callers_change_is_the_callers_and_the_fleet_goes
         fleet.wait()
     fleet.use(TINY, None)
     fleet.wait()
-    assert len(list(fleet.map("pixels", [train.examples(0, [1])]))) == 1
+    assert len(list(fleet.map(Worker.pixels, [train.examples(0, [1])]))) == 1
     fleet.close()
     with pytest.raises(WorkerLostError, match="the fleet was closed"):
         fleet.use(TINY, None)
@@ -235,15 +238,15 @@ def test_nobody_waits_for_a_thread_that_is_dead(cluster, shards, monkeypatch, wh
 
     monkeypatch.setattr(fleet, where, die)
     with pytest.raises(WorkerLostError, match="the thread that gives out its tasks"):
-        list(fleet.map("pixels", [train.examples(0, [1])]))
-    for ask in (lambda: fleet.use(TINY, None), fleet.wait, lambda: fleet.map("pixels", [train.examples(0, [1])])):
+        list(fleet.map(Worker.pixels, [train.examples(0, [1])]))
+    for ask in (lambda: fleet.use(TINY, None), fleet.wait, lambda: fleet.map(Worker.pixels, [train.examples(0, [1])])):
         with pytest.raises(WorkerLostError, match="the thread that gives out its tasks"):
             ask()
     fleet.close()
 
 
 def test_a_task_is_to_blame_for_workers_that_died_and_not_for_nodes_that_vanished():
-    batch = Batch("solve", [Examples("a.tar", keys=("x", "y"))], [], set())
+    batch = Batch(Worker.solve, [Examples("a.tar", keys=("x", "y"))], [], set())
     batch.losses[0] = ["gone", "alive", "gone", "", "alive", "gone"]
     assert batch.blame(0, {"alive"}) == ""
     assert batch.blame(0, {"alive", "gone"}) == "5 workers were lost over the same examples of a.tar: x, y"
@@ -272,7 +275,7 @@ def test_a_replacement_that_loads_a_changed_weights_file_ends_the_job(cluster, s
     write_weights(path, network, {})
     os.kill(worker_processes()[0].pid, signal.SIGKILL)
     with pytest.raises(ClassifierError, match=r"loaded other weights .*; keep \S*w.safetensors as it is while"):
-        list(fleet.map("pixels", [train.examples(0, [0])]))
+        list(fleet.map(Worker.pixels, [train.examples(0, [0])]))
     fleet.close()
 
 
@@ -323,8 +326,8 @@ def test_results_come_in_the_order_of_the_tasks(cluster, shards):
     fleet = make_fleet(2)
     train, _ = load(fleet, shards)
     tasks = [train.examples(shard, [i]) for i in range(7) for shard in range(3)]
-    pixels = list(fleet.map("pixels", tasks))
-    again = list(fleet.map("pixels", tasks[::-1]))[::-1]
+    pixels = list(fleet.map(Worker.pixels, tasks))
+    again = list(fleet.map(Worker.pixels, tasks[::-1]))[::-1]
     fleet.close()
     assert all(np.array_equal(a, b) for a, b in zip(pixels, again, strict=True))
 
@@ -333,7 +336,7 @@ def test_a_single_worker_gets_its_next_task_at_once(cluster, shards):
     fleet = make_fleet(1)
     train, _ = load(fleet, shards)
     started = time.monotonic()
-    assert len(list(fleet.map("pixels", [train.examples(0, [i]) for i in range(20)]))) == 20
+    assert len(list(fleet.map(Worker.pixels, [train.examples(0, [i]) for i in range(20)]))) == 20
     seconds = time.monotonic() - started
     fleet.close()
     assert seconds < 10  # a wait of one second between two tasks would be twice that

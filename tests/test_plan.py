@@ -23,6 +23,7 @@ from uap_dist.planning.report import Plan, Spent, fleet_sizes, read_plan
 from uap_dist.planning.shard_sizes import count_bytes, read_indexes
 from uap_dist.tracking.checkpoint import Checkpoint, CheckpointStore, JobRecord
 from uap_dist.workers.local import LocalWorkers
+from uap_dist.workers.worker import Worker
 
 CONFIGS = {
     "passes": {"max_passes": 3},
@@ -47,7 +48,7 @@ class CountingWorkers(LocalWorkers):
         return super().map(method, tasks, *shared)
 
     def examples(self, method):
-        return sum(sum(sizes) for name, sizes in self.calls if name == method)
+        return sum(sum(sizes) for each, sizes in self.calls if each is method)
 
 
 def sizes_of(dataset, num_bytes=1000):
@@ -62,9 +63,9 @@ def test_the_work_that_is_counted_is_the_work_that_is_done(tiny_data, options):
     *_, final = compute(workers, *tiny_data, config)
     assert work.num_evaluations == Span.exactly(final.num_evaluations)
     assert (work.num_rounds, work.num_solves) == (final.round_number + 1, final.num_solves)
-    assert work.rounds == Counter(len(sizes) for name, sizes in workers.calls if name == "solve")
+    assert work.rounds == Counter(len(sizes) for method, sizes in workers.calls if method is Worker.solve)
     labels, random = sum(data.num_examples for data in tiny_data), tiny_data[1].num_examples
-    assert work.num_classified == labels + workers.examples("classify") + random
+    assert work.num_classified == labels + workers.examples(Worker.classify) + random
 
 
 @pytest.mark.parametrize("options", [{"max_passes": 2}, {"max_evaluations": 600}], ids=["passes", "budget"])

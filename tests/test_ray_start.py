@@ -18,7 +18,7 @@ from uap_dist.fleet import ray_cluster
 
 OWN = """
 import json, sys, tempfile
-from uap_dist.cluster import connect
+from uap_dist.fleet.ray_cluster import connect
 connect()
 import psutil, ray
 

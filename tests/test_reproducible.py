@@ -15,6 +15,7 @@ from uap_dist.method.config import ComputeConfig
 from uap_dist.workers.local import LocalWorkers
 from uap_dist.workers.messages import Examples
 from uap_dist.workers.reproducible import Settings, noticing_kernels, reproducible
+from uap_dist.workers.worker import Worker
 
 V = np.random.default_rng(0).normal(0, 5, size=(3, 16, 16)).astype(np.float32)
 OTHERS = (
@@ -60,11 +61,16 @@ def test_a_worker_in_a_users_process_changes_nothing_in_it(shards):
     before = Settings.now(), dict(os.environ)
     worker = tiny_worker()
     assert (Settings.now(), dict(os.environ)) == before
-    for method, *shared in (("load",), ("classify", V), ("solve", V, ComputeConfig().solver), ("normals",)):
+    for method, *shared in (
+        (Worker.load,),
+        (Worker.classify, V),
+        (Worker.solve, V, ComputeConfig().solver),
+        (Worker.normals,),
+    ):
         listing = worker.load(Examples(str(shards / "train-0000.tar")))
         task = Examples(str(shards / "train-0000.tar"), listing.digest, listing.keys[:4], (0,) * 4, seed=(1,))
         list(LocalWorkers(worker).map(method, [task], *shared))
-        assert (Settings.now(), dict(os.environ)) == before, method
+        assert (Settings.now(), dict(os.environ)) == before, method.__name__
 
 
 BITS = """

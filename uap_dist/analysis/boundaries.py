@@ -25,6 +25,7 @@ from uap_dist.method.norms import measure, random_perturbation
 from uap_dist.workers.dataset import Dataset
 from uap_dist.workers.local import Workers
 from uap_dist.workers.messages import Normals
+from uap_dist.workers.worker import Worker
 
 SUBSPACE = "random vector of the subspace"
 WAVE_SHARE = 0.25  # of the memory: normals on their way to the matrix
@@ -181,7 +182,7 @@ def _find_normals(workers: Workers, dataset: Dataset, memory_bytes: int) -> Iter
     block_bytes = (4 * BLOCK_SIZE + 8) * int(np.prod(dataset.shape))
     wave_size = max(1, int(WAVE_SHARE * memory_bytes) // block_bytes)
     for start in range(0, len(blocks), wave_size):
-        yield from workers.map("normals", blocks[start : start + wave_size])
+        yield from workers.map(Worker.normals, blocks[start : start + wave_size])
 
 
 def _sketch_bytes(memory_bytes: int) -> int:

@@ -19,6 +19,7 @@ from uap_dist.method.rates import Rate
 from uap_dist.perturbations.files import Perturbation
 from uap_dist.workers.dataset import Dataset
 from uap_dist.workers.local import Workers
+from uap_dist.workers.worker import Worker
 
 UNIVERSAL = "universal perturbation"
 SPHERE = "random vector"
@@ -140,7 +141,7 @@ def mean_image(workers: Workers, dataset: Dataset) -> Tensor:
     """
     if dataset.num_examples == 0:
         raise ConfigError("there is no mean image of zero images")
-    total: np.ndarray = sum(workers.map("sum_pixels", dataset.blocks(BLOCK_SIZE)))
+    total = sum(workers.map(Worker.sum_pixels, dataset.blocks(BLOCK_SIZE)), np.zeros(dataset.shape, np.int64))
     return torch.from_numpy(total / dataset.num_examples)
 
 
@@ -148,5 +149,5 @@ def _single_steps(workers: Workers, dataset: Dataset, seed: int) -> Iterator[Ten
     """DeepFool's perturbations of examples at random, without those that it finds none of, as unit vectors."""
     for place in np.random.default_rng(seed).permutation(dataset.num_examples):
         shard = bisect_right(dataset.starts, place) - 1
-        (found,) = workers.map("normals", [dataset.examples(shard, [place - dataset.starts[shard]])])
+        (found,) = workers.map(Worker.normals, [dataset.examples(shard, [place - dataset.starts[shard]])])
         yield from torch.tensor(found.directions)  # Ray's arrays are read-only

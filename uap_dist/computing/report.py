@@ -25,6 +25,7 @@ from uap_dist.tracking.history import RoundRecord
 from uap_dist.tracking.outputs import RESULT_FILE, writes_files
 from uap_dist.workers.dataset import Dataset
 from uap_dist.workers.local import Workers
+from uap_dist.workers.worker import Worker
 
 ROUNDS_FILE = "rounds.parquet"
 NUM_PICTURED = 8
@@ -181,7 +182,9 @@ def _save_pictures(folder: Path, run: FinishedRun, workers: Workers) -> None:
         np.linspace(0, val.num_examples - 1, NUM_PICTURED).astype(int)
     )  # evenly spread: nobody chose them
     places = [(shard, i) for shard, size in enumerate(val.sizes) for i in range(size)]
-    pixels = np.concatenate(list(workers.map("pixels", [val.examples(places[n][0], [places[n][1]]) for n in chosen])))
+    pixels = np.concatenate(
+        list(workers.map(Worker.pixels, [val.examples(places[n][0], [places[n][1]]) for n in chosen]))
+    )
     names = [[label_name(p.labels[i], run.class_names) for i in chosen] for p in (val.clean, run.perturbed)]
     plots.save_grid(folder / "2-examples.png", pixels, v, *names)
     plots.save_perturbation(folder / "3-perturbation-stretched.png", v, stretch=True)

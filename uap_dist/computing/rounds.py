@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from math import ceil, prod
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from uap_dist.method.state import Evaluation, RoundReport, State
 from uap_dist.method.update import Iterate, StepRule
 from uap_dist.workers.dataset import Dataset, classify, fooling_rate
 from uap_dist.workers.local import Workers
+from uap_dist.workers.worker import Worker
 
 DEFAULT_PASSES = 10
 EVALUATIONS_PER_LOG_ODDS_SOLVE = 2
@@ -83,11 +83,11 @@ def run_round(
     sizes = () if config.rule == "paper" else step_sizes(round_.number, planned, train.shape, config)
     rule = config.step_rule(planned or 0)  # rounds of the paper's rule, which has none, may not be planned
     v, momentum = (field.float().numpy() for field in (state.iterate.v, state.iterate.momentum))
-    shared: tuple[Any, ...] = (v, replace(config.solver, scale=state.iterate.scale))
+    solver, local = replace(config.solver, scale=state.iterate.scale), None
     if config.local_steps:
-        shared += (LocalSteps(momentum, sizes, config.block_size // config.local_steps, rule),)
+        local = LocalSteps(momentum, sizes, config.block_size // config.local_steps, rule)
     total, results = np.zeros((2, *train.shape) if config.local_steps else train.shape), []
-    for result in workers.map("solve", tasks, *shared):
+    for result in workers.map(Worker.solve, tasks, v, solver, local):
         total += result.total
         # without its array: a round may have more blocks than the driver has memory for
         results.append(replace(result, total=np.empty(0)))

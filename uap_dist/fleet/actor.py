@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -103,15 +103,15 @@ class UapWorker:
         self._worker = worker
         return Introduction(machine(), ray.get_runtime_context().get_node_id(), worker.classifier.weights_digest)
 
-    def call(self, method: str, task: Examples, upcoming: str, *shared: Any) -> Answer:
-        """`Worker.method(task, *shared)`, and meanwhile fetch the shard that comes next, if any."""
+    def call(self, method: Callable[..., Any], task: Examples, upcoming: str, *shared: Any) -> Answer:
+        """Run a method of `Worker` on a task, and meanwhile fetch the shard that comes next, if any."""
         assert self._worker is not None
-        logger.info("%s %s", method, task.title)
+        logger.info("%s %s", method.__name__, task.title)
         started, before = time.perf_counter(), self._worker.traffic
         with _listening() as warnings, noticing_kernels() as kernels:
             if upcoming:
                 self._worker.prefetch(upcoming)
-            result = getattr(self._worker, method)(task, *shared)
+            result = method(self._worker, task, *shared)
         traffic, seconds = self._worker.traffic - before, time.perf_counter() - started
         named = tuple(f"{self._name} on {self._node}: {text}" for text in warnings)
         return Answer(result, traffic, seconds, named, frozenset(kernels))

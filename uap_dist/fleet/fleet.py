@@ -24,7 +24,9 @@ from uap_dist.fleet.config import FleetConfig, need_of
 from uap_dist.fleet.metrics import Dashboard, Tally
 from uap_dist.fleet.task_queue import ActorRecord, Batch, Call, name_some
 from uap_dist.models.weights import check_same_weights
+from uap_dist.workers.local import R, Shared
 from uap_dist.workers.messages import Examples
+from uap_dist.workers.worker import Worker
 
 WHAT_TO_LOOK_AT = "look at memory (--cache-gib, --block-size) and at these images"
 SECONDS_BETWEEN_LOOKS = 5.0
@@ -144,8 +146,10 @@ class Fleet:
         self._change(Change(change, changed.set_exception))
         changed.result()
 
-    def map(self, method: str, tasks: Sequence[Examples], *shared: Any) -> Iterator[Any]:
-        """Worker.method(task, *shared) for each task, in the order of the tasks, through the loss of workers.
+    def map(
+        self, method: Callable[[Worker, Examples, *Shared], R], tasks: Sequence[Examples], *shared: *Shared
+    ) -> Iterator[R]:
+        """Yield `method(worker, task, *shared)` for each task, in the order of the tasks, through the loss of workers.
 
         All are under way when it returns; an answer is forgotten once it was taken.
 
@@ -157,8 +161,10 @@ class Fleet:
         """
         if self._end is not None:
             raise self._end
-        twice = {self.tally.rounds % len(tasks)} if self._config.verify_determinism and method == "solve" else set()
-        self.tally.rounds += method == "solve"
+        called: Callable[..., Any] = method  # mypy holds that a generic method can be no particular one
+        is_round = called is Worker.solve
+        twice = {self.tally.rounds % len(tasks)} if self._config.verify_determinism and is_round else set()
+        self.tally.rounds += is_round
         batch = Batch(method, tasks, [ray.put(value) for value in shared], unverified=twice)
         self._change(Change(lambda: self._accept(batch), batch.fail))
         return batch.answers()
@@ -355,8 +361,8 @@ class Fleet:
         member.shards[examples.shard] = None
         self._held.add(examples.shard)
         now = time.monotonic()
-        name = f"{member.name}: {batch.method} {examples.title}"
-        upcoming = batch.next_shard(self._held) if batch.method == "load" else ""
+        name = f"{member.name}: {batch.method.__name__} {examples.title}"
+        upcoming = batch.next_shard(self._held) if batch.method is Worker.load else ""
         if upcoming:  # the member is the first to be given it
             member.shards[upcoming] = None
             self._held.add(upcoming)
@@ -460,7 +466,7 @@ class Fleet:
         self.tally.traffic += answer.traffic
         self.tally.seconds_busy += answer.seconds
         if call.task not in batch.answered:
-            if batch.method == "solve":
+            if batch.method is Worker.solve:
                 self.tally.solves += len(batch.tasks[call.task].keys)
             if call.task in batch.unverified:
                 batch.digests[call.task] = answer.result.digest()

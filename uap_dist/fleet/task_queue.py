@@ -1,7 +1,7 @@
 """The tasks of one `map`: which wait, which were given to whom, which are answered. Knows actors, but calls nothing of Ray."""
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from threading import Condition
@@ -33,7 +33,7 @@ class ActorRecord:
 class Batch:
     """The tasks of one `map` and how far they are."""
 
-    method: str
+    method: Callable[..., Any]
     tasks: Sequence[Examples]
     shared: list[ObjectRef]
     unverified: set[int]  # tasks that want a second answer, of another worker

@@ -15,8 +15,9 @@ from uap_dist.method.state import RoundReport
 from uap_dist.planning.cost_model import OF_LOG_ODDS, Costs, Span
 from uap_dist.tracking.history import RoundRecord
 from uap_dist.workers.dataset import CLASSIFY_SIZE, Dataset, list_dataset, predict
-from uap_dist.workers.local import Workers
-from uap_dist.workers.messages import Examples, Resources
+from uap_dist.workers.local import R, Shared, Workers
+from uap_dist.workers.messages import Examples
+from uap_dist.workers.worker import Worker
 
 NUM_WARM_UPS, MIN_ROUNDS, MAX_ROUNDS, ROUNDS_S = 2, 3, 30, 8.0  # rounds that do not count; then how many, how long
 BLOCKS_TO_CLASSIFY, NUM_SWEEPS = 2, 4  # of each worker at once; and how often, beside a first time that does not count
@@ -29,7 +30,7 @@ Keep = Callable[[RoundReport, Sequence[RoundRecord]], None]  # a round, and all 
 class _Call:
     """One `map`: how many tasks of how many examples, and how long it took."""
 
-    method: str
+    method: Callable[..., Any]
     num_tasks: int
     num_examples: int
     seconds: float
@@ -47,7 +48,9 @@ class _Stopwatch:
         self.num_workers = workers.num_workers
         self.calls: list[_Call] = []
 
-    def map(self, method: str, tasks: Sequence[Examples], *shared: Any) -> Iterator[Any]:
+    def map(
+        self, method: Callable[[Worker, Examples, *Shared], R], tasks: Sequence[Examples], *shared: *Shared
+    ) -> Iterator[R]:
         """See Workers."""
         started = time.perf_counter()
         results = list(self._workers.map(method, tasks, *shared))
@@ -63,7 +66,7 @@ class _Stopwatch:
     def seconds(self) -> float:
         return sum(call.seconds for call in self.calls)
 
-    def per_example(self, method: str) -> list[float]:
+    def per_example(self, method: Callable[..., Any]) -> list[float]:
         """Seconds of a worker, of each call."""
         return [call.per_example(self.num_workers) for call in self.calls if call.method == method]
 
@@ -113,17 +116,17 @@ def try_out(
     some = predict(watch, listed.thin(min(room, listed.num_examples)))
     final, history, driver_s = _some_rounds(watch, some, config, keep)
     report_s = _report(watch, some, final, history, class_names)
-    used: Resources = next(workers.map("resources", [Examples(urls[0])]))
+    used = next(workers.map(Worker.resources, [Examples(urls[0])]))
     spent = [record.metrics["total/evaluations"] - some.num_examples for record in history]
     solved = [record.metrics["total/solves"] for record in history]
     per_solve = [(b - a) / (d - c) for a, b, c, d in zip([0, *spent], spent, [0, *solved], solved, strict=False)]
-    evaluation_s = [seconds / each for seconds, each in zip(watch.per_example("solve"), per_solve, strict=True)]
+    evaluation_s = [seconds / each for seconds, each in zip(watch.per_example(Worker.solve), per_solve, strict=True)]
     counted = Span.of(per_solve[NUM_WARM_UPS:])
     costs = Costs(
         num_workers=watch.num_workers,
         start=Span.once(start_s + preparation_s),
         decode=Span.once(decode_s),
-        classify=Span.of(watch.per_example("classify")[-NUM_SWEEPS:]),
+        classify=Span.of(watch.per_example(Worker.classify)[-NUM_SWEEPS:]),
         evaluation=Span.of(evaluation_s[NUM_WARM_UPS:]),
         driver=Span.of(driver_s[NUM_WARM_UPS:]),
         report=Span.once(report_s),

@@ -14,6 +14,7 @@ from uap_dist.errors import ConfigError, ShardError
 from uap_dist.method.rates import Predictions, Rate
 from uap_dist.workers.local import Workers
 from uap_dist.workers.messages import Examples, ShardListing
+from uap_dist.workers.worker import Worker
 
 NUM_BAD_SHOWN = 5
 CLASSIFY_SIZE = 50  # examples in one forward; fixed, because the bits of a logit depend on the batch
@@ -224,7 +225,7 @@ def reload_dataset(workers: Workers, dataset: Dataset) -> Dataset:
     Raises:
         ShardError: a shard that has changed since.
     """
-    for _ in workers.map("load", [Examples(shard.url) for shard in dataset.shards]):  # each is decoded once
+    for _ in workers.map(Worker.load, [Examples(shard.url) for shard in dataset.shards]):  # each is decoded once
         pass
     return predict(workers, dataset)
 
@@ -239,7 +240,7 @@ def classify(
 ) -> Predictions:
     """Predictions of every example of the dataset under v (C×H×W float32, pixels), see `Worker.classify`."""
     tasks = dataset.blocks(CLASSIFY_SIZE)
-    parts: list[Predictions] = list(workers.map("classify", tasks, perturbation, quantize, divisor))
+    parts = list(workers.map(Worker.classify, tasks, perturbation, quantize, divisor))
     return Predictions(np.concatenate([p.labels for p in parts]), np.concatenate([p.confidences for p in parts]))
 
 
@@ -317,7 +318,7 @@ def _list_shards(workers: Workers, urls: Sequence[str], num_images: int | None) 
         size = len(urls) if num_images is None else 2 * workers.num_workers
         wave = urls[start : start + size]
         start += size
-        for url, listing in zip(wave, workers.map("load", [Examples(url) for url in wave]), strict=True):
+        for url, listing in zip(wave, workers.map(Worker.load, [Examples(url) for url in wave]), strict=True):
             if num_images is None or found < num_images:
                 yield url, listing
             found += len(listing.keys)

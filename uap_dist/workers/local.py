@@ -1,12 +1,15 @@
 """What any workers offer the driver, and one worker in this process."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from threading import Lock
-from typing import Any, Protocol
+from typing import Protocol, TypeVar, TypeVarTuple
 
 from uap_dist.workers.messages import Examples
 from uap_dist.workers.worker import Worker
+
+R = TypeVar("R")
+Shared = TypeVarTuple("Shared")
 
 logger = logging.getLogger(__name__)
 
@@ -19,8 +22,16 @@ class Workers(Protocol):
         """That there are now."""
         ...
 
-    def map(self, method: str, tasks: Sequence[Examples], *shared: Any) -> Iterator[Any]:
-        """Worker.method(task, *shared) for each task, in the order of the tasks; computed by the time that it is asked for."""
+    def map(
+        self, method: Callable[[Worker, Examples, *Shared], R], tasks: Sequence[Examples], *shared: *Shared
+    ) -> Iterator[R]:
+        """Yield `method(worker, task, *shared)` for each task, in the order of the tasks.
+
+        Args:
+            method: of `Worker`, as `Worker.solve`.
+            tasks: each is computed by one worker.
+            shared: arguments that are the same for all tasks.
+        """
         ...
 
     def metrics(self) -> dict[str, float]:
@@ -37,11 +48,13 @@ class LocalWorkers:
         self._worker = worker
         self._lock = Lock()  # computations that run together share it, and a classifier's hooks are no thread's own
 
-    def map(self, method: str, tasks: Sequence[Examples], *shared: Any) -> Iterator[Any]:
+    def map(
+        self, method: Callable[[Worker, Examples, *Shared], R], tasks: Sequence[Examples], *shared: *Shared
+    ) -> Iterator[R]:
         """See Workers."""
         for task in tasks:
             with self._lock:
-                result = getattr(self._worker, method)(task, *shared)
+                result = method(self._worker, task, *shared)
             yield result
 
     def metrics(self) -> dict[str, float]:
