@@ -36,9 +36,10 @@ from uap_dist.method.config import ComputeConfig
 from uap_dist.models.classifier import Classifier
 from uap_dist.models.loading import describe_weights, load_usable_classifier
 from uap_dist.perturbations.files import Perturbation, load_perturbations
-from uap_dist.tracking.console import one_line_errors, raise_on_sigterm, refuse_credentials, set_up_logging
+from uap_dist.tracking.console import one_line_errors, set_up_logging
 from uap_dist.tracking.mlflow_run import Tracker
 from uap_dist.tracking.outputs import output_folder
+from uap_dist.tracking.process import raise_on_sigterm, refuse_credentials
 from uap_dist.versions import describe_code
 from uap_dist.workers.accuracy import check_accuracy
 from uap_dist.workers.dataset import Dataset, check_disjoint, check_limits, load_dataset

@@ -50,9 +50,11 @@ from uap_dist.models.loading import load_usable_classifier
 from uap_dist.planning.estimate import PlannedJob, make_plan
 from uap_dist.planning.report import PLAN_FILE, Spent, read_plan
 from uap_dist.tracking.checkpoint import Checkpoint, CheckpointStore, check_identity
-from uap_dist.tracking.console import command, one_line_errors, raise_on_sigterm, refuse_credentials, set_up_logging
-from uap_dist.tracking.mlflow_run import CHECKPOINTS_TAG, Tracker
+from uap_dist.tracking.console import one_line_errors, set_up_logging
+from uap_dist.tracking.mlflow_run import Tracker, register
+from uap_dist.tracking.mlflow_server import CHECKPOINTS_TAG
 from uap_dist.tracking.outputs import output_folder, publish, resumable, writes_files
+from uap_dist.tracking.process import command, raise_on_sigterm, refuse_credentials
 from uap_dist.tracking.resume import Resumed, find_resumed
 from uap_dist.versions import describe_code, seconds_since_start
 from uap_dist.workers.accuracy import check_accuracy
@@ -267,7 +269,7 @@ def run(options: Options, tracker: Tracker, resumed: Resumed | None) -> None:
             if pool is not None:
                 deliver_pool(tracker, setting, pool, output)
                 if options.register_as is not None:
-                    console.print(f"registered as {tracker.register(POOL_FOLDER, options.register_as)}")
+                    console.print(f"registered as {register(tracker, POOL_FOLDER, options.register_as)}")
         except TrackingError as error:
             raise TrackingError(
                 f"{error}; all is computed and lies in {output}; when the server answers again: "

@@ -26,9 +26,10 @@ from uap_dist.models.loading import load_usable_classifier
 from uap_dist.perturbations.files import Perturbation, load_perturbations, split_name
 from uap_dist.perturbations.names import ModelChoice, name_models, name_sets, plain_key
 from uap_dist.perturbations.pool import load_members
-from uap_dist.tracking.console import one_line_errors, raise_on_sigterm, refuse_credentials, set_up_logging
+from uap_dist.tracking.console import one_line_errors, set_up_logging
 from uap_dist.tracking.mlflow_run import Tracker
 from uap_dist.tracking.outputs import output_folder
+from uap_dist.tracking.process import raise_on_sigterm, refuse_credentials
 from uap_dist.versions import describe_code
 from uap_dist.workers.accuracy import check_accuracy
 from uap_dist.workers.dataset import check_limits, load_dataset

@@ -37,9 +37,11 @@ from uap_dist.models.check import check_classifier
 from uap_dist.models.loading import load_classifier, load_usable_classifier
 from uap_dist.perturbations.pool import PerturbationPool
 from uap_dist.tracking.checkpoint import Checkpoint, CheckpointStore, check_identity
-from uap_dist.tracking.console import command, one_line_errors, raise_on_sigterm, refuse_credentials, set_up_logging
-from uap_dist.tracking.mlflow_run import CHECKPOINTS_TAG, Tracker
+from uap_dist.tracking.console import one_line_errors, set_up_logging
+from uap_dist.tracking.mlflow_run import Tracker, log_classifier
+from uap_dist.tracking.mlflow_server import CHECKPOINTS_TAG
 from uap_dist.tracking.outputs import output_folder, publish
+from uap_dist.tracking.process import command, raise_on_sigterm, refuse_credentials
 from uap_dist.tracking.resume import Resumed, find_resumed
 from uap_dist.workers.accuracy import check_accuracy
 from uap_dist.workers.dataset import check_disjoint, check_limits, list_dataset, predict
@@ -175,7 +177,7 @@ def run(options: Options, tracker: Tracker, resumed: Resumed | None) -> None:
             folder=output,
             leave_out=(REPETITIONS_FOLDER,),  # in runs of their own
         )
-        tracker.log_classifier(load_classifier(options.model, str(last)), job.train.shape)
+        log_classifier(tracker, load_classifier(options.model, str(last)), job.train.shape)
     except TrackingError as error:
         raise TrackingError(
             f"{error}; what is done lies in {output}; when the server answers again: {command()} --resume {job.storage}"

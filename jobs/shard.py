@@ -19,8 +19,9 @@ from rich.progress import track
 from uap_dist.data.imagenet import list_folder, list_ilsvrc_train, list_ilsvrc_val, shuffled_samples
 from uap_dist.data.write import write_shards
 from uap_dist.errors import ConfigError
-from uap_dist.tracking.console import one_line_errors, raise_on_sigterm, refuse_credentials, set_up_logging
+from uap_dist.tracking.console import one_line_errors, set_up_logging
 from uap_dist.tracking.outputs import output_folder
+from uap_dist.tracking.process import raise_on_sigterm, refuse_credentials
 
 console = Console(soft_wrap=True, highlight=False, markup=False)
 

@@ -10,7 +10,8 @@ from test_job import finish, runs, start
 from uap_dist.data.locations import locate
 from uap_dist.errors import ConfigError
 from uap_dist.foreign_text import escape_markdown, hide_credentials, printable, redact
-from uap_dist.tracking.console import one_line_errors, refuse_credentials
+from uap_dist.tracking.console import one_line_errors
+from uap_dist.tracking.process import refuse_credentials
 
 ALPHABET = string.ascii_letters + string.digits + "/+=._~-"  # those of AWS, Azure, JSON web tokens
 SECRET = st.builds(

@@ -18,7 +18,7 @@ from uap_dist.errors import TrackingError
 from uap_dist.tracking.sqlite_store import prepare_store, sqlite_path
 
 START = """
-from uap_dist.tracking import Tracker
+from uap_dist.tracking.mlflow_run import Tracker
 print("imported", flush=True)
 input()
 with Tracker(run_name="run", experiment="sweep") as tracker:

@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[1]
 SLOW_END = """
 import atexit, time
 atexit.register(lambda: (print("closing", flush=True), time.sleep(60)))  # as Ray does
-from uap_dist.terminal import one_line_errors, raise_on_sigterm
+from uap_dist.tracking.console import one_line_errors
+from uap_dist.tracking.process import raise_on_sigterm
 with one_line_errors(debug=False):
     raise_on_sigterm()
     print("ready", flush=True)
@@ -27,9 +28,9 @@ with one_line_errors(debug=False):
 
 FULL_DISK = """
 from pathlib import Path
-from uap_dist.checkpoint import CheckpointStore
+from uap_dist.tracking.checkpoint import CheckpointStore
 from uap_dist.errors import ConfigError
-from uap_dist.report import output_folder
+from uap_dist.tracking.outputs import output_folder
 for ask in (lambda: output_folder(Path("full/out"), ""), lambda: CheckpointStore("full/runs").prepare()):
     try:
         ask()
@@ -50,7 +51,7 @@ def test_a_second_interrupt_ends_what_is_ending(kinds):
         assert process.stdout.readline() == line, process.stderr.read()
         process.send_signal(kind)
     _, err = process.communicate(timeout=20)
-    assert process.returncode == 130 and err == "ending; once more ends it at once\ninterrupted\n"
+    assert process.returncode == 130 and err == "stopping; interrupt again to stop at once\ninterrupted\n"
 
 
 def test_an_interrupt_after_all_is_done_is_quiet():

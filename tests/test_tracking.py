@@ -13,7 +13,8 @@ from mlflow.exceptions import MlflowException, RestException
 from uap_dist.errors import ConfigError, TrackingError
 from uap_dist.foreign_text import in_one_line
 from uap_dist.tracking.history import RoundRecord
-from uap_dist.tracking.mlflow_run import Tracker, _answering
+from uap_dist.tracking.mlflow_run import Tracker
+from uap_dist.tracking.mlflow_server import tracking_errors
 
 SERVER, FILE = "http://127.0.0.1:9", "sqlite:////runs/mlflow.db"
 
@@ -39,7 +40,7 @@ def tracker(tmp_path, monkeypatch):
         (
             SERVER,
             RestException({"error_code": "INVALID_PARAMETER_VALUE", "message": "too long"}),
-            "refuses: .*too long",
+            "refuses the request: .*too long",
         ),
         (FILE, OSError(errno.ENOSPC, "No space left on device", "/a/b"), "/runs/mlflow.db .*no space is left.*/a/b"),
         (FILE, MlflowException("(sqlite3.OperationalError) database or disk is full"), "no space is left on the disk"),
@@ -48,7 +49,7 @@ def tracker(tmp_path, monkeypatch):
     ],
 )
 def test_what_fails_is_named_with_its_reason(uri, error, message):
-    with pytest.raises(TrackingError, match=message) as raised, _answering(uri):
+    with pytest.raises(TrackingError, match=message) as raised, tracking_errors(uri):
         raise error
     assert "\n" not in str(raised.value)
     assert "server" not in str(raised.value) or uri == SERVER
@@ -56,7 +57,7 @@ def test_what_fails_is_named_with_its_reason(uri, error, message):
 
 @pytest.mark.parametrize("error", [KeyError("compute"), TypeError("no"), AssertionError(), ConfigError("radius")])
 def test_other_errors_stay_what_they_are(error):
-    with pytest.raises(type(error)) as raised, _answering(SERVER):
+    with pytest.raises(type(error)) as raised, tracking_errors(SERVER):
         raise error
     assert raised.value is error
 

@@ -22,7 +22,8 @@ from uap_dist.models.classifier import Classifier
 from uap_dist.models.loading import describe_weights
 from uap_dist.tracking.checkpoint import Checkpoint, CheckpointStore, JobRecord, check_identity
 from uap_dist.tracking.console import RoundProgress
-from uap_dist.tracking.mlflow_run import Tracker, is_finished
+from uap_dist.tracking.mlflow_run import Tracker
+from uap_dist.tracking.mlflow_server import is_finished
 from uap_dist.tracking.outputs import RESULT_FILE
 from uap_dist.versions import describe_code
 from uap_dist.workers.accuracy import top1

@@ -12,7 +12,8 @@ from uap_dist.method.norms import random_of_same_norms
 from uap_dist.method.state import RoundReport
 from uap_dist.tracking.checkpoint import Checkpoint, CheckpointStore
 from uap_dist.tracking.history import RoundRecord
-from uap_dist.tracking.mlflow_run import CHECKPOINTS_TAG, Tracker
+from uap_dist.tracking.mlflow_run import Tracker
+from uap_dist.tracking.mlflow_server import CHECKPOINTS_TAG
 from uap_dist.workers.dataset import Dataset
 from uap_dist.workers.local import Workers
 

@@ -173,7 +173,7 @@ def _published(location: str, extension: str, unit: float) -> Tensor:
 def read(location: str) -> bytes:
     """A whole file, local, s3://, gs:// or in MLflow (runs:/, models:/); PerturbationError or TrackingError where that fails."""
     if location.startswith(MLFLOW_SCHEMES):
-        from uap_dist.tracking.mlflow_run import fetch  # here, because MLflow is needed for these only
+        from uap_dist.tracking.mlflow_server import fetch  # here, because MLflow is needed for these only
 
         location = fetch(location)
     try:

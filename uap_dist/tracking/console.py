@@ -1,42 +1,39 @@
-"""What a person sees while a job runs: a progress bar on a terminal, plain lines in a log, one line for an error."""
+"""What a person sees while a job runs: a progress bar on a terminal, plain lines in a log, and one line for an error."""
 
-import atexit
 import logging
-import os
-import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from uap_dist.errors import ConfigError
-from uap_dist.foreign_text import hide_credentials, in_one_line, printable, redact
+from uap_dist.foreign_text import in_one_line, printable, redact
 from uap_dist.method.state import RoundReport
+from uap_dist.tracking.process import INTERRUPTED
 
 SECONDS_BETWEEN_LINES = 10.0
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-INTERRUPTED = 130  # exit code
-WHERE_CREDENTIALS_BELONG = (
-    "credentials belong in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS), "
-    "in a profile, or in the machine's role"
-)
 
 
 class RoundProgress:
-    """Shows rounds of one computation, or of several by name, as they are done; a context manager."""
+    """Progress of one computation, or of several told apart by name, as their rounds are done; a context manager."""
 
     def __init__(self, console: Console, max_evaluations: int | None, num_computations: int = 1) -> None:
+        """Show nothing yet.
+
+        Args:
+            console: where progress appears.
+            max_evaluations: network evaluations that end a computation whose number of rounds is not known in advance.
+            num_computations: how many computations the progress bar covers.
+        """
         self._console = console
         self._max_evaluations = max_evaluations
         self._num_computations = num_computations
-        self._shares: dict[str, float] = {}
-        self._done_before = 0.0  # by the runs that are resumed here
+        self._fractions: dict[str, float] = {}  # done of each computation
+        self._done_before = 0.0  # fraction of everything that resumed computations had done when this process started
         self._started = self._last_line = time.monotonic()
         self._bar = Progress(
             TextColumn("rounds"), BarColumn(), TextColumn("{task.description}", markup=False), console=console
@@ -55,48 +52,48 @@ class RoundProgress:
             self._bar.stop()
 
     def show(self, report: RoundReport, name: str = "") -> None:
-        """Move the bar, or write a line where none was written for a while; evaluations always get their line."""
-        if name not in self._shares and report.num_rounds:
+        """Move the bar, or write a line if the last one is some time ago; every evaluation gets a line."""
+        if name not in self._fractions and report.num_rounds:
             self._done_before += report.round_number / report.num_rounds / self._num_computations
-        self._shares[name] = self._share(report)
-        done = sum(self._shares.values()) / self._num_computations
-        left = (time.monotonic() - self._started) * (1 - done) / max(done - self._done_before, 1e-9)
-        of = f"/{report.num_rounds}" if report.num_rounds else ""
+        self._fractions[name] = self._fraction_done(report)
+        done = sum(self._fractions.values()) / self._num_computations
+        left_s = (time.monotonic() - self._started) * (1 - done) / max(done - self._done_before, 1e-9)
+        of_rounds = f"/{report.num_rounds}" if report.num_rounds else ""
         prefix = f"{name}: " if name else ""
         status = (
-            f"{prefix}round {report.round_number + 1}{of}, pass {report.pass_number + 1}, fooled {report.fooling.rate:.2f} of the "
-            f"round, {report.fooling.num_examples / report.seconds:.1f} images/s, {duration(left)} left"
+            f"{prefix}round {report.round_number + 1}{of_rounds}, pass {report.pass_number + 1}, fooled {report.fooling.rate:.2f} of the "
+            f"round, {report.fooling.num_examples / report.seconds:.1f} images/s, {duration(left_s)} left"
         )
         self._bar.update(self._task, completed=done, description=status)
         if not self._console.is_terminal and time.monotonic() > self._last_line + SECONDS_BETWEEN_LINES:
-            self._line(status)
+            self._write_line(status)
         if report.evaluation is not None:
             training = f"training {report.evaluation.train}, " if report.evaluation.train else ""
-            self._line(
+            self._write_line(
                 f"{prefix}after {report.num_evaluations} network evaluations: {training}held-out {report.evaluation.val}"
             )
 
-    def _share(self, report: RoundReport) -> float:
+    def _fraction_done(self, report: RoundReport) -> float:
         if report.num_rounds:
             return (report.round_number + 1) / report.num_rounds
         assert self._max_evaluations is not None
         return min(1.0, report.num_evaluations / self._max_evaluations)
 
-    def _line(self, text: str) -> None:
+    def _write_line(self, text: str) -> None:
         self._last_line = time.monotonic()
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def set_up_logging(console: Console, *, debug: bool) -> None:
-    """What the package logs as lines on the console."""
+    """Print the package's log records to the console, one line each; those of level DEBUG only if `debug`."""
     logger = logging.getLogger("uap_dist")
     logger.setLevel(logging.DEBUG if debug else logging.INFO)
-    logger.addHandler(_Lines(console))
-    logger.propagate = False  # libraries give the root logger handlers of their own
+    logger.addHandler(_ConsoleHandler(console))
+    logger.propagate = False  # libraries add handlers to the root logger
 
 
-class _Lines(logging.Handler):
-    """A line for each record, however long: what is wrapped cannot be searched for."""
+class _ConsoleHandler(logging.Handler):
+    """Prints each record as one line, however long, because wrapped text cannot be searched."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
@@ -107,64 +104,12 @@ class _Lines(logging.Handler):
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def command(job: str | None = None) -> str:
-    """How this job was started, for messages that say how to go on: `python jobs/compute.py`, or `uap-compute` where it is installed.
-
-    Args:
-        job: another one that is meant, such as finetune.
-    """
-    script = Path(sys.argv[0])
-    if script.suffix == ".py":
-        return f"python {script if job is None else script.with_name(f'{job}.py')}"
-    return script.name if job is None else f"uap-{job}"
-
-
-def refuse_credentials(words: Sequence[str]) -> None:
-    """Look through a command line before any of it is parsed, printed or stored.
-
-    Raises:
-        ConfigError: one of its words seems to hold a credential; names the option, not the credential.
-    """
-    option = ""
-    for word in words:
-        value = word
-        if word.startswith("-"):
-            name, _, value = word.partition("=")
-            option = redact(name)
-            if hide_credentials(f"{name}=value") != f"{name}=value":
-                raise ConfigError(f"{option}: no option takes a credential; {WHERE_CREDENTIALS_BELONG}")
-        if hide_credentials(value) != value:
-            what = (
-                "is a command, which is not run and may hold a credential; give a path, or an s3:// or gs:// URL"
-                if "pipe:" in value
-                else "seems to hold a credential, which runs, checkpoints and logs would keep"
-            )
-            raise ConfigError(f"{option} {printable(redact(value))} {what}; {WHERE_CREDENTIALS_BELONG}".strip())
-
-
-def raise_on_sigterm() -> None:
-    """Make SIGTERM end the job as Ctrl-C does, and a second of either end it at once, as one that comes after all is done."""
-    for number in SIGNALS:
-        signal.signal(number, _interrupt)
-    atexit.register(_end_at_once_from_now_on)  # before those of Ray, which takes seconds to end
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    _end_at_once_from_now_on()
-    os.write(sys.stderr.fileno(), b"ending; once more ends it at once\n")
-    raise KeyboardInterrupt
-
-
-def _end_at_once_from_now_on() -> None:
-    for number in SIGNALS:
-        signal.signal(number, lambda number, frame: os._exit(INTERRUPTED))
-
-
 @contextmanager
 def one_line_errors(*, debug: bool) -> Iterator[None]:
-    """End the process with one line: exit code 1 for an error, 130 when interrupted; tracebacks only for debugging.
+    """Report an exception of the block in one line on stderr and exit: with code 1, or 130 after an interrupt.
 
-    An error that is not the package's own is said to be unexpected, with its type. Credentials are hidden either way.
+    With `debug` the traceback is printed instead. Errors that are not the package's own are called unexpected and named
+    by type. Credentials are hidden in either case.
     """
     try:
         yield
@@ -172,15 +117,12 @@ def one_line_errors(*, debug: bool) -> Iterator[None]:
         sys.stderr.write("interrupted\n")
         sys.exit(INTERRUPTED)
     except Exception as error:
-        if debug:
-            sys.stderr.write(redact(traceback.format_exc()))
-            sys.exit(1)
-        sys.stderr.write(f"error: {in_one_line(error)}\n")
+        sys.stderr.write(redact(traceback.format_exc()) if debug else f"error: {in_one_line(error)}\n")
         sys.exit(1)
 
 
 def duration(seconds: float) -> str:
-    """Minutes and seconds, with hours where there are some, as 1:02:03."""
+    """Minutes and seconds, such as 2:03, with hours if there are any, such as 1:02:03."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

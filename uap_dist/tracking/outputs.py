@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from uap_dist.data.locations import copy_folder, is_url, join, make_own_folder, try_to_write
 from uap_dist.errors import ConfigError, OutputError
 from uap_dist.foreign_text import first_line
-from uap_dist.tracking.console import command
+from uap_dist.tracking.process import command
 
 RESULT_FILE = "result.json"
 RESULTS_FOLDER = "results"  # beside the checkpoints

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 from uap_dist.data.locations import absolute
 from uap_dist.errors import ResumeError
 from uap_dist.tracking.checkpoint import Checkpoint, CheckpointStore
-from uap_dist.tracking.console import command
-from uap_dist.tracking.mlflow_run import RunFacts, look_up
+from uap_dist.tracking.mlflow_server import RunFacts, look_up
+from uap_dist.tracking.process import command
 
 JOBS = {"compute": "a computation", "finetune": "a fine-tuning"}  # that can be resumed
 OTHER_JOBS = {"evaluate": "an evaluation", "analyze": "an analysis", "plan": "a plan"}
