@@ -11,10 +11,11 @@ from uap_dist.analysis.phase_transition import MEAN, SIGNS, SINGLE, SPHERE, SUM,
 from uap_dist.analysis.report import FinishedAnalysis, save_analysis, to_html
 from uap_dist.analysis.sample_size import NumberPoint
 from uap_dist.analysis.spectrum import Spectrum
-from uap_dist.analysis.text import boundaries_finding, norm_at, numbers_finding, phase_finding, table
+from uap_dist.analysis.text import boundaries_finding, norm_at, numbers_finding, phase_finding
 from uap_dist.foreign_text import escape_markdown
 from uap_dist.method.rates import Rate
 from uap_dist.perturbations.files import Perturbation
+from uap_dist.tracking.outputs import markdown_table
 
 SLOPES = {UNIVERSAL: 40, SPHERE: 5, SIGNS: 6, SINGLE: 10, SUM: 20, MEAN: 0}  # of 100 images, at the norm 10 and scale 1
 
@@ -101,7 +102,8 @@ def test_enough_images_are_the_fewest_within_half_an_interval():
 
 def test_names_stay_inside_their_cell_and_are_no_html(tmp_path):
     html = to_html(
-        "# A & B\n\n" + table(["a", "b"], [[escape_markdown(name) for name in ("x|y", "<script>alert(1)</script>")]]),
+        "# A & B\n\n"
+        + markdown_table(["a", "b"], [[escape_markdown(name) for name in ("x|y", "<script>alert(1)</script>")]]),
         tmp_path,
     )
     assert "<title>A &amp; B</title>" in html and "<script>" not in html and html.count("<td") == 2

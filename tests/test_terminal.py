@@ -97,7 +97,7 @@ def test_results_that_do_not_fit_are_named_with_the_way_on(tmp_path):
         (folder / "result.json").write_text("x" * 100_000)
 
     (tmp_path / "result.json").symlink_to("/dev/full")
-    advice = "what is computed is committed: make room, then .* --resume s3://bucket/run$"
+    advice = "everything computed is committed: free some space, then run .* --resume s3://bucket/run$"
     with (
         pytest.raises(OutputError, match=f"cannot write results to {tmp_path}: no space is left on its disk; {advice}"),
         resumable("s3://bucket/run"),

@@ -9,9 +9,6 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet as pq
 from markdown_it import MarkdownIt
 
 from uap_dist.analysis import plots
@@ -21,9 +18,9 @@ from uap_dist.analysis.phase_transition import Point
 from uap_dist.analysis.sample_size import NumberPoint
 from uap_dist.foreign_text import escape_markdown
 from uap_dist.method.norms import measure
-from uap_dist.method.rates import Rate
+from uap_dist.method.rates import flatten_rates
 from uap_dist.perturbations.files import Perturbation
-from uap_dist.tracking.outputs import RESULT_FILE, writes_files
+from uap_dist.tracking.outputs import RESULT_FILE, markdown_table, save_table, writes_files
 
 REPORT_FILE = "report"  # .md and .html
 PICTURES = (text.PHASE_PICTURE, text.BOUNDARIES_PICTURE, text.NUMBERS_PICTURE)
@@ -122,7 +119,7 @@ class FinishedAnalysis:
         ]
         parts += [
             "## Where this comes from",
-            text.table(["what", "value"], [*rows, ["MLflow run", self.mlflow_run_id]]),
+            markdown_table(["what", "value"], [*rows, ["MLflow run", self.mlflow_run_id]]),
         ]
         return "\n\n".join(parts) + "\n"
 
@@ -148,16 +145,16 @@ def save_analysis(folder: Path, finished: FinishedAnalysis) -> None:
         (folder / name).mkdir(parents=True, exist_ok=True)
     if finished.phase:
         plots.save_phase_transition(folder / text.PHASE_PICTURE, finished.phase)
-        _save_table(folder / "tables/phase-transition", [_columns(point) for point in finished.phase])
+        save_table(folder / "tables/phase-transition", [flatten_rates(vars(point)) for point in finished.phase])
     if finished.boundaries:
         plots.save_boundaries(folder / text.BOUNDARIES_PICTURE, finished.boundaries)
-        _save_table(folder / "tables/subspace", [_columns(point) for point in finished.boundaries.points])
+        save_table(folder / "tables/subspace", [flatten_rates(vars(point)) for point in finished.boundaries.points])
         pairs = zip(finished.boundaries.spectrum.values, finished.boundaries.random.values, strict=True)
         rows = [{"index": i, "normals": own, "random": other} for i, (own, other) in enumerate(pairs, start=1)]
-        _save_table(folder / "tables/singular-values", rows)
+        save_table(folder / "tables/singular-values", rows)
     if finished.numbers:
         plots.save_number_of_images(folder / text.NUMBERS_PICTURE, finished.numbers)
-        _save_table(folder / "tables/number-of-images", [_columns(point) for point in finished.numbers])
+        save_table(folder / "tables/number-of-images", [flatten_rates(vars(point)) for point in finished.numbers])
     markdown = finished.markdown()
     (folder / f"{REPORT_FILE}.md").write_text(markdown)
     (folder / f"{REPORT_FILE}.html").write_text(to_html(markdown, folder))
@@ -182,19 +179,3 @@ def to_html(markdown: str, folder: Path) -> str:
 def _key(name: str) -> str:
     """A kind as part of a metric's name."""
     return re.sub(r"\W+", "_", name)
-
-
-def _columns(point: Point | NumberPoint) -> dict[str, Any]:
-    columns: dict[str, Any] = {}
-    for name, value in vars(point).items():
-        columns[name] = value.rate if isinstance(value, Rate) else value
-        if isinstance(value, Rate):
-            low, high = value.interval
-            columns |= {f"{name}_low": low, f"{name}_high": high, f"{name}_num_images": value.num_examples}
-    return columns
-
-
-def _save_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    table = pa.Table.from_pylist(list(rows))
-    pq.write_table(table, path.with_suffix(".parquet"))
-    pyarrow.csv.write_csv(table, path.with_suffix(".csv"))

@@ -9,6 +9,7 @@ from uap_dist.analysis.phase_transition import MEAN, SIGNS, SINGLE, SPHERE, SUM,
 from uap_dist.analysis.sample_size import NumberPoint
 from uap_dist.analysis.spectrum import Spectrum
 from uap_dist.method.norms import Norm
+from uap_dist.tracking.outputs import markdown_table
 
 PHASE_PICTURE = "pictures/1-phase-transition.png"
 BOUNDARIES_PICTURE = "pictures/2-singular-values.png"
@@ -116,7 +117,7 @@ def phase_section(points: Sequence[Point], num_train_images: int, num_summed: in
             [kind, *(f"{mean_rate(select(own, kind=kind, scale=scale)):.3f}" for scale in scales)]
             for kind in dict.fromkeys(point.kind for point in own)
         ]
-        yield table(["direction", *heads], rows)
+        yield markdown_table(["direction", *heads], rows)
     half = max((high - low) / 2 for low, high in (point.fooling.interval for point in points))
     yield f"Each draw by itself, with its interval (at most ±{half:.3f}): `tables/phase-transition.csv`."
 
@@ -194,7 +195,7 @@ def boundaries_section(boundaries: Boundaries) -> Iterator[str]:
     for kind in (SUBSPACE, SPHERE, UNIVERSAL):
         own = select(boundaries.points, kind=kind)
         rows.append([kind, f"{mean_rate(own):.3f}", "; ".join(str(point.fooling) for point in own)])
-    yield table(["perturbation", "mean fooling rate", "each"], rows)
+    yield markdown_table(["perturbation", "mean fooling rate", "each"], rows)
 
 
 def numbers_numbers(points: Sequence[NumberPoint]) -> list[dict[str, Any]]:
@@ -266,15 +267,9 @@ def numbers_section(points: Sequence[NumberPoint]) -> Iterator[str]:
         ]
         for row, seeds in zip(numbers_numbers(points), each, strict=True)
     ]
-    yield table(
+    yield markdown_table(
         ["training images", "held-out, mean ± sd", "held-out, each seed", "training, mean", "images a round"], rows
     )
-
-
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table of cells that are Markdown."""
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _halves(points: Sequence[Point]) -> str:

@@ -17,7 +17,7 @@ from uap_dist.foreign_text import escape_markdown
 from uap_dist.method.rates import Rate
 from uap_dist.perturbations.files import load_perturbations
 from uap_dist.perturbations.pool import DIVERSE, PerturbationPool
-from uap_dist.tracking.outputs import RESULT_FILE, writes_files
+from uap_dist.tracking.outputs import RESULT_FILE, markdown_table, writes_files
 
 POOL_FOLDER = "pool"
 MEMBERS_FOLDER = "members"
@@ -107,16 +107,14 @@ class FinishedPool:
 
     def markdown(self) -> str:
         """A line for each member."""
-        lines = [
-            "| member | held-out fooling rate | training | norm ℓ2 | label of most fooled images |",
-            "| --- " * 5 + "|",
-        ]
+        rows = []
         for name, result in self.results.items():
             rates = [_rate(result[f"{part}_fooling_rate"], result[f"num_{part}_images"]) for part in ("val", "train")]
             label, count = result["dominant_labels"][0] if result["dominant_labels"] else ("–", 0)
-            cells = [escape_markdown(name), *rates, f"{result['norm_l2']:.0f}", f"{escape_markdown(label)} ({count})"]
-            lines.append(f"| {' | '.join(map(str, cells))} |")
-        return "\n".join(lines)
+            size, taken = f"{result['norm_l2']:.0f}", f"{escape_markdown(label)} ({count})"
+            rows.append([escape_markdown(name), *map(str, rates), size, taken])
+        heads = ["member", "held-out fooling rate", "training", "norm ℓ2", "label of most fooled images"]
+        return markdown_table(heads, rows)
 
 
 def _rate(share: float, num_examples: int) -> Rate:

@@ -1,1 +1,1 @@
-"""Any perturbations on any networks and images."""
+"""Evaluation of any perturbations on any networks and images."""

@@ -1,4 +1,4 @@
-"""How well perturbations work: fooling rate and top-1 of any of them on a classifier and a dataset."""
+"""How well perturbations work: fooling rate and top-1 accuracy of any perturbation on a classifier and a dataset."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,21 +13,22 @@ from uap_dist.workers.accuracy import top1
 from uap_dist.workers.dataset import Dataset, classify, fooling_rate
 from uap_dist.workers.local import Workers
 
-NOTHING = "zero"  # name of the baseline
-NEAR = 0.01  # relative: norms that one baseline serves
+NOTHING = "zero"  # name of the baseline that changes no pixel
+SAME_NORM = 0.01  # relative difference up to which two perturbations share a baseline
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """A perturbation on a classifier and a dataset.
+    """How well one perturbation works on one classifier and dataset.
 
     Attributes:
         classifier, dataset, perturbation: names.
-        is_baseline: whether nobody computed it.
-        scale: what v was multiplied with.
-        norm_l2, norm_linf: of what was added, at the classifier's input size, pixels.
-        fooling: share of all images whose label is another than their clean one.
-        top1_clean, top1: share of the images with a known class that are named rightly, before and after; None without such.
+        is_baseline: whether it is zero or noise (see `baselines`).
+        scale: factor that v was multiplied with.
+        norm_l2, norm_linf: norms of the scaled v at the classifier's input size, in pixels (0..255).
+        fooling: fooling rate over all images.
+        top1_clean, top1: top-1 accuracy without and with the perturbation, over the images whose class is known; None if there
+            are none.
     """
 
     classifier: str
@@ -52,16 +53,16 @@ def measure_perturbations(
     scales: Sequence[float] = (1.0,),
     quantize: bool = False,
 ) -> Iterator[Measurement]:
-    """One measurement for each perturbation and scale.
+    """Yield one measurement for each perturbation and scale.
 
     Args:
-        workers: of the classifier.
+        workers: workers that hold the classifier.
         classifier: its name in tables.
-        dataset_name: likewise.
-        dataset: with its clean labels.
-        perturbations: resized to the dataset's input size where theirs is another (`Perturbation.resized`).
-        scales: what each is multiplied with.
-        quantize: round x + v as saving to 8 bits would.
+        dataset_name: name of the dataset in tables.
+        dataset: images with the classifier's clean labels.
+        perturbations: any size; resized to that of the images (`Perturbation.resized`).
+        scales: factors that each is multiplied with.
+        quantize: whether to round x + v to whole pixel values, as saving to 8 bits does.
     """
     for perturbation in perturbations:
         for scale in scales:
@@ -82,15 +83,15 @@ def measure_perturbations(
 
 
 def baselines(perturbations: Iterable[Perturbation], shape: tuple[int, ...], seed: int) -> list[Perturbation]:
-    """What perturbations have to be better than: nothing, and for each of them noise that is as large in ℓ∞ and in ℓ2 norm.
+    """Baselines for perturbations: zero, and for each of them noise of the same ℓ∞ norm and noise of the same ℓ2 norm.
 
-    Perturbations whose norms are within a percent of each other share their noise, which is named after the first of them. Noise has
-    the norms of the perturbation as it is shown to images of that size (see `Perturbation.resized`).
+    Perturbations whose norms differ by at most 1 % share their noise, which is named after the first of them. Norms are
+    taken after resizing to the images (see `Perturbation.resized`).
 
     Args:
-        perturbations: computed ones.
+        perturbations: computed perturbations.
         shape: C×H×W of the images.
-        seed: of the noise.
+        seed: seed of the noise.
     """
     found = [Perturbation(NOTHING, torch.zeros(shape), {"baseline": True})]
     sizes: list[tuple[Norm, float]] = []
@@ -98,7 +99,7 @@ def baselines(perturbations: Iterable[Perturbation], shape: tuple[int, ...], see
         noise = random_of_same_norms(perturbation.resized(shape), seed=seed)
         for norm in ("linf", "l2") if noise["l2"] is not noise["linf"] else ("linf",):
             size = measure(perturbation.v, norm)
-            if not any(other == norm and abs(size - known) <= NEAR * known for other, known in sizes):
+            if not any(other == norm and abs(size - known) <= SAME_NORM * known for other, known in sizes):
                 sizes.append((norm, size))
                 name = f"random, {SYMBOLS[norm]} norm of {perturbation.name}"
                 found.append(Perturbation(name, noise[norm], {"baseline": True}))
@@ -106,11 +107,11 @@ def baselines(perturbations: Iterable[Perturbation], shape: tuple[int, ...], see
 
 
 def measure_noise(workers: Workers, dataset: Dataset, noise: Mapping[Norm, Tensor]) -> dict[Norm, Rate]:
-    """Fooling rates by norm of what `random_of_same_norms` gives; noise that stands for both norms is measured once."""
+    """Fooling rates of noise from `random_of_same_norms`, by norm; one array that serves both norms is measured once."""
     rates = {id(v): fooling_rate(dataset, classify(workers, dataset, v.numpy())) for v in noise.values()}
     return {norm: rates[id(v)] for norm, v in noise.items()}
 
 
 def is_baseline(perturbation: Perturbation) -> bool:
-    """Whether nobody computed it: see `baselines`."""
+    """Whether it is one of `baselines`."""
     return bool(perturbation.provenance.get("baseline"))

@@ -1,4 +1,4 @@
-"""Where labels go: for each clean label the label that most of its fooled images get (the paper's figure 7)."""
+"""The label graph (figure 7 of the paper): an edge from each clean label to the label that most of its fooled images get."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,16 +12,17 @@ from uap_dist.foreign_text import printable
 
 
 def label_graph(clean: np.ndarray, perturbed: np.ndarray, class_names: Sequence[str] = ()) -> nx.DiGraph:
-    """A node for each label that occurs, an edge from each clean label of a fooled image.
+    """A node for each label that occurs, and an edge from each label of which an image was fooled.
 
     Args:
-        clean: N labels before.
-        perturbed: N labels after.
-        class_names: names of the nodes; their indices where not known.
+        clean: N labels of the unperturbed images.
+        perturbed: N labels of the perturbed images.
+        class_names: names by label index; without them, nodes are named by their index.
 
     Returns:
-        Nodes (indices) with `name` and `num_images` (clean images that have the label); edges to the label that most of
-        the label's fooled images get (of equally many the smallest index), with `num_images` that take it and their `share` of all.
+        Nodes are label indices with `name` and `num_images` (images with that clean label). An edge leads to the label that
+        most of the fooled images get, the smallest index among equals; it has `num_images` (fooled images that get it) and
+        `share` (their share of all images with the clean label).
 
     Source: Moosavi-Dezfooli et al., "Universal adversarial perturbations", CVPR 2017, section 3.1.
     """
@@ -38,14 +39,14 @@ def label_graph(clean: np.ndarray, perturbed: np.ndarray, class_names: Sequence[
 
 
 def dominant_labels(perturbed: np.ndarray, clean: np.ndarray) -> list[tuple[int, int]]:
-    """Labels that fooled images get, and how many get each, the most frequent first."""
+    """Labels that fooled images get, each with the number of images, in descending order of that number."""
     labels, counts = np.unique(perturbed[perturbed != clean], return_counts=True)
     order = np.lexsort((labels, -counts))
     return [(int(labels[i]), int(counts[i])) for i in order]
 
 
 def save_label_graph(folder: Path, graph: nx.DiGraph) -> None:
-    """Write label-graph.parquet (an edge a row) and label-graph.graphml."""
+    """Write label-graph.parquet (one row per edge) and label-graph.graphml."""
     names, sizes = graph.nodes(data="name"), graph.nodes(data="num_images")
     rows = [
         {
@@ -63,6 +64,6 @@ def save_label_graph(folder: Path, graph: nx.DiGraph) -> None:
     types += [("perturbed_name", pa.string()), ("num_images", pa.int64()), ("share", pa.float64())]
     schema = pa.schema([*types, ("num_clean_images", pa.int64())])
     pq.write_table(pa.Table.from_pylist(rows, schema), folder / "label-graph.parquet")
-    readable = graph.copy()  # XML has no control characters
+    readable = graph.copy()  # XML allows no control characters
     nx.set_node_attributes(readable, {node: printable(name) for node, name in names}, "name")
     nx.write_graphml(readable, folder / "label-graph.graphml")

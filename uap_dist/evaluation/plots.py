@@ -1,4 +1,4 @@
-"""Pictures of an evaluation: matrices, rates by norm, the label graph."""
+"""Figures of an evaluation: heat maps, fooling rate against norm, and the label graph."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +11,8 @@ from matplotlib.axes import Axes
 from uap_dist.evaluation.evaluate import Measurement
 from uap_dist.figures import readable, save_figure
 
-NUM_COMPONENTS_DRAWN, NUM_NODES_NAMED = 3, 8  # a component
+NUM_COMPONENTS_DRAWN = 3
+NUM_NODES_NAMED = 8  # in each component
 
 
 def save_matrix(
@@ -23,7 +24,7 @@ def save_matrix(
     title: str,
     limits: tuple[float, float],
 ) -> None:
-    """A heat map with its numbers; `limits` are the values of the darkest and the lightest colour, NaN stays empty."""
+    """Draw a heat map with its numbers. `limits` are the values of the darkest and the lightest colour; NaN cells stay empty."""
     figure, axes = plt.subplots(figsize=(2.6 + 1.1 * len(columns), 1.4 + 0.36 * len(rows)), layout="constrained")
     axes.imshow(values, vmin=limits[0], vmax=limits[1], cmap="viridis", aspect="auto")
     middle = limits[0] + 0.6 * (limits[1] - limits[0])
@@ -38,7 +39,7 @@ def save_matrix(
 
 
 def save_rates_by_norm(path: Path, measurements: Sequence[Measurement]) -> None:
-    """Fooling rate against the ℓ∞ norm, a panel for each classifier."""
+    """Draw fooling rate against ℓ∞ norm, with a panel for each classifier."""
     classifiers = list(dict.fromkeys(m.classifier for m in measurements))
     figure, panels = plt.subplots(
         1, len(classifiers), figsize=(4.5 * len(classifiers), 4), layout="constrained", squeeze=False, sharey=True
@@ -57,7 +58,7 @@ def save_rates_by_norm(path: Path, measurements: Sequence[Measurement]) -> None:
 
 
 def save_label_graph(path: Path, graph: nx.DiGraph) -> None:
-    """The largest components side by side, each label a dot; those that most others are sent to by name."""
+    """Draw the largest components side by side, a dot for each label; the labels with most incoming edges are named."""
     components = sorted(nx.weakly_connected_components(graph), key=len, reverse=True)
     shown = [graph.subgraph(component) for component in components[:NUM_COMPONENTS_DRAWN] if len(component) > 1]
     widths = [len(component) ** 0.5 for component in shown] or [1.0]
@@ -70,8 +71,9 @@ def save_label_graph(path: Path, graph: nx.DiGraph) -> None:
         _draw_component(axis, component)
     images = [count for _, count in graph.nodes(data="num_images") if count]
     figure.suptitle(
-        f"where labels go: {sum(map(len, shown))} of {graph.number_of_nodes()} labels, the {len(shown)} largest components; "
-        f"in brackets, labels sent there\nit rests on {np.mean(images):.1f} images a label (median {np.median(images):.0f})",
+        f"Label most often given to the fooled images of each label: the {len(shown)} largest components, with "
+        f"{sum(map(len, shown))} of {graph.number_of_nodes()} labels\n"
+        f"in brackets: number of incoming edges; images per label: mean {np.mean(images):.1f}, median {np.median(images):.0f}",
         fontsize=10,
     )
     save_figure(figure, path)

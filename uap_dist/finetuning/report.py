@@ -1,24 +1,20 @@
 """What a fine-tuning leaves as files: the table before / after, all measurements, the epochs."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
-
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet as pq
 
 from uap_dist.evaluation.evaluate import Measurement
 from uap_dist.evaluation.report import save_evaluation
 from uap_dist.finetuning import plots
 from uap_dist.finetuning.trainer import HELD_OUT, TRAINED_ON
 from uap_dist.foreign_text import escape_markdown
-from uap_dist.method.rates import Rate
+from uap_dist.method.rates import Rate, flatten_rates
 from uap_dist.tracking.history import RoundRecord
-from uap_dist.tracking.outputs import RESULT_FILE, writes_files
+from uap_dist.tracking.outputs import RESULT_FILE, markdown_table, save_table, writes_files
 
 BEFORE = "before"
 FRESH, RANDOM = "fresh", "random"
@@ -87,7 +83,7 @@ class FinishedFinetuning:
     def result(self) -> dict[str, Any]:
         """The numbers that scripts read."""
         return {
-            "comparisons": [_columns(comparison) for comparison in self.comparisons],
+            "comparisons": [flatten_rates(vars(comparison)) for comparison in self.comparisons],
             "mlflow_run_id": self.mlflow_run_id,
             "provenance": dict(self.provenance),
         }
@@ -129,12 +125,12 @@ class FinishedFinetuning:
 
     def markdown(self) -> str:
         """A line for each network, a column for each group."""
-        rows = {network: {c.group: c for c in self.comparisons if c.network == network} for network in self.groups}
-        lines = [f"| network | clean top-1 | {' | '.join(TITLES.values())} |", "| --- " * (2 + len(TITLES)) + "|"]
-        for network, by_group in rows.items():
+        rows = []
+        for network in self.groups:
+            by_group = {c.group: c for c in self.comparisons if c.network == network}
             cells = [_cell(by_group.get(group)) for group in TITLES]
-            lines.append(f"| {network} | {by_group[RANDOM].top1_clean} | {' | '.join(cells)} |")
-        return "\n".join(lines)
+            rows.append([network, str(by_group[RANDOM].top1_clean), *cells])
+        return markdown_table(["network", "clean top-1", *TITLES.values()], rows)
 
 
 @writes_files
@@ -142,23 +138,17 @@ def save_finetuning(folder: Path, finished: FinishedFinetuning) -> None:
     """Every file but the networks, result.json last."""
     save_evaluation(folder, finished.measurements)
     (folder / "tables/before-after.md").write_text(finished.markdown() + "\n")
-    table = pa.Table.from_pylist([_columns(comparison) for comparison in finished.comparisons])
-    _save_table(folder / "tables/before-after", table)
+    save_table(folder / "tables/before-after", [flatten_rates(vars(comparison)) for comparison in finished.comparisons])
     epochs = [{"repetition": name, "epoch": r.step, **r.metrics} for name, rs in finished.epochs.items() for r in rs]
     names = list(dict.fromkeys(name for row in epochs for name in row))
     rows = [{name: row.get(name) for name in names} for row in epochs]
-    _save_table(folder / "tables/epochs", pa.Table.from_pylist(rows))
+    save_table(folder / "tables/epochs", rows)
     plots.save_epochs(folder / "pictures/2-epochs.png", finished.epochs)
     (folder / RESULT_FILE).write_text(json.dumps(finished.result(), indent=2) + "\n")
 
 
 def _cell(c: Comparison | None) -> str:
     return f"{c.fooling.rate:.3f} ({c.lowest:.3f}–{c.highest:.3f}), top-1 {c.top1.rate:.3f}" if c else "–"
-
-
-def _save_table(path: Path, table: pa.Table) -> None:
-    pq.write_table(table, path.with_suffix(".parquet"))
-    pyarrow.csv.write_csv(table, path.with_suffix(".csv"))
 
 
 def _compare(network: str, group: str, measurements: Sequence[Measurement]) -> Comparison:
@@ -179,17 +169,3 @@ def _compare(network: str, group: str, measurements: Sequence[Measurement]) -> C
 
 def _mean(rates: Sequence[Rate]) -> Rate:
     return Rate(round(mean(rate.num_hits for rate in rates)), rates[0].num_examples)
-
-
-def _columns(comparison: Comparison) -> dict[str, Any]:
-    return dict(_flatten(comparison))
-
-
-def _flatten(comparison: Comparison) -> Iterator[tuple[str, Any]]:
-    for name, value in vars(comparison).items():
-        if isinstance(value, Rate):
-            yield name, value.rate
-            yield from zip((f"{name}_low", f"{name}_high"), value.interval, strict=True)
-            yield f"{name}_num_images", value.num_examples
-        else:
-            yield name, value

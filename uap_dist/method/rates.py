@@ -1,7 +1,9 @@
 """Fooling rates, and other shares of examples, with their intervals."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import sqrt
+from typing import Any
 
 import numpy as np
 
@@ -57,6 +59,20 @@ class Rate:
         """Rate, interval and count, as it is printed everywhere."""
         low, high = self.interval
         return f"{self.rate:.3f} [{low:.3f}, {high:.3f}] of {self.num_examples}"
+
+
+def rate_columns(name: str, rate: Rate | None) -> dict[str, Any]:
+    """Table columns NAME (the rate), NAME_low, NAME_high (its interval) and NAME_num_images; all None without a rate."""
+    values = (None,) * 4 if rate is None else (rate.rate, *rate.interval, rate.num_examples)
+    return dict(zip((name, f"{name}_low", f"{name}_high", f"{name}_num_images"), values, strict=True))
+
+
+def flatten_rates(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A table row with `rate_columns` in place of each rate."""
+    columns: dict[str, Any] = {}
+    for name, value in row.items():
+        columns |= rate_columns(name, value) if isinstance(value, Rate) else {name: value}
+    return columns
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,18 @@
-"""The output folder of a job: made late, written safely, copied to storage."""
+"""What a job leaves: its output folder, which is created with its first file and copied to storage, and the tables in it."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import wraps
 from pathlib import Path
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
 from safetensors import SafetensorError
+from tabulate import tabulate
 
 from uap_dist.data.locations import copy_folder, is_url, join, make_own_folder, try_to_write
 from uap_dist.errors import ConfigError, OutputError
@@ -23,23 +27,26 @@ Result = TypeVar("Result")
 
 
 def output_folder(output: Path | None, name: str, *, may_hold_files: bool = False) -> Path:
-    """The folder for a job's files, known to be writable; outputs/<name>-<time> where none is given.
+    """The folder for a job's files, checked to be writable but not created: a job that is refused leaves none.
 
-    It is made with the first file, so that a job that is refused leaves none.
+    Args:
+        output: of the command line; None for outputs/<name>-<time>.
+        name: of the job, for the default.
+        may_hold_files: whether it may hold files already, as that of a resumed job does.
 
     Raises:
-        ConfigError: a URL, a folder that holds files, or one that cannot be written to.
+        ConfigError: it is a URL, holds files, or cannot be written to.
     """
     plain = re.sub(r"[/\\\s]+", "-", name)  # a model may be named by its path
     folder = output or Path("outputs") / f"{plain}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     if re.match(r"\w+:/", str(folder)):
         raise ConfigError(
-            f"--output {output} is a URL; give a folder (the same files go to MLflow, and to --storage s3://…)"
+            f"--output {output} is a URL; give a local folder (its files are also copied to MLflow, and to --storage s3://…)"
         )
     if not may_hold_files and folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty; give another --output")
     folder = folder.resolve()
-    try:  # now, not when hours of work are to be saved
+    try:  # now rather than after hours of work
         try_to_write(folder)
     except OSError as error:
         raise ConfigError(f"cannot write to --output {folder}: {error.strerror}") from error
@@ -47,7 +54,7 @@ def output_folder(output: Path | None, name: str, *, may_hold_files: bool = Fals
 
 
 def writes_files(save: Callable[Concatenate[Path, Given], Result]) -> Callable[Concatenate[Path, Given], Result]:
-    """A function that writes into the folder which it is given first; where the disk refuses, an OutputError says so."""
+    """Decorate a function that writes into the folder given first: the folder is created, and OutputError says why it cannot be written."""
 
     @wraps(save)
     def save_or_say_why(folder: Path, /, *args: Given.args, **kwargs: Given.kwargs) -> Result:
@@ -62,19 +69,31 @@ def writes_files(save: Callable[Concatenate[Path, Given], Result]) -> Callable[C
     return save_or_say_why
 
 
+def save_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows, which all have the same columns, as PATH.parquet and PATH.csv."""
+    table = pa.Table.from_pylist(list(rows))
+    pq.write_table(table, path.with_suffix(".parquet"))
+    pyarrow.csv.write_csv(table, path.with_suffix(".csv"))
+
+
+def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table of cells that are Markdown already (see `escape_markdown`), without padding: MLflow limits descriptions."""
+    return tabulate(rows, heads, tablefmt="github", disable_numparse=True, stralign=None)
+
+
 @contextmanager
 def resumable(storage: str) -> Iterator[None]:
-    """What was computed before results could not be written is not lost; say so."""
+    """Add to an OutputError of the block how to resume from `storage`, where everything computed so far is committed."""
     try:
         yield
     except OutputError as error:
         raise OutputError(
-            f"{error}; what is computed is committed: make room, then {command()} --resume {storage}"
+            f"{error}; everything computed is committed: free some space, then run {command()} --resume {storage}"
         ) from error
 
 
 def publish(folder: Path, storage: str) -> None:
-    """Where a job is committed to a URL, copy its finished files below it; result.json comes last: where it is, all are.
+    """Copy the finished files below `storage` if that is a URL. result.json is copied last: if it is there, everything is.
 
     Raises:
         ConfigError: they cannot be written.
@@ -84,5 +103,5 @@ def publish(folder: Path, storage: str) -> None:
             copy_folder(folder, join(storage, RESULTS_FOLDER), last=RESULT_FILE)
         except OSError as error:
             raise ConfigError(
-                f"cannot write results to {error}; all is computed and lies in {folder}; go on with --resume {storage}"
+                f"cannot write results to {error}; they are complete in {folder}; copy them with --resume {storage}"
             ) from error
