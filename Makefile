@@ -5,7 +5,7 @@ BIN := .venv/bin
 NUMERIC := $(addprefix tests/test_, accelerate.py analysis.py augment.py classifiers.py compute.py deepfool.py fooling.py \
 	norms.py pool.py rules.py schedule.py spectrum.py together.py update.py worker.py)
 
-.PHONY: demo test test-cpus test-slow check wheel clean
+.PHONY: demo test test-cpus test-slow check docs wheel clean
 
 demo: .venv/demo
 	$(BIN)/python jobs/compute.py
@@ -28,6 +28,10 @@ check: .venv/test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/python -m pytest -q tests/test_docs.py
+
+docs: .venv/docs  # the site, in build/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 wheel: .venv/demo  # dist/uap_dist-VERSION-py3-none-any.whl
 	rm -rf build
@@ -41,6 +45,11 @@ wheel: .venv/demo  # dist/uap_dist-VERSION-py3-none-any.whl
 .venv/test: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test]'
+	touch $@
+
+.venv/docs: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo,docs]'
 	touch $@
 
 clean:

@@ -30,7 +30,7 @@ def wheel(tmp_path_factory):
     source = tmp_path_factory.mktemp("source")
     for name in ("uap_dist", "jobs"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "uap_dist_commands.py"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "uap_dist_commands.py"):
         shutil.copy(ROOT / name, source)
     run(
         sys.executable,
@@ -52,12 +52,16 @@ def wheel(tmp_path_factory):
 def test_the_wheel_holds_package_and_jobs_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as file:
         names = {name for name in file.namelist() if ".dist-info/" not in name}
-        metadata = Parser().parsestr(file.read(f"uap_dist-{uap_dist.__version__}.dist-info/METADATA").decode())
+        about = f"uap_dist-{uap_dist.__version__}.dist-info"
+        metadata = Parser().parsestr(file.read(f"{about}/METADATA").decode())
+        assert file.read(f"{about}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
     package = {str(path.relative_to(ROOT)) for path in (ROOT / "uap_dist").rglob("*.py")}
     others = {"uap_dist/py.typed", "uap_dist_commands.py"}
     assert names == package | others | {f"uap_dist/jobs/{name}.py" for name in ("__init__", *JOBS)}
     assert metadata["Version"] == uap_dist.__version__
-    assert set(metadata.get_all("Provides-Extra")) == {"demo", "bench", "test", "timm"}
+    assert metadata["License-Expression"] == "BSD-3-Clause"
+    assert metadata.get_payload().strip() == (ROOT / "README.md").read_text().strip()
+    assert set(metadata.get_all("Provides-Extra")) == {"demo", "bench", "docs", "test", "timm"}
 
 
 def test_its_commands_start_and_it_claims_no_commit_of_a_checkout_around_it(wheel, tmp_path):
