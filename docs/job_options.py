@@ -50,8 +50,13 @@ def _row(action: argparse.Action) -> str:
     default = found[1].removeprefix("default:").strip() if found else ""
     meaning = _cell(DEFAULT.sub("", text))
     names = "<br>".join(f"`{name}`" for name in action.option_strings)
-    values = f"`{_cell(str(action.metavar))}`" if action.metavar else ""
+    values = f"`{_values(action.metavar)}`" if action.metavar else ""
     return f"| {names} | {values} | {'' if default in ('', 'None') else _cell(f'`{default}`')} | {meaning} |"
+
+
+def _values(metavar: object) -> str:
+    """Without None, which the default says, and without the bar, which ends a cell."""
+    return str(metavar).removeprefix("{None}|").replace("|", " or ")
 
 
 def _cell(text: str) -> str:
