@@ -17,10 +17,13 @@ from uap_dist.fleet.config import FleetConfig
 from uap_dist.method.config import ComputeConfig
 from uap_dist.method.state import State
 from uap_dist.method.update import Iterate
-from uap_dist.planning.cost_model import Costs, ShardSizes, Span, count_work, plan_fleet
-from uap_dist.planning.profiling import try_out
-from uap_dist.planning.report import Plan, Spent, fleet_sizes, read_plan
-from uap_dist.planning.shard_sizes import count_bytes, read_indexes
+from uap_dist.planning.comparison import Spent, read_plan
+from uap_dist.planning.cost_model import Costs, plan_fleet
+from uap_dist.planning.profiling import measure_costs
+from uap_dist.planning.report import Plan, PlannedJob, fleet_sizes
+from uap_dist.planning.shard_sizes import ShardSizes, count_bytes, read_indexes
+from uap_dist.planning.span import Span
+from uap_dist.planning.work import count_work
 from uap_dist.tracking.checkpoint import Checkpoint, CheckpointStore, JobRecord
 from uap_dist.workers.local import LocalWorkers
 from uap_dist.workers.worker import Worker
@@ -87,7 +90,27 @@ def free(**seconds):
     """Costs of which only those given are any."""
     nothing = Span.exactly(0.0)
     spans = dict.fromkeys(("start", "decode", "classify", "evaluation", "driver", "report"), nothing) | seconds
-    return Costs(1, **spans, evaluations_per_solve=Span.exactly(2), worker_bytes=0, gpu_bytes=0, image_bytes=768)
+    memory = {"worker_bytes": 0, "gpu_bytes": 0, "image_bytes": 768}
+    return Costs(1, **spans, **memory, evaluations_per_solve=Span.exactly(2), num_cpus=1, shard_images=())
+
+
+def job_of(config, price_per_gpu_hour=None, **fleet):
+    """A job that differs from others in these; the rest is of no importance to the report."""
+    return PlannedJob(
+        model="m",
+        weights=None,
+        train_urls=(),
+        val_urls=(),
+        num_train_images=None,
+        num_val_images=None,
+        max_bad_fraction=0.0,
+        num_perturbations=1,
+        config=config,
+        fleet=FleetConfig(**fleet),
+        storage="",
+        price_per_gpu_hour=price_per_gpu_hour,
+        options={"model": "m"},
+    )
 
 
 def planned(config, costs, num_workers, num_perturbations=1, cache_bytes=1 << 40, images=(60, 60, 60, 60)):
@@ -164,7 +187,8 @@ def test_a_plan_fits_a_screen_and_says_what_idles_and_what_it_costs():
     sizes = ShardSizes((60,) * 4, (60,) * 4, (1000,) * 4, is_estimated=True)
     work = count_work(sizes, sizes, config)
     fleets = [plan_fleet(work, costs, config, num_workers=n, memory_bytes=1, disk_bytes=0) for n in (1, 16)]
-    plan = Plan({"model": "m"}, config, work, fleets, (1,), 1, 1.0, 1 / 2**30, 0.0, 2.5)
+    job = job_of(config, price_per_gpu_hour=2.5, cache_gib=1 / 2**30, disk_cache_gib=0.0)
+    plan = Plan(job, work, fleets, (1,), 1, 1.0)
     text = plan.summary()
     assert "240 solves, 720 network evaluations; 1,200 images classified" in text
     assert "| GPU-hours | price |" in text and "| 16 | 3:01:00 | 3:00:48–3:01:15 | 48.3 (48.2–48.3) | 120.67 (" in text
@@ -191,7 +215,7 @@ def test_local_steps_are_proposed_while_they_leave_enough_rounds(num_workers, nu
     sizes = ShardSizes((num_solves,), (num_solves,), (1000,))
     work = count_work(sizes, sizes, config)
     fleet = plan_fleet(work, free(), config, num_workers=num_workers, memory_bytes=1, disk_bytes=0)
-    text = Plan({"model": "m"}, config, work, [fleet], (1,), 1, 0.0, 4.0, 0.0, None).summary()
+    text = Plan(job_of(config), work, [fleet], (1,), 1, 0.0).summary()
     assert f"so {num_workers - 2} of {num_workers} workers have nothing to do" in text
     assert ("or local steps" in text) == bool(options) and options in text
 
@@ -215,28 +239,27 @@ def test_shards_are_weighed_and_counted_without_being_read(shards, tmp_path, s3)
 
 
 @pytest.mark.parametrize("rule", ["log-odds", "paper"])
-def test_a_trial_reads_two_shards_and_tells_what_everything_costs(shards, rule):
-    workers, kept = CountingWorkers(tiny_worker()), []
+def test_costs_are_measured_on_two_shards_and_cover_everything(shards, rule):
+    workers, committed = CountingWorkers(tiny_worker()), []
     urls = expand_patterns([str(shards / "train-*.tar")])
-    trial = try_out(
+    costs = measure_costs(
         workers,
         urls,
         ComputeConfig(rule=rule, round_size=10, block_size=5, max_evaluations=1),  # which the whole run would refuse
         start_s=3.0,
-        keep=lambda report, history: kept.append(len(history)),
+        commit=lambda report, history: committed.append(len(history)),
     )
-    costs = trial.costs
-    assert trial.num_images == (20, 20) and costs.image_bytes == 768 and 1 << 20 < costs.worker_bytes < 1 << 34
-    assert kept == list(range(1, len(kept) + 1)) and len(kept) >= 5
+    assert costs.shard_images == (20, 20) and costs.image_bytes == 768 and 1 << 20 < costs.worker_bytes < 1 << 34
+    assert committed == list(range(1, len(committed) + 1)) and len(committed) >= 5
     assert 3.0 <= costs.start.expected < 10 and costs.report.expected > 0
     for span in (costs.decode, costs.classify, costs.evaluation, costs.driver):
         assert 0 < span.low <= span.expected <= span.high < 1
     assert (costs.evaluations_per_solve.expected == 2) == (rule == "log-odds")
 
 
-def test_what_a_trial_commits_goes_away(tmp_path, s3):
+def test_what_profiling_commits_goes_away(tmp_path, s3):
     state = State(Iterate.zero((3, 4, 4)))
-    for location in (str(tmp_path / "trial"), f"s3://bucket/trial?{s3}"):
+    for location in (str(tmp_path / "profiling"), f"s3://bucket/profiling?{s3}"):
         with CheckpointStore(location) as store:
             store.prepare()
             store.commit(Checkpoint(JobRecord("run", {}, {}, {}), state, ()))
@@ -247,12 +270,12 @@ def test_what_a_trial_commits_goes_away(tmp_path, s3):
     assert not list(tmp_path.iterdir())
 
 
-def test_trial_takes_more_shards_where_two_hold_no_block(tmp_path):
+def test_more_shards_are_read_if_two_hold_less_than_a_block(tmp_path):
     write_shards(random_samples(12, seed=1), tmp_path, prefix="small", shard_size=2)
     urls = expand_patterns([str(tmp_path / "small-*.tar")])
     config = ComputeConfig(round_size=5, block_size=5, max_passes=1)
-    trial = try_out(LocalWorkers(tiny_worker()), urls, config, start_s=0.0, keep=lambda report, history: None)
-    assert trial.num_images == (2, 2, 2)
+    costs = measure_costs(LocalWorkers(tiny_worker()), urls, config, start_s=0.0, commit=lambda report, history: None)
+    assert costs.shard_images == (2, 2, 2)
 
 
 @pytest.mark.parametrize(
@@ -273,8 +296,8 @@ def test_options_that_do_not_go_together_are_refused(options, message):
     ("content", "message"),
     [
         (None, "cannot read a plan from --planned .*: No such file"),
-        ("{", "it is none; give the plan.json of --plan"),
-        ('{"fooling": 1}', "it is none; give the plan.json of --plan"),
+        ("{", "it is not a plan; give the plan.json of --plan"),
+        ('{"fooling": 1}', "it is not a plan; give the plan.json of --plan"),
     ],
 )
 def test_what_is_no_plan_is_refused(tmp_path, content, message):

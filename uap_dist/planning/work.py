@@ -1,0 +1,145 @@
+"""What a job has to do, counted from its schedule: rounds, blocks, solves, network evaluations and measurements."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil, inf
+
+import numpy as np
+
+from uap_dist.computing.rounds import EVALUATIONS_PER_LOG_ODDS_SOLVE, count_rounds, is_due, plan_measurements
+from uap_dist.method.config import ComputeConfig
+from uap_dist.method.schedule import plan_rounds
+from uap_dist.planning.shard_sizes import ShardSizes
+from uap_dist.planning.span import Span
+from uap_dist.workers.dataset import CLASSIFY_SIZE
+
+OF_LOG_ODDS = Span.exactly(EVALUATIONS_PER_LOG_ODDS_SOLVE)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Images that are classified in blocks of at most CLASSIFY_SIZE of one shard, some number of times."""
+
+    num_images: int
+    num_blocks: int
+    times: int = 1
+
+    @classmethod
+    def over(cls, sizes: Sequence[int], times: int = 1) -> "Sweep":
+        """All images of shards of these sizes."""
+        return cls(sum(sizes), sum(ceil(size / CLASSIFY_SIZE) for size in sizes), times)
+
+    def images_in_a_row(self, num_workers: int) -> float:
+        """Images that the busiest worker classifies, over all times."""
+        return self.times * ceil(self.num_blocks / num_workers) * self.num_images / max(1, self.num_blocks)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a job has to do.
+
+    Attributes:
+        train, val: sizes of the training and the held-out shards.
+        num_perturbations: number of computations, which all have the same work.
+        rounds: number of rounds of one computation by their number of blocks.
+        num_solves: solves of one computation.
+        evaluations_per_solve: network evaluations.
+        labels: classification for clean labels, once for all computations.
+        measurements: classification for the fooling rates of one computation.
+    """
+
+    train: ShardSizes
+    val: ShardSizes
+    num_perturbations: int
+    rounds: Mapping[int, int]
+    num_solves: int
+    evaluations_per_solve: Span
+    labels: tuple[Sweep, ...]
+    measurements: tuple[Sweep, ...]
+
+    @property
+    def num_rounds(self) -> int:
+        """Rounds of one computation."""
+        return sum(self.rounds.values())
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of one computation."""
+        return sum(num_blocks * times for num_blocks, times in self.rounds.items())
+
+    @property
+    def num_evaluations(self) -> Span:
+        """Network evaluations of all computations, each with the clean labels of its training images, as runs report them."""
+        of_one = self.evaluations_per_solve * self.num_solves + self.train.total_images
+        return of_one * self.num_perturbations
+
+    @property
+    def num_classified(self) -> int:
+        """Images classified for clean labels and measurements."""
+        labels, measurements = (
+            sum(sweep.times * sweep.num_images for sweep in sweeps) for sweeps in (self.labels, self.measurements)
+        )
+        return labels + self.num_perturbations * measurements
+
+
+def count_work(
+    train: ShardSizes,
+    val: ShardSizes,
+    config: ComputeConfig,
+    *,
+    num_perturbations: int = 1,
+    evaluations_per_solve: Span = OF_LOG_ODDS,
+) -> Work:
+    """Count all work that the config allows; a run that reaches its target fooling rate before does less.
+
+    The count is exact for the log-odds rule. For the paper's rule it is as good as `evaluations_per_solve`.
+
+    Args:
+        train: training shards.
+        val: held-out shards.
+        config: of each computation; all are counted with the seed of the first.
+        num_perturbations: number of computations.
+        evaluations_per_solve: network evaluations.
+
+    Raises:
+        ConfigError: the config allows no round.
+    """
+    num_train, num_val = train.total_images, val.total_images
+    planned = count_rounds(train.num_images, config)
+    every, num_val_each_time = plan_measurements(num_train, num_val, config)
+    rounds: Counter[int] = Counter()
+    num_solves = num_measurements = 0
+    for round_ in plan_rounds(
+        train.num_images, seed=config.seed, round_size=config.round_size, block_size=config.block_size
+    ):
+        rounds[len(round_.blocks)] += 1
+        num_solves += round_.num_examples
+        spent = num_train + evaluations_per_solve.expected * num_solves
+        is_spent = spent >= (config.max_evaluations or inf)
+        if round_.number + 1 == planned or is_spent:
+            break
+        num_measurements += is_due(round_, every)
+    all_images = (train.num_images, val.num_images)
+    measured = all_images if num_val_each_time is None else (_thin(val.num_images, num_val_each_time),)
+    return Work(
+        train=train,
+        val=val,
+        num_perturbations=num_perturbations,
+        rounds=rounds,
+        num_solves=num_solves,
+        # cheaper solves leave more of the budget for others
+        evaluations_per_solve=Span.exactly(evaluations_per_solve.expected) if is_spent else evaluations_per_solve,
+        labels=tuple(map(Sweep.over, all_images)),
+        measurements=(
+            *(Sweep.over(sizes, num_measurements) for sizes in measured),
+            *map(Sweep.over, all_images),  # at the end
+            Sweep.over(val.num_images),  # under a random perturbation
+        ),
+    )
+
+
+def _thin(sizes: Sequence[int], num_images: int) -> tuple[int, ...]:
+    """How many images of each shard are among `num_images` that are evenly spread over all, as `Dataset.thin` takes them."""
+    chosen = np.arange(num_images) * sum(sizes) // num_images
+    return tuple(int(n) for n in np.histogram(chosen, np.cumsum([0, *sizes]))[0])
