@@ -8,10 +8,12 @@ the way of v and of the sums, and the reduce; not the start of processes, nor a 
 
 import resource
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import cycle
 from math import ceil
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import ray
@@ -20,11 +22,11 @@ import tyro
 
 from uap_dist.computing.rounds import run_round
 from uap_dist.data.cache import Traffic
-from uap_dist.fleet.actor import Answer, Introduction
+from uap_dist.fleet import membership
+from uap_dist.fleet.actor import Answer, Introduction, RemoteWorker
 from uap_dist.fleet.config import FleetConfig
 from uap_dist.fleet.fleet import Fleet
-from uap_dist.fleet.ray_cluster import connect
-from uap_dist.fleet.task_queue import ActorRecord
+from uap_dist.fleet.ray_cluster import Need, connect
 from uap_dist.method.config import ComputeConfig
 from uap_dist.method.rates import Predictions
 from uap_dist.method.schedule import Block, Round
@@ -71,39 +73,28 @@ class Sleeper:
         return Answer(result, Traffic(), self._sleep_s, ())
 
 
-@dataclass
-class SleepingFleet(Fleet):
-    """A fleet whose workers are threads of a few actors."""
+def start_fleet(num_workers: int, options: Options) -> Fleet:
+    """A fleet whose workers are threads of a few actors, which need no room."""
+    actor = ray.remote(num_cpus=0, max_concurrency=max(1, ceil(num_workers / NUM_ACTORS)))(Sleeper)
+    sleepers = cycle(actor.remote(options.sleep_s, options.side) for _ in range(NUM_ACTORS))
 
-    sleepers: list[Any] = field(default_factory=list)
+    def start_actor(name: str, *_: Any, **__: Any) -> RemoteWorker:
+        return RemoteWorker(next(sleepers), name)
 
-    def __init__(self, num_workers: int, sleepers: list[Any]) -> None:
-        self.sleepers = sleepers
-        super().__init__("sleeper", None, FleetConfig(num_workers=num_workers))
-
-    def _check_room(self) -> None:
-        """Threads need none."""
-
-    def _start_member(self) -> None:
-        number = len(self._running)
-        self._prepare(ActorRecord(self.sleepers[number % len(self.sleepers)], f"sleeper-{number}"))
-
-    def close(self) -> None:
-        """Leave the actors to the next fleet."""
-        self._stop()
+    with patch.object(membership, "start_actor", start_actor), patch.object(Need, "room", lambda need: num_workers):
+        fleet = Fleet("sleeper", None, FleetConfig(num_workers=num_workers))
+    fleet.wait()
+    return fleet
 
 
 def main() -> None:
     """One line for each number of workers."""
     options = tyro.cli(Options)
     connect()
-    actor = ray.remote(num_cpus=0, max_concurrency=max(1, max(options.num_workers) // NUM_ACTORS))(Sleeper)
-    sleepers = [actor.remote(options.sleep_s, options.side) for _ in range(NUM_ACTORS)]
     print("| workers | blocks | round, ms | of it sleep, ms | driver, ms | driver, ms a block | driver's memory, MB |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for num_workers in options.num_workers:
-        fleet = SleepingFleet(num_workers, sleepers)
-        fleet.wait()
+        fleet = start_fleet(num_workers, options)
         num_blocks = options.num_blocks or num_workers
         keys = tuple(map(str, range(num_blocks)))
         labels = Predictions(np.zeros(num_blocks, np.int64), np.zeros(num_blocks, np.float32))

@@ -155,7 +155,7 @@ def run(options: Options, tracker: Tracker) -> None:
     fleet = Fleet(
         options.model, options.weights, options.fleet, tracker.run_id, weights_digest=classifier.weights_digest
     )
-    console.print(f"MLflow run {tracker.run_id}; waiting for {fleet.describe_wish()}")
+    console.print(f"MLflow run {tracker.run_id}; waiting for {fleet.describe_request()}")
     fleet.wait()
     load = {"max_bad_fraction": options.max_bad_fraction}
     train = load_dataset(fleet, train_urls, num_images=options.num_train_images, **load)

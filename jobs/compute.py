@@ -304,7 +304,7 @@ def _set_up(options: Options, output: Path, storage: str, tracker: Tracker, resu
     fleet = Fleet(
         options.model, options.weights, options.fleet, tracker.run_id, weights_digest=classifier.weights_digest
     )
-    console.print(f"MLflow run {tracker.run_id}; waiting for {fleet.describe_wish()}")
+    console.print(f"MLflow run {tracker.run_id}; waiting for {fleet.describe_request()}")
     fleet.wait()
     if not options.train_shards:
         _check_demo(train_urls, fleet.need)

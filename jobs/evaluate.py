@@ -122,7 +122,7 @@ def run(options: Options, tracker: Tracker) -> None:
     for name in (first, *others):
         if name != first:
             fleet.use(*models[name], weights_digest=digests[name])
-        console.print(f"{name}: waiting for {fleet.describe_wish()}")
+        console.print(f"{name}: waiting for {fleet.describe_request()}")
         fleet.wait()
         found[name] = [m for each in urls.items() for m in _measure(options, fleet, name, each, perturbations, tracker)]
     measurements = [measurement for name in models for measurement in found[name]]

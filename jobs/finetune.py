@@ -211,7 +211,7 @@ def _set_up(options: Options, pool: PerturbationPool, tracker: Tracker, resumed:
     )
     # weights depend on it, and it has to divide the batch
     options = replace(options, fleet=replace(options.fleet, num_workers=fleet.num_asked))
-    console.print(f"MLflow run {tracker.run_id}; waiting for {fleet.describe_wish()}")
+    console.print(f"MLflow run {tracker.run_id}; waiting for {fleet.describe_request()}")
     fleet.wait()
     if not is_url(store.location):
         check_shared(

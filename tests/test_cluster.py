@@ -95,7 +95,7 @@ fleet = Fleet(sys.argv[1], None, FleetConfig(num_workers=1))
 fleet.wait()
 data = list_dataset(fleet, [sys.argv[2]])
 (answer,) = fleet.map(Worker.classify, [data.examples(0, range(3))], np.zeros(data.shape, np.float32))
-print("labels", answer.labels, "lost", fleet.tally.workers_lost)
+print("labels", answer.labels, "lost", fleet.stats.workers_lost)
 """
 
 

@@ -1,16 +1,17 @@
-"""A worker behind Ray: what its process does around the calls that fleet.py sends."""
+"""A worker as a Ray actor: what its process does around each task, and how the driver sees it."""
 
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from uap_dist.fleet import ray_cluster as ray_cluster  # before Ray, which reads on import what this sets
+from uap_dist.fleet import ray_cluster as ray_cluster  # first: it sets variables that Ray reads when it is imported
 
 # isort: split
 import ray
+from ray.actor import ActorHandle
 from ray.util import get_node_ip_address
 
 from uap_dist.data.cache import Traffic
@@ -26,18 +27,35 @@ logger = logging.getLogger("uap_dist")
 
 
 def decisive_versions() -> dict[str, str]:
-    """What must be the same on all nodes."""
+    """Versions that must be the same on all nodes."""
     found = versions()
     return {name: found[name] for name in DECISIVE_VERSIONS}
 
 
-@dataclass(frozen=True)
-class Introduction:
-    """What a worker says of itself when it has loaded the classifier.
+@dataclass(eq=False)
+class RemoteWorker:
+    """A worker as the driver sees it.
 
     Attributes:
-        machine: its kind, as `provenance.machine` names it.
-        node: Ray's id of the node.
+        actor: handle of its Ray actor, a `UapWorker`.
+        name: of the actor.
+        node: Ray's id of its node, once the worker has loaded the classifier.
+        shards: URLs of the shards that it has read or is about to read, in order.
+    """
+
+    actor: ActorHandle[Any]
+    name: str
+    node: str = ""
+    shards: dict[str, None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Introduction:
+    """What a worker reports when it has loaded the classifier.
+
+    Attributes:
+        machine: kind of its machine, see `versions.machine`.
+        node: Ray's id of its node.
         weights_digest: of the classifier.
     """
 
@@ -48,14 +66,14 @@ class Introduction:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of a call.
+    """What a worker returns for a task.
 
     Attributes:
-        result: what the method gave.
-        traffic: what was read for it.
-        seconds: that it took.
-        warnings: of the package, meanwhile.
-        kernels: of torch that were used for it and do not repeat their bits.
+        result: of the method.
+        traffic: what was read for the task.
+        seconds: time that the task took.
+        warnings: that the package logged meanwhile.
+        kernels: names of nondeterministic torch kernels that the task used.
     """
 
     result: Any
@@ -66,49 +84,49 @@ class Answer:
 
 
 class UapWorker:
-    """An actor; it starts in a method so that what goes wrong comes back as it was raised."""
+    """The Ray actor. It loads its classifier in `start`, not in `__init__`, so that errors reach the driver unchanged."""
 
     _worker: Worker | None = None
 
     def __init__(self, name: str, run: str) -> None:
-        """Log to Ray's log of this process, under the names of the worker and of the MLflow run."""
+        """Write logs of this process with the names of the worker and of the MLflow run."""
         self._name, self._node = name, get_node_ip_address()
         logging.basicConfig(format=f"%(asctime)s run {run} {name} %(levelname)s %(message)s")
         logger.setLevel(logging.INFO)
 
     def __repr__(self) -> str:
-        """In Ray's dashboard and logs."""
+        """The name that Ray's dashboard and logs show."""
         return self._name
 
-    def start(self, expected: Mapping[str, str], **how: Any) -> Introduction:
-        """Load the classifier. Where that fails, it can be called again.
+    def start(self, expected: Mapping[str, str], **options: Any) -> Introduction:
+        """Load the classifier. It can be called again, for another classifier or after an error.
 
         Args:
             expected: `decisive_versions` of the driver.
-            how: see `make_worker`.
+            options: of `make_worker`.
 
         Raises:
-            ConfigError: this node has others.
+            ConfigError: this node has other versions.
         """
         own = decisive_versions()
         others = [f"{name} {own[name]} instead of {expected[name]}" for name in own if own[name] != expected[name]]
         if others:
             raise ConfigError(
-                f"node {self._node} has {', '.join(others)}; the bits of a result depend on them: install what the driver has"
+                f"node {self._node} has {', '.join(others)}; the bits of a result depend on them: install the driver's versions"
             )
-        set_up_torch(how["num_threads"])
-        worker = make_worker(**how)
+        set_up_torch(options["num_threads"])
+        worker = make_worker(**options)
         if self._worker is not None:
             worker.adopt(self._worker)
         self._worker = worker
         return Introduction(machine(), ray.get_runtime_context().get_node_id(), worker.classifier.weights_digest)
 
     def call(self, method: Callable[..., Any], task: Examples, upcoming: str, *shared: Any) -> Answer:
-        """Run a method of `Worker` on a task, and meanwhile fetch the shard that comes next, if any."""
+        """Run a method of `Worker` on a task, while the shard `upcoming` (empty: none) is fetched in the background."""
         assert self._worker is not None
         logger.info("%s %s", method.__name__, task.title)
         started, before = time.perf_counter(), self._worker.traffic
-        with _listening() as warnings, noticing_kernels() as kernels:
+        with _recorded_warnings() as warnings, noticing_kernels() as kernels:
             if upcoming:
                 self._worker.prefetch(upcoming)
             result = method(self._worker, task, *shared)
@@ -118,33 +136,33 @@ class UapWorker:
 
 
 @contextmanager
-def _listening() -> Iterator[list[str]]:
-    """What the package warns of meanwhile."""
-    handler = _Listener(logging.WARNING)
+def _recorded_warnings() -> Iterator[list[str]]:
+    """Collect the warnings that the package logs."""
+    handler = _WarningRecorder(logging.WARNING)
     logger.addHandler(handler)
     try:
-        yield handler.heard
+        yield handler.messages
     finally:
         logger.removeHandler(handler)
 
 
-class _Listener(logging.Handler):
+class _WarningRecorder(logging.Handler):
     def __init__(self, level: int) -> None:
         super().__init__(level)
-        self.heard: list[str] = []
+        self.messages: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.heard.append(record.getMessage())
+        self.messages.append(record.getMessage())
 
 
-def start_actor(name: str, run: str, *, cpus: int, gpus: float) -> Any:
-    """Ask Ray for a worker's process; `start` is to be called next.
+def start_actor(name: str, run: str, *, cpus: int, gpus: float) -> RemoteWorker:
+    """Ask Ray for a worker's actor; its `start` must be called before any task.
 
     Args:
         name: unique in this process.
-        run: MLflow run that it works for.
-        cpus: that it takes.
-        gpus: that it takes, or the share of one.
+        run: id of the MLflow run, for the worker's log.
+        cpus: number that the worker takes.
+        gpus: number that the worker takes, or its share of one.
     """
     actor: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0)(UapWorker)
-    return actor.options(name=name).remote(name, run)
+    return RemoteWorker(actor.options(name=name).remote(name, run), name)

@@ -1,16 +1,18 @@
-"""What a fleet has done so far, in numbers: for MLflow, and for Ray's dashboard while it runs."""
+"""What a fleet has done so far, in numbers: for MLflow, and for Ray's dashboard while the fleet runs."""
 
+import time
 from dataclasses import asdict, dataclass, field
 
-from uap_dist.fleet import ray_cluster as ray_cluster  # before Ray, which reads on import what this sets
+from uap_dist.fleet import ray_cluster as ray_cluster  # first: it sets variables that Ray reads when it is imported
 
 # isort: split
 from ray.util.metrics import Counter, Gauge
 
 from uap_dist.data.cache import Traffic
 
+SECONDS_BETWEEN_UPDATES = 5.0
 DESCRIPTIONS = {
-    "rounds": "rounds solved; of all perturbations of the job",
+    "rounds": "rounds solved, of all perturbations of the job",
     "solves": "examples solved",
     "stragglers": "blocks given to a second worker because the first took long",
     "workers_lost": "workers lost and replaced",
@@ -24,15 +26,15 @@ DESCRIPTIONS = {
 
 
 @dataclass
-class Tally:
-    """Counted since the fleet began.
+class FleetStats:
+    """Totals since the fleet began.
 
     Attributes:
         rounds: calls of `map` that solved blocks.
         solves: examples solved.
         stragglers: tasks that were given to a second worker because the first took long.
         workers_lost: workers that were lost and replaced.
-        seconds_busy: that workers took over their tasks, waiting for shards included.
+        seconds_busy: time that workers spent on their tasks, waiting for shards included.
         traffic: of all workers together.
     """
 
@@ -44,7 +46,7 @@ class Tally:
     traffic: Traffic = field(default_factory=Traffic)
 
     def metrics(self) -> dict[str, float]:
-        """For a round's report."""
+        """MLflow metrics for a round's report."""
         traffic = self.traffic
         return {
             "fleet/stragglers": float(self.stragglers),
@@ -56,26 +58,30 @@ class Tally:
 
 
 class Dashboard:
-    """Shows a tally as Ray's metrics, named uap_…, which Prometheus reads and Ray's dashboard draws."""
+    """Exports the totals as Ray metrics named `uap_…`, which Prometheus reads and Ray's dashboard draws."""
 
     def __init__(self, run: str) -> None:
-        """Of the fleet that works for that MLflow run."""
-        tags = {"run": run}
+        """Tag all metrics with the id of the MLflow run."""
         self._counters = {name: Counter(f"uap_{name}", text, ("run",)) for name, text in DESCRIPTIONS.items()}
-        self._workers = Gauge("uap_workers", "workers that are there", ("run",))
+        self._workers = Gauge("uap_workers", "workers that are ready", ("run",))
         self._in_flight = Gauge("uap_blocks_in_flight", "blocks and other tasks that workers compute now", ("run",))
         self._rate = Gauge("uap_solves_per_second", "examples solved a second", ("run",))
         for metric in (*self._counters.values(), self._workers, self._in_flight, self._rate):
-            metric.set_default_tags(tags)
-        self._shown: dict[str, float] = dict.fromkeys(DESCRIPTIONS, 0.0)
+            metric.set_default_tags({"run": run})
+        self._exported: dict[str, float] = dict.fromkeys(DESCRIPTIONS, 0.0)
+        self._last_update = time.monotonic()
 
-    def show(self, tally: Tally, *, seconds: float, num_workers: int, in_flight: int) -> None:
-        """The tally as it is now, so many seconds after the last time."""
-        values = asdict(tally) | asdict(tally.traffic)
-        self._rate.set((tally.solves - self._shown["solves"]) / seconds)
+    def update(self, stats: FleetStats, *, num_workers: int, num_in_flight: int) -> None:
+        """Export the totals, unless they were a few seconds ago."""
+        seconds = time.monotonic() - self._last_update
+        if seconds <= SECONDS_BETWEEN_UPDATES:
+            return
+        self._last_update += seconds
+        values = asdict(stats) | asdict(stats.traffic)
+        self._rate.set((stats.solves - self._exported["solves"]) / seconds)
         for name, counter in self._counters.items():
-            if values[name] > self._shown[name]:
-                counter.inc(values[name] - self._shown[name])
-                self._shown[name] = values[name]
+            if values[name] > self._exported[name]:
+                counter.inc(values[name] - self._exported[name])
+                self._exported[name] = values[name]
         self._workers.set(num_workers)
-        self._in_flight.set(in_flight)
+        self._in_flight.set(num_in_flight)
