@@ -202,7 +202,7 @@ def test_a_killed_driver_resumes_to_the_same_bits_with_every_metric_once(shards,
         done = run_job([*resume, *more], tmp_path)
         assert done.returncode == code, done.stderr
         if more == ("--step-size", "5"):
-            assert "cannot be resumed, its result would be another one: step_size was None, is 5.0" in done.stderr
+            assert "cannot be resumed, because its result would differ: step_size was None, is 5.0" in done.stderr
     assert done.stderr == f"error: run {run.info.run_id} is finished; there is nothing to resume\n"
 
     client, (run,) = runs(tmp_path)

@@ -1,4 +1,4 @@
-"""What is said where MLflow cannot be used: which part of it, why, and never that of a mistake in the program."""
+"""Errors when MLflow cannot be used: they name which part of it and why, and never hide a bug of the program."""
 
 import errno
 import sqlite3
@@ -48,7 +48,7 @@ def tracker(tmp_path, monkeypatch):
         (FILE, ModuleNotFoundError("No module named 'boto3'"), "cannot be used: No module named 'boto3'"),
     ],
 )
-def test_what_fails_is_named_with_its_reason(uri, error, message):
+def test_a_failure_is_named_with_its_reason(uri, error, message):
     with pytest.raises(TrackingError, match=message) as raised, tracking_errors(uri):
         raise error
     assert "\n" not in str(raised.value)
@@ -56,13 +56,13 @@ def test_what_fails_is_named_with_its_reason(uri, error, message):
 
 
 @pytest.mark.parametrize("error", [KeyError("compute"), TypeError("no"), AssertionError(), ConfigError("radius")])
-def test_other_errors_stay_what_they_are(error):
+def test_other_errors_pass_unchanged(error):
     with pytest.raises(type(error)) as raised, tracking_errors(SERVER):
         raise error
     assert raised.value is error
 
 
-def test_a_mistake_in_what_is_sent_is_no_fault_of_the_server(tracker):
+def test_a_bug_in_what_is_sent_is_not_blamed_on_the_server(tracker):
     tracker.log_round(RoundRecord(1, 1, None))
     with pytest.raises(AttributeError):
         tracker.wait_for_delivery(0.5)
@@ -79,7 +79,7 @@ def test_artifacts_that_cannot_be_written_are_named(tracker, tmp_path):
 
 
 @pytest.mark.slow  # MLflow's patience with a locked database is 20 s
-def test_a_job_waits_for_others_that_write_for_long(tracker, tmp_path):
+def test_a_job_waits_for_others_that_hold_the_lock_for_long(tracker, tmp_path):
     with closing(sqlite3.connect(tmp_path / "mlflow.db", check_same_thread=False)) as other:
         other.execute("BEGIN EXCLUSIVE")
         Timer(25, other.rollback).start()

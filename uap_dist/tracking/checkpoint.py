@@ -1,7 +1,7 @@
-"""Rounds committed to storage and read back: one file a round, the last few kept.
+"""Checkpoints: rounds committed to storage and read back, one file for each round, of which the last few are kept.
 
-A file's name ends in the digest of its bytes, so that one which was not written to its end, or has changed since, is no commit and
-the one before is taken. That holds alike for local folders and for object stores.
+The name of a file ends in the digest of its bytes. A file that was not written completely, or was damaged later, does not match its
+name, and the previous one is used. This works in local folders and object stores alike.
 """
 
 import io
@@ -25,25 +25,25 @@ from uap_dist.method.state import State
 from uap_dist.method.update import Iterate
 from uap_dist.tracking.history import RoundRecord
 
-KEPT = 3
-DIGEST_LENGTH = 16
+NUM_KEPT = 3
+DIGEST_LENGTH = 16  # hexadecimal digits
 UNFINISHED = "unfinished"  # name of a local file that is being written
-FORMAT = 2  # of a checkpoint's file; one more where an older program could not go on with it, or a newer one with an older file
+FORMAT = 2  # of the file; incremented when older and newer versions cannot read each other's checkpoints
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class JobRecord:
-    """What stays the same over all rounds of a run, in plain values as JSON has them.
+    """What is the same for all rounds of a run, as JSON values.
 
     Attributes:
-        run_id: of MLflow.
-        options: of the job, to go on with.
-        identity: what decides the bits: data, network, config, seed.
-        environment: what the bits may depend on beside it: kinds of devices, versions.
-        program: which job it is of: compute, finetune or plan.
-        part_of: MLflow run to resume, where it is another one: the pool's, of a member.
+        run_id: MLflow run.
+        options: options of the job, with which it is resumed.
+        identity: what determines the bits of the result: data, network, config and seed.
+        environment: what the bits may depend on beyond that: kinds of devices and versions.
+        program: name of the job: compute, finetune or plan.
+        part_of: MLflow run to resume instead of this one, which is part of it, such as the run of the pool; None if there is none.
     """
 
     run_id: str
@@ -56,14 +56,14 @@ class JobRecord:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A committed round."""
+    """A committed round: the job, its state after the round, and the records of all rounds so far."""
 
     job: JobRecord
     state: State
     history: Sequence[RoundRecord]
 
     def to_bytes(self) -> bytes:
-        """An .npz file: v and momentum (C×H×W float64) and the log-odds' scale, all else as JSON."""
+        """The contents of an .npz file: v and momentum (C×H×W float64), the scale of the log-odds, and everything else as JSON."""
         state, file = self.state, io.BytesIO()
         texts = {
             "job": json.dumps(asdict(self.job)),
@@ -78,11 +78,13 @@ class Checkpoint:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Checkpoint":
-        """What `to_bytes` gave; ResumeError where that of another version did."""
+        """Inverse of `to_bytes`; ResumeError if another version wrote the file."""
         with np.load(io.BytesIO(data)) as file:
             found = file["format"].item() if "format" in file else 1
             if found != FORMAT:
-                raise ResumeError(f"is of another version of uap_dist (its format is {found}, this one reads {FORMAT})")
+                raise ResumeError(
+                    f"is of another version of uap_dist (its format is {found}, this version reads {FORMAT})"
+                )
             v, momentum, scale = torch.tensor(file["v"]), torch.tensor(file["momentum"]), file["scale"].item()
             job, counters, history = (file[name].tobytes().decode() for name in ("job", "counters", "history"))
         return cls(
@@ -93,16 +95,19 @@ class Checkpoint:
 
 
 class CheckpointStore:
-    """The checkpoints of one run in one folder; a context manager that ends with the last commit done.
+    """The checkpoints of one run in one folder, as a context manager that waits for the last commit at its end.
 
-    Commits run in a thread of their own, one at a time, so that a slow store costs no round its time.
+    Commits run one at a time in a background thread, so slow storage does not delay rounds.
+
+    Attributes:
+        location: local folder or URL.
     """
 
     def __init__(self, location: str) -> None:
-        """Of a local folder or a URL (see `locate`).
+        """Use a local folder or a URL (see `locate`), which need not exist.
 
         Raises:
-            ConfigError: no such file system.
+            ConfigError: the file system does not exist.
         """
         self.location = location
         self._filesystem, self._folder = locate(location)
@@ -119,53 +124,56 @@ class CheckpointStore:
             logger.warning("the last %d commits to %s failed", self._num_failed, self.location)
 
     def start(self, checkpoint: Checkpoint) -> None:
-        """Commit now, so that a storage that cannot be written to is known before hours of work.
+        """Commit in the foreground, so that a failure is known before hours of work.
 
         Raises:
-            ConfigError: it cannot be written to.
+            ConfigError: the storage cannot be written to.
         """
         with self._writable():
             self._write(checkpoint)
 
     def prepare(self) -> None:
-        """Write and delete a file where commits will lie; of a run that is refused afterwards nothing is left.
+        """Check that the storage can be written to, with a file that is deleted again; a run that is refused later leaves nothing.
 
         Raises:
-            ConfigError: it cannot be done.
+            ConfigError: the storage cannot be written to.
         """
         with self._writable():
             if isinstance(self._filesystem, fs.LocalFileSystem):
                 try_to_write(Path(self._folder))
                 return
             is_new = self._filesystem.get_file_info(self._folder).type == fs.FileType.NotFound
-            trial = f"{self._folder}/{UNFINISHED}"
-            with self._filesystem.open_output_stream(trial) as file:
+            probe = f"{self._folder}/{UNFINISHED}"
+            with self._filesystem.open_output_stream(probe) as file:
                 file.write(b"uap_dist")
-            self._filesystem.delete_file(trial)
-            if is_new:  # deleting an object leaves a folder there
+            self._filesystem.delete_file(probe)
+            if is_new:  # deleting an object leaves an empty folder
                 self._filesystem.delete_dir(self._folder)
 
     def commit(self, checkpoint: Checkpoint) -> None:
-        """Write a round once the one before is written; where that fails, say so and go on: the next commit holds all of it."""
+        """Write a round in the background, once the previous one is written.
+
+        A failure is only logged, because the next commit has everything that this one has.
+        """
         self.wait()
         self._last = self._thread.submit(self._try_to_write, checkpoint)
 
     def wait(self) -> None:
-        """Return when the last commit is written, or has failed."""
+        """Return once the last commit has been written or has failed."""
         if self._last is not None:
             self._last.result()
 
     def remove(self) -> None:
-        """Delete the folder with all in it; a store that does not let us is left as it is."""
+        """Delete the folder and everything in it, if the storage allows it."""
         self.wait()
         with suppress(OSError):
             self._filesystem.delete_dir(self._folder)
 
     def newest(self) -> Checkpoint:
-        """The last commit that is whole.
+        """The newest intact checkpoint.
 
         Raises:
-            ResumeError: there is none.
+            ResumeError: there is none, the storage cannot be read, or another version wrote it.
         """
         found = self.find_newest()
         if found is None:
@@ -175,7 +183,7 @@ class CheckpointStore:
         return found
 
     def find_newest(self) -> Checkpoint | None:
-        """The last commit that is whole, if there is one.
+        """The newest intact checkpoint, None if there is none.
 
         Raises:
             ResumeError: the storage cannot be read, or another version wrote it.
@@ -192,14 +200,14 @@ class CheckpointStore:
                 data = stream.read()
             if path.endswith(f"-{_digest(data)}.npz"):
                 return self._unpack(data, path)
-            logger.warning("checkpoint %s is not whole; taking the one before", path)
+            logger.warning("checkpoint %s is damaged; using the previous one", path)
         return None
 
     def _unpack(self, data: bytes, path: str) -> Checkpoint:
         try:
             return Checkpoint.from_bytes(data)
         except ResumeError as error:
-            raise ResumeError(f"checkpoint {path} {error}; go on with that version, or start a new run") from error
+            raise ResumeError(f"checkpoint {path} {error}; resume with that version, or start a new run") from error
 
     @contextmanager
     def _writable(self) -> Iterator[None]:
@@ -214,20 +222,24 @@ class CheckpointStore:
         except OSError as error:
             if not self._num_failed:
                 logger.warning(
-                    "rounds from %d on are not committed to %s; the job goes on, and tries again after each",
+                    "round %d could not be committed to %s; the job continues, and tries again after every round",
                     checkpoint.state.num_rounds,
                     explain(self.location, error),
                 )
             self._num_failed += 1
         else:
             if self._num_failed:
-                logger.info("round %d is committed, after %d were not", checkpoint.state.num_rounds, self._num_failed)
+                logger.info(
+                    "round %d is committed; the %d commits before it failed",
+                    checkpoint.state.num_rounds,
+                    self._num_failed,
+                )
             self._num_failed = 0
 
     def _write(self, checkpoint: Checkpoint) -> None:
         data = checkpoint.to_bytes()
         path = f"{self._folder}/round-{checkpoint.state.num_rounds:08d}-{_digest(data)}.npz"
-        # an object store shows an object when it is whole; on a local disk that takes a rename
+        # object stores show only complete objects; on a local disk this takes a rename
         is_local = isinstance(self._filesystem, fs.LocalFileSystem)
         target = f"{self._folder}/{UNFINISHED}" if is_local else path
         if is_local:
@@ -236,33 +248,35 @@ class CheckpointStore:
             file.write(data)
         if is_local:
             self._filesystem.move(target, path)
-        for path in self._paths()[:-KEPT]:
+        for path in self._paths()[:-NUM_KEPT]:
             self._filesystem.delete_file(path)
 
     def _paths(self) -> list[str]:
-        """Of all checkpoints, the newest last."""
+        """Paths of all checkpoints, the newest last."""
         infos = self._filesystem.get_file_info(fs.FileSelector(self._folder, allow_not_found=True))
         return sorted(info.path for info in infos if info.base_name.startswith("round-"))
 
 
 def check_identity(saved: JobRecord, now: JobRecord) -> None:
-    """Refuse to go on where the result would be another one, and warn where it may be.
+    """Check that a resumed job gives the result of the saved one, and log a warning if it may not.
 
     Raises:
-        ResumeError: names what differs.
+        ResumeError: the result would differ; the message names what does.
     """
     differences = name_differences(saved.identity, now.identity)
     if differences:
         raise ResumeError(
-            f"run {saved.run_id} cannot be resumed, its result would be another one: {differences}; give it what it had, or start a new run"
+            f"run {saved.run_id} cannot be resumed, because its result would differ: {differences}; restore these, or start a new run"
         )
     differences = name_differences(saved.environment, now.environment)
     if differences:
-        logger.warning("resumed elsewhere, the bits may differ from those of an uninterrupted run: %s", differences)
+        logger.warning(
+            "resumed in another environment; the bits may differ from those of an uninterrupted run: %s", differences
+        )
 
 
 def name_differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """In what two mappings differ, in words; empty where they do not."""
+    """The differences of two mappings in words, such as "seed was 0, is 1"; empty if they are equal."""
     return "; ".join(
         f"{name} was {saved.get(name)}, is {now.get(name)}"
         for name in sorted({*saved, *now})

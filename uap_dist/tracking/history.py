@@ -1,4 +1,4 @@
-"""What a run keeps of every round: its metrics, when and after how many rounds."""
+"""The record of a round: its metrics, with step and time."""
 
 import json
 import time
@@ -11,12 +11,13 @@ from uap_dist.method.state import RoundReport
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """A round as MLflow, the checkpoint and the curve know it.
+    """A round, or an epoch of fine-tuning, as it is kept in MLflow, in checkpoints and in the curve.
 
     Attributes:
-        step: rounds done.
-        timestamp_ms: since 1970, fixed once: MLflow takes the same metric, step, value and time twice for one point.
-        metrics: see RoundReport.metrics and Workers.metrics.
+        step: number of rounds or epochs done.
+        timestamp_ms: milliseconds since 1970. It is never changed, because MLflow recognises a metric that is sent twice by its
+            step, value and time.
+        metrics: by name; see `RoundReport.metrics` and `Workers.metrics`.
     """
 
     step: int
@@ -25,15 +26,15 @@ class RoundRecord:
 
     @classmethod
     def of(cls, report: RoundReport, workers: Mapping[str, float]) -> "RoundRecord":
-        """The round as it has just been done, with what the workers say of themselves."""
+        """The record of a round that has just been done, including metrics of the workers."""
         return cls(report.round_number + 1, time.time_ns() // 1_000_000, report.metrics() | dict(workers))
 
     @cached_property
     def json(self) -> str:
-        """One line; kept, because every later checkpoint holds it again."""
+        """One line of JSON, cached because every later checkpoint contains it."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, line: str) -> "RoundRecord":
-        """What `json` gave."""
+        """Inverse of `json`."""
         return cls(**json.loads(line))

@@ -1,4 +1,4 @@
-"""Metrics on their way to a tracking server that may be away: delivered in order by a thread, so that nobody waits."""
+"""Background delivery of metrics, in order, to a tracking server that may be down for a while."""
 
 import logging
 import time
@@ -9,32 +9,41 @@ from threading import Condition, Event, Thread
 from uap_dist.foreign_text import first_line, redact
 from uap_dist.tracking.history import RoundRecord
 
-SECONDS_BETWEEN_TRIES, SECONDS_BETWEEN_LAST_TRIES = 5.0, 0.5
+SECONDS_BETWEEN_ATTEMPTS = 5.0
+SECONDS_BETWEEN_LAST_ATTEMPTS = 0.5  # when the queue is being closed
 MAX_RECORDS_AT_ONCE = 50
 
 logger = logging.getLogger(__name__)
 
 
 class Outbox:
-    """Keeps records until `send` has taken them."""
+    """A queue of records with a thread that delivers them, and retries until they are accepted.
+
+    Attributes:
+        failure: error of the last delivery; None after a success.
+    """
 
     def __init__(self, send: Callable[[Sequence[RoundRecord]], None]) -> None:
-        """Send some records at once, in order; an exception means that none of them arrived, and they are sent again."""
+        """Start the thread.
+
+        Args:
+            send: delivers some records, in order. If it raises, none of them are taken to have arrived, and they are sent again.
+        """
         self._send = send
         self._waiting: deque[RoundRecord] = deque()
         self._changed = Condition()
         self._closing = Event()
-        self.failure: Exception | None = None  # of the last try
+        self.failure: Exception | None = None
         Thread(target=self._deliver, name="outbox", daemon=True).start()
 
     def put(self, record: RoundRecord) -> None:
-        """Take a record; returns at once."""
+        """Add a record to the queue; returns at once."""
         with self._changed:
             self._waiting.append(record)
             self._changed.notify_all()
 
     def close(self, timeout_s: float) -> int:
-        """Wait so long for the rest to be delivered; the number of records that were not."""
+        """Wait at most `timeout_s` seconds until the queue is empty, and return the number of records that are still in it."""
         deadline = time.monotonic() + timeout_s
         self._closing.set()
         with self._changed:
@@ -49,15 +58,18 @@ class Outbox:
                 records = list(self._waiting)[:MAX_RECORDS_AT_ONCE]
             try:
                 self._send(records)
-            except Exception as error:  # whatever it is, the computation goes on
+            except Exception as error:  # whatever it is, the computation continues
                 if not failing:
-                    logger.warning("metrics wait for the tracking server: %s", redact(first_line(error)))
+                    logger.warning(
+                        "the tracking server does not accept metrics, which are kept and sent again: %s",
+                        redact(first_line(error)),
+                    )
                 failing, self.failure = True, error
-                if self._closing.wait(SECONDS_BETWEEN_TRIES):
-                    time.sleep(SECONDS_BETWEEN_LAST_TRIES)
+                if self._closing.wait(SECONDS_BETWEEN_ATTEMPTS):
+                    time.sleep(SECONDS_BETWEEN_LAST_ATTEMPTS)
                 continue
             if failing:
-                logger.info("the tracking server takes metrics again")
+                logger.info("the tracking server accepts metrics again")
             failing, self.failure = False, None
             with self._changed:
                 for _ in records:

@@ -1,4 +1,4 @@
-"""What --resume names: the newest checkpoint of a run, found before the other options are parsed."""
+"""The run that --resume names: its newest checkpoint, which is found before the other options are parsed."""
 
 import logging
 import re
@@ -14,10 +14,10 @@ from uap_dist.tracking.checkpoint import Checkpoint, CheckpointStore
 from uap_dist.tracking.mlflow_server import RunFacts, look_up
 from uap_dist.tracking.process import command
 
-JOBS = {"compute": "a computation", "finetune": "a fine-tuning"}  # that can be resumed
+RESUMABLE_JOBS = {"compute": "a computation", "finetune": "a fine-tuning"}
 OTHER_JOBS = {"evaluate": "an evaluation", "analyze": "an analysis", "plan": "a plan"}
 
-FRESH_S = 60.0  # age of a last round that may have been ended by a process which is still there
+FRESH_S = 60.0  # age of the last round up to which the process that computed it may still be running
 
 Options = TypeVar("Options")
 
@@ -26,34 +26,34 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Resumed:
-    """The newest checkpoint, and where it lies."""
+    """The newest checkpoint of a run, and its folder or URL."""
 
     checkpoint: Checkpoint
     storage: str
 
     def options(self, read: Callable[[Mapping[str, Any]], Options]) -> Options:
-        """Those of the job, as `read` makes them of plain values.
+        """The options of the job, which `read` makes from their JSON values.
 
         Raises:
-            ResumeError: this version has other options.
+            ResumeError: another version of uap_dist, with other options, saved them.
         """
         try:
             return read(self.checkpoint.job.options)
         except (KeyError, TypeError) as error:
             raise ResumeError(
-                f"the options in {self.storage} are of another version of uap_dist ({error}); go on with that version, or start a new run"
+                f"the options in {self.storage} are of another version of uap_dist ({error}); resume with that version, or start a new run"
             ) from error
 
 
 def find_resumed(job: str) -> Resumed | None:
-    """What the command line's --resume (an MLflow run, or its folder of checkpoints) names; None without that option.
+    """What --resume on the command line names, an MLflow run or its folder of checkpoints; None without that option.
 
     Args:
-        job: that is to go on with it: compute or finetune.
+        job: job that is to resume it: compute or finetune.
 
     Raises:
-        ResumeError: there is no checkpoint, or one that this job cannot go on with.
-        TrackingError: the server that knows where it is does not answer.
+        ResumeError: there is no checkpoint, or it is one that this job cannot resume.
+        TrackingError: MLflow, which knows where the checkpoints are, does not answer.
     """
     for number, word in enumerate(sys.argv[1:], start=1):
         option, _, value = word.partition("=")
@@ -71,23 +71,23 @@ def find_resumed(job: str) -> Resumed | None:
 
 
 def _warn_if_fresh(checkpoint: Checkpoint) -> None:
-    """A run that was killed and one that goes on elsewhere look alike, but for the time of their last round."""
+    """Log a warning if another process may still be computing the run: only the age of its last round can tell."""
     if checkpoint.history:
         age_s = time.time() - checkpoint.history[-1].timestamp_ms / 1000
         if age_s < FRESH_S:
             logger.warning(
-                "run %s ended a round %.0f s ago; if another process still computes it, end one of the two",
+                "run %s finished a round %.0f s ago; if another process is still computing it, stop one of the two",
                 checkpoint.job.run_id,
                 age_s,
             )
 
 
 def _checkpoints_of(run_id: str, job: str) -> str:
-    """Where a run keeps its checkpoints; ResumeError where it has none or is another job's."""
+    """Folder or URL of a run's checkpoints; ResumeError if it has none, or this job cannot resume it."""
     run, (root_id, root) = look_up(run_id), _root(run_id)
     if not root.job:
         raise ResumeError(
-            f"run {run_id} ({run.name}) is of another program, or of an earlier version of uap_dist; it cannot be resumed here"
+            f"run {run_id} ({run.name}) was started by another program, or by an earlier version of uap_dist; it cannot be resumed"
         )
     if root.status == "FINISHED":
         raise ResumeError(f"run {run_id} is finished; there is nothing to resume")
@@ -100,17 +100,19 @@ def _checkpoints_of(run_id: str, job: str) -> str:
 
 
 def _root(run_id: str) -> tuple[str, RunFacts]:
-    """The run that is no part of another, from a part of it."""
+    """The run at the top of the one given, which may be its own: parent of its parents."""
     run = look_up(run_id)
     return (run_id, run) if run.parent is None else _root(run.parent)
 
 
 def _is_part(subject: str, run_id: str, job: str) -> str:
-    return f"{subject} a part of run {run_id}, {JOBS.get(job, OTHER_JOBS.get(job))}; resume that: {command(job)} --resume {run_id}"
+    return f"{subject} part of run {run_id}, {RESUMABLE_JOBS.get(job, OTHER_JOBS.get(job))}; resume that: {command(job)} --resume {run_id}"
 
 
 def _check_job(subject: str, found: str, job: str, target: str) -> None:
     if found in OTHER_JOBS:
         raise ResumeError(f"{subject} {OTHER_JOBS[found]}, which cannot be resumed; start it again")
     if found != job:
-        raise ResumeError(f"{subject} {JOBS.get(found, found)}; resume it with {command(found)} --resume {target}")
+        raise ResumeError(
+            f"{subject} {RESUMABLE_JOBS.get(found, found)}; resume it with {command(found)} --resume {target}"
+        )

@@ -1,4 +1,4 @@
-"""The sqlite file that MLflow keeps runs in where no server is named: made whole or not at all, by one process at a time."""
+"""The sqlite file in which MLflow keeps runs if no server is given: created completely or not at all, by one process at a time."""
 
 import fcntl
 import logging
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def sqlite_path(uri: str) -> Path | None:
-    """The file of a tracking URI; None where it names none, as that of a server."""
+    """The file that a tracking URI names; None for the URI of a server or of a database in memory."""
     if not uri.startswith("sqlite"):
         return None
     name = make_url(uri).database
@@ -24,16 +24,16 @@ def sqlite_path(uri: str) -> Path | None:
 
 
 def prepare_store(path: Path, open_store: Callable[[str], object]) -> None:
-    """Make the file where it is missing, or bring its tables up to date, and keep other processes from doing so meanwhile.
+    """Create the file if it does not exist, or migrate its tables, while other processes wait.
 
-    A new one is made under another name, so that a process which is killed at that leaves nothing half made under this one.
+    A new file is created under another name and then renamed, so a process that is killed meanwhile leaves nothing incomplete.
 
     Args:
         path: of the file.
-        open_store: what MLflow does with a sqlite URI; it makes and migrates tables.
+        open_store: opens a sqlite URI with MLflow, which creates and migrates tables.
 
     Raises:
-        TrackingError: the file cannot be made or used; its message says what to do about it.
+        TrackingError: the file cannot be created or used; the message says what to do.
     """
     draft = path.with_name(f"{path.name}.unfinished")
     with _lock(path):
@@ -48,7 +48,7 @@ def prepare_store(path: Path, open_store: Callable[[str], object]) -> None:
 
 
 def _lock(path: Path) -> IO[bytes]:
-    """An open file, whose owner is alone among the processes that use the store; the system takes it from one that dies."""
+    """An open file that holds an exclusive lock on the store until it is closed, or its process dies."""
     name = f"{path}.lock"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,27 +56,27 @@ def _lock(path: Path) -> IO[bytes]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            logger.info("waiting for another job, which opens %s", path)
+            logger.info("waiting for another job that is opening %s", path)
             fcntl.flock(file, fcntl.LOCK_EX)
     except OSError as error:
         raise TrackingError(
-            f"cannot lock {name}: {error.strerror}; give MLFLOW_TRACKING_URI a file in a folder that can be written to and locked, "
-            "or a server"
+            f"cannot lock {name}: {error.strerror}; set MLFLOW_TRACKING_URI to a file in a folder that can be written to and locked, "
+            "or to a server"
         ) from error
     return file
 
 
 def _explain(path: Path, reason: str) -> str:
-    """Why MLflow cannot open the file, and what to do about it."""
+    """One line that says why MLflow cannot open the file, and what to do."""
     reason = (reason.splitlines() or [""])[0]
     for words, advice in (
         ("is locked", "another process is writing to it; try again"),
-        ("readonly", "make the file and its folder writable, or give another MLFLOW_TRACKING_URI"),
-        ("unable to open", "make the file and its folder writable, or give another MLFLOW_TRACKING_URI"),
-        ("is full", "make room on its disk"),
-        ("not a database", "move it away, or give another MLFLOW_TRACKING_URI"),
-        ("malformed", "restore it from a copy, or move it away"),
-        ("Can't locate revision", "a newer MLflow wrote it; install that one, or give another MLFLOW_TRACKING_URI"),
+        ("readonly", "make the file and its folder writable, or set another MLFLOW_TRACKING_URI"),
+        ("unable to open", "make the file and its folder writable, or set another MLFLOW_TRACKING_URI"),
+        ("is full", "free some space on its disk"),
+        ("not a database", "move it away, or set another MLFLOW_TRACKING_URI"),
+        ("malformed", "restore it from a backup, or move it away"),
+        ("Can't locate revision", "a newer MLflow wrote it; install that version, or set another MLFLOW_TRACKING_URI"),
     ):
         if words in reason:
             return f"MLflow cannot open {path}: {reason}; {advice}"
@@ -84,8 +84,8 @@ def _explain(path: Path, reason: str) -> str:
     if not num_runs:
         advice = "it holds no runs, so delete it and start again"
     else:
-        advice = f"it holds {num_runs} runs: keep a copy, then try `mlflow db upgrade sqlite:///{path}`, or move it away and start again"
-    return f"the tables in {path} are half made, or of another version of MLflow ({reason}); {advice}"
+        advice = f"it holds {num_runs} runs: make a backup, then try `mlflow db upgrade sqlite:///{path}`, or move it away and start again"
+    return f"the tables in {path} are incomplete, or of another version of MLflow ({reason}); {advice}"
 
 
 def _count_runs(path: Path) -> int:
@@ -93,4 +93,4 @@ def _count_runs(path: Path) -> int:
         try:
             return int(connection.execute("SELECT count(*) FROM runs").fetchone()[0])
         except sqlite3.OperationalError:
-            return 0  # not even that table is there
+            return 0  # the table does not exist
