@@ -106,7 +106,7 @@ def test_ray_tmpdir_is_kept_to_or_refused_by_name(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_TMPDIR", long)
     with pytest.raises(
         ConfigError,
-        match=rf"^RAY_TMPDIR is {long}, 65 bytes long: .*107 bytes.*set RAY_TMPDIR to a folder of at most \d+",
+        match=rf"^RAY_TMPDIR is {long}, 65 bytes long: .*107 bytes; set RAY_TMPDIR to a path of at most \d+ bytes",
     ):
         ray_cluster._place_for_sockets()
 
@@ -149,7 +149,8 @@ def test_an_address_that_is_none_is_one_line_that_says_what_to_do(monkeypatch, a
 def test_what_is_no_ray_is_known_before_ray_waits_for_it_for_minutes(monkeypatch, web):
     monkeypatch.setenv("RAY_ADDRESS", web)
     with pytest.raises(
-        ConfigError, match=f"what answers at {web} .RAY_ADDRESS. is no Ray cluster; its head's port is 6379"
+        ConfigError,
+        match=f"the server at {web} .RAY_ADDRESS. is not a Ray cluster; the port of a cluster's head is 6379",
     ):
         ray_cluster.connect()
     monkeypatch.setattr(ray_cluster, "ANSWER_TIMEOUT_S", 0.2)

@@ -1,1 +1,1 @@
-"""Workers as Ray actors. With finetuning/ray_train.py the only place that imports Ray."""
+"""Workers as Ray actors. Beside finetuning/ray_train.py this is the only folder that imports Ray."""

@@ -1,4 +1,4 @@
-"""The Ray cluster that a job joins or starts, and what it has room for."""
+"""The Ray cluster that a job joins or starts, and the room that it has for workers."""
 
 import os
 import secrets
@@ -10,9 +10,9 @@ def _address() -> str:
     return os.environ.get("RAY_ADDRESS", "").strip() or LOCAL
 
 
-# Ray reads these on import
+# Ray reads these when it is imported
 if _address() == LOCAL:
-    # despite its name, this is what makes a local Ray listen on loopback only; there it obeys who has this process's token
+    # despite its name, the first one makes a local Ray listen on loopback only, where it obeys the owner of this token only
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -38,48 +38,46 @@ from uap_dist.errors import ConfigError
 from uap_dist.foreign_text import first_line, redact
 
 ANSWER_TIMEOUT_S = 10.0
-LOOK_TIMEOUT_S = 60.0  # of a node for a folder: it starts a process for that
+FOLDER_TIMEOUT_S = 60.0  # for a node to look for a folder, which starts a process
 NUM_NODES_NAMED = 3
-SOCKET_BYTES = 103 if sys.platform == "darwin" else 107  # of the path of a Unix socket, at most
+MAX_SOCKET_BYTES = 103 if sys.platform == "darwin" else 107  # length of the path of a Unix socket
 FOLDER_PREFIX = "uap-"
-SETTINGS = b"\0\0\0\x04\0\0\0\0\0"  # the frame with which HTTP/2, that Ray speaks, begins on both sides
+SETTINGS = b"\0\0\0\x04\0\0\0\0\0"  # first frame of both sides in HTTP/2, which Ray speaks
 GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + SETTINGS
-ITS_PORT = (
-    "its head's port is 6379 unless it was started with another; unset RAY_ADDRESS to start a Ray on this machine"
-)
+PORT_ADVICE = "the port of a cluster's head is 6379 by default; unset RAY_ADDRESS to start a Ray on this machine"
 
 
 @dataclass(frozen=True)
 class Need:
-    """What one worker takes of a node: CPUs, and GPUs or a share of one."""
+    """What one worker takes of a node: CPUs, and GPUs or a fraction of one."""
 
     cpus: int
     gpus: float
 
     def __str__(self) -> str:
-        """As a person would say it."""
+        """In words, such as "1 CPU and 0.5 GPU"."""
         return f"{self.cpus} CPU" + (f" and {self.gpus:g} GPU" if self.gpus else "")
 
     def room(self) -> int:
-        """So many such workers fit on the nodes that are alive, were nothing else on them."""
+        """How many such workers fit on the nodes that are alive, if nothing else ran there."""
         return sum(self.room_on(node["Resources"]) for node in ray.nodes() if node["Alive"])
 
     def room_on(self, resources: dict[str, float]) -> int:
-        """So many fit on a node of these resources, were nothing else on it."""
+        """How many such workers fit on a node with these resources, if nothing else ran there."""
         by_cpu = int(resources.get("CPU", 0) // self.cpus)
         num_gpus = int(resources.get("GPU", 0))
         if not self.gpus:
             return by_cpu
-        if self.gpus < 1:  # a share is of one GPU: what two of them have left makes no third
+        if self.gpus < 1:  # a fraction comes from a single GPU: the rests of two GPUs cannot be combined
             return min(by_cpu, num_gpus * int(1 / self.gpus))
         return min(by_cpu, num_gpus // int(self.gpus))
 
 
 def connect() -> None:
-    """Join the cluster of RAY_ADDRESS (as in a submitted job), else start a Ray of our own on loopback.
+    """Join the cluster at RAY_ADDRESS (which submitted jobs have set); if it is unset, start a Ray on loopback.
 
     Raises:
-        ConfigError: the address is none, the cluster does not answer, or there is no place for Ray's files.
+        ConfigError: the address is invalid, the cluster does not answer, or Ray's files cannot be written.
     """
     if ray.is_initialized():
         return
@@ -98,17 +96,17 @@ def connect() -> None:
 
 
 def _start_own() -> None:
-    """A Ray whose files (logs, sockets) only this user may open, and which are gone when the process ends."""
+    """Start a Ray whose files (logs, sockets) only this user may open, and which are deleted when the process ends."""
     place = _place_for_sockets()
     try:
         place.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=place))
     except OSError as error:
         raise ConfigError(
-            f"cannot make a folder for Ray in {place}: {error.strerror}; set RAY_TMPDIR to another one"
+            f"cannot create a folder for Ray in {place}: {error.strerror}; set RAY_TMPDIR to another folder"
         ) from error
-    atexit.register(_end_own, folder)  # before Ray's own
-    # Ray opens what it makes to all users, but not the folder around it
+    atexit.register(_end_own, folder)  # runs before Ray's own handler
+    # Ray lets all users read the files that it creates, but not through this folder
     ray.init(
         address=LOCAL,
         log_to_driver=False,
@@ -124,13 +122,13 @@ def _end_own(folder: Path) -> None:
 
 
 def _place_for_sockets() -> Path:
-    """RAY_TMPDIR where that is set, else TMPDIR, or /tmp where TMPDIR is too long.
+    """RAY_TMPDIR if that is set, else TMPDIR, or /tmp if TMPDIR is too long for sockets.
 
     Raises:
         ConfigError: RAY_TMPDIR is too long.
     """
     longest = f"/{FOLDER_PREFIX}12345678/r/session_2026-01-01_00-00-00_000000_{os.getpid()}/sockets/plasma_store"
-    room = SOCKET_BYTES - len(longest)
+    room = MAX_SOCKET_BYTES - len(longest)
     asked = os.environ.get("RAY_TMPDIR")
     place = os.path.abspath(asked or tempfile.gettempdir())
     size = len(os.fsencode(place))
@@ -139,26 +137,27 @@ def _place_for_sockets() -> Path:
     if not asked:
         return Path("/tmp")
     raise ConfigError(
-        f"RAY_TMPDIR is {place}, {size} bytes long: paths of Ray's sockets below it would be longer than {SOCKET_BYTES} bytes, all that "
-        f"the system takes; set RAY_TMPDIR to a folder of at most {room}, as /tmp (decoded images go to TMPDIR, which may be long)"
+        f"RAY_TMPDIR is {place}, {size} bytes long: the paths of Ray's sockets in it would exceed the system's limit of "
+        f"{MAX_SOCKET_BYTES} bytes; set RAY_TMPDIR to a path of at most {room} bytes, such as /tmp (decoded images go to TMPDIR, "
+        "which may be long)"
     )
 
 
 def _check_answers(address: str) -> None:
-    """Ray itself would try a host and port for minutes, and take other forms for something else."""
+    """Check that a Ray cluster answers: Ray itself would try for minutes, and would misunderstand invalid addresses."""
     shown = redact(address)
     if address == "auto":
         return
     if re.match("https?://", address, re.IGNORECASE):
         raise ConfigError(
-            f"RAY_ADDRESS is {shown}, an address to submit jobs to: unset it and use `ray job submit --address {shown} -- COMMAND`; "
-            "for a job started by hand on a machine of the cluster it is HOST:6379"
+            f"RAY_ADDRESS is {shown}, an address to submit jobs to: unset it and use `ray job submit --address {shown} -- COMMAND`, "
+            "or set it to HOST:6379 for a job that is started on a machine of the cluster"
         )
     host, _, port = address.rpartition(":")
     if not re.fullmatch(r"[\w.-]+|\[[0-9a-fA-F:.]+\]", host) or not port.isdecimal() or not 0 < int(port) < 65536:
         raise ConfigError(
-            f"RAY_ADDRESS is {shown!r}; it must be HOST:PORT of the cluster's head, as 10.0.0.1:6379 (Ray Client, ray://, is not "
-            "supported); unset it to start a Ray on this machine"
+            f"RAY_ADDRESS is {shown!r}; it must be HOST:PORT of the cluster's head, such as 10.0.0.1:6379 (Ray Client, ray://, is "
+            "not supported); unset it to start a Ray on this machine"
         )
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_TIMEOUT_S) as connection:
@@ -166,19 +165,19 @@ def _check_answers(address: str) -> None:
             answer = connection.recv(len(SETTINGS))
     except OSError as error:
         raise ConfigError(
-            f"no Ray cluster answers at {shown} (RAY_ADDRESS): {error.strerror or error}; {ITS_PORT}"
+            f"no Ray cluster answers at {shown} (RAY_ADDRESS): {error.strerror or error}; {PORT_ADVICE}"
         ) from error
     if answer[3:4] != SETTINGS[3:4]:
-        raise ConfigError(f"what answers at {shown} (RAY_ADDRESS) is no Ray cluster; {ITS_PORT}")
+        raise ConfigError(f"the server at {shown} (RAY_ADDRESS) is not a Ray cluster; {PORT_ADVICE}")
 
 
 def can_grow() -> bool:
-    """Whether nodes may join: not where the job started a Ray of its own."""
+    """Whether nodes may join the cluster, which is so unless the job has started a Ray itself."""
     return _address() != LOCAL
 
 
 def has_gpus() -> bool:
-    """Whether a node that is alive has a GPU."""
+    """Whether the cluster has a GPU now."""
     return ray.cluster_resources().get("GPU", 0) > 0
 
 
@@ -188,25 +187,28 @@ def living_nodes() -> set[str]:
 
 
 def check_shared(folder: Path, need: Need, advice: str) -> None:
-    """Raise ConfigError where nodes with room for such a worker do not see a folder of the driver.
+    """Check that all nodes with room for a worker see a folder of the driver.
 
     Args:
-        folder: local; workers read or write there. One that is not there yet is made for as long as this takes.
-        need: of a worker.
-        advice: what to do, for the complaint.
+        folder: local folder that workers read from or write to. If it does not exist, it is created for this check.
+        need: what a worker takes of a node.
+        advice: end of the error message, which says what to do.
+
+    Raises:
+        ConfigError: a node does not see the folder.
     """
-    if not can_grow():  # all is on this machine
+    if not can_grow():  # there is only this machine
         return
     sees: Any = ray.remote(num_cpus=0, max_retries=0)(_sees)
     nodes = [node for node in ray.nodes() if node["Alive"] and need.room_on(node["Resources"])]
-    made = [path for path in (folder, *folder.parents) if not path.is_dir()]
+    created = [path for path in (folder, *folder.parents) if not path.is_dir()]
     make_own_folder(folder)
     answers = [
         sees.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(str(folder))
         for node in nodes
     ]
     blind = [node["NodeManagerAddress"] for node, answer in zip(nodes, answers, strict=True) if not _answer(answer)]
-    for path in made:
+    for path in created:
         path.rmdir()
     if blind:
         named = ", ".join(blind[:NUM_NODES_NAMED]) + ", …" * (len(blind) > NUM_NODES_NAMED)
@@ -218,14 +220,14 @@ def _sees(folder: str) -> bool:
 
 
 def _answer(ref: "ray.ObjectRef[bool]") -> bool:
-    """What a node says; one that is lost meanwhile is no reason to refuse a job."""
+    """A node's answer; True if the node is lost, which is no reason to refuse a job."""
     try:
-        return ray.get(ref, timeout=LOOK_TIMEOUT_S)
+        return ray.get(ref, timeout=FOLDER_TIMEOUT_S)
     except RayError:
         return True
 
 
 def describe() -> str:
-    """What it has now, in words."""
+    """What the cluster has now, such as "2 nodes with 8 CPU and 1 GPU"."""
     total, num_nodes = ray.cluster_resources(), sum(node["Alive"] for node in ray.nodes())
     return f"{num_nodes} node{'s' * (num_nodes > 1)} with {total.get('CPU', 0):g} CPU and {total.get('GPU', 0):g} GPU"

@@ -1,4 +1,4 @@
-"""Which type of node Ray's autoscaler launches next; cluster.yaml names it on the head, nothing else calls it."""
+"""A scorer for Ray's autoscaler: which type of node to launch next. Only cluster.yaml refers to it, on the head node."""
 
 from numbers import Real
 
@@ -13,10 +13,13 @@ def prefer_available(
     *,
     node_availability_summary: NodeAvailabilitySummary,
 ) -> tuple[bool, int, float, float, bool] | None:
-    """Ray's score of a type of node; between equal ones, whether its last launch in half an hour succeeded. None: it cannot help.
+    """Score a type of node as Ray does, and prefer among equal types one whose last launch did not fail.
 
-    Ray's own score asks for the same type again and again, whether or not the cloud has any. Of types that still are equal Ray takes
-    the last name in the alphabet.
+    Ray's own score keeps asking for the same type, even while the cloud has none. Ray remembers a failed launch for half an hour;
+    among types that are still equal it takes the last name in the alphabet.
+
+    Returns:
+        The score, of which the largest wins; None if nodes of this type do not help.
     """
     score = _resource_based_utilization_scorer(
         node_resources, demands, node_availability_summary=node_availability_summary
