@@ -91,5 +91,5 @@ def test_an_error_is_one_line_without_codes_of_a_terminal():
     assert in_one_line(ConfigError("do \x1b[1mthis\x1b[0m\nor that")) == "do this or that"
     assert in_one_line(OSError(errno.ENOSPC, "No space left on device", "/a/b")) == "No space left on device: /a/b"
     assert in_one_line(KeyError("compute")) == (
-        "unexpected KeyError: 'compute'; run it again with --debug, which shows where, and report that"
+        "unexpected KeyError: 'compute'; run it again with --debug to see where, and report it"
     )

@@ -1,4 +1,4 @@
-"""Where a result comes from: versions, commit, machine."""
+"""Where a result comes from: versions, Git commit, machine."""
 
 import platform
 import subprocess
@@ -9,12 +9,12 @@ from pathlib import Path
 import psutil
 import torch
 
-__version__ = "0.1.0"  # the one place
+__version__ = "0.1.0"  # the only place: pyproject.toml reads it
 LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "ray", "mlflow", "webdataset", "pyarrow", "timm")
 
 
 def versions() -> dict[str, str]:
-    """Versions of this package, Python and the libraries that are installed."""
+    """Versions of this package, Python and the installed libraries, by name."""
     found = {"python": platform.python_version(), "uap_dist": __version__}
     for library in LIBRARIES:
         try:
@@ -25,12 +25,12 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str:
-    """Commit of the checkout that the package runs from, "+changes" where files differ from it.
+    """Commit of the checkout that the package runs from, with "+changes" if files differ from it.
 
-    "unknown" where it runs from none, as an installed wheel does; `versions` then says which one.
+    It is "unknown" if there is no checkout, as for an installed wheel; `versions` then identifies the code.
     """
     try:
-        _git("ls-files", "--error-unmatch", __file__)  # an environment inside somebody's checkout is not of that commit
+        _git("ls-files", "--error-unmatch", __file__)  # the checkout may be another project's
         commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--", ".", "../jobs")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
@@ -43,16 +43,16 @@ def _git(*words: str) -> str:
 
 
 def describe_code() -> dict[str, str]:
-    """Commit and versions, as parameters and provenance name them."""
+    """Commit and versions, under the names that MLflow parameters and provenance use."""
     return {"git_commit": git_commit(), **{f"version.{name}": value for name, value in versions().items()}}
 
 
 def machine() -> str:
-    """What the bits may depend on, of the machine that asks: kind of device and CPU instruction set."""
+    """The kind of this machine, on which the bits of a result may depend: device and CPU instruction set."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     return f"{device}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def seconds_since_start() -> float:
-    """How long this process has run, imports included."""
+    """Age of this process, imports included."""
     return time.time() - psutil.Process().create_time()

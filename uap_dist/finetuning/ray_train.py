@@ -1,12 +1,12 @@
-"""Training workers as Ray Train runs them: placed, restarted from their last checkpoint, heard epoch by epoch.
+"""Fine-tuning on Ray Train, which places the training workers and restarts them from their last checkpoint.
 
-Ray is imported here, and in the modules of fleet/.
+Beside fleet/ this is the only module that imports Ray.
 """
 
 import os
 
-os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")  # a Prometheus exporter for each worker
-os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths of networks and weights stay what they are
+os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")  # otherwise each worker runs a Prometheus exporter
+os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # keeps relative paths of networks and weights valid
 
 import tempfile
 import time
@@ -31,38 +31,38 @@ from uap_dist.models.weights import read_weights
 from uap_dist.tracking.history import RoundRecord
 from uap_dist.workers.reproducible import set_up_torch
 
-MAX_RESTARTS = 10  # of all workers together, because one was lost
-MAX_FAILED_STARTS = 20  # of half a minute each, where Ray cannot place them
+MAX_RESTARTS = 10  # after the loss of a worker, which restarts all of them
+MAX_FAILED_STARTS = 20  # attempts of half a minute each to place the workers
 SECONDS_BETWEEN_LOOKS = 0.3
-SCORE = f"top1/{HELD_OUT}"  # of the epoch whose checkpoint is kept beside the last one
+SCORE = f"top1/{HELD_OUT}"  # the checkpoint with the best score is kept beside the last one
 
 
 class _Mailbox:
-    """Where the first worker leaves what the driver shall see; it outlives the workers, as Ray's Queue does, and is silent."""
+    """An actor through which workers send records and errors to the driver. It survives restarts, and logs less than Ray's Queue."""
 
     def __init__(self) -> None:
-        self._letters: list[RoundRecord | UapDistError] = []
+        self._messages: list[RoundRecord | UapDistError] = []
 
-    def put(self, letter: RoundRecord | UapDistError) -> None:
-        self._letters.append(letter)
+    def put(self, message: RoundRecord | UapDistError) -> None:
+        self._messages.append(message)
 
     def take(self) -> list[RoundRecord | UapDistError]:
-        letters, self._letters = self._letters, []
-        return letters
+        messages, self._messages = self._messages, []
+        return messages
 
 
 class Training:
-    """A fine-tuning on Ray Train, which goes on where one of the same name and storage was stopped."""
+    """A fine-tuning on Ray Train. It resumes one of the same name and storage that was stopped."""
 
     def __init__(self, task: Task, *, name: str, storage: str, num_workers: int, uses_gpu: bool) -> None:
-        """Nothing starts before `epochs`.
+        """Prepare the training; `epochs` starts it.
 
         Args:
-            task: what the workers are told.
-            name: of its folder in the storage.
-            storage: local folder or URL that every worker can write to.
-            num_workers: that train together; they share each batch.
-            uses_gpu: whether each takes a GPU.
+            task: network, data and options.
+            name: of the training's folder in the storage.
+            storage: local folder or URL that all workers can write to.
+            num_workers: workers among which each batch is split.
+            uses_gpu: whether each worker takes a GPU.
         """
         mailbox_class: Any = ray.remote(num_cpus=0)(_Mailbox)
         self._mailbox: ActorHandle[Any] = mailbox_class.remote()
@@ -84,23 +84,25 @@ class Training:
         self._result: Result | None = None
 
     def epochs(self) -> Iterator[RoundRecord]:
-        """A record for each epoch when its checkpoint stands, from 0, the network as it came; resumed, the earlier ones again.
+        """Train, and yield a record of each epoch once its checkpoint is stored; epoch 0 is the network before training.
+
+        A training that resumes yields the records of its earlier epochs first.
 
         Raises:
-            UapDistError: what went wrong on a worker.
-            WorkerLostError: workers were lost or could not be placed too often.
+            UapDistError: what a worker raised.
+            WorkerLostError: workers were lost, or could not be placed, too many times.
         """
         Thread(target=self._fit, name="training", daemon=True).start()
         num_seen, is_over = 0, False
         while not is_over:
-            is_over = not self._outcome.empty()  # asked first, so that nothing is left in the mailbox then
-            letters: list[RoundRecord | UapDistError] = ray.get(self._mailbox.take.remote())
-            for letter in letters:
-                if isinstance(letter, UapDistError):
-                    raise letter
-                if letter.step == num_seen:  # workers that were restarted begin with what is known
+            is_over = not self._outcome.empty()  # before the mailbox is emptied, so that no message is missed
+            messages: list[RoundRecord | UapDistError] = ray.get(self._mailbox.take.remote())
+            for message in messages:
+                if isinstance(message, UapDistError):
+                    raise message
+                if message.step == num_seen:  # restarted workers send the earlier records again
                     num_seen += 1
-                    yield letter
+                    yield message
             time.sleep(SECONDS_BETWEEN_LOOKS)
         ray.kill(self._mailbox)
         outcome = self._outcome.get()
@@ -109,7 +111,7 @@ class Training:
         self._result = outcome
 
     def weights(self) -> dict[str, Tensor]:
-        """The tensors of the trained network; to be called when there are no more epochs."""
+        """Tensors of the trained network, by name. To be called after the last epoch."""
         assert self._result is not None and self._result.checkpoint is not None
         with self._result.checkpoint.as_directory() as folder:
             return read_weights(f"{folder}/{NETWORK_FILE}")
@@ -122,7 +124,7 @@ class Training:
 
 
 def _train(config: dict[str, Any]) -> None:
-    """What each worker runs; its own errors end the training at once instead of being tried again."""
+    """Run on each worker. An error of this package goes to the driver, which ends the training instead of retrying."""
     try:
         _train_to_the_end(config["task"], config["mailbox"])
     except UapDistError as error:
@@ -154,13 +156,13 @@ def _train_to_the_end(task: Task, mailbox: ActorHandle[Any]) -> None:
                 learner.save(Path(folder))
             ray.train.report(dict(record.metrics), checkpoint=Checkpoint(folder) if is_first else None)
         if is_first:
-            # report returns before Ray has written down which checkpoint is the last; shown earlier, an epoch could be done twice
+            # report returns before Ray has recorded the checkpoint as the last one: an epoch sent now might be trained again
             ray.train.get_all_reported_checkpoints(ray.train.CheckpointConsistencyMode.COMMITTED)
             _post(mailbox, record)
 
 
-def _post(mailbox: ActorHandle[Any], letter: RoundRecord | UapDistError) -> None:
-    ray.get(mailbox.put.remote(letter))
+def _post(mailbox: ActorHandle[Any], message: RoundRecord | UapDistError) -> None:
+    ray.get(mailbox.put.remote(message))
 
 
 def _last_line(error: Exception) -> str:
