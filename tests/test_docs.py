@@ -133,6 +133,15 @@ def test_every_public_name_is_in_the_reference():
     assert sorted(listed) == uap_dist.__all__
 
 
+def test_the_code_has_every_name_that_the_architecture_names():
+    files = [*ROOT.glob("uap_dist/**/*.py"), *ROOT.glob("jobs/*.py")]
+    code = "\n".join(file.read_text() for file in files)
+    names = set(re.findall(r"`([A-Za-z]\w*(?:\.\w+)?)`", prose(ROOT / "docs/architecture.md")))
+    assert len(names) > 15
+    for each in (part for named in names for part in named.split(".")):
+        assert re.search(rf"\b(?:def|class) {each}\b|^{each} = ", code, re.MULTILINE), each
+
+
 @pytest.mark.parametrize("job", JOBS)
 def test_the_table_of_options_has_all_of_a_job(job):
     rows = [line for line in markdown(job).splitlines() if line.startswith("| `--")]
