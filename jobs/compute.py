@@ -49,7 +49,7 @@ from uap_dist.method.state import State
 from uap_dist.models.loading import load_usable_classifier
 from uap_dist.planning.comparison import PLAN_FILE, Spent, read_plan
 from uap_dist.planning.estimate import make_plan
-from uap_dist.planning.report import PlannedJob
+from uap_dist.planning.job import PlannedJob
 from uap_dist.tracking.checkpoint import Checkpoint, CheckpointStore, check_identity
 from uap_dist.tracking.console import one_line_errors, set_up_logging
 from uap_dist.tracking.mlflow_run import Tracker, register

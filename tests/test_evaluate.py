@@ -65,7 +65,7 @@ def test_baselines_are_as_large_as_the_perturbations_in_both_norms(local_workers
     assert nothing.fooling.num_hits == 0 and nothing.is_baseline and nothing.top1 == nothing.top1_clean
 
 
-def test_a_worker_that_follows_another_does_not_decode_again(shards):
+def test_a_worker_that_adopts_another_does_not_decode_again(shards):
     first = tiny_worker()
     load_dataset(LocalWorkers(first), [str(shards / "val-0000.tar")])
     second = Worker(load_classifier(TINY), cache_bytes=1 << 30, num_threads=1)
@@ -74,7 +74,7 @@ def test_a_worker_that_follows_another_does_not_decode_again(shards):
     assert second.traffic.shards_read == 1
 
 
-def test_the_job_leaves_table_matrix_and_run(shards, tmp_path):
+def test_the_job_writes_table_matrix_and_run(shards, tmp_path):
     v = 40 * np.random.default_rng(0).choice([-1.0, 1.0], (8, 8, 3))
     np.save(tmp_path / "noise.npy", v)
     command = [
@@ -96,7 +96,7 @@ def test_the_job_leaves_table_matrix_and_run(shards, tmp_path):
     table = pq.read_table(tmp_path / "out/tables/evaluation.parquet").to_pylist()
     assert len(table) == 3 * 4 * 2  # the perturbation, nothing, and noise of either norm
     assert list(dict.fromkeys(row["classifier"] for row in table)) == ["Tiny", "Resized", "after tuning"]
-    # but those that see images alike were measured one after another, so that images were decoded twice, not three times
+    # those with the same geometry were measured one after another, so images were decoded twice, not three times
     order = re.findall("(.*): waiting for", done.stdout)
     assert abs(order.index("Tiny") - order.index("after tuning")) == 1
     assert {row["fooling_rate_num_images"] for row in table} == {20}
@@ -137,7 +137,7 @@ def test_the_job_leaves_table_matrix_and_run(shards, tmp_path):
         ),
     ],
 )
-def test_an_evaluation_that_cannot_be_is_one_line(tmp_path, options, message):
+def test_bad_options_are_refused_in_one_line(tmp_path, options, message):
     np.save(tmp_path / "v.npy", np.ones((3, 8, 8)))
     (tmp_path / "mlflow.db").write_bytes(empty_store())
     done = run_job([str(JOB), *options], tmp_path)

@@ -29,7 +29,7 @@ def test_an_example_by_hand(tmp_path):
 
 
 @given(LABELS)
-def test_every_fooled_label_has_one_edge_to_what_most_of_its_images_became(pairs):
+def test_every_fooled_label_has_one_edge_to_the_label_that_most_of_its_images_get(pairs):
     clean, perturbed = np.array(pairs).T
     graph = label_graph(clean, perturbed)
     for label in range(7):
@@ -40,7 +40,7 @@ def test_every_fooled_label_has_one_edge_to_what_most_of_its_images_became(pairs
     assert sum(count for _, count in dominant_labels(perturbed, clean)) == (clean != perturbed).sum()
 
 
-def test_names_that_are_formulas_markup_or_no_text_are_drawn_and_saved(tmp_path):
+def test_names_with_formulas_markup_or_control_characters_are_drawn_and_saved(tmp_path):
     names = [r"$\frac{1$", "<b>&", "a\0b\x1b[31m"]
     graph = label_graph(np.array([0, 1, 2]), np.array([1, 0, 0]), names)
     save_label_graph(tmp_path, graph)

@@ -19,8 +19,9 @@ from uap_dist.method.state import State
 from uap_dist.method.update import Iterate
 from uap_dist.planning.comparison import Spent, read_plan
 from uap_dist.planning.cost_model import Costs, plan_fleet
+from uap_dist.planning.job import PlannedJob
 from uap_dist.planning.profiling import measure_costs
-from uap_dist.planning.report import Plan, PlannedJob, fleet_sizes
+from uap_dist.planning.report import Plan, fleet_sizes
 from uap_dist.planning.shard_sizes import ShardSizes, count_bytes, read_indexes
 from uap_dist.planning.span import Span
 from uap_dist.planning.work import count_work
@@ -40,7 +41,7 @@ CONFIGS = {
 
 
 class CountingWorkers(LocalWorkers):
-    """A real worker that remembers what it was asked for: method, and examples of each task."""
+    """A real worker that records its calls: the method, and the number of examples of each task."""
 
     def __init__(self, worker):
         super().__init__(worker)
@@ -72,7 +73,7 @@ def test_the_work_that_is_counted_is_the_work_that_is_done(tiny_data, options):
 
 
 @pytest.mark.parametrize("options", [{"max_passes": 2}, {"max_evaluations": 600}], ids=["passes", "budget"])
-def test_the_papers_rule_costs_what_its_solves_are_said_to(tiny_data, options):
+def test_the_papers_rule_costs_what_its_solves_cost(tiny_data, options):
     config = ComputeConfig(rule="paper", round_size=10, block_size=5, **options)
     workers = CountingWorkers(tiny_worker())
     *_, final = compute(workers, *tiny_data, config)
@@ -80,14 +81,12 @@ def test_the_papers_rule_costs_what_its_solves_are_said_to(tiny_data, options):
     work = count_work(*map(sizes_of, tiny_data), config, evaluations_per_solve=Span(mean, 1, 2 * mean))
     assert work.num_evaluations.expected == pytest.approx(final.num_evaluations, rel=0.1)
     is_budget = "max_evaluations" in options
-    assert (
-        work.num_evaluations.low < work.num_evaluations.expected
-    ) != is_budget  # a budget is spent whatever one costs
+    assert (work.num_evaluations.low < work.num_evaluations.expected) != is_budget  # a budget is spent in any case
     assert work.num_rounds == pytest.approx(final.round_number + 1, abs=is_budget)
 
 
 def free(**seconds):
-    """Costs of which only those given are any."""
+    """Costs that are all zero except those given."""
     nothing = Span.exactly(0.0)
     spans = dict.fromkeys(("start", "decode", "classify", "evaluation", "driver", "report"), nothing) | seconds
     memory = {"worker_bytes": 0, "gpu_bytes": 0, "image_bytes": 768}
@@ -95,7 +94,7 @@ def free(**seconds):
 
 
 def job_of(config, price_per_gpu_hour=None, **fleet):
-    """A job that differs from others in these; the rest is of no importance to the report."""
+    """A job with this config, price and fleet; the report uses nothing else of it."""
     return PlannedJob(
         model="m",
         weights=None,
@@ -175,7 +174,7 @@ def test_a_shard_of_which_a_few_images_take_part_is_decoded_whole():
 
 
 @given(num_workers=st.integers(1, 5000))
-def test_sizes_worth_a_line_end_with_the_one_asked_for(num_workers):
+def test_planned_sizes_end_with_the_one_asked_for(num_workers):
     sizes = fleet_sizes(num_workers, num_workers)
     assert sizes[-1] == num_workers and sizes == sorted(set(sizes)) and (sizes[0] == 1)
     assert fleet_sizes(3, 12) == [3, 4, 8, 12]
@@ -220,7 +219,7 @@ def test_local_steps_are_proposed_while_they_leave_enough_rounds(num_workers, nu
     assert ("or local steps" in text) == bool(options) and options in text
 
 
-def test_shards_are_weighed_and_counted_without_being_read(shards, tmp_path, s3):
+def test_shards_are_sized_in_bytes_and_images_without_being_read(shards, tmp_path, s3):
     urls = expand_patterns([str(shards / "train-*.tar"), str(shards / "val-*.tar")])
     assert count_bytes(urls) == [(shards / name.rpartition("/")[2]).stat().st_size for name in urls]
     assert [read_indexes(urls)[url] for url in urls] == [20, 20, 7, 20]
@@ -300,7 +299,7 @@ def test_options_that_do_not_go_together_are_refused(options, message):
         ('{"fooling": 1}', "it is not a plan; give the plan.json of --plan"),
     ],
 )
-def test_what_is_no_plan_is_refused(tmp_path, content, message):
+def test_a_file_that_is_not_a_plan_is_refused(tmp_path, content, message):
     if content is not None:
         (tmp_path / "plan.json").write_text(content)
     with pytest.raises(ConfigError, match=message):
@@ -317,7 +316,7 @@ def test_a_plan_of_another_job_is_refused_and_what_differs_is_named(tmp_path):
         read_plan(tmp_path / "plan.json", other)
 
 
-def test_a_resumed_run_does_not_pretend_to_know_its_time():
+def test_a_resumed_run_does_not_claim_to_know_its_time():
     spent = Spent.of([{"num_evaluations": 10, "num_solves": 5}] * 2, 4, None)
     assert spent.metrics() == {"actual/evaluations": 20, "actual/solves": 10} and spent.beside({}) == ""
 

@@ -1,4 +1,4 @@
-"""How a job ends when it is interrupted, at any moment, and when its disk is full: in one line, never with a traceback."""
+"""A job that is interrupted, at any moment, or whose disk is full, ends in one line, never with a traceback."""
 
 import os
 import signal
@@ -45,7 +45,7 @@ def start(*command, **options):
 
 
 @pytest.mark.parametrize("kinds", [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGINT)])
-def test_a_second_interrupt_ends_what_is_ending(kinds):
+def test_a_second_interrupt_ends_the_process_at_once(kinds):
     process = start("-c", SLOW_END.format(seconds=60))
     for line, kind in zip(("ready\n", "closing\n"), kinds, strict=True):
         assert process.stdout.readline() == line, process.stderr.read()
@@ -91,7 +91,7 @@ def test_a_full_disk_is_known_at_the_start(tmp_path):
     assert storage.startswith("cannot write checkpoints to full/runs: ") and "No space left on device" in storage
 
 
-def test_results_that_do_not_fit_are_named_with_the_way_on(tmp_path):
+def test_results_that_do_not_fit_on_the_disk_say_how_to_continue(tmp_path):
     @writes_files
     def save(folder):
         (folder / "result.json").write_text("x" * 100_000)

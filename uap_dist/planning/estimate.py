@@ -17,8 +17,9 @@ from uap_dist.method.state import RoundReport
 from uap_dist.models.classifier import Classifier
 from uap_dist.planning.comparison import count_workers
 from uap_dist.planning.cost_model import Costs, plan_fleet
+from uap_dist.planning.job import PlannedJob
 from uap_dist.planning.profiling import measure_costs
-from uap_dist.planning.report import GIB, Plan, PlannedJob, fleet_sizes
+from uap_dist.planning.report import GIB, Plan, fleet_sizes
 from uap_dist.planning.shard_sizes import count_bytes, size_shards
 from uap_dist.planning.work import count_work
 from uap_dist.tracking.checkpoint import Checkpoint, CheckpointStore, JobRecord

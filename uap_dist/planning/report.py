@@ -1,16 +1,15 @@
 """A plan as a person reads it, and as the plan.json that scripts read."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import floor, log2
 from typing import Any
 
 from uap_dist.computing.concurrent import at_once
-from uap_dist.fleet.config import FleetConfig
 from uap_dist.foreign_text import escape_markdown
-from uap_dist.method.config import ComputeConfig
 from uap_dist.planning.comparison import count_workers, planned_metrics
 from uap_dist.planning.cost_model import FleetPlan
+from uap_dist.planning.job import PlannedJob
 from uap_dist.planning.span import Span
 from uap_dist.planning.work import Work
 from uap_dist.tracking.console import duration
@@ -19,38 +18,6 @@ from uap_dist.tracking.outputs import markdown_table
 # (local steps, images of each) of blocks, one for each worker, and the rounds that they need: from benchmarks/rounds.md
 FLEET_BLOCKS, FLEET_ROUNDS = ((4, 3), (1, 2)), 48
 GIB = 2**30
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlannedJob:
-    """A job to plan.
-
-    Attributes:
-        model, weights: as for `load_classifier`.
-        train_urls, val_urls: URLs of the shards.
-        num_train_images, num_val_images: the first so many images take part; None for all.
-        max_bad_fraction: see `list_dataset`.
-        num_perturbations: number of computations.
-        config: of each computation.
-        fleet: that will compute.
-        storage: folder or URL where profiling commits its rounds, and removes them again.
-        price_per_gpu_hour: in any currency; None if not given.
-        options: options that the cost depends on, as JSON values; a run must have the same ones to be compared with the plan.
-    """
-
-    model: str
-    weights: str | None
-    train_urls: Sequence[str]
-    val_urls: Sequence[str]
-    num_train_images: int | None
-    num_val_images: int | None
-    max_bad_fraction: float
-    num_perturbations: int
-    config: ComputeConfig
-    fleet: FleetConfig
-    storage: str
-    price_per_gpu_hour: float | None
-    options: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
