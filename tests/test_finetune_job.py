@@ -1,6 +1,5 @@
 """jobs/finetune.py as a user starts it: on S3, with a training worker and the driver killed, and what bad input gets."""
 
-import importlib.util
 import json
 import os
 import re
@@ -25,12 +24,14 @@ from uap_dist.data.decode import Geometry
 from uap_dist.errors import ConfigError
 from uap_dist.finetuning.batches import Share
 from uap_dist.finetuning.config import FinetuneConfig
+from uap_dist.finetuning.options import FinetuneOptions
 from uap_dist.finetuning.trainer import Learner, Task
 from uap_dist.fleet.config import FleetConfig
 from uap_dist.method.config import ComputeConfig
 from uap_dist.models.loading import load_classifier
 from uap_dist.models.weights import digest_weights, write_weights
 from uap_dist.perturbations.pool import PerturbationPool
+from uap_dist.tracking.job_options import DataOptions
 from uap_dist.workers.dataset import load_dataset
 from uap_dist.workers.local import LocalWorkers
 from uap_dist.workers.reproducible import set_up_torch
@@ -278,26 +279,21 @@ def test_bad_input_is_one_line(name, weights, data, pool, tmp_path):
     assert run.info.status == "FAILED" and run.data.tags["reason"] in line
 
 
-def job_options(**options):
-    """The job's own dataclass."""
-    spec = importlib.util.spec_from_file_location("finetune_job", FINETUNE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.Options(**options)
-
-
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "data", "message"),
     [
         (
             {"fleet": FleetConfig(num_workers=3)},
+            {},
             "batch size 64 is not a multiple of 3 workers; give another --batch-size",
         ),
-        ({"num_train_images": 7}, "7 training images are fewer than one batch of 64; give a smaller --batch-size"),
-        ({"num_val_images": 0}, "number of images is 0; it must be positive"),
-        ({"max_bad_fraction": 2.0}, "max bad fraction is 2.0; it must lie in"),
+        ({}, {"num_train_images": 7}, "7 training images are fewer than one batch of 64; give a smaller --batch-size"),
+        ({}, {"num_val_images": 0}, "number of images is 0; it must be positive"),
+        ({}, {"max_bad_fraction": 2.0}, "max bad fraction is 2.0; it must lie in"),
     ],
 )
-def test_options_that_cannot_be_are_refused_before_anything_is_looked_at(options, message):
+def test_options_that_cannot_be_are_refused_before_anything_is_looked_at(options, data, message):
     with pytest.raises(ConfigError, match=message):
-        job_options(**options)
+        FinetuneOptions(
+            **{"model": "m", "pool": "p"} | options, data=DataOptions(train_shards=("t",), val_shards=("h",), **data)
+        )

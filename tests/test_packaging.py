@@ -28,8 +28,7 @@ def run(*words, cwd, **environment):
 def wheel(tmp_path_factory):
     """Built from a copy: setuptools leaves its build folder beside the sources."""
     source = tmp_path_factory.mktemp("source")
-    for name in ("uap_dist", "jobs"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "uap_dist", source / "uap_dist", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE", "uap_dist_commands.py"):
         shutil.copy(ROOT / name, source)
     run(
@@ -57,7 +56,7 @@ def test_the_wheel_holds_package_and_jobs_and_nothing_else(wheel):
         assert file.read(f"{about}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
     package = {str(path.relative_to(ROOT)) for path in (ROOT / "uap_dist").rglob("*.py")}
     others = {"uap_dist/py.typed", "uap_dist_commands.py"}
-    assert names == package | others | {f"uap_dist/jobs/{name}.py" for name in ("__init__", *JOBS)}
+    assert names == package | others
     assert metadata["Version"] == uap_dist.__version__
     assert metadata["License-Expression"] == "BSD-3-Clause"
     assert metadata.get_payload().strip() == (ROOT / "README.md").read_text().strip()

@@ -9,6 +9,7 @@ import pytest
 from test_checkpoint import JOB, checkpoint
 
 from uap_dist.errors import ResumeError, TrackingError
+from uap_dist.finetuning.options import FinetuneOptions
 from uap_dist.tracking.checkpoint import CheckpointStore
 from uap_dist.tracking.history import RoundRecord
 from uap_dist.tracking.mlflow_run import Tracker
@@ -133,14 +134,11 @@ def test_a_run_that_may_still_be_computed_elsewhere_gives_a_warning(resume, tmp_
 
 
 def test_options_of_another_version(resume, tmp_path):
-    def read(values):
-        return values["finetune"]
-
     found = resume(commit(tmp_path))
     with pytest.raises(
         ResumeError, match=f"options in {tmp_path} are of another version of uap_dist .*resume with that"
     ):
-        found.options(read)
+        found.options(FinetuneOptions)
 
 
 def test_a_run_that_was_deleted_or_is_in_another_database(resume, tmp_path):

@@ -31,7 +31,7 @@ def git_commit() -> str:
     """
     try:
         _git("ls-files", "--error-unmatch", __file__)  # the checkout may be another project's
-        commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--", ".", "../jobs")
+        commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--", ".")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return commit.strip() + ("+changes" if changes else "")

@@ -2,54 +2,28 @@
 
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, replace
-from hashlib import sha256
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from uap_dist.computing.concurrent import compute_together, keep_busy, keep_last
-from uap_dist.computing.pool_report import MEMBERS_FOLDER, FinishedPool
-from uap_dist.computing.run import Member, own_provenance
+from uap_dist.computing.options import ComputeOptions
+from uap_dist.computing.pool_report import MEMBERS_FOLDER, POOL_FOLDER, FinishedPool, save_pool
+from uap_dist.computing.provenance import Setting, describe_member
+from uap_dist.computing.run import Member
 from uap_dist.data.locations import join
 from uap_dist.errors import TrackingError
-from uap_dist.fleet.config import FleetConfig
-from uap_dist.fleet.fleet import Fleet
 from uap_dist.method.config import ComputeConfig
 from uap_dist.method.state import State
-from uap_dist.models.classifier import Classifier
-from uap_dist.models.loading import describe_weights
 from uap_dist.tracking.checkpoint import Checkpoint, CheckpointStore, JobRecord, check_identity
 from uap_dist.tracking.console import RoundProgress
-from uap_dist.tracking.mlflow_run import Tracker
-from uap_dist.tracking.mlflow_server import is_finished
-from uap_dist.tracking.outputs import RESULT_FILE
-from uap_dist.versions import describe_code
-from uap_dist.workers.accuracy import top1
-from uap_dist.workers.dataset import Dataset
+from uap_dist.tracking.job_options import to_json
+from uap_dist.tracking.mlflow_run import Tracker, register
+from uap_dist.tracking.mlflow_server import CHECKPOINTS_TAG, is_finished
+from uap_dist.tracking.outputs import RESULT_FILE, publish, resumable
+from uap_dist.tracking.process import command
 
 DELIVERY_TIMEOUT_S, LAST_DELIVERY_TIMEOUT_S = 1.0, 20.0  # while others compute, and when nothing else is to be done
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What all perturbations of a job share.
-
-    Attributes:
-        classifier: the network, for its names.
-        fleet: workers with that network.
-        train, val: computed from, and held out.
-        provenance: network, data, config, versions.
-        console: for progress.
-    """
-
-    classifier: Classifier
-    fleet: Fleet
-    train: Dataset
-    val: Dataset
-    provenance: Mapping[str, Any]
-    console: Console
 
 
 @dataclass(frozen=True)
@@ -60,6 +34,69 @@ class MemberPlan:
     folder: Path
     run_name: str
     options: Mapping[str, Any]
+
+
+def compute_all(
+    setting: Setting, options: ComputeOptions, checkpoint: Checkpoint, tracker: Tracker, output: Path, storage: str
+) -> tuple[str, list[Mapping[str, Any]]]:
+    """Compute, save and deliver the perturbation or the pool that the options ask for.
+
+    Args:
+        setting: network, workers and data.
+        options: of the job.
+        checkpoint: what it goes on from.
+        tracker: of its MLflow run.
+        output: folder of the results.
+        storage: where it is committed.
+
+    Returns:
+        A summary in Markdown, and the numbers of each perturbation (see `FinishedRun.result`).
+
+    Raises:
+        OutputError: results cannot be written; what is computed is committed.
+        TrackingError: all is computed and saved, but MLflow does not take it.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(resumable(storage))
+        store = stack.enter_context(CheckpointStore(storage))
+        if options.num_perturbations == 1:
+            member = Member(options.config, checkpoint, store=store, folder=output, tracker=tracker)
+            members, pool = {"": member}, None
+            compute_members(setting, members)
+        else:
+            store.start(checkpoint)  # says what the pool is; its members' own checkpoints say how far they are
+            tracker.set_tag(CHECKPOINTS_TAG, storage)
+            plans = plan_members(options, output)
+            members = open_members(setting, plans, storage, checkpoint.job, tracker, stack)
+            compute_members(setting, members)
+            pool = FinishedPool.of({name: plan.folder for name, plan in plans.items()}, tracker.run_id)
+            save_pool(output, pool)
+        publish(output, storage)
+        try:
+            deliver_members(setting, members)
+            if pool is not None:
+                deliver_pool(tracker, setting, pool, output)
+                if options.register_as is not None:
+                    setting.console.print(f"registered as {register(tracker, POOL_FOLDER, options.register_as)}")
+        except TrackingError as error:
+            raise TrackingError(
+                f"{error}; all is computed and lies in {output}; when the server answers again: "
+                f"{command()} --resume {storage}"
+            ) from error
+    if pool is not None:
+        return pool.summary(), list(pool.results.values())
+    assert member.finished is not None
+    return member.finished.summary(), [member.finished.result()]
+
+
+def plan_members(options: ComputeOptions, output: Path) -> dict[str, MemberPlan]:
+    """The members of a pool by name, each with the options with which it could be computed alone."""
+    plans = {}
+    for seed in range(options.config.seed, options.config.seed + options.num_perturbations):
+        folder = member_folder(output, seed)
+        alone = options.alone(seed, folder)
+        plans[folder.name] = MemberPlan(alone.config, folder, alone.name, to_json(alone))
+    return plans
 
 
 def member_folder(output: Path, seed: int) -> Path:
@@ -89,10 +126,10 @@ def open_members(
             continue
         run_id = found.job.run_id if found else None
         own = stack.enter_context(Tracker(run_name=plan.run_name, run_id=run_id, parent=tracker))
-        identity = dict(job.identity) | own_provenance(plan.config)
+        identity = dict(job.identity) | describe_member(plan.config)
         own_job = replace(job, run_id=own.run_id, options=plan.options, identity=identity, part_of=job.run_id)
         if found is None:
-            own.log_params(dict(setting.provenance) | own_provenance(plan.config))
+            own.log_params(dict(setting.provenance) | describe_member(plan.config))
             found = Checkpoint(own_job, State.start(setting.train.shape, setting.train.num_examples, plan.config), ())
         else:
             check_identity(found.job, own_job)
@@ -144,51 +181,4 @@ def deliver_pool(tracker: Tracker, setting: Setting, pool: FinishedPool, folder:
         markdown=pool.summary(),
         folder=folder,
         leave_out=(MEMBERS_FOLDER,),
-    )
-
-
-def describe_settings(
-    classifier: Classifier, weights: str | None, config: ComputeConfig, fleet: FleetConfig
-) -> dict[str, Any]:
-    """Network, config and versions, for parameters and provenance."""
-    return {
-        "model": classifier.name,
-        "weights": describe_weights(classifier.name, weights),
-        "weights_digest": classifier.weights_digest,
-        **{f"geometry.{key}": value for key, value in asdict(classifier.geometry).items()},
-        **asdict(config),
-        "radius": config.ball_radius,
-        **{f"solver.{key}": value for key, value in asdict(config.solver).items()},
-        **{f"fleet.{key}": value for key, value in asdict(fleet).items()},
-        **describe_code(),
-    }
-
-
-def describe_data(train: Dataset, val: Dataset) -> dict[str, Any]:
-    """Digests, sizes and, where labels are known, clean top-1."""
-    rates = {name: top1(dataset, dataset.clean.labels) for name, dataset in (("train", train), ("val", val))}
-    return {
-        "train_digest": train.digest,
-        "val_digest": val.digest,
-        "train_shards": len(train.shards),
-        "val_shards": len(val.shards),
-        "num_bad_images": len(train.bad) + len(val.bad),
-        "num_shared_images": len(val.shared),
-        **{f"top1.clean_{name}": rate.rate for name, rate in rates.items() if rate is not None},
-    }
-
-
-def describe_job(setting: Setting, config: ComputeConfig, run_id: str, options: Mapping[str, Any]) -> JobRecord:
-    """What a resumed run is held against. The clean labels stand for the network's code, which no digest of weights covers."""
-    provenance = setting.provenance
-    decisive = ("weights_digest", "train_digest", "val_digest", "fleet.threads_per_worker", "num_perturbations")
-    shared = {key: provenance[key] for key in provenance if key in asdict(config) or key.startswith("solver.")}
-    environment = {key: provenance[f"version.{key}"] for key in ("torch", "torchvision", "uap_dist")}
-    return JobRecord(
-        run_id=run_id,
-        options=options,
-        identity={key: provenance[key] for key in decisive}
-        | shared
-        | {"clean labels": sha256(setting.train.clean.labels.tobytes()).hexdigest()},
-        environment=environment | {"git_commit": provenance["git_commit"], "machines": sorted(setting.fleet.machines)},
     )

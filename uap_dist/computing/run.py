@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from uap_dist.computing.provenance import describe_member
 from uap_dist.computing.report import FinishedRun, save_run
 from uap_dist.computing.rounds import compute, describe_steps
 from uap_dist.evaluation.evaluate import measure_noise
@@ -87,7 +88,7 @@ class Member:
             history=self._history,
             random_rates=measure_noise(workers, val, noise),
             val=val,
-            provenance=dict(provenance) | own_provenance(config) | steps,
+            provenance=dict(provenance) | describe_member(config) | steps,
             class_names=class_names,
             mlflow_run_id=self._tracker.run_id,
         )
@@ -117,8 +118,3 @@ class Member:
         )
         self._tracker.finish()
         self.is_delivered = True
-
-
-def own_provenance(config: ComputeConfig) -> dict[str, Any]:
-    """In what the provenance of a pool's member differs from the pool's."""
-    return {"seed": config.seed, "random_start": config.random_start, "num_perturbations": 1}

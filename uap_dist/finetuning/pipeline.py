@@ -12,15 +12,13 @@ from torch import Tensor, nn
 from uap_dist.computing.pool_report import POOL_FOLDER, FinishedPool, save_pool
 from uap_dist.computing.pool_run import (
     MemberPlan,
-    Setting,
     compute_members,
     deliver_members,
     deliver_pool,
-    describe_job,
-    describe_settings,
     member_folder,
     open_members,
 )
+from uap_dist.computing.provenance import Setting, describe_config, describe_setup, job_record
 from uap_dist.data.locations import copy_folder, exists, join, make_own_folder, read_file, write_file
 from uap_dist.errors import ConfigError
 from uap_dist.evaluation.evaluate import Measurement, measure_perturbations
@@ -263,13 +261,12 @@ def _compute_pool(job: Job, repetition: int, pool: PerturbationPool, weights: st
         path = member_folder(folder, config.seed)
         plans[path.name] = MemberPlan(config, path, f"repetition {repetition}: {path.name}", job.record.options)
     config = next(iter(plans.values())).config
-    provenance = dict(job.provenance) | describe_settings(classifier, weights, config, job.fleet)
+    provenance = dict(job.provenance) | describe_setup(classifier, weights, job.fleet) | describe_config(config)
     fleet = Fleet(job.model, weights, job.fleet, job.tracker.run_id, weights_digest=classifier.weights_digest)
     fleet.wait()
     train, val = reload_dataset(fleet, job.train), reload_dataset(fleet, job.val)
     setting = Setting(classifier, fleet, train, val, provenance, job.console)
-    record = describe_job(setting, config, job.tracker.run_id, job.record.options)
-    record = replace(record, program=job.record.program)
+    record = job_record(job.record.program, setting, run_id=job.tracker.run_id, options=job.record.options)
     with ExitStack() as stack:
         tracker = stack.enter_context(Tracker(run_name=f"repetition {repetition}: fresh pool", parent=job.tracker))
         members = open_members(setting, plans, join(job.storage, f"{repetition}-pool"), record, tracker, stack)
