@@ -1,6 +1,5 @@
 """jobs/compute.py as a user starts it: a process, a local Ray, MLflow in a file."""
 
-import importlib.util
 import json
 import re
 import signal
@@ -8,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import fields
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -20,12 +20,14 @@ from conftest import TINY, random_samples, tiny_worker
 from processes import JobProcess, environment, run_job
 from safetensors import safe_open
 
+from uap_dist.computing.options import ComputeOptions
 from uap_dist.computing.rounds import compute
 from uap_dist.data.patterns import expand_patterns
 from uap_dist.data.write import write_shards
 from uap_dist.errors import ConfigError
 from uap_dist.fleet.config import FleetConfig
 from uap_dist.method.config import ComputeConfig
+from uap_dist.tracking.job_options import DataOptions, ResumableRecordOptions
 from uap_dist.workers.dataset import load_dataset
 from uap_dist.workers.local import LocalWorkers
 
@@ -66,11 +68,12 @@ def runs(folder):
 
 
 def job_options(**options):
-    """The job's own dataclass."""
-    spec = importlib.util.spec_from_file_location("compute_job", JOB)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.Options(**options)
+    """Options of jobs/compute.py from their flat names on the command line."""
+    groups = {"data": DataOptions, "record": ResumableRecordOptions}
+    for group, kind in groups.items():
+        names = [field.name for field in fields(kind) if field.name in options]
+        options[group] = kind(**{name: options.pop(name) for name in names})
+    return ComputeOptions(**options)
 
 
 def write_plan(path, job):
@@ -86,7 +89,7 @@ def finished(shards, tmp_path_factory):
     config = ComputeConfig(round_size=10, block_size=5, radius=20.0, max_passes=3)
     patterns = {"train_shards": (data(shards)[1],), "val_shards": (data(shards)[3],)}
     job = job_options(model=TINY, compute=config, fleet=FleetConfig(num_workers=1), **patterns)
-    write_plan(folder / "plan.json", job.costly())
+    write_plan(folder / "plan.json", job.costs())
     options = ("--round-size", "10", "--block-size", "5", "--radius", "20", "--max-passes", "3", "--output", "out")
     options += ("--planned", "plan.json")
     code, out, err = finish(start(folder, *data(shards), *options, has_store=False))

@@ -307,10 +307,10 @@ def test_a_file_that_is_not_a_plan_is_refused(tmp_path, content, message):
 
 
 def test_a_plan_of_another_job_is_refused_and_what_differs_is_named(tmp_path):
-    job = job_options(compute=ComputeConfig(max_evaluations=3000)).costly()
+    job = job_options(compute=ComputeConfig(max_evaluations=3000)).costs()
     write_plan(tmp_path / "plan.json", job)
     assert read_plan(tmp_path / "plan.json", job)["planned/seconds"] == 60
-    other = job_options(compute=ComputeConfig(max_evaluations=8000), num_perturbations=2).costly()
+    other = job_options(compute=ComputeConfig(max_evaluations=8000), num_perturbations=2).costs()
     message = "of another job: max_evaluations was 3000, is 8000; num_perturbations was 1, is 2; plan again"
     with pytest.raises(ConfigError, match=message):
         read_plan(tmp_path / "plan.json", other)
@@ -336,5 +336,5 @@ def test_a_plan_is_a_run_in_mlflow_and_a_file_for_the_run_that_is_planned(shards
     train, _, val = data(shards)[1:]
     config = ComputeConfig(round_size=10, block_size=5, max_passes=3)
     planned = {"model": TINY, "train_shards": (train,), "val_shards": (val,), "num_val_images": 15, "compute": config}
-    job = job_options(**planned, fleet=FleetConfig(num_workers=1)).costly()
+    job = job_options(**planned, fleet=FleetConfig(num_workers=1)).costs()
     assert read_plan(tmp_path / "plan/plan.json", job)["planned/solves"] == 141
