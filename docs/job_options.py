@@ -3,29 +3,33 @@
 import argparse
 import importlib
 import re
-import sys
 import warnings
 from functools import cache
-from types import ModuleType
 
 import tyro
 
-JOBS = ("compute", "evaluate", "finetune", "analyze", "shard")
+from uap_dist.analysis.options import AnalyzeOptions
+from uap_dist.computing.options import ComputeOptions
+from uap_dist.evaluation.options import EvaluateOptions
+from uap_dist.finetuning.options import FinetuneOptions
+from uap_dist.jobs.shard import ShardOptions
+
+JOBS = {
+    "compute": ComputeOptions,
+    "evaluate": EvaluateOptions,
+    "finetune": FinetuneOptions,
+    "analyze": AnalyzeOptions,
+    "shard": ShardOptions,
+}
 DEFAULT = re.compile(r"\s*\((default: .*|required)\)$", re.DOTALL)
-
-
-def _module(job: str) -> ModuleType:
-    return sys.modules[importlib.import_module(f"jobs.{job}").main.__module__]
 
 
 @cache
 def parser(job: str) -> argparse.ArgumentParser:
     """The parser of jobs/JOB.py."""
-    own = vars(_module(job))
-    kind = own.get(f"{job.capitalize()}Options") or own["Options"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # tyro has no other way to list options
-        return tyro.extras.get_parser(kind, config=(tyro.conf.OmitArgPrefixes,))
+        return tyro.extras.get_parser(JOBS[job], config=(tyro.conf.OmitArgPrefixes,))
 
 
 def options(job: str) -> set[str]:
@@ -35,7 +39,7 @@ def options(job: str) -> set[str]:
 
 def markdown(job: str) -> str:
     """A section for jobs/JOB.py: a table for each group of its options."""
-    lines = [f"## uap-{job} {{#{job}}}", "", _module(job).__doc__ or ""]
+    lines = [f"## uap-{job} {{#{job}}}", "", importlib.import_module(f"uap_dist.jobs.{job}").__doc__ or ""]
     for group in parser(job)._action_groups:
         actions = [action for action in group._group_actions if "--help" not in action.option_strings]
         if actions:

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import tyro
 from rich.console import Console
@@ -16,7 +16,7 @@ from uap_dist.fleet.fleet import Fleet
 from uap_dist.fleet.ray_cluster import connect
 from uap_dist.models.classifier import Classifier
 from uap_dist.tracking.console import one_line_errors, set_up_logging
-from uap_dist.tracking.job_options import DataOptions, RecordOptions, ResumableRecordOptions
+from uap_dist.tracking.job_options import DataOptions, JobOptions, ResumableRecordOptions
 from uap_dist.tracking.mlflow_run import Tracker
 from uap_dist.tracking.process import raise_on_sigterm, refuse_credentials
 from uap_dist.tracking.resume import Resumed, find_resumed
@@ -24,25 +24,6 @@ from uap_dist.workers.accuracy import check_accuracy
 from uap_dist.workers.dataset import Dataset, check_disjoint, list_dataset, predict
 
 console = Console(soft_wrap=True, highlight=False, markup=False)
-
-
-class JobOptions(Protocol):
-    """Options of a job that MLflow records; they are validated when they are made."""
-
-    @property
-    def record(self) -> RecordOptions:
-        """Where results go."""
-        ...
-
-    @property
-    def job(self) -> str:
-        """Kind of job, which the MLflow run is tagged with."""
-        ...
-
-    @property
-    def name(self) -> str:
-        """Name of the MLflow run."""
-        ...
 
 
 Options = TypeVar("Options", bound=JobOptions)
@@ -112,7 +93,7 @@ def start_fleet(classifier: Classifier, weights: str | None, config: FleetConfig
     """Workers with that network, as many as the job begins with."""
     connect_to_ray()
     fleet = Fleet(classifier.name, weights, config, tracker.run_id, weights_digest=classifier.weights_digest)
-    console.print(f"MLflow run {tracker.run_id}; waiting for {fleet.describe_wish()}")
+    console.print(f"MLflow run {tracker.run_id}; waiting for {fleet.describe_request()}")
     fleet.wait()
     return fleet
 

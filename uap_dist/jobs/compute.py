@@ -9,30 +9,26 @@ from pathlib import Path
 from uap_dist.computing.options import ComputeOptions
 from uap_dist.computing.pool_run import compute_all
 from uap_dist.computing.provenance import Setting, describe_config, describe_data, describe_setup, job_record
-from uap_dist.data.demo import write_demo_shards
-from uap_dist.data.patterns import expand_apart
 from uap_dist.errors import TrackingError
-from uap_dist.fleet.config import need_of
-from uap_dist.fleet.ray_cluster import Need, check_shared
 from uap_dist.jobs.common import (
     classify_images,
-    connect_to_ray,
     console,
     list_images,
     run_job,
     start_fleet,
     storage_of,
 )
+from uap_dist.jobs.demo import check_demo, list_shards
+from uap_dist.jobs.plan import plan
 from uap_dist.method.state import State
 from uap_dist.models.loading import load_usable_classifier
-from uap_dist.planning.estimate import PlannedJob, make_plan
-from uap_dist.planning.report import Spent, read_plan, save_plan
+from uap_dist.planning.comparison import Spent, read_plan
 from uap_dist.tracking.checkpoint import Checkpoint, CheckpointStore, check_identity
 from uap_dist.tracking.job_options import to_json
 from uap_dist.tracking.mlflow_run import Tracker
 from uap_dist.tracking.outputs import output_folder
 from uap_dist.tracking.resume import Resumed
-from uap_dist.versions import describe_code, seconds_since_start
+from uap_dist.versions import seconds_since_start
 
 
 def main() -> None:
@@ -47,35 +43,6 @@ def run(options: ComputeOptions, tracker: Tracker, resumed: Resumed | None) -> N
         plan(options, tracker, output)
     else:
         compute(options, tracker, resumed, output)
-
-
-def plan(options: ComputeOptions, tracker: Tracker, output: Path) -> None:
-    """Time a little of the job, and say what all of it costs."""
-    classifier, data = load_usable_classifier(options.model, options.weights), options.data
-    settings = describe_setup(classifier, options.weights, options.fleet) | describe_config(options.config)
-    tracker.log_params(settings)
-    train_urls, val_urls = _list_shards(options, output)
-    connect_to_ray()
-    _check_demo(options, train_urls, need_of(options.fleet))
-    job = PlannedJob(
-        model=options.model,
-        weights=options.weights,
-        train_urls=train_urls,
-        val_urls=val_urls,
-        num_train_images=data.num_train_images,
-        num_val_images=data.num_val_images,
-        max_bad_fraction=data.max_bad_fraction,
-        num_perturbations=options.num_perturbations,
-        config=options.config,
-        fleet=options.fleet,
-        storage=options.record.storage or str(output.parent / "checkpoints"),
-        price_per_gpu_hour=options.price_per_gpu_hour,
-        options=options.costs(),
-    )
-    made = make_plan(job, classifier, tracker, console)
-    save_plan(output, made.result() | {"code": describe_code()})
-    tracker.complete(tags={}, metrics=made.metrics(), step=0, markdown=made.summary(), folder=output)
-    console.print(f"\n{made.summary()}\n\nFiles: {output}\nMLflow: {tracker.how_to_open()}")
 
 
 def compute(options: ComputeOptions, tracker: Tracker, resumed: Resumed | None, output: Path) -> None:
@@ -109,10 +76,10 @@ def _set_up(
     settings |= {"demo": options.is_demo, "num_perturbations": options.num_perturbations}
     if resumed is None:
         tracker.log_params(settings)
-    urls = _list_shards(options, output)
+    urls = list_shards(options, output)
     CheckpointStore(storage).prepare()  # before any work is done
     fleet = start_fleet(classifier, options.weights, options.fleet, tracker)
-    _check_demo(options, urls[0], fleet.need)
+    check_demo(options, urls[0], fleet.need)
     train, val = classify_images(fleet, options.model, *list_images(fleet, options.data, *urls))
     data = describe_data(train, val)
     setting = Setting(classifier, fleet, train, val, settings | data, console)
@@ -124,24 +91,3 @@ def _set_up(
     tracker.log_dataset(train, "training")
     tracker.log_dataset(val, "held-out")
     return setting, Checkpoint(record, State.start(train.shape, train.num_examples, options.config), ())
-
-
-def _list_shards(options: ComputeOptions, output: Path) -> tuple[list[str], list[str]]:
-    if not options.is_demo:
-        return expand_apart(options.data.train_shards, options.data.val_shards)
-    train, val, num_train, num_val = write_demo_shards(output.parent / "demo-shards")
-    console.print(
-        f"no shards given: crops of {num_train} training and {num_val} held-out photographs, a demonstration only"
-    )
-    return train, val
-
-
-def _check_demo(options: ComputeOptions, urls: list[str], need: Need) -> None:
-    """Refuse the demonstration where the nodes do not see its shards, which the driver has written."""
-    if options.is_demo:
-        check_shared(
-            Path(urls[0]).parent,
-            need,
-            "the demonstration's shards are written beside --output: give one in a folder that every node sees, or shards of your own "
-            "(--train-shards, --val-shards)",
-        )

@@ -16,7 +16,7 @@ from uap_dist.tracking.outputs import output_folder
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class ShardOptions:
     """Make WebDataset shards."""
 
     source: Path
@@ -38,7 +38,7 @@ class Options:
 def main() -> None:
     """List, shuffle, write."""
     with command_line():
-        options = tyro.cli(Options)
+        options = tyro.cli(ShardOptions)
         if options.shard_size < 1:
             raise ConfigError(f"shard size is {options.shard_size}; it must be positive")
         if any(options.output.glob(f"{options.prefix}-*.tar")):

@@ -9,6 +9,7 @@ from typing import Any
 from uap_dist.errors import ConfigError
 from uap_dist.tracking.checkpoint import name_differences
 from uap_dist.tracking.console import duration
+from uap_dist.tracking.outputs import writes_files
 
 PLAN_FILE = "plan.json"
 
@@ -25,6 +26,12 @@ def planned_metrics(result: Mapping[str, Any]) -> dict[str, float]:
         "planned/evaluations": result["num_evaluations"]["expected"],
         "planned/solves": float(result["num_solves"]),
     }
+
+
+@writes_files
+def save_plan(folder: Path, result: Mapping[str, Any]) -> None:
+    """Write a plan as `Plan.result` has it."""
+    (folder / PLAN_FILE).write_text(json.dumps(result, indent=2) + "\n")
 
 
 def read_plan(path: Path, options: Mapping[str, Any]) -> dict[str, float]:

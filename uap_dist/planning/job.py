@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from uap_dist.computing.options import ComputeOptions
 from uap_dist.fleet.config import FleetConfig
 from uap_dist.method.config import ComputeConfig
 
@@ -38,3 +39,22 @@ class PlannedJob:
     storage: str
     price_per_gpu_hour: float | None
     options: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, options: ComputeOptions, train_urls: Sequence[str], val_urls: Sequence[str], storage: str) -> "PlannedJob":
+        """The job that these options ask for."""
+        return cls(
+            model=options.model,
+            weights=options.weights,
+            train_urls=train_urls,
+            val_urls=val_urls,
+            num_train_images=options.data.num_train_images,
+            num_val_images=options.data.num_val_images,
+            max_bad_fraction=options.data.max_bad_fraction,
+            num_perturbations=options.num_perturbations,
+            config=options.config,
+            fleet=options.fleet,
+            storage=storage,
+            price_per_gpu_hour=options.price_per_gpu_hour,
+            options=options.costs(),
+        )

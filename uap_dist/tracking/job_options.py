@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from cattrs.preconf.json import make_converter
 
@@ -65,6 +65,25 @@ class ResumableRecordOptions(RecordOptions):
     resume: str | None = None
     """MLflow run, or its folder of checkpoints, to go on with. All other options are then those of that run; of those given
     anew, only such that do not change the result are accepted."""
+
+
+class JobOptions(Protocol):
+    """Options of a job that MLflow records; they are validated when they are made."""
+
+    @property
+    def record(self) -> RecordOptions:
+        """Where results go."""
+        ...
+
+    @property
+    def job(self) -> str:
+        """Kind of job, which the MLflow run is tagged with."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """Name of the MLflow run."""
+        ...
 
 
 def to_json(options: Any) -> dict[str, Any]:

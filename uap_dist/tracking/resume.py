@@ -4,13 +4,15 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
+
+from cattrs.errors import CattrsError
 
 from uap_dist.data.locations import absolute
 from uap_dist.errors import ResumeError
 from uap_dist.tracking.checkpoint import Checkpoint, CheckpointStore
+from uap_dist.tracking.job_options import from_json
 from uap_dist.tracking.mlflow_server import RunFacts, look_up
 from uap_dist.tracking.process import command
 
@@ -31,15 +33,15 @@ class Resumed:
     checkpoint: Checkpoint
     storage: str
 
-    def options(self, read: Callable[[Mapping[str, Any]], Options]) -> Options:
-        """The options of the job, which `read` makes from their JSON values.
+    def options(self, options_type: type[Options]) -> Options:
+        """The job's options.
 
         Raises:
-            ResumeError: another version of uap_dist, with other options, saved them.
+            ResumeError: another version of the package, with other options, wrote them.
         """
         try:
-            return read(self.checkpoint.job.options)
-        except (KeyError, TypeError) as error:
+            return from_json(options_type, self.checkpoint.job.options)
+        except (CattrsError, KeyError, TypeError, ValueError) as error:
             raise ResumeError(
                 f"the options in {self.storage} are of another version of uap_dist ({error}); resume with that version, or start a new run"
             ) from error
