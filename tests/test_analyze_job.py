@@ -19,10 +19,10 @@ from uap_dist.analysis.phase_transition import UNIVERSAL, phase_transition
 from uap_dist.analysis.run import check_sizes, plan_sample_sizes
 from uap_dist.analysis.sample_size import Recipe, compute_by_number, plan_numbers
 from uap_dist.errors import ConfigError
+from uap_dist.job_options import DataOptions
 from uap_dist.method.config import ComputeConfig
 from uap_dist.method.norms import measure
 from uap_dist.perturbations.files import PERTURBATION_FILE, Perturbation, load_perturbations, save_perturbation
-from uap_dist.tracking.job_options import DataOptions
 from uap_dist.workers.dataset import load_dataset
 from uap_dist.workers.local import LocalWorkers
 

@@ -27,11 +27,11 @@ from uap_dist.finetuning.config import FinetuneConfig
 from uap_dist.finetuning.options import FinetuneOptions
 from uap_dist.finetuning.trainer import Learner, Task
 from uap_dist.fleet.config import FleetConfig
+from uap_dist.job_options import DataOptions
 from uap_dist.method.config import ComputeConfig
 from uap_dist.models.loading import load_classifier
 from uap_dist.models.weights import digest_weights, write_weights
 from uap_dist.perturbations.pool import PerturbationPool
-from uap_dist.tracking.job_options import DataOptions
 from uap_dist.workers.dataset import load_dataset
 from uap_dist.workers.local import LocalWorkers
 from uap_dist.workers.reproducible import set_up_torch

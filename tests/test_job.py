@@ -26,8 +26,8 @@ from uap_dist.data.patterns import expand_patterns
 from uap_dist.data.write import write_shards
 from uap_dist.errors import ConfigError
 from uap_dist.fleet.config import FleetConfig
+from uap_dist.job_options import DataOptions, ResumableRecordOptions
 from uap_dist.method.config import ComputeConfig
-from uap_dist.tracking.job_options import DataOptions, ResumableRecordOptions
 from uap_dist.workers.dataset import load_dataset
 from uap_dist.workers.local import LocalWorkers
 

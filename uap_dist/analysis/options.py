@@ -5,7 +5,7 @@ from typing import Literal
 
 from uap_dist.errors import ConfigError
 from uap_dist.fleet.config import FleetConfig
-from uap_dist.tracking.job_options import DataOptions, RecordOptions
+from uap_dist.job_options import DataOptions, RecordOptions
 
 Analysis = Literal["phase", "boundaries", "images"]
 

@@ -13,11 +13,11 @@ from uap_dist.computing.provenance import Setting, describe_member
 from uap_dist.computing.run import Member
 from uap_dist.data.locations import join
 from uap_dist.errors import TrackingError
+from uap_dist.job_options import to_json
 from uap_dist.method.config import ComputeConfig
 from uap_dist.method.state import State
 from uap_dist.tracking.checkpoint import Checkpoint, CheckpointStore, JobRecord, check_identity
 from uap_dist.tracking.console import RoundProgress
-from uap_dist.tracking.job_options import to_json
 from uap_dist.tracking.mlflow_run import Tracker, register
 from uap_dist.tracking.mlflow_server import CHECKPOINTS_TAG, is_finished
 from uap_dist.tracking.outputs import RESULT_FILE, publish, resumable

@@ -5,8 +5,7 @@ from math import isfinite
 
 from uap_dist.errors import ConfigError
 from uap_dist.fleet.config import FleetConfig
-from uap_dist.tracking.job_options import RecordOptions
-from uap_dist.workers.dataset import check_limits
+from uap_dist.job_options import RecordOptions, check_limits
 
 
 @dataclass(frozen=True, kw_only=True)

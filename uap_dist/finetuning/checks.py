@@ -10,11 +10,11 @@ from uap_dist.errors import PerturbationError
 from uap_dist.finetuning.options import FinetuneOptions
 from uap_dist.finetuning.trainer import check_trainable, check_truths
 from uap_dist.fleet.ray_cluster import Need, check_shared
+from uap_dist.job_options import to_json
 from uap_dist.method.config import ComputeConfig
 from uap_dist.models.check import check_classifier
 from uap_dist.models.classifier import Classifier
 from uap_dist.perturbations.pool import PerturbationPool
-from uap_dist.tracking.job_options import to_json
 from uap_dist.workers.dataset import Dataset
 
 

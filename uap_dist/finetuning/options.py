@@ -6,7 +6,7 @@ from pathlib import Path
 from uap_dist.errors import ConfigError
 from uap_dist.finetuning.config import FinetuneConfig
 from uap_dist.fleet.config import FleetConfig
-from uap_dist.tracking.job_options import DataOptions, ResumableRecordOptions
+from uap_dist.job_options import DataOptions, ResumableRecordOptions
 
 
 @dataclass(frozen=True, kw_only=True)

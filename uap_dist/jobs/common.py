@@ -14,9 +14,9 @@ from uap_dist.errors import ConfigError
 from uap_dist.fleet.config import FleetConfig
 from uap_dist.fleet.fleet import Fleet
 from uap_dist.fleet.ray_cluster import connect
+from uap_dist.job_options import DataOptions, JobOptions, ResumableRecordOptions
 from uap_dist.models.classifier import Classifier
 from uap_dist.tracking.console import one_line_errors, set_up_logging
-from uap_dist.tracking.job_options import DataOptions, JobOptions, ResumableRecordOptions
 from uap_dist.tracking.mlflow_run import Tracker
 from uap_dist.tracking.process import raise_on_sigterm, refuse_credentials
 from uap_dist.tracking.resume import Resumed, find_resumed

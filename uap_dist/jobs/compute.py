@@ -10,6 +10,7 @@ from uap_dist.computing.options import ComputeOptions
 from uap_dist.computing.pool_run import compute_all
 from uap_dist.computing.provenance import Setting, describe_config, describe_data, describe_setup, job_record
 from uap_dist.errors import TrackingError
+from uap_dist.job_options import to_json
 from uap_dist.jobs.common import (
     classify_images,
     console,
@@ -24,7 +25,6 @@ from uap_dist.method.state import State
 from uap_dist.models.loading import load_usable_classifier
 from uap_dist.planning.comparison import Spent, read_plan
 from uap_dist.tracking.checkpoint import Checkpoint, CheckpointStore, check_identity
-from uap_dist.tracking.job_options import to_json
 from uap_dist.tracking.mlflow_run import Tracker
 from uap_dist.tracking.outputs import output_folder
 from uap_dist.tracking.resume import Resumed

@@ -14,12 +14,12 @@ from uap_dist.finetuning.options import FinetuneOptions
 from uap_dist.finetuning.pipeline import REPETITIONS_FOLDER, Job, Network, group, measure, repeat
 from uap_dist.finetuning.report import BEFORE, FinishedFinetuning, save_finetuning
 from uap_dist.finetuning.trainer import NETWORK_FILE, check_labels
+from uap_dist.job_options import to_json
 from uap_dist.jobs.common import classify_images, console, list_images, run_job, start_fleet, storage_of
 from uap_dist.method.state import State
 from uap_dist.models.loading import load_classifier, load_usable_classifier
 from uap_dist.perturbations.pool import PerturbationPool
 from uap_dist.tracking.checkpoint import Checkpoint, CheckpointStore, check_identity
-from uap_dist.tracking.job_options import to_json
 from uap_dist.tracking.mlflow_run import Tracker, log_classifier
 from uap_dist.tracking.mlflow_server import CHECKPOINTS_TAG
 from uap_dist.tracking.outputs import output_folder, publish

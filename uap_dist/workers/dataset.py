@@ -11,6 +11,7 @@ from itertools import accumulate
 import numpy as np
 
 from uap_dist.errors import ConfigError, ShardError
+from uap_dist.job_options import check_limits
 from uap_dist.method.rates import Predictions, Rate
 from uap_dist.workers.local import Workers
 from uap_dist.workers.messages import Examples, ShardListing
@@ -208,15 +209,6 @@ def list_dataset(
     dataset = Dataset(shards, shapes.pop(), bad, Predictions(np.full(found, -1), np.zeros(found, np.float32)))
     _warn_of_twins(dataset)
     return dataset
-
-
-def check_limits(max_bad_fraction: float, *num_images: int | None) -> None:
-    """Raise ConfigError for options of a data set that cannot be; None takes all images."""
-    for number in num_images:
-        if number is not None and number < 1:
-            raise ConfigError(f"number of images is {number}; it must be positive")
-    if not 0 <= max_bad_fraction <= 1:
-        raise ConfigError(f"max bad fraction is {max_bad_fraction}; it must lie in [0, 1]")
 
 
 def reload_dataset(workers: Workers, dataset: Dataset) -> Dataset:

@@ -7,7 +7,6 @@ from typing import Any, Protocol, TypeVar
 from cattrs.preconf.json import make_converter
 
 from uap_dist.errors import ConfigError
-from uap_dist.workers.dataset import check_limits
 
 Options = TypeVar("Options")
 
@@ -99,3 +98,12 @@ def from_json(kind: type[Options], values: Any) -> Options:
         Exception: the values are not those of such options, as those of another version.
     """
     return _converter.structure(values, kind)
+
+
+def check_limits(max_bad_fraction: float, *num_images: int | None) -> None:
+    """Raise ConfigError for options of a data set that cannot be; None takes all images."""
+    for number in num_images:
+        if number is not None and number < 1:
+            raise ConfigError(f"number of images is {number}; it must be positive")
+    if not 0 <= max_bad_fraction <= 1:
+        raise ConfigError(f"max bad fraction is {max_bad_fraction}; it must lie in [0, 1]")
