@@ -97,7 +97,7 @@ class ComputeOptions:
         return {
             **{name: values[name] for name in ("model", "weights", "num_perturbations")},
             **{name: data[name] for name in ("train_shards", "val_shards", "num_train_images", "num_val_images")},
-            **to_json(self.config),
+            **values["compute"],
             **{name: fleet[name] for name in FLEET_COSTS},
         }
 
