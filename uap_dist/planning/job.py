@@ -41,7 +41,9 @@ class PlannedJob:
     options: Mapping[str, Any]
 
     @classmethod
-    def of(cls, options: ComputeOptions, train_urls: Sequence[str], val_urls: Sequence[str], storage: str) -> "PlannedJob":
+    def of(
+        cls, options: ComputeOptions, train_urls: Sequence[str], val_urls: Sequence[str], storage: str
+    ) -> "PlannedJob":
         """The job that these options ask for."""
         return cls(
             model=options.model,
