@@ -93,6 +93,18 @@ def shared():
     return SHARED
 
 
+@pytest.fixture(scope="module")
+def local_ray():
+    """A Ray on this machine with 4 CPUs and 2 GPUs, none of which need to exist."""
+    import ray
+
+    ray.init(
+        address="local", num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
+    )
+    yield
+    ray.shutdown()
+
+
 @pytest.fixture(scope="session")
 def s3():
     """Query of the URLs of a real S3 server on loopback, with a bucket named bucket."""
