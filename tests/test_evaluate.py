@@ -8,11 +8,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import TINY, tiny_worker
+from markdown_it import MarkdownIt
 from processes import run_job
 from test_job import empty_store
 
-from uap_dist.evaluation.evaluate import baselines, measure_perturbations
+from uap_dist.evaluation.evaluate import Measurement, baselines, measure_perturbations
+from uap_dist.evaluation.report import markdown as as_table
+from uap_dist.evaluation.report import summary
 from uap_dist.method.norms import measure, random_perturbation
+from uap_dist.method.rates import Rate
 from uap_dist.models.loading import load_classifier
 from uap_dist.models.weights import write_weights
 from uap_dist.perturbations.files import Perturbation
@@ -63,6 +67,21 @@ def test_baselines_are_as_large_as_the_perturbations_in_both_norms(local_workers
     assert measure(small.v, "linf") == measure(sparse.resized((3, 8, 8)), "linf")
     (nothing,) = measure_perturbations(local_workers, "tiny", "val", tiny_data[1], [zero])
     assert nothing.fooling.num_hits == 0 and nothing.is_baseline and nothing.top1 == nothing.top1_clean
+
+
+def test_names_in_a_summary_are_text():
+    names = {False: "<b>v|*w*", True: "random, ℓ2 norm of <b>v|*w*"}
+    found = [
+        Measurement("[c](d)", "a_b", name, is_baseline, 1.0, 1.0, 1.0, Rate(1 + is_baseline, 10), None, None)
+        for is_baseline, name in names.items()
+    ]
+    parser = MarkdownIt("commonmark").enable("table")
+    tokens = [child for token in parser.parse(summary(found)) for child in token.children or ()]
+    assert not {"html_inline", "link_open", "em_open"} & {token.type for token in tokens}
+    texts = [token.content for token in tokens if token.type == "text"]
+    for name in ("[c](d)", "a_b", *names.values()):
+        assert any(name in text for text in texts), texts
+    assert "| \\[c\\](d) | a_b |" in as_table(found) and as_table(found).count("\n") == 3
 
 
 def test_a_worker_that_adopts_another_does_not_decode_again(shards):

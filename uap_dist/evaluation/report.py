@@ -72,8 +72,8 @@ def _best(classifier: str, measurements: Sequence[Measurement]) -> str:
     """One line: the perturbation that fools a classifier most often, beside the noise that does."""
     own = [m for m in measurements if m.classifier == classifier]
     best, noise = (max((m for m in own if m.is_baseline == b), key=lambda m: m.fooling.rate) for b in (False, True))
-    name = escape_markdown(best.perturbation)
-    return f"* {escape_markdown(classifier)}: **{name}** fools {best.fooling}; {noise.perturbation}: {noise.fooling}"
+    names = [escape_markdown(name) for name in (classifier, best.perturbation, noise.perturbation)]
+    return f"* {names[0]}: **{names[1]}** fools {best.fooling}; {names[2]}: {noise.fooling}"
 
 
 def markdown(measurements: Sequence[Measurement]) -> str:
