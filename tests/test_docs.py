@@ -5,6 +5,7 @@ import importlib
 import re
 import subprocess
 import sys
+import tomllib
 from functools import cache
 from pathlib import Path
 
@@ -140,6 +141,15 @@ def test_the_code_has_every_name_that_the_architecture_names():
     assert len(names) > 15
     for each in (part for named in names for part in named.split(".")):
         assert re.search(rf"\b(?:def|class) {each}\b|^{each} = ", code, re.MULTILINE), each
+
+
+def test_the_tower_is_that_of_the_contract():
+    contracts = tomllib.loads(text_of(ROOT / "pyproject.toml"))["tool"]["importlinter"]["contracts"]
+    layers = [layer.split(".")[-1] for layer in contracts[0]["layers"]]
+    ((_, tower),) = blocks(ROOT / "docs/architecture.md", "text")
+    drawn = re.findall(r"^ *(\w+)/", tower, re.MULTILINE)
+    assert drawn == [layer for layer in layers if layer in drawn]
+    assert {path.parent.name for path in ROOT.glob("uap_dist/*/__init__.py")} <= set(drawn)
 
 
 @pytest.mark.parametrize("job", JOBS)
