@@ -13,14 +13,14 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+OTHERS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/style.css")
 LINK = re.compile(r"\]\(([^)#:\s]+)")
 OPTIONS = "<!-- options -->"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Pages of docs/ and benchmarks/, those at the root, and every file that they link to."""
-    pages = [*ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md"), *(ROOT / name for name in PAGES)]
+    """The pages of docs/ and benchmarks/, others by name, and every file that they link to."""
+    pages = [*ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md"), *(ROOT / name for name in OTHERS)]
     paths = {path.relative_to(ROOT).as_posix() for path in pages}
     for page in sorted(paths):
         for link in LINK.findall((ROOT / page).read_text()):

@@ -125,6 +125,17 @@ def test_job_makes_shards_of_a_folder_and_refuses_to_mix(tmp_path):
     assert again.returncode == 1 and "already holds train-*.tar" in again.stderr and "Traceback" not in again.stderr
 
 
+def test_job_makes_shards_of_the_tars_of_ilsvrc(train_tar, val_tar, tmp_path):
+    (tmp_path / "val.txt").write_text("".join(f"val_{i}.png {wnid}\n" for i, wnid in enumerate(WNIDS)))
+    done = run_job([str(JOB), "--source", str(train_tar), "--output", "shards"], tmp_path)
+    assert "12 images of 3 classes in 1 shards" in done.stdout, done.stderr
+    labelled = ("--labels", "val.txt", "--output", "shards", "--prefix", "val")
+    done = run_job([str(JOB), "--source", str(val_tar), *labelled], tmp_path)
+    assert "3 images of 3 classes in 1 shards" in done.stdout, done.stderr
+    shard = load_shard(str(tmp_path / "shards/val-0000.tar"), Geometry())
+    assert [image[0, 0, 0] == 10 * truth for image, truth in zip(shard.images, shard.truths, strict=True)] == [True] * 3
+
+
 def test_what_the_shard_job_cannot_do_is_said_before_anything_is_listed(tmp_path):
     (tmp_path / "labels.txt").write_text("a 0\n")
     given = [str(JOB), "--source", str(tmp_path)]
