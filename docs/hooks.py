@@ -7,7 +7,7 @@ import posixpath
 import re
 from pathlib import Path
 
-from job_options import JOBS, markdown
+from option_tables import JOBS, markdown
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page

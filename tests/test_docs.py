@@ -19,7 +19,7 @@ from uap_dist.models.loading import load_classifier
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "docs"))
-from job_options import JOBS, markdown, options
+from option_tables import JOBS, markdown, options
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
 MANUAL = [page for page in PAGES if page.parent.name != "benchmarks"]
