@@ -7,10 +7,10 @@ import posixpath
 import re
 from pathlib import Path
 
-from option_tables import JOBS, markdown
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from option_tables import JOBS, markdown
 
 ROOT = Path(__file__).parents[1]
 OTHERS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/style.css")
