@@ -6,17 +6,21 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
 from uap_dist.figures import column, readable, save_figure
-from uap_dist.method.rates import Rate
-from uap_dist.tracking.history import RoundRecord
+from uap_dist.method.norms import Norm
+from uap_dist.method.rates import Rate, running_rates
+from uap_dist.tracking.history import RUNNING_IMAGES, RoundRecord
 
 PICTURE_SIDE = 224
 MAX_NAME = 22
 MAX_COLUMNS = 5
-ROUNDS_AVERAGED = 10
+RUNNING_SHARE = (
+    0.02  # of all images of the rounds, where that is more than RUNNING_IMAGES: for runs of thousands of rounds
+)
 
 
 def save_perturbation(path: Path, perturbation: Tensor, *, stretch: bool) -> None:
@@ -38,48 +42,44 @@ def save_perturbations(path: Path, perturbations: Tensor, names: Sequence[str]) 
 
 
 def save_curve(path: Path, history: Sequence[RoundRecord], random_rates: Mapping[str, Rate]) -> None:
-    """Fooling rate against network evaluations: training and held-out with 95 % intervals, each round's, and the baseline."""
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    """The curve of one computation against its network evaluations: fooling rates, and beneath them the norms of v.
+
+    Args:
+        path: of the picture.
+        history: of every round.
+        random_rates: held-out fooling rates of random perturbations, drawn as lines, by what they have in common with v.
+    """
     rounds = [record.metrics for record in history]
-    axes.plot(
-        column(rounds, "total/evaluations"),
-        column(rounds, "fooling_rate/round"),
-        ".",
-        ms=4,
-        color="0.75",
-        label="images of each round, before it",
-    )
-    for name, label, colour in (("train", "training", "tab:gray"), ("val", "held-out", "tab:blue")):
-        rate = f"fooling_rate/{name}"
-        measured = [metrics for metrics in rounds if rate in metrics]
-        evaluations = column(measured, "total/evaluations")
-        counts = sorted({int(metrics[f"num_images/{name}"]) for metrics in measured})
-        label = f"{label} ({', '.join(f'{count:,}' for count in counts)} images)"
-        low, high = column(measured, f"{rate}_low"), column(measured, f"{rate}_high")
-        axes.plot(evaluations, column(measured, rate), marker="o", color=colour, label=label)
-        axes.fill_between(evaluations, low, high, color=colour, alpha=0.2, lw=0)
-        axes.vlines(evaluations, low, high, color=colour, alpha=0.4)
-    _finish_curves(axes, "Fooling rate, 95 % Wilson intervals", random_rates)
+    figure, axes, norms = _curve_panels()
+    num_averaged = _draw_running(axes, rounds, color="tab:orange")
+    axes.lines[-1].set_label(f"training images before their round's update, running mean of {num_averaged:,}")
+    for name, label, colour in (("train", "training images", "black"), ("val", "held-out images", "tab:blue")):
+        counts = _draw_measured(axes, rounds, name, color=colour)
+        axes.lines[-1].set_label(f"{label} ({_describe_counts(counts)})")
+    _draw_norms(norms, rounds, ("tab:green", "tab:purple"))
+    _finish_curves(figure, "Fooling rate with 95 % Wilson intervals", random_rates)
     save_figure(figure, path)
 
 
 def save_curves(
     path: Path, histories: Mapping[str, Sequence[Mapping[str, float]]], random_rates: Mapping[str, Rate]
 ) -> None:
-    """Several computations against network evaluations, from all their rounds' metrics: held-out fooling rate, and that of the rounds."""
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    """The curves of several computations, as `save_curve` draws one.
+
+    Args:
+        path: of the picture.
+        histories: metrics of every round, by the name of the computation.
+        random_rates: as for `save_curve`.
+    """
+    figure, axes, norms = _curve_panels()
     for number, (name, rounds) in enumerate(histories.items()):
         colour = f"C{number % 10}"
-        window = max(1, len(rounds) // ROUNDS_AVERAGED)
-        means = np.convolve(column(rounds, "fooling_rate/round"), np.full(window, 1 / window), "valid")
-        axes.plot(column(rounds, "total/evaluations")[window - 1 :], means, lw=0.8, alpha=0.5, color=colour)
-        measured = [metrics for metrics in rounds if metrics.get("fooling_rate/val") is not None]
-        rates = column(measured, "fooling_rate/val")
-        label = f"{readable(name)}: {rates[-1]:.3f}"
-        axes.plot(column(measured, "total/evaluations"), rates, marker="o", ms=5, lw=1.5, color=colour, label=label)
-    _finish_curves(
-        axes, "Held-out fooling rate of each member; thin: on the images of its rounds, averaged", random_rates
-    )
+        _draw_running(axes, rounds, color=colour, is_background=True)
+        _draw_measured(axes, rounds, "val", color=colour)
+        axes.lines[-1].set_label(f"{readable(name)}: {rounds[-1]['fooling_rate/val']:.3f}")
+        _draw_norms(norms, rounds, (colour, colour))
+    title = "Held-out fooling rate of each member; thin: training images of its rounds, running mean"
+    _finish_curves(figure, title, random_rates)
     save_figure(figure, path)
 
 
@@ -106,15 +106,66 @@ def _to_picture(perturbation: Tensor, *, stretch: bool) -> np.ndarray:
     return picture.repeat(zoom, axis=0).repeat(zoom, axis=1)
 
 
-def _finish_curves(axes: Axes, title: str, random_rates: Mapping[str, Rate]) -> None:
+def _curve_panels() -> tuple[Figure, Axes, tuple[Axes, Axes]]:
+    """A figure with axes for fooling rates and, beneath them, for ℓ2 norms (scale on the left) and ℓ∞ norms (on the right)."""
+    figure, (axes, below) = plt.subplots(
+        2, 1, figsize=(7.5, 6), height_ratios=(3, 1), sharex=True, layout="constrained"
+    )
+    return figure, axes, (below, below.twinx())
+
+
+def _draw_running(axes: Axes, rounds: Sequence[Mapping[str, float]], *, color: str, is_background: bool = False) -> int:
+    """Running mean of the rounds' fooling rates, with its interval unless it is in the background; over how many images."""
+    rates = [Rate.from_metrics(metrics, "round") for metrics in rounds]
+    num_averaged = max(RUNNING_IMAGES, int(RUNNING_SHARE * sum(rate.num_examples for rate in rates)))
+    running = running_rates(rates, num_averaged)
+    evaluations = column(rounds, "total/evaluations")
+    if not is_background:
+        lows, highs = zip(*(rate.interval for rate in running), strict=True)
+        axes.fill_between(evaluations, lows, highs, color=color, alpha=0.2, lw=0)
+    axes.plot(evaluations, [rate.rate for rate in running], color=color, lw=0.8, alpha=0.5 if is_background else 1.0)
+    return num_averaged
+
+
+def _draw_measured(axes: Axes, rounds: Sequence[Mapping[str, float]], name: str, *, color: str) -> list[int]:
+    """Fooling rates of one set of images where they were measured, with their intervals; of how many images each is."""
+    measured = [metrics for metrics in rounds if metrics.get(f"fooling_rate/{name}") is not None]
+    rates = [Rate.from_metrics(metrics, name) for metrics in measured]
+    evaluations = column(measured, "total/evaluations")
+    lows, highs = zip(*(rate.interval for rate in rates), strict=True)
+    axes.vlines(evaluations, lows, highs, color=color, lw=1, alpha=0.5)
+    axes.plot(evaluations, [rate.rate for rate in rates], marker="o", ms=4, lw=1.5, color=color)
+    return [rate.num_examples for rate in rates]
+
+
+def _describe_counts(counts: Sequence[int]) -> str:
+    """The numbers of images of several measurements, of which the last one may have more."""
+    return f"{counts[0]:,}" if counts[0] == counts[-1] else f"{counts[0]:,}, at the end {counts[-1]:,}"
+
+
+def _draw_norms(axes: tuple[Axes, Axes], rounds: Sequence[Mapping[str, float]], colours: tuple[str, str]) -> None:
+    """Norms of the iterate after each round: ℓ2 as a line, ℓ∞ dashed."""
+    norms: tuple[Norm, Norm] = ("l2", "linf")
+    for own, norm, colour, style in zip(axes, norms, colours, ("-", "--"), strict=True):
+        own.plot(column(rounds, "total/evaluations"), column(rounds, f"iterate/norm_{norm}"), color=colour, ls=style)
+
+
+def _finish_curves(figure: Figure, title: str, random_rates: Mapping[str, Rate]) -> None:
+    axes, left, right = figure.axes
     for (name, rate), style in zip(random_rates.items(), ("--", ":"), strict=False):
-        label = f"random, {name} ({rate.num_examples} held-out images)"
-        axes.axhline(rate.rate, color="tab:red", ls=style, label=label)
-    axes.set(xlabel="network evaluations", ylabel="fooling rate", ylim=(0, 1))
+        label = f"random, {name} ({rate.num_examples:,} held-out images)"
+        axes.axhline(rate.rate, color="tab:red", ls=style, lw=1, label=label)
+    axes.set(ylabel="fooling rate", ylim=(0, 1))
     axes.set_title(title, fontsize=10)
-    axes.set_xlim(left=0)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8)
+    left.set_xlabel("network evaluations, clean labels of the training images included")
+    left.set_ylabel("ℓ2 norm of v\n(line), pixels", fontsize=9)
+    right.set_ylabel("ℓ∞ norm of v\n(dashed), pixels", fontsize=9)
+    for norms in (left, right):
+        norms.set_ylim(0, 1.15 * norms.dataLim.y1)
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", fontsize=9)
+    left.grid(alpha=0.3)
 
 
 def _shorten(name: str) -> str:

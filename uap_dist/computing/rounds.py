@@ -2,9 +2,9 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
-from math import ceil, prod
+from math import ceil, inf, prod, sqrt
 
 import numpy as np
 import torch
@@ -24,8 +24,9 @@ from uap_dist.workers.worker import Worker
 
 DEFAULT_PASSES = 10
 EVALUATIONS_PER_LOG_ODDS_SOLVE = 2
-GLANCE_SHARE = 0.02  # of the network evaluations of the solves: what measurements before the end may cost
-GLANCE_IMAGES = 100  # held-out ones that are worth a measurement
+NUM_PLACES = 12  # points of the held-out curve, the end of the run among them
+MEASURED_SHARE = 0.02  # of the run's network evaluations, which the points before the end may cost
+MIN_MEASURED_IMAGES = 30  # of a point, also in short runs, where this costs more than that share
 
 
 def compute(
@@ -46,14 +47,16 @@ def compute(
     if planned is None:
         check_budget(train.num_examples, config)
     state = state or State.start(train.shape, train.num_examples, config)
-    every, num_glanced = plan_measurements(train.num_examples, val.num_examples, config)
-    some = None if num_glanced is None else val.thin(num_glanced)
+    plan = plan_measurements(train.sizes, val.num_examples, config, planned)
+    some = None if plan.num_images is None else val.thin(plan.num_images)
     for round_ in islice(_plan(train.sizes, config), state.num_rounds, None):
+        spent_before = state.num_evaluations
         state, report = run_round(workers, train, round_, state, config, planned)
         ends = state.num_rounds == planned or _is_spent(state, config)
-        if ends or (some is None and is_due(round_, every)):
+        is_due = plan.is_due(round_, spent_before, state.num_evaluations)
+        if ends or (is_due and some is None):
             report = replace(report, evaluation=evaluate(workers, train, val, report.perturbation))
-        elif some is not None and is_due(round_, every):
+        elif is_due and some is not None:
             report = replace(report, evaluation=evaluate(workers, None, some, report.perturbation))
         train_rate = report.evaluation.train if report.evaluation is not None else None
         reached = train_rate is not None and train_rate.rate >= config.target_fooling_rate
@@ -122,18 +125,70 @@ def evaluate(workers: Workers, train: Dataset | None, val: Dataset, perturbation
     return Evaluation(train_rate, fooling_rate(val, predictions), predictions)
 
 
-def plan_measurements(num_train: int, num_val: int, config: ComputeConfig) -> tuple[int, int | None]:
-    """After how many passes the fooling rates are measured each time, and on how many held-out images; None: on all images."""
+@dataclass(frozen=True)
+class MeasurementPlan:
+    """When fooling rates are measured before the end of a run, and on what; it has no influence on the perturbation.
+
+    Attributes:
+        every_passes: passes between two measurements of all images; None where some held-out images are measured instead, at
+            NUM_PLACES places over the run.
+        num_images: how many held-out images are measured at each place; None for all training and held-out images.
+        num_rounds: rounds of the run, where they are known beforehand.
+        num_labels: network evaluations for the clean labels of the training images.
+        max_evaluations: where these end the run.
+    """
+
+    every_passes: int | None
+    num_images: int | None
+    num_rounds: int | None
+    num_labels: int
+    max_evaluations: int | None
+
+    def is_due(self, round_: Round, spent_before: float, spent: float) -> bool:
+        """Whether a measurement follows a round that is not the last one.
+
+        Args:
+            round_: the round.
+            spent_before: network evaluations before the round, clean labels included.
+            spent: network evaluations after it.
+        """
+        if self.every_passes is not None:
+            return round_.ends_pass and (round_.pass_number + 1) % self.every_passes == 0
+        return self._places_passed(round_.number, spent_before) < self._places_passed(round_.number + 1, spent)
+
+    def _places_passed(self, num_rounds: int, spent: float) -> int:
+        """Places k²/NUM_PLACES² of the run: the closer, the earlier, because the rate climbs fastest at first."""
+        of_rounds = num_rounds / self.num_rounds if self.num_rounds else 0.0
+        of_budget = (
+            (spent - self.num_labels) / (self.max_evaluations - self.num_labels) if self.max_evaluations else 0.0
+        )
+        return int(NUM_PLACES * sqrt(max(of_rounds, of_budget)))
+
+
+def plan_measurements(
+    train_sizes: Sequence[int], num_val: int, config: ComputeConfig, num_rounds: int | None
+) -> MeasurementPlan:
+    """When and on what a run measures its fooling rates: a function of config and sizes alone, so that resumed runs agree.
+
+    Args:
+        train_sizes: training images of each shard.
+        num_val: held-out images.
+        config: of the run.
+        num_rounds: what `count_rounds` gives.
+    """
+    num_train = sum(train_sizes)
+    # the log-odds rule's budget is already in its number of rounds
+    budget = config.max_evaluations if config.rule == "paper" else None
     if config.evaluate_every is not None or config.target_fooling_rate < 1:
-        return config.evaluate_every or 1, None
-    affordable = GLANCE_SHARE * EVALUATIONS_PER_LOG_ODDS_SOLVE * num_train  # in a pass
-    every = ceil(min(GLANCE_IMAGES, num_val) / affordable)
-    return every, min(num_val, int(every * affordable))
-
-
-def is_due(round_: Round, every: int) -> bool:
-    """Whether the round is followed by a measurement, unless it is the last one."""
-    return round_.ends_pass and (round_.pass_number + 1) % every == 0
+        return MeasurementPlan(config.evaluate_every or 1, None, num_rounds, num_train, budget)
+    evaluations = inf if budget is None else float(budget - num_train)
+    if num_rounds is not None:
+        blocks_per_pass = sum(ceil(size / config.block_size) for size in train_sizes)
+        num_passes = num_rounds / ceil(blocks_per_pass * config.block_size / config.round_size)
+        evaluations = min(evaluations, EVALUATIONS_PER_LOG_ODDS_SOLVE * num_passes * num_train)
+    affordable = int(MEASURED_SHARE * evaluations / NUM_PLACES)
+    num_images = min(num_val, max(MIN_MEASURED_IMAGES, affordable))
+    return MeasurementPlan(None, num_images, num_rounds, num_train, budget)
 
 
 def count_rounds(shard_sizes: Sequence[int], config: ComputeConfig) -> int | None:

@@ -57,7 +57,7 @@ class Member:
     def rounds(self, workers: Workers, train: Dataset, val: Dataset) -> Iterator[RoundReport]:
         """Compute what is left, commit and track each round before the next one. The last one is committed as the result."""
         for report in compute(workers, train, val, self.config, self.state):
-            self._history.append(RoundRecord.of(report, workers.metrics()))
+            self._history.append(RoundRecord.of(report, workers.metrics(), self._history))
             if not report.is_last:
                 self._store.commit(Checkpoint(self._job, report.state, tuple(self._history)))
             self._tracker.log_round(self._history[-1])

@@ -18,10 +18,9 @@ def save_epochs(path: Path, repetitions: Mapping[str, Sequence[RoundRecord]]) ->
         epochs, metrics = [record.step for record in records], [record.metrics for record in records]
         axes.plot(epochs, column(metrics, "top1/clean"), "o-", color="black", label="top-1, clean")
         for group, label, style in (("trained_on", "trained on", "-"), ("held_out", "held out", "--")):
-            rate = f"fooling_rate/{group}_members"
-            values = column(metrics, rate)
+            values = column(metrics, f"fooling_rate/{group}_members")
             axes.plot(epochs, values, marker="o", ls=style, color="tab:red", label=f"fooling rate, members {label}")
-            low, high = column(metrics, f"{rate}_low"), column(metrics, f"{rate}_high")
+            low, high = (column(metrics, f"interval/{group}_members_{end}") for end in ("low", "high"))
             axes.fill_between(epochs, low, high, color="tab:red", alpha=0.15, lw=0)
             top1 = column(metrics, f"top1/{group}_members")
             axes.plot(epochs, top1, marker="o", ls=style, color="tab:blue", label=f"top-1, members {label}")

@@ -1,6 +1,6 @@
 """Fooling rates, and other shares of examples, with their intervals."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any
@@ -50,10 +50,16 @@ class Rate:
         low, high = self.interval
         return {
             f"fooling_rate/{name}": self.rate,
-            f"fooling_rate/{name}_low": low,
-            f"fooling_rate/{name}_high": high,
+            f"interval/{name}_low": low,
+            f"interval/{name}_high": high,
             f"num_images/{name}": float(self.num_examples),
         }
+
+    @classmethod
+    def from_metrics(cls, metrics: Mapping[str, float], name: str) -> "Rate":
+        """The fooling rate that stands in metrics under that name."""
+        num_examples = int(metrics[f"num_images/{name}"])
+        return cls(round(metrics[f"fooling_rate/{name}"] * num_examples), num_examples)
 
     def __str__(self) -> str:
         """Rate, interval and count, as it is printed everywhere."""
@@ -73,6 +79,17 @@ def flatten_rates(row: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in row.items():
         columns |= rate_columns(name, value) if isinstance(value, Rate) else {name: value}
     return columns
+
+
+def running_rates(rates: Sequence[Rate], num_examples: int) -> list[Rate]:
+    """Running mean of consecutive rates, each pooled with the ones before it until it covers `num_examples` examples.
+
+    Every result pools as few rates as that takes; the first ones, which have too few before them, pool all so far.
+    """
+    hits, examples = (np.cumsum([0, *(getattr(rate, name) for rate in rates)]) for name in ("num_hits", "num_examples"))
+    starts = np.maximum(np.searchsorted(examples, examples[1:] - num_examples, side="right") - 1, 0)
+    pooled = zip(hits[1:] - hits[starts], examples[1:] - examples[starts], strict=True)
+    return [Rate(int(some_hits), int(some_examples)) for some_hits, some_examples in pooled]
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,8 @@ class RoundReport:
         means: log-odds rule: of the log-odds of the round's clean labels, and of their absolute values. Paper's rule: of ‖Δ‖2 in
             pixels over the images that got an increment (0 where none did), and the share of the images that are fooled after theirs.
         seconds: this round took, without evaluation.
-        evaluation: at the end, of all images, and after passes (see `ComputeConfig.evaluate_every`).
+        evaluation: of all images at the end of the run, of some or all of them at places before (see `rounds.plan_measurements`);
+            None after the other rounds.
         is_last: whether the run ends with it.
     """
 
@@ -79,6 +80,7 @@ class RoundReport:
         """The round in numbers, under the names that MLflow and the curve use."""
         metrics = {
             "fooling_rate/round": self.fooling.rate,
+            "num_images/round": float(self.fooling.num_examples),
             "round/step": self.step,
             **{f"round/{name}": value for name, value in self.means.items()},
             "round/seconds": self.seconds,

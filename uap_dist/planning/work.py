@@ -7,7 +7,7 @@ from math import ceil, inf
 
 import numpy as np
 
-from uap_dist.computing.rounds import EVALUATIONS_PER_LOG_ODDS_SOLVE, count_rounds, is_due, plan_measurements
+from uap_dist.computing.rounds import EVALUATIONS_PER_LOG_ODDS_SOLVE, count_rounds, plan_measurements
 from uap_dist.method.config import ComputeConfig
 from uap_dist.method.schedule import plan_rounds
 from uap_dist.planning.shard_sizes import ShardSizes
@@ -107,21 +107,22 @@ def count_work(
     """
     num_train, num_val = train.total_images, val.total_images
     planned = count_rounds(train.num_images, config)
-    every, num_val_each_time = plan_measurements(num_train, num_val, config)
+    plan = plan_measurements(train.num_images, num_val, config, planned)
     rounds: Counter[int] = Counter()
     num_solves = num_measurements = 0
+    spent = float(num_train)
     for round_ in plan_rounds(
         train.num_images, seed=config.seed, round_size=config.round_size, block_size=config.block_size
     ):
         rounds[len(round_.blocks)] += 1
         num_solves += round_.num_examples
-        spent = num_train + evaluations_per_solve.expected * num_solves
+        spent_before, spent = spent, num_train + evaluations_per_solve.expected * num_solves
         is_spent = spent >= (config.max_evaluations or inf)
         if round_.number + 1 == planned or is_spent:
             break
-        num_measurements += is_due(round_, every)
+        num_measurements += plan.is_due(round_, spent_before, spent)
     all_images = (train.num_images, val.num_images)
-    measured = all_images if num_val_each_time is None else (_thin(val.num_images, num_val_each_time),)
+    measured = all_images if plan.num_images is None else (_thin(val.num_images, plan.num_images),)
     return Work(
         train=train,
         val=val,

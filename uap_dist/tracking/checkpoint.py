@@ -28,7 +28,7 @@ from uap_dist.tracking.history import RoundRecord
 NUM_KEPT = 3
 DIGEST_LENGTH = 16  # hexadecimal digits
 UNFINISHED = "unfinished"  # name of a local file that is being written
-FORMAT = 2  # of the file; incremented when older and newer versions cannot read each other's checkpoints
+FORMAT = 3  # of the file; incremented when older and newer versions cannot read each other's checkpoints
 
 logger = logging.getLogger(__name__)
 
