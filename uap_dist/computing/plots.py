@@ -52,10 +52,9 @@ def save_curve(path: Path, history: Sequence[RoundRecord], random_rates: Mapping
     rounds = [record.metrics for record in history]
     figure, axes, norms = _curve_panels()
     num_averaged = _draw_running(axes, rounds, color="tab:orange")
-    axes.lines[-1].set_label(f"training images before their round's update, running mean of {num_averaged:,}")
-    for name, label, colour in (("train", "training images", "black"), ("val", "held-out images", "tab:blue")):
-        counts = _draw_measured(axes, rounds, name, color=colour)
-        axes.lines[-1].set_label(f"{label} ({_describe_counts(counts)})")
+    axes.lines[-1].set_label(f"images of the rounds, before their update (mean of {num_averaged:,})")
+    _draw_measured(axes, rounds, "train", color="0.3", label="training images")
+    _draw_measured(axes, rounds, "val", color="tab:blue", label="held-out images")
     _draw_norms(norms, rounds, ("tab:green", "tab:purple"))
     _finish_curves(figure, "Fooling rate with 95 % Wilson intervals", random_rates)
     save_figure(figure, path)
@@ -127,20 +126,27 @@ def _draw_running(axes: Axes, rounds: Sequence[Mapping[str, float]], *, color: s
     return num_averaged
 
 
-def _draw_measured(axes: Axes, rounds: Sequence[Mapping[str, float]], name: str, *, color: str) -> list[int]:
-    """Fooling rates of one set of images where they were measured, with their intervals; of how many images each is."""
+def _draw_measured(
+    axes: Axes, rounds: Sequence[Mapping[str, float]], name: str, *, color: str, label: str = ""
+) -> None:
+    """Fooling rates of one set of images where they were measured, with their intervals.
+
+    Those of equally many images are joined by a line. The one of all images at the end stands alone where those before it are
+    of some of them: a step between the two would be one between images.
+    """
     measured = [metrics for metrics in rounds if metrics.get(f"fooling_rate/{name}") is not None]
-    rates = [Rate.from_metrics(metrics, name) for metrics in measured]
-    evaluations = column(measured, "total/evaluations")
-    lows, highs = zip(*(rate.interval for rate in rates), strict=True)
-    axes.vlines(evaluations, lows, highs, color=color, lw=1, alpha=0.5)
-    axes.plot(evaluations, [rate.rate for rate in rates], marker="o", ms=4, lw=1.5, color=color)
-    return [rate.num_examples for rate in rates]
-
-
-def _describe_counts(counts: Sequence[int]) -> str:
-    """The numbers of images of several measurements, of which the last one may have more."""
-    return f"{counts[0]:,}" if counts[0] == counts[-1] else f"{counts[0]:,}, at the end {counts[-1]:,}"
+    by_count: dict[int, list[tuple[float, Rate]]] = {}
+    for metrics in measured:
+        rate = Rate.from_metrics(metrics, name)
+        by_count.setdefault(rate.num_examples, []).append((metrics["total/evaluations"], rate))
+    for number, (count, points) in enumerate(by_count.items()):
+        evaluations, rates = zip(*points, strict=True)
+        lows, highs = zip(*(rate.interval for rate in rates), strict=True)
+        axes.vlines(evaluations, lows, highs, color=color, lw=1, alpha=0.5)
+        values = [rate.rate for rate in rates]
+        axes.plot(evaluations, values, marker="oD"[number > 0], ms=4 + 2 * number, lw=1.5, color=color)
+        if label:
+            axes.lines[-1].set_label(f"{count:,} {label}")
 
 
 def _draw_norms(axes: tuple[Axes, Axes], rounds: Sequence[Mapping[str, float]], colours: tuple[str, str]) -> None:
@@ -153,7 +159,7 @@ def _draw_norms(axes: tuple[Axes, Axes], rounds: Sequence[Mapping[str, float]], 
 def _finish_curves(figure: Figure, title: str, random_rates: Mapping[str, Rate]) -> None:
     axes, left, right = figure.axes
     for (name, rate), style in zip(random_rates.items(), ("--", ":"), strict=False):
-        label = f"random, {name} ({rate.num_examples:,} held-out images)"
+        label = f"random v of the {name}, held-out images"
         axes.axhline(rate.rate, color="tab:red", ls=style, lw=1, label=label)
     axes.set(ylabel="fooling rate", ylim=(0, 1))
     axes.set_title(title, fontsize=10)

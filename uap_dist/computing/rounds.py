@@ -26,7 +26,7 @@ DEFAULT_PASSES = 10
 EVALUATIONS_PER_LOG_ODDS_SOLVE = 2
 NUM_PLACES = 12  # points of the held-out curve, the end of the run among them
 MEASURED_SHARE = 0.02  # of the run's network evaluations, which the points before the end may cost
-MIN_MEASURED_IMAGES = 30  # of a point, also in short runs, where this costs more than that share
+MIN_MEASURED_IMAGES = 50  # of a point, also in short runs, where this costs more than that share
 
 
 def compute(
@@ -157,7 +157,7 @@ class MeasurementPlan:
         return self._places_passed(round_.number, spent_before) < self._places_passed(round_.number + 1, spent)
 
     def _places_passed(self, num_rounds: int, spent: float) -> int:
-        """Places k²/NUM_PLACES² of the run: the closer, the earlier, because the rate climbs fastest at first."""
+        """Places lie at k²/NUM_PLACES² of the run: dense at first, where the rate climbs fastest."""
         of_rounds = num_rounds / self.num_rounds if self.num_rounds else 0.0
         of_budget = (
             (spent - self.num_labels) / (self.max_evaluations - self.num_labels) if self.max_evaluations else 0.0

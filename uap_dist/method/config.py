@@ -36,7 +36,7 @@ class ComputeConfig:
     reports do not). The paper's rule, whose costs are not known beforehand, starts no round once they are spent."""
     evaluate_every: int | None = None
     """Passes between two measurements of the fooling rates on all training and held-out images; the end is always measured.
-    Default: 1 where --target-fooling-rate needs it; else some of the held-out images (30 or more, if there are as many) at
+    Default: 1 where --target-fooling-rate needs it; else some of the held-out images (50 or more, if there are as many) at
     eleven places over the run, which costs a fiftieth of a long run's evaluations and more of a short one's."""
     candidates: int | None = None
     """Paper's rule: classes that DeepFool looks at, the clean label included. Default 10."""
