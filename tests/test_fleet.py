@@ -241,5 +241,5 @@ def test_prometheus_reads_what_the_fleet_does(local_ray, shards):
     fleet.close()
     assert values.get("solves_total") == 3 * 47 and values["workers"] == 2, text
     on_disk = sum(path.stat().st_size for path in shards.glob("*.tar"))  # a shard may be read by both workers
-    assert on_disk <= metrics["fleet/bytes_read"] == values["bytes_read_total"] <= 2 * on_disk
-    assert 0 < metrics["fleet/waiting_share"] < 1 and metrics["fleet/cache_hit_rate"] == 1
+    assert on_disk <= metrics["workers/bytes_read"] == values["bytes_read_total"] <= 2 * on_disk
+    assert 0 < metrics["workers/waiting_share"] < 1 and metrics["workers/cache_hit_rate"] == 1

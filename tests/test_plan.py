@@ -189,7 +189,7 @@ def test_a_plan_fits_a_screen_and_says_what_idles_and_what_it_costs():
     job = job_of(config, price_per_gpu_hour=2.5, cache_gib=1 / 2**30, disk_cache_gib=0.0)
     plan = Plan(job, work, fleets, (1,), 1, 1.0)
     text = plan.summary()
-    assert "240 solves, 720 network evaluations; 1,200 images classified" in text
+    assert "240 solves, 720 network evaluations; 1,600 images classified" in text
     assert "| GPU-hours | price |" in text and "| 16 | 3:01:00 | 3:00:48–3:01:15 | 48.3 (48.2–48.3) | 120.67 (" in text
     assert "at most 4 blocks (--round-size 24, --block-size 6), so 12 of 16 workers have nothing to do" in text
     assert "a pool of 5 (--num-perturbations) would keep all 16 busy" in text
@@ -318,7 +318,7 @@ def test_a_plan_of_another_job_is_refused_and_what_differs_is_named(tmp_path):
 
 def test_a_resumed_run_does_not_claim_to_know_its_time():
     spent = Spent.of([{"num_evaluations": 10, "num_solves": 5}] * 2, 4, None)
-    assert spent.metrics() == {"actual/evaluations": 20, "actual/solves": 10} and spent.beside({}) == ""
+    assert spent.metrics() == {"spent/evaluations": 20, "spent/solves": 10} and spent.beside({}) == ""
 
 
 def test_a_plan_is_a_run_in_mlflow_and_a_file_for_the_run_that_is_planned(shards, tmp_path):

@@ -138,7 +138,7 @@ class Fleet:
 
     def metrics(self) -> dict[str, float]:
         """See Workers."""
-        return {"fleet/workers": float(self._membership.num_ready)} | self.stats.metrics()
+        return {"workers/number": float(self._membership.num_ready)} | self.stats.metrics()
 
     def close(self) -> None:
         """End all workers."""

@@ -49,11 +49,11 @@ class FleetStats:
         """MLflow metrics for a round's report."""
         traffic = self.traffic
         return {
-            "fleet/stragglers": float(self.stragglers),
-            "fleet/workers_lost": float(self.workers_lost),
-            "fleet/bytes_read": float(traffic.bytes_read),
-            "fleet/waiting_share": traffic.seconds_reading / max(self.seconds_busy, 1e-9),
-            "fleet/cache_hit_rate": traffic.cache_hits / max(traffic.cache_hits + traffic.cache_misses, 1),
+            "workers/stragglers": float(self.stragglers),
+            "workers/lost": float(self.workers_lost),
+            "workers/bytes_read": float(traffic.bytes_read),
+            "workers/waiting_share": traffic.seconds_reading / max(self.seconds_busy, 1e-9),
+            "workers/cache_hit_rate": traffic.cache_hits / max(traffic.cache_hits + traffic.cache_misses, 1),
         }
 
 

@@ -82,11 +82,11 @@ class Spent:
 
     def metrics(self) -> dict[str, float]:
         """The same under the names used in MLflow."""
-        metrics = {"actual/evaluations": float(self.num_evaluations), "actual/solves": float(self.num_solves)}
+        metrics = {"spent/evaluations": float(self.num_evaluations), "spent/solves": float(self.num_solves)}
         if self.seconds is not None:
             metrics |= {
-                "actual/seconds": self.seconds,
-                "actual/worker_hours": self.seconds * self.num_workers / 3600,
+                "spent/seconds": self.seconds,
+                "spent/worker_hours": self.seconds * self.num_workers / 3600,
             }
         return metrics
 

@@ -9,7 +9,9 @@ from functools import cached_property
 from uap_dist.method.rates import Rate, running_rates
 from uap_dist.method.state import RoundReport
 
-RUNNING_IMAGES = 60  # images in the running mean of the rounds' fooling rates; a round of six can only have a rate of k/6
+RUNNING_IMAGES = (
+    60  # images in the running mean of the rounds' fooling rates; a round of six can only have a rate of k/6
+)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Reaching MLflow: where it is, its errors in one line each, patience with a locked sqlite file, and look-ups of any run."""
 
+import json
 import logging
 import os
 import re
@@ -28,6 +29,24 @@ MEANINGS = {  # of regular expressions found in an error
     "database is locked": "other processes keep it locked",
 }
 EXPERIMENT_KIND = {"mlflow.experimentKind": "custom_model_development"}  # otherwise shown as a chat application
+# MLflow keeps saved views of the table of runs in tags of the experiment, in a format of its web page that has no API. This one
+# shows the columns that matter first; the table itself shows no metrics, and orders those that are added by name.
+RUNS_COLUMNS = (
+    "metrics.`fooling_rate/val`",
+    "metrics.`fooling_rate/random`",
+    "metrics.`fooling_rate/train`",
+    "metrics.`total/evaluations`",
+    *(f"params.`{name}`" for name in ("model", "norm", "radius", "rule", "seed")),
+    "attributes.`Dataset`",
+)
+RUNS_VIEW_TAG = "mlflow.sharedViewState.uap_dist"
+RUNS_VIEW = json.dumps(
+    {
+        "name": "Fooling rates",
+        "createdAt": 0,
+        "state": json.dumps({"selectedColumns": RUNS_COLUMNS, "columnOrder": RUNS_COLUMNS, "columnWidths": {}}),
+    }
+)
 
 Given = ParamSpec("Given")
 Answer = TypeVar("Answer")
@@ -138,13 +157,14 @@ def find_experiment(name: str, uri: str) -> str:
         # beside the database, because the working directory may be Ray's copy of the submitter's
         artifacts = (path.resolve().parent / "mlruns").as_uri() if path else None
         try:
-            return str(client.create_experiment(name, artifacts, tags=EXPERIMENT_KIND))
+            return str(client.create_experiment(name, artifacts, tags=EXPERIMENT_KIND | {RUNS_VIEW_TAG: RUNS_VIEW}))
         except MlflowException as error:
             found = client.get_experiment_by_name(name)
             if found is None or error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-    if not EXPERIMENT_KIND.items() <= found.tags.items():
-        for key, value in EXPERIMENT_KIND.items():
+    # a view that somebody has changed stays as it is
+    for key, value in ({RUNS_VIEW_TAG: RUNS_VIEW} | found.tags | EXPERIMENT_KIND).items():
+        if found.tags.get(key) != value:
             client.set_experiment_tag(found.experiment_id, key, value)
     return str(found.experiment_id)
 
