@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from uap_dist.data.decode import Geometry
 from uap_dist.errors import ConfigError
-from uap_dist.finetuning.batches import Share
+from uap_dist.finetuning.batches import WorkerImages
 from uap_dist.finetuning.config import FinetuneConfig
 from uap_dist.finetuning.options import FinetuneOptions
 from uap_dist.finetuning.trainer import Learner, Task
@@ -57,7 +57,7 @@ def weights(data, tmp_path_factory):
     network = load_classifier(TINY).network.requires_grad_(True)
     optimiser = torch.optim.Adam(network.parameters(), 3e-3)
     for epoch in range(12):
-        for images, truths in Share(train, Geometry(), 3).shuffled(np.random.default_rng(epoch), 8):
+        for images, truths in WorkerImages(train, Geometry(), 3).shuffled(np.random.default_rng(epoch), 8):
             loss = torch.nn.functional.cross_entropy(network(torch.tensor(images).float()), torch.tensor(truths))
             optimiser.zero_grad(), loss.backward(), optimiser.step()
     path = tmp_path_factory.mktemp("weights") / "taught.safetensors"

@@ -10,10 +10,11 @@ from uap_dist.computing.provenance import Setting, job_record
 from uap_dist.data.patterns import expand_apart
 from uap_dist.errors import OutputError, TrackingError
 from uap_dist.finetuning.checks import check_network, check_pool, check_size, check_storage, describe_finetuning
+from uap_dist.finetuning.network import check_labels
 from uap_dist.finetuning.options import FinetuneOptions
 from uap_dist.finetuning.pipeline import REPETITIONS_FOLDER, Job, Network, group, measure, repeat
 from uap_dist.finetuning.report import BEFORE, FinishedFinetuning, save_finetuning
-from uap_dist.finetuning.trainer import NETWORK_FILE, check_labels
+from uap_dist.finetuning.trainer import NETWORK_FILE
 from uap_dist.job_options import to_json
 from uap_dist.jobs.common import classify_images, console, list_images, run_job, start_fleet, storage_of
 from uap_dist.method.state import State
