@@ -7,8 +7,8 @@ from typing import Any
 from uap_dist.computing.provenance import describe_config, describe_data, describe_setup
 from uap_dist.data.locations import is_url
 from uap_dist.errors import PerturbationError
-from uap_dist.finetuning.options import FinetuneOptions
 from uap_dist.finetuning.network import check_trainable, check_truths
+from uap_dist.finetuning.options import FinetuneOptions
 from uap_dist.fleet.ray_cluster import Need, check_shared
 from uap_dist.job_options import to_json
 from uap_dist.method.config import ComputeConfig
