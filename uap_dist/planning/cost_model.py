@@ -8,6 +8,7 @@ from uap_dist.computing.concurrent import at_once
 from uap_dist.method.config import ComputeConfig
 from uap_dist.planning.span import Span
 from uap_dist.planning.work import Work
+from uap_dist.workers.dataset import CLASSIFY_SIZE
 
 DISPATCH_S = 0.002  # of the driver for each block, from benchmarks/overhead.md
 
@@ -104,10 +105,9 @@ def plan_fleet(
     decoded_again = Span((block_images + mean_images) / 2, block_images, mean_images) * missing
     block = costs.evaluation * work.evaluations_per_solve * block_images + costs.decode * decoded_again
     classify = costs.classify + costs.decode * missing
-    labels, measurements = (
-        sum(sweep.images_in_a_row(num_workers) for sweep in sweeps) for sweeps in (work.labels, work.measurements)
-    )
-    first_reads = sum(_images_in_waves(sizes.num_held, num_workers) for sizes in (work.train, work.val))
+    labels = sum(_classified_in_a_row(sizes.num_images, num_workers) for sizes in (work.train, work.val))
+    measurements = sum(times * _classified_in_a_row(sizes, num_workers) for sizes, times in work.measurements.items())
+    first_reads = sum(_decoded_in_a_row(sizes.num_held, num_workers) for sizes in (work.train, work.val))
     rounds = _rounds_s(work, block, costs.driver, config, num_workers)
     read_again = count * work.num_blocks * missing  # shards
     return FleetPlan(
@@ -160,6 +160,12 @@ def _extra_shards(work: Work, config: ComputeConfig, num_workers: int) -> Span:
     return Span(touched * (1 - 1 / num_workers), 0.0, at_most)
 
 
-def _images_in_waves(sizes: Sequence[int], num_workers: int) -> int:
-    """At most so many images are decoded one after another, if each worker takes the next shard when it is done with one."""
+def _decoded_in_a_row(sizes: Sequence[int], num_workers: int) -> int:
+    """Images that are decoded one after another, at most, if each worker takes the next shard when it is done with one."""
     return sum(max(sizes[start : start + num_workers]) for start in range(0, len(sizes), num_workers))
+
+
+def _classified_in_a_row(sizes: Sequence[int], num_workers: int) -> float:
+    """Images that the busiest worker classifies, in blocks of one shard."""
+    num_blocks = sum(ceil(size / CLASSIFY_SIZE) for size in sizes)
+    return ceil(num_blocks / num_workers) * sum(sizes) / max(1, num_blocks)

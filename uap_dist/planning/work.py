@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil, inf
+from math import inf
 
 import numpy as np
 
@@ -12,27 +12,8 @@ from uap_dist.method.config import ComputeConfig
 from uap_dist.method.schedule import plan_rounds
 from uap_dist.planning.shard_sizes import ShardSizes
 from uap_dist.planning.span import Span
-from uap_dist.workers.dataset import CLASSIFY_SIZE
 
 OF_LOG_ODDS = Span.exactly(EVALUATIONS_PER_LOG_ODDS_SOLVE)
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """Images that are classified in blocks of at most CLASSIFY_SIZE of one shard, some number of times."""
-
-    num_images: int
-    num_blocks: int
-    times: int = 1
-
-    @classmethod
-    def over(cls, sizes: Sequence[int], times: int = 1) -> "Sweep":
-        """All images of shards of these sizes."""
-        return cls(sum(sizes), sum(ceil(size / CLASSIFY_SIZE) for size in sizes), times)
-
-    def images_in_a_row(self, num_workers: int) -> float:
-        """Images that the busiest worker classifies, over all times."""
-        return self.times * ceil(self.num_blocks / num_workers) * self.num_images / max(1, self.num_blocks)
 
 
 @dataclass(frozen=True)
@@ -45,8 +26,7 @@ class Work:
         rounds: number of rounds of one computation by their number of blocks.
         num_solves: solves of one computation.
         evaluations_per_solve: network evaluations.
-        labels: classification for clean labels, once for all computations.
-        measurements: classification for the fooling rates of one computation.
+        measurements: how often one computation classifies images for fooling rates, by the number of them in each shard.
     """
 
     train: ShardSizes
@@ -55,8 +35,7 @@ class Work:
     rounds: Mapping[int, int]
     num_solves: int
     evaluations_per_solve: Span
-    labels: tuple[Sweep, ...]
-    measurements: tuple[Sweep, ...]
+    measurements: Mapping[tuple[int, ...], int]
 
     @property
     def num_rounds(self) -> int:
@@ -76,11 +55,9 @@ class Work:
 
     @property
     def num_classified(self) -> int:
-        """Images classified for clean labels and measurements."""
-        labels, measurements = (
-            sum(sweep.times * sweep.num_images for sweep in sweeps) for sweeps in (self.labels, self.measurements)
-        )
-        return labels + self.num_perturbations * measurements
+        """Images classified: once for clean labels, and for the measurements of each computation."""
+        of_one = sum(times * sum(sizes) for sizes, times in self.measurements.items())
+        return self.train.total_images + self.val.total_images + self.num_perturbations * of_one
 
 
 def count_work(
@@ -121,8 +98,9 @@ def count_work(
         if round_.number + 1 == planned or is_spent:
             break
         num_measurements += plan.is_due(round_, spent_before, spent)
-    all_images = (train.num_images, val.num_images)
-    measured = all_images if plan.num_images is None else (_thin(val.num_images, plan.num_images),)
+    all_images = [train.num_images, val.num_images]
+    during = all_images if plan.num_images is None else [_thin(val.num_images, plan.num_images)]
+    at_end = [*all_images, val.num_images]  # the last under a random perturbation
     return Work(
         train=train,
         val=val,
@@ -131,12 +109,7 @@ def count_work(
         num_solves=num_solves,
         # cheaper solves leave more of the budget for others
         evaluations_per_solve=Span.exactly(evaluations_per_solve.expected) if is_spent else evaluations_per_solve,
-        labels=tuple(map(Sweep.over, all_images)),
-        measurements=(
-            *(Sweep.over(sizes, num_measurements) for sizes in measured),
-            *map(Sweep.over, all_images),  # at the end
-            Sweep.over(val.num_images),  # under a random perturbation
-        ),
+        measurements=Counter(during * num_measurements + at_end),
     )
 
 
