@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_job import data, finish, job_options, runs, start, write_plan
 
+from uap_dist.computing.options import ComputeOptions
 from uap_dist.computing.rounds import compute
 from uap_dist.data.patterns import expand_patterns
 from uap_dist.data.write import write_shards
@@ -19,7 +20,6 @@ from uap_dist.method.state import State
 from uap_dist.method.update import Iterate
 from uap_dist.planning.comparison import Spent, read_plan
 from uap_dist.planning.cost_model import Costs, plan_fleet
-from uap_dist.planning.job import PlannedJob
 from uap_dist.planning.profiling import measure_costs
 from uap_dist.planning.report import Plan, fleet_sizes
 from uap_dist.planning.shard_sizes import ShardSizes, count_bytes, read_indexes
@@ -93,22 +93,10 @@ def free(**seconds):
     return Costs(1, **spans, **memory, evaluations_per_solve=Span.exactly(2), num_cpus=1, shard_images=())
 
 
-def job_of(config, price_per_gpu_hour=None, **fleet):
-    """A job with this config, price and fleet; the report uses nothing else of it."""
-    return PlannedJob(
-        model="m",
-        weights=None,
-        train_urls=(),
-        val_urls=(),
-        num_train_images=None,
-        num_val_images=None,
-        max_bad_fraction=0.0,
-        num_perturbations=1,
-        config=config,
-        fleet=FleetConfig(**fleet),
-        storage="",
-        price_per_gpu_hour=price_per_gpu_hour,
-        options={"model": "m"},
+def options_of(config, price_per_gpu_hour=None, **fleet):
+    """Options of a job with this config, price and fleet; the report uses nothing else of them but the model."""
+    return ComputeOptions(
+        model="m", compute=config, fleet=FleetConfig(**fleet), plan=True, price_per_gpu_hour=price_per_gpu_hour
     )
 
 
@@ -186,8 +174,8 @@ def test_a_plan_fits_a_screen_and_says_what_idles_and_what_it_costs():
     sizes = ShardSizes((60,) * 4, (60,) * 4, (1000,) * 4, is_estimated=True)
     work = count_work(sizes, sizes, config)
     fleets = [plan_fleet(work, costs, config, num_workers=n, memory_bytes=1, disk_bytes=0) for n in (1, 16)]
-    job = job_of(config, price_per_gpu_hour=2.5, cache_gib=1 / 2**30, disk_cache_gib=0.0)
-    plan = Plan(job, work, fleets, (1,), 1, 1.0)
+    options = options_of(config, price_per_gpu_hour=2.5, cache_gib=1 / 2**30, disk_cache_gib=0.0)
+    plan = Plan(options, work, fleets, (1,), 1, 1.0)
     text = plan.summary()
     assert "240 solves, 720 network evaluations; 1,600 images classified" in text
     assert "| GPU-hours | price |" in text and "| 16 | 3:01:00 | 3:00:48–3:01:15 | 48.3 (48.2–48.3) | 120.67 (" in text
@@ -214,7 +202,7 @@ def test_local_steps_are_proposed_while_they_leave_enough_rounds(num_workers, nu
     sizes = ShardSizes((num_solves,), (num_solves,), (1000,))
     work = count_work(sizes, sizes, config)
     fleet = plan_fleet(work, free(), config, num_workers=num_workers, memory_bytes=1, disk_bytes=0)
-    text = Plan(job_of(config), work, [fleet], (1,), 1, 0.0).summary()
+    text = Plan(options_of(config), work, [fleet], (1,), 1, 0.0).summary()
     assert f"so {num_workers - 2} of {num_workers} workers have nothing to do" in text
     assert ("or local steps" in text) == bool(options) and options in text
 

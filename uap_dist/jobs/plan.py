@@ -9,8 +9,7 @@ from uap_dist.jobs.common import connect_to_ray, console
 from uap_dist.jobs.demo import check_demo, list_shards
 from uap_dist.models.loading import load_usable_classifier
 from uap_dist.planning.comparison import save_plan
-from uap_dist.planning.estimate import make_plan
-from uap_dist.planning.job import PlannedJob
+from uap_dist.planning.estimate import Profiler, make_plan
 from uap_dist.tracking.mlflow_run import Tracker
 from uap_dist.versions import describe_code
 
@@ -24,8 +23,7 @@ def plan(options: ComputeOptions, tracker: Tracker, output: Path) -> None:
     connect_to_ray()
     check_demo(options, train_urls, need_of(options.fleet))
     storage = options.record.storage or str(output.parent / "checkpoints")
-    job = PlannedJob.of(options, train_urls, val_urls, storage)
-    made = make_plan(job, classifier, tracker, console)
+    made = make_plan(Profiler(options, classifier, train_urls, storage, tracker, console), val_urls)
     save_plan(output, made.result() | {"code": describe_code()})
     tracker.complete(tags={}, metrics=made.metrics(), step=0, markdown=made.summary(), folder=output)
     console.print(f"\n{made.summary()}\n\nFiles: {output}\nMLflow: {tracker.how_to_open()}")

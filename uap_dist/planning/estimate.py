@@ -3,11 +3,12 @@
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from rich.console import Console
 
+from uap_dist.computing.options import ComputeOptions
 from uap_dist.data.locations import join
 from uap_dist.errors import ConfigError, WorkerLostError
 from uap_dist.fleet.config import need_of
@@ -17,7 +18,6 @@ from uap_dist.method.state import RoundReport
 from uap_dist.models.classifier import Classifier
 from uap_dist.planning.comparison import count_workers
 from uap_dist.planning.cost_model import Costs, plan_fleet
-from uap_dist.planning.job import PlannedJob
 from uap_dist.planning.profiling import measure_costs
 from uap_dist.planning.report import GIB, Plan, fleet_sizes
 from uap_dist.planning.shard_sizes import count_bytes, size_shards
@@ -28,7 +28,68 @@ from uap_dist.tracking.mlflow_run import Tracker
 from uap_dist.versions import seconds_since_start
 
 
-def make_plan(job: PlannedJob, classifier: Classifier, tracker: Tracker, console: Console) -> Plan:
+@dataclass(frozen=True)
+class Profiler:
+    """Measures the costs of a job's parts, on fleets that it starts for that.
+
+    Attributes:
+        options: of the job.
+        classifier: its network.
+        train_urls: its training shards.
+        storage: folder or URL where rounds are committed, to be removed again.
+        tracker: of the plan's run.
+        console: for progress.
+        before_s: seconds that the process had run before it measures.
+    """
+
+    options: ComputeOptions
+    classifier: Classifier
+    train_urls: Sequence[str]
+    storage: str
+    tracker: Tracker
+    console: Console
+    before_s: float = field(default_factory=seconds_since_start)
+
+    def measure(self, num_workers: int) -> Costs:
+        """Costs on that many workers at once.
+
+        Raises:
+            ShardError, ConfigError: a shard cannot be used.
+            WorkerLostError: there is no room for the workers, or they died.
+        """
+        self.console.print(f"measuring costs on {count_workers(num_workers)}")
+        started = time.perf_counter()
+        options, classifier, run_id = self.options, self.classifier, self.tracker.run_id
+        config = replace(options.fleet, num_workers=num_workers)
+        fleet = Fleet(options.model, options.weights, config, run_id, weights_digest=classifier.weights_digest)
+        with closing(fleet), CheckpointStore(join(self.storage, run_id)) as store:
+            fleet.wait()
+            ready_s = time.perf_counter() - started
+            store.prepare()
+            try:
+                return measure_costs(
+                    fleet,
+                    self.train_urls,
+                    options.config,
+                    start_s=self.before_s + ready_s,
+                    commit=partial(self._commit, store, num_workers),
+                    class_names=classifier.class_names,
+                    max_bad_fraction=options.data.max_bad_fraction,
+                )
+            finally:
+                store.remove()
+
+    def _commit(
+        self, store: CheckpointStore, num_workers: int, report: RoundReport, history: Sequence[RoundRecord]
+    ) -> None:
+        """Commit and track a round as a job does; its MLflow metrics have a prefix."""
+        record = JobRecord(self.tracker.run_id, {}, {}, {}, program="plan")
+        store.commit(Checkpoint(record, report.state, tuple(history)))
+        metrics = {f"profiling-{num_workers}/{name}": value for name, value in history[-1].metrics.items()}
+        self.tracker.log_round(replace(history[-1], metrics=metrics))
+
+
+def make_plan(profiler: Profiler, val_urls: Sequence[str]) -> Plan:
     """Measure costs on one worker and, where workers are CPUs, on as many as share a machine, and plan from these.
 
     Ray is connected already.
@@ -37,71 +98,37 @@ def make_plan(job: PlannedJob, classifier: Classifier, tracker: Tracker, console
         ConfigError: a price was given although workers have no GPUs, or the job's options do not fit its data.
         ShardError: a shard cannot be used.
     """
-    need = need_of(job.fleet)
-    if job.price_per_gpu_hour is not None and not need.gpus:
+    options, train_urls = profiler.options, profiler.train_urls
+    need = need_of(options.fleet)
+    if options.price_per_gpu_hour is not None and not need.gpus:
         raise ConfigError(
             "--price-per-gpu-hour needs workers with GPUs, and Ray has none here; plan on the cluster that will compute, or give "
             "--gpus-per-worker if its nodes start on demand"
         )
-    fewest, most = job.fleet.bounds
+    fewest, most = options.fleet.bounds
     most = most or max(1, need.room())
-    measure = partial(_measure, job, classifier, tracker, console, seconds_since_start())
-    costs = [measure(1)]
+    costs = [profiler.measure(1)]
     workers_per_machine = 1 if need.gpus else min(most, max(1, costs[0].num_cpus // need.cpus))
     if workers_per_machine > 1:
         try:
-            costs.append(measure(workers_per_machine))
+            costs.append(profiler.measure(workers_per_machine))
         except WorkerLostError as error:
-            console.print(redact(f"planned from one worker alone: {error}"))
+            profiler.console.print(redact(f"planned from one worker alone: {error}"))
     counted = max((each.shard_images for each in costs), key=len)
-    images_per_byte = sum(counted) / sum(count_bytes(job.train_urls[: len(counted)]))
+    images_per_byte = sum(counted) / sum(count_bytes(train_urls[: len(counted)]))
     work = count_work(
-        size_shards(job.train_urls, job.num_train_images, counted, images_per_byte),
-        size_shards(job.val_urls, job.num_val_images, (), images_per_byte),
-        job.config,
-        num_perturbations=job.num_perturbations,
+        size_shards(train_urls, options.data.num_train_images, counted, images_per_byte),
+        size_shards(val_urls, options.data.num_val_images, (), images_per_byte),
+        options.config,
+        num_perturbations=options.num_perturbations,
         evaluations_per_solve=costs[-1].evaluations_per_solve,
     )
-    memory_bytes, disk_bytes = int(job.fleet.cache_gib * GIB), int(job.fleet.disk_cache_gib * GIB)
+    room = {
+        "memory_bytes": int(options.fleet.cache_gib * GIB),
+        "disk_bytes": int(options.fleet.disk_cache_gib * GIB),
+    }
     fleets = []
     for size in fleet_sizes(fewest, most):
         nearest = next((each for each in costs if each.num_workers >= size), costs[-1])
-        fleets.append(
-            plan_fleet(work, nearest, job.config, num_workers=size, memory_bytes=memory_bytes, disk_bytes=disk_bytes)
-        )
-    return Plan(job, work, fleets, [each.num_workers for each in costs], workers_per_machine, need.gpus)
-
-
-def _measure(
-    job: PlannedJob, classifier: Classifier, tracker: Tracker, console: Console, before_s: float, num_workers: int
-) -> Costs:
-    """Measure costs on a fleet that is started for it; `before_s` are seconds that the process had run before."""
-    console.print(f"measuring costs on {count_workers(num_workers)}")
-    started = time.perf_counter()
-    config = replace(job.fleet, num_workers=num_workers)
-    fleet = Fleet(job.model, job.weights, config, tracker.run_id, weights_digest=classifier.weights_digest)
-    with closing(fleet), CheckpointStore(join(job.storage, tracker.run_id)) as store:
-        fleet.wait()
-        ready_s = time.perf_counter() - started
-        store.prepare()
-        try:
-            return measure_costs(
-                fleet,
-                job.train_urls,
-                job.config,
-                start_s=before_s + ready_s,
-                commit=partial(_commit, store, tracker, num_workers),
-                class_names=classifier.class_names,
-                max_bad_fraction=job.max_bad_fraction,
-            )
-        finally:
-            store.remove()
-
-
-def _commit(
-    store: CheckpointStore, tracker: Tracker, num_workers: int, report: RoundReport, history: Sequence[RoundRecord]
-) -> None:
-    """Commit and track a round as a job does; its MLflow metrics have a prefix."""
-    store.commit(Checkpoint(JobRecord(tracker.run_id, {}, {}, {}, program="plan"), report.state, tuple(history)))
-    metrics = {f"profiling-{num_workers}/{name}": value for name, value in history[-1].metrics.items()}
-    tracker.log_round(replace(history[-1], metrics=metrics))
+        fleets.append(plan_fleet(work, nearest, options.config, num_workers=size, **room))
+    return Plan(options, work, fleets, [each.num_workers for each in costs], workers_per_machine, need.gpus)

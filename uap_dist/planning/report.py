@@ -6,10 +6,10 @@ from math import floor, log2
 from typing import Any
 
 from uap_dist.computing.concurrent import at_once
+from uap_dist.computing.options import ComputeOptions
 from uap_dist.foreign_text import escape_markdown
 from uap_dist.planning.comparison import count_workers, planned_metrics
 from uap_dist.planning.cost_model import FleetPlan
-from uap_dist.planning.job import PlannedJob
 from uap_dist.planning.span import Span
 from uap_dist.planning.work import Work
 from uap_dist.tracking.console import duration
@@ -25,7 +25,7 @@ class Plan:
     """The cost of a job on fleets of several sizes.
 
     Attributes:
-        job: the job.
+        options: of the job.
         work: what it has to do.
         fleets: costs by size of the fleet; the last one is the job's own.
         measured_workers: numbers of workers on which costs were measured, in ascending order.
@@ -33,7 +33,7 @@ class Plan:
         gpus_per_worker: GPUs that each worker takes, possibly a fraction of one.
     """
 
-    job: PlannedJob
+    options: ComputeOptions
     work: Work
     fleets: Sequence[FleetPlan]
     measured_workers: Sequence[int]
@@ -44,7 +44,7 @@ class Plan:
         """The contents of plan.json."""
         work = self.work
         return {
-            "job": self.job.options,
+            "job": self.options.costs(),
             "num_rounds": work.num_rounds,
             "num_solves": work.num_perturbations * work.num_solves,
             "num_evaluations": asdict(work.num_evaluations),
@@ -54,7 +54,7 @@ class Plan:
             "images_are_estimated": self._has_estimated_images,
             "gpus_per_worker": self.gpus_per_worker,
             "tried_workers": list(self.measured_workers),
-            "price_per_gpu_hour": self.job.price_per_gpu_hour,
+            "price_per_gpu_hour": self.options.price_per_gpu_hour,
             "fleets": [self._fleet_result(fleet) for fleet in self.fleets],
         }
 
@@ -78,11 +78,11 @@ class Plan:
 
     def summary(self) -> str:
         """One screen of Markdown."""
-        work, config, last = self.work, self.job.config, self.fleets[-1]
+        work, config, last = self.work, self.options.config, self.fleets[-1]
         parts = ", ".join(f"{name} {duration(part.expected)}" for name, part in last.parts.items())
         times = f"{work.num_perturbations} × " if work.num_perturbations > 1 else ""
         return (
-            f"**{escape_markdown(self.job.model)}**, {config.norm} ≤ {config.ball_radius:g} pixels, rule {config.rule}: "
+            f"**{escape_markdown(self.options.model)}**, {config.norm} ≤ {config.ball_radius:g} pixels, rule {config.rule}: "
             f"{times}{work.num_rounds:,} rounds of {max(work.rounds)} blocks, {times}{work.num_solves:,} solves, "
             f"{_with_range(work.num_evaluations, '{:,.0f}')} network evaluations; {work.num_classified:,} images classified for clean "
             f"labels and measurements.\n\n{self.table()}\n\nOf the {duration(last.seconds.expected)} on "
@@ -116,7 +116,7 @@ class Plan:
         return [*self._advice(), *self._caveats()]
 
     def _advice(self) -> list[str]:
-        work, config, fleet, last = self.work, self.job.config, self.job.fleet, self.fleets[-1]
+        work, config, fleet, last = self.work, self.options.config, self.options.fleet, self.fleets[-1]
         num_blocks, size = max(work.rounds), last.num_workers
         pool_size, notes = at_once(size, config), []
         if size > num_blocks and work.num_perturbations < pool_size:
@@ -138,7 +138,7 @@ class Plan:
         return notes
 
     def _caveats(self) -> list[str]:
-        work, config, notes = self.work, self.job.config, []
+        work, config, notes = self.work, self.options.config, []
         if self._has_estimated_images:
             notes.append(
                 f"The shards hold about {work.train.total_images:,} training and {work.val.total_images:,} held-out images by their "
@@ -169,7 +169,7 @@ class Plan:
         return self.work.train.is_estimated or self.work.val.is_estimated
 
     def _price(self, fleet: FleetPlan) -> Span | None:
-        price = self.job.price_per_gpu_hour
+        price = self.options.price_per_gpu_hour
         return None if price is None else fleet.worker_hours * (self.gpus_per_worker * price)
 
 
