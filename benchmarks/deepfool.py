@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from uap_dist.data.decode import load_shard
 from uap_dist.data.patterns import expand_patterns
-from uap_dist.method.deepfool import SLOPE_RATIO, Nearest, deepfool, find_nearest, log_odds_sum
+from uap_dist.method.deepfool import SLOPE_RATIO, Nearest, deepfool, find_nearest
+from uap_dist.method.log_odds import log_odds_sum
 from uap_dist.models.accelerate import accelerate
 from uap_dist.models.classifier import Classifier
 from uap_dist.models.loading import load_classifier

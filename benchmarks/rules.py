@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import tyro
 from networks import NETWORKS
-from opponents import BATCH, CLAMP, EntropyWorker, sgd_uap
+from opponents import BATCH, CLAMP, EntropyWorkers, sgd_uap
 from scipy.stats import t as student
 from torch import Tensor
 
@@ -266,9 +266,9 @@ def run(row: Row, seed: int, train: Dataset, bench: Bench) -> tuple[Tensor, int]
                 return v.cpu(), spent
     config = dict(row.config)
     clamp = config.pop("clamp", CLAMP)
-    worker = EntropyWorker(bench.worker, clamp) if row.rule in ("entropy", "tuned") else bench.worker
+    workers = EntropyWorkers(bench.worker, clamp) if row.rule in ("entropy", "tuned") else LocalWorkers(bench.worker)
     glance = train.thin(1)  # held-in and held-out rates are measured by the caller
-    (final,) = deque(compute(LocalWorkers(worker), train, glance, ComputeConfig(seed=seed, **config)), maxlen=1)
+    (final,) = deque(compute(workers, train, glance, ComputeConfig(seed=seed, **config)), maxlen=1)
     return final.perturbation, final.num_evaluations
 
 

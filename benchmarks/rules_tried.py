@@ -28,8 +28,8 @@ from torch import Tensor
 
 from uap_dist.data.patterns import expand_patterns
 from uap_dist.method.augment import Augmentation, augment
-from uap_dist.method.deepfool import add_perturbation, log_odds
-from uap_dist.method.norms import Norm, project, root_mean_square
+from uap_dist.method.log_odds import log_odds
+from uap_dist.method.norms import Norm, add_perturbation, project, root_mean_square
 from uap_dist.method.update import FULL_STEPS, cosine, default_step_size, finish, repeat_mean
 from uap_dist.models.loading import load_classifier
 from uap_dist.workers.dataset import Dataset, classify, load_dataset

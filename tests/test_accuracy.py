@@ -42,7 +42,7 @@ def data(shards):
 
 def test_a_network_that_wants_0_to_1_is_refused_with_what_to_do(data):
     with pytest.raises(
-        ClassifierError, match=r"strongest names 0\.\d+ of the .* divided by 255: it wants 0..1 .* pixels / 255"
+        ClassifierError, match=r"strongest classifies 0\.\d+ of the .* divided by 255: it expects 0..1 .* pixels / 255"
     ):
         accuracy(Strongest(), data)
 
@@ -54,7 +54,7 @@ def test_a_network_that_is_right_is_not_warned_of(data, caplog):
 
 def test_labels_that_are_numbered_otherwise_are_warned_of(data, caplog):
     rate = accuracy(Strongest(255.0, shift=1), data)
-    assert rate.rate < 0.2 and "are its classes numbered as the labels (.cls) are?" in caplog.text
+    assert rate.rate < 0.2 and "are its classes numbered in the same way as the labels (.cls)?" in caplog.text
 
 
 def test_without_labels_nothing_is_said(tmp_path, caplog):

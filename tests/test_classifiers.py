@@ -103,20 +103,23 @@ def test_weights_that_do_not_match_name_the_keys(squeezenet_file, tmp_path):
     [
         ("Misnamed", "has 3 class names for 4 logits"),
         ("Probabilities", "returns probabilities; return the logits"),
-        ("Random", "gives two outputs for the same pixels"),
-        ("NoGradient", "logits of .*:NoGradient cannot be differentiated by its pixels; look for no_grad, .* NumPy"),
+        ("Random", "gives different outputs for the same pixels"),
+        (
+            "NoGradient",
+            "logits of .*:NoGradient cannot be differentiated with respect to its pixels; look for no_grad, .* NumPy",
+        ),
         (
             "ThroughNumpy",
-            "logits of .*:ThroughNumpy cannot be differentiated by its pixels; look for no_grad, .* NumPy",
+            "logits of .*:ThroughNumpy cannot be differentiated with respect to its pixels; look for no_grad, .* NumPy",
         ),
-        ("Rounded", "gradient of .*:Rounded by its pixels is zero everywhere; look for .* rounding"),
-        ("Rooted", "gradient of .*:Rooted by its pixels is not finite; look for roots"),
+        ("Rounded", "gradient of .*:Rounded with respect to its pixels is zero everywhere; look for .* rounding"),
+        ("Rooted", "gradient of .*:Rooted with respect to its pixels is not finite; look for roots"),
         ("Overflowing", "returns values that are not finite"),
         ("Half", r"returns float16; return logits of float32, as by logits.float\(\)"),
         ("OneLogit", r"returns \(2, 1\) for two images; expected logits of shape 2×K with K ≥ 2"),
         ("Squeezed", r"returns \(4,\) for one image; expected logits of shape 1×K"),
-        ("OfBatch", r"says something else of an image alone than .* batch norms have no running statistics \(norm\)"),
-        ("Standardised", "says something else of an image alone than .* statistics over the batch"),
+        ("OfBatch", r"gives another output for an image alone than .* batch norms have no running statistics \(norm\)"),
+        ("Standardised", "gives another output for an image alone than .* statistics over the batch"),
     ],
 )
 def test_what_is_no_classifier_is_refused(factory, message):
@@ -159,7 +162,7 @@ def test_a_published_file_is_known_by_its_digest_and_brings_its_own_geometry(cap
 def test_a_file_of_unknown_geometry_says_which_one_is_taken_and_which_others_there_are(caplog):
     assert choose_preset(file_of(), {"V1": OLD, "V2": NEW}, "V2") is NEW
     assert re.search(
-        r"w.pth is none .* as for V2 \(resize 232, crop 224.* There are also V1 \(resize 256,", caplog.text
+        r"w.pth is not one .* as for V2 \(resize 232, crop 224.* The others are V1 \(resize 256,", caplog.text
     )
 
 

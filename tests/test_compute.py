@@ -7,15 +7,7 @@ import torch
 from conftest import random_samples, tiny_worker
 from PIL import Image
 
-from uap_dist.computing.rounds import (
-    NUM_PLACES,
-    compute,
-    count_rounds,
-    describe_steps,
-    plan_measurements,
-    run_round,
-    step_sizes,
-)
+from uap_dist.computing.rounds import NUM_PLACES, compute, count_rounds, describe_steps, plan_measurements, run_round
 from uap_dist.data.write import write_shards
 from uap_dist.errors import ConfigError, PerturbationError, ShardError
 from uap_dist.method.config import ComputeConfig
@@ -257,7 +249,7 @@ def test_local_steps_fool_in_a_fraction_of_the_rounds(local_workers, tiny_data):
 
 def test_the_first_step_doubles_where_blocks_are_averaged():
     def first(**options):
-        return step_sizes(0, 100, (3, 16, 16), ComputeConfig(radius=10.0, **options))
+        return ComputeConfig(radius=10.0, **options).steps(100, (3, 16, 16)).sizes(0)
 
     assert first(round_size=20, block_size=10) == (8.0,)
     alone, averaged = (first(round_size=size, block_size=10, local_steps=2) for size in (10, 20))
@@ -319,7 +311,7 @@ def test_more_images_than_there_are_and_shards_on_both_sides_are_refused(local_w
             load_dataset(local_workers, [url], **options)
     with pytest.raises(ConfigError, match="asked for 21 images, but the 1 shards from .* hold 20"):
         load_dataset(local_workers, [url], num_images=21)
-    with pytest.raises(ShardError, match="is also among the held-out ones"):
+    with pytest.raises(ShardError, match="training shard .* is also a held-out shard"):
         check_disjoint(tiny_data[1], load_dataset(local_workers, [url], num_images=5))
 
 
@@ -367,10 +359,10 @@ def test_equal_keys_and_images_that_are_there_twice_are_said(local_workers, tiny
     write_shards([*others, {**others[2], "__key__": "again"}], tmp_path, prefix="v", shard_size=4)
     val = load_dataset(local_workers, [str(tmp_path / f"v-{i:04d}.tar") for i in range(2)])
     assert val.num_examples == 5
-    assert "1 of 5 images are there before, pixel by pixel, and count again; the first: " in caplog.text
+    assert "1 of 5 images duplicate an earlier one pixel for pixel and are counted again; the first: " in caplog.text
     assert f"{tmp_path}/v-0001.tar: again = {tmp_path}/v-0000.tar: s1-002" in caplog.text
     assert check_disjoint(tiny_data[0], val) is val
-    assert "4 of 5 held-out images have the key of a training image and other pixels, the first s1-000" in caplog.text
+    assert "4 of 5 held-out images have the key of a training image but other pixels, the first s1-000" in caplog.text
 
 
 def test_the_first_images_are_taken(local_workers, tiny_data, shards):

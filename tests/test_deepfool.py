@@ -7,7 +7,8 @@ from torch.testing import assert_close
 
 from uap_dist.data.decode import Geometry
 from uap_dist.errors import ConfigError
-from uap_dist.method.deepfool import deepfool, log_odds, log_odds_sum
+from uap_dist.method.deepfool import deepfool
+from uap_dist.method.log_odds import log_odds, log_odds_sum
 from uap_dist.models.accelerate import accelerate
 from uap_dist.models.classifier import Classifier
 from uap_dist.models.loading import load_classifier

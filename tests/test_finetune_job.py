@@ -267,7 +267,7 @@ def test_bad_input_is_one_line(name, weights, data, pool, tmp_path):
         ),
         "one shard twice": (
             words(weights, data, pool, "--val-shards", data[0][0]),
-            f"shard {data[0][0]} is among both the training and the held-out ones",
+            f"shard {data[0][0]} is both a training and a held-out shard; hold out other shards",
         ),
     }[name]
     (tmp_path / "mlflow.db").write_bytes(empty_store())

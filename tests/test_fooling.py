@@ -3,7 +3,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from uap_dist.errors import ConfigError
-from uap_dist.method.rates import Z_95, Rate, running_rates, wilson_interval
+from uap_dist.method.rates import Rate, running_rates, wilson_interval
+
+Z_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 
 
 @given(total=st.integers(1, 10_000), share=st.floats(0, 1))

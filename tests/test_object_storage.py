@@ -19,7 +19,7 @@ from test_checkpoint import checkpoint
 from test_job import JOB, finish, runs, start
 
 from uap_dist.computing.rounds import compute
-from uap_dist.data import decode as shards_module
+from uap_dist.data import fetch as fetch_module
 from uap_dist.data import locations
 from uap_dist.data.decode import Geometry, load_shard
 from uap_dist.data.locations import join, locate
@@ -122,7 +122,7 @@ def test_a_shard_that_is_replaced_while_it_is_read_is_read_again(store, put, sha
     url = put("t.tar", "train-0000.tar")
     other = (shards / "train-0001.tar").read_bytes()
     monkeypatch.setattr(
-        shards_module, "COPY_SIZE", len(other) // 3
+        fetch_module, "COPY_SIZE", len(other) // 3
     )  # a request each; replaced before the first is answered
     endpoint = re.search(r"127.0.0.1:\d+", url)[0]
 
@@ -153,7 +153,7 @@ def test_a_shard_that_is_replaced_while_it_is_read_is_read_again(store, put, sha
             None,
             "127.0.0.1:9 does not answer; look at",
         ),
-        ("bucket/t.tar?{}&retrys=3", None, "unknown option 'retrys'; there are region, endpoint_override, "),
+        ("bucket/t.tar?{}&retrys=3", None, "unknown option 'retrys'; the options are region, endpoint_override, "),
         ("bucket/t.tar?{}&retries=many", None, "option retries is 'many'; it must be a number"),
         ("bucket/t.tar?{}&anonymous=1", None, "option anonymous is '1'; it must be true or false"),
         (

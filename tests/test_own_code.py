@@ -56,7 +56,7 @@ def test_neighbours_do_not_come_before_what_is_installed(tmp_path):
     )
     write(tmp_path / "colorsys.py", "x = 1")
     with pytest.raises(
-        ClassifierError, match="another module of the name colorsys is found before the one beside it: rename"
+        ClassifierError, match="another module named colorsys takes precedence over the one beside the file: rename"
     ):
         load_classifier(write(tmp_path / "network.py", "from colorsys import x"))
 

@@ -100,22 +100,22 @@ def test_what_is_no_perturbation_gets_one_line(tmp_path):
     damaged = save_own(tmp_path / "damaged", perturbation_sha256="0" * 64)
     for location, message in (
         ("absent", r"cannot read .*absent/perturbation.safetensors"),
-        ("grey.npy:255", r"3×H×W or H×W×3, but \[\(5, 5\)\]"),
+        ("grey.npy:255", r"3×H×W or H×W×3, but holds \[\(5, 5\)\]"),
         ("cube.npy:255", r"3×H×W or H×W×3"),
         ("unit.npy:255", r"reaches ±2\d\d\d.* pixels of 255; is its unit right\?"),
         ("small.npy:255", r"reaches ±0.03\d* pixels of 255; is its unit right\?"),
-        ("unit.npy", r"say what its values are in: .*unit.npy:255 for pixels 0..255, or :1 for 0..1"),
-        ("unit.npy:2", r"say what its values are in"),
+        ("unit.npy", r"give the unit of its values: .*unit.npy:255 for pixels of 0..255, or :1 for 0..1"),
+        ("unit.npy:2", r"give the unit of its values"),
         ("nan.npy:1", "reaches ±nan pixels"),
-        ("two.mat:255", r"does not hold one array"),
+        ("two.mat:255", r"must hold one array of shape 3×H×W or H×W×3, but holds"),
         ("text.mat:255", "cannot be read"),
-        ("other.safetensors", "no perturbation that jobs/compute.py has written"),
+        ("other.safetensors", "is not a perturbation written by jobs/compute.py"),
     ):
         with pytest.raises(PerturbationError, match=message):
             load_perturbations([f"{tmp_path}/{location}"])
-    with pytest.raises(PerturbationError, match="is damaged: its values do not have the digest"):
+    with pytest.raises(PerturbationError, match="is damaged: its values do not match its digest"):
         load_perturbations([damaged])
-    with pytest.raises(PerturbationError, match="has linf norm 10, more than the radius 9 that it says"):
+    with pytest.raises(PerturbationError, match="has linf norm 10, more than its radius 9"):
         load_perturbations([save_own(tmp_path / "large", V / V.abs().max() * 10, radius=9.0)])
 
 
@@ -130,7 +130,7 @@ def test_names_are_those_given_else_as_much_of_the_path_as_tells_them_apart(tmp_
     assert names(one, f"{two}/perturbation.safetensors", three) == ["run-1/seed-0", "run-2/seed-0", "seed-1"]
     assert names(f"seed-0={one}", two) == ["seed-0", "run-2/seed-0"]
     assert names(three, taken=["seed-1"]) == ["run-2/seed-1"]
-    with pytest.raises(ConfigError, match=r"perturbation .*run-1/seed-0 is there twice"):
+    with pytest.raises(ConfigError, match=r"perturbation .*run-1/seed-0 is given twice"):
         names(one, f"again={one}/perturbation.safetensors")
     for twin in ((f"a={one}", f"a={two}"), (f"a={one}",)):
         with pytest.raises(ConfigError, match="two perturbations are named 'a'; give them other names, as NAME="):

@@ -67,7 +67,7 @@ def test_a_manifest_cannot_say_where_files_are_written(pool, tmp_path, monkeypat
         PerturbationPool(pool.perturbations, SHARED, members).save(tmp_path / "theirs")
     with pytest.raises(PerturbationError) as caught:
         PerturbationPool.load(tmp_path / "theirs")
-    said = f"{tmp_path}/theirs/pool.safetensors is no pool: the member name {name!r} is not a plain name"
+    said = f"{tmp_path}/theirs/pool.safetensors is not a pool: the member name {name!r} is not a plain name"
     assert str(caught.value).startswith(said) and str(caught.value).isprintable()
 
 
@@ -88,7 +88,7 @@ def test_an_export_does_not_follow_links_that_lie_there(pool, tmp_path):
 @pytest.mark.parametrize("shared", [{}, SHARED | {"norm": "l7"}, SHARED | {"radius": "wide"}])
 def test_a_manifest_that_does_not_say_all_is_refused_in_words(pool, tmp_path, shared):
     PerturbationPool(pool.perturbations, shared, pool.members).save(tmp_path)
-    with pytest.raises(PerturbationError, match="pool.safetensors is no pool") as caught:
+    with pytest.raises(PerturbationError, match="pool.safetensors is not a pool") as caught:
         PerturbationPool.load(tmp_path)
     assert "Error" not in str(caught.value)
 
@@ -122,10 +122,10 @@ def test_a_pool_that_is_damaged_or_too_large_is_refused(pool, tmp_path):
     with pytest.raises(PerturbationError, match="is damaged: its manifest"):
         PerturbationPool.load(tmp_path)
     (tmp_path / POOL_FILE).write_bytes(b"nothing")
-    with pytest.raises(PerturbationError, match="is no pool"):
+    with pytest.raises(PerturbationError, match="is not a pool"):
         PerturbationPool.load(tmp_path)
     PerturbationPool(pool.perturbations, SHARED | {"radius": 5.0}, pool.members).save(tmp_path)
-    with pytest.raises(PerturbationError, match=r"member seed-0, has linf norm 9\.\d+, more than the radius 5"):
+    with pytest.raises(PerturbationError, match=r"member seed-0, has linf norm 9\.\d+, more than its radius 5"):
         PerturbationPool.load(tmp_path)
     with pytest.raises(PerturbationError, match="cannot read .*absent/pool.safetensors"):
         PerturbationPool.load(tmp_path / "absent")
@@ -137,7 +137,7 @@ def test_a_pool_that_is_damaged_or_too_large_is_refused(pool, tmp_path):
         (member(1, weights_digest="b"), "its weights_digest is b, not aaaa"),
         (member(1, norm="l2"), "its norm is l2, not linf"),
         (member(1, radius=8.0), "its radius is 8.0, not 10.0"),
-        (member(1, shape=(3, 4, 4)), r"seed-1 is \(3, 4, 4\), seed-0 \(3, 8, 6\): a pool has one size"),
+        (member(1, shape=(3, 4, 4)), r"seed-1 is \(3, 4, 4\), seed-0 \(3, 8, 6\): members of a pool have one size"),
         (Perturbation("CaffeNet", torch.ones(3, 8, 6)), "CaffeNet does not say its model"),
     ],
 )

@@ -29,7 +29,7 @@ OTHERS = (
 )
 SCRIPT = """
 import os, sys, torch
-from uap_dist.reproducible import Settings, reproducible
+from uap_dist.workers.reproducible import Settings, reproducible
 for other in sys.argv[1:]:
     exec(other)
     before = Settings.now()
@@ -77,9 +77,9 @@ BITS = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
 from conftest import compute_here
-from uap_dist.config import ComputeConfig
+from uap_dist.method.config import ComputeConfig
 if sys.argv[2] == "ours":
-    from uap_dist.reproducible import set_up_torch
+    from uap_dist.workers.reproducible import set_up_torch
     set_up_torch(1)
 else:
     torch.set_num_threads(2)

@@ -214,8 +214,8 @@ def test_original_photographs_all_decode(shared):
         ("absent-{0..1}.tar", "no shard absent-0.tar"),
         ("absent-*.tar", "matches nothing in the working directory"),
         ("*/a.tar", "wildcards may stand in the file name only"),
-        ("a-{0..1.tar", "a-{0..1.tar is no pattern of shards: Unbalanced braces"),
-        ("${SCRATCH}/a.tar", "is no pattern of shards: missing environment variable"),
+        ("a-{0..1.tar", "a-{0..1.tar is not a valid pattern of shards: Unbalanced braces"),
+        ("${SCRATCH}/a.tar", "is not a valid pattern of shards: missing environment variable"),
         ("nowhere://bucket/a.tar", "cannot reach nowhere://bucket/a.tar"),
     ],
 )
@@ -258,7 +258,7 @@ def test_empty_cut_and_foreign_files_are_told_apart(shards, tmp_path):
     for name, message in {
         "empty": "is empty",
         "cut": "is cut short",
-        "text": "is no tar, nor one compressed with gzip, bzip2 or xz: it begins with b'no tar at all",
+        "text": "is not a tar, nor one compressed with gzip, bzip2 or xz: it begins with b'no tar at all",
         "nothing": "is empty: no sample",
     }.items():
         with pytest.raises(ShardError, match=message):
@@ -336,7 +336,7 @@ def test_what_follows_a_tar_or_a_damaged_header_is_not_passed_over(shards, tmp_p
             first[:place] + b"#" * 512 + first[place + 512 :],
             "damaged.tar is damaged: invalid header",
         ),
-        ("page", b"<!DOCTYPE html><p>log in" * 50, "is no tar, nor .*: it begins with b'<!DOCTYPE html>"),
+        ("page", b"<!DOCTYPE html><p>log in" * 50, "is not a tar, nor .*: it begins with b'<!DOCTYPE html>"),
         ("gzip", gzip.compress(first)[:900] + b"#" * 100 + gzip.compress(first)[1000:], "gzip.tar is damaged"),
     ):
         (tmp_path / f"{name}.tar").write_bytes(data)

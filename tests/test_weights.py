@@ -102,11 +102,11 @@ def saved_bytes(tmp_path, save):
     ("make", "message"),
     [
         (lambda folder: b"", "is empty"),
-        (lambda folder: b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a pointer of Git LFS"),
+        (lambda folder: b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a Git LFS pointer"),
         (lambda folder: b"\n<!DOCTYPE html><html>", "is a web page"),
         (lambda folder: gzip.compress(saved_bytes(folder, torch.save)), "is compressed"),
-        (lambda folder: saved_bytes(folder, torch.save)[:2000], "is cut short or damaged; fetch it again"),
-        (lambda folder: saved_bytes(folder, save_file)[:2000], "is a safetensors file that is cut short or damaged"),
+        (lambda folder: saved_bytes(folder, torch.save)[:2000], "is truncated or damaged; fetch it again"),
+        (lambda folder: saved_bytes(folder, save_file)[:2000], "is a truncated or damaged safetensors file"),
         (lambda folder: b"no weights", "is not a readable .safetensors or weights-only .pth file"),
     ],
 )

@@ -7,7 +7,8 @@ from uap_dist.computing.rounds import compute
 from uap_dist.data.patterns import expand_patterns
 from uap_dist.errors import UapDistError
 from uap_dist.method.config import ComputeConfig
-from uap_dist.method.deepfool import Increments, deepfool, log_odds_sum
+from uap_dist.method.deepfool import Increments, deepfool
+from uap_dist.method.log_odds import log_odds_sum
 from uap_dist.method.norms import measure, project
 from uap_dist.method.rates import Rate
 from uap_dist.method.state import RoundReport

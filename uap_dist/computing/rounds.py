@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from math import ceil, inf, prod, sqrt
+from math import ceil, inf, sqrt
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from uap_dist.method.rates import Rate
 from uap_dist.method.schedule import Round, plan_rounds
 from uap_dist.method.solver import LOG_ODDS_SIZE, LocalSteps, add_sums
 from uap_dist.method.state import Evaluation, RoundReport, State
-from uap_dist.method.update import Iterate, StepRule
+from uap_dist.method.update import Iterate, Steps
 from uap_dist.workers.dataset import Dataset, classify, fooling_rate
 from uap_dist.workers.local import Workers
 from uap_dist.workers.worker import Worker
@@ -83,19 +83,19 @@ def run_round(
         train.examples(block.shard, block.examples, seed=(config.seed, round_.number, number))
         for number, block in enumerate(round_.blocks)
     ]
-    sizes = () if config.rule == "paper" else step_sizes(round_.number, planned, train.shape, config)
-    rule = config.step_rule(planned or 0)  # rounds of the paper's rule, which has none, may not be planned
+    steps = config.steps(planned, train.shape)
+    sizes = steps.sizes(round_.number) if steps is not None else ()
     v, momentum = (field.float().numpy() for field in (state.iterate.v, state.iterate.momentum))
     solver, local = replace(config.solver, scale=state.iterate.scale), None
-    if config.local_steps:
-        local = LocalSteps(momentum, sizes, config.block_size // config.local_steps, rule)
+    if steps is not None and config.local_steps:
+        local = LocalSteps(momentum, sizes, config.block_size // config.local_steps, steps)
     total, results = np.zeros((2, *train.shape) if config.local_steps else train.shape), []
     for result in workers.map(Worker.solve, tasks, v, solver, local):
         total += result.total
         # without its array: a round may have more blocks than the driver has memory for
         results.append(replace(result, total=np.empty(0)))
     sums = add_sums(results)
-    iterate = _update(state.iterate, torch.from_numpy(total), len(results), sizes, config, rule)
+    iterate = _update(state.iterate, torch.from_numpy(total), len(results), round_.number, config, steps)
     if config.rule == "log-odds":
         iterate = update.remember(iterate, *sums[LOG_ODDS_SIZE])
     state = State(
@@ -223,40 +223,21 @@ def _is_spent(state: State, config: ComputeConfig) -> bool:
     return config.max_evaluations is not None and state.num_evaluations >= config.max_evaluations
 
 
-def step_sizes(
-    round_number: int, num_rounds: int | None, shape: tuple[int, ...], config: ComputeConfig
-) -> tuple[float, ...]:
-    """Of the log-odds rule in a round, in pixels (root mean square for ℓ2): one, or one for each local step."""
-    assert num_rounds is not None
-    in_round = config.local_steps or 1
-    num_steps = in_round * num_rounds
-    default = update.default_step_size(
-        norm=config.norm, radius=config.ball_radius, num_values=prod(shape), num_steps=num_steps
-    )
-    is_averaged = config.local_steps and config.round_size > config.block_size
-    start = config.step_size or default * (update.AVERAGED if is_averaged else 1.0)
-    return tuple(update.cosine(start, in_round * round_number + step, num_steps) for step in range(in_round))
-
-
 def describe_steps(num_rounds: int | None, shape: tuple[int, ...], config: ComputeConfig) -> dict[str, float]:
     """What follows from the length of a run, for its record: period and first step, in pixels. The paper's rule has neither."""
-    if config.rule == "paper":
-        return {}
-    assert num_rounds is not None
-    return {
-        "steps.period": config.step_rule(num_rounds).period,
-        "steps.first_size": step_sizes(0, num_rounds, shape, config)[0],
-    }
+    steps = config.steps(num_rounds, shape)
+    return {} if steps is None else {"steps.period": steps.period, "steps.first_size": steps.first_size}
 
 
 def _update(
-    iterate: Iterate, total: Tensor, num_blocks: int, sizes: tuple[float, ...], config: ComputeConfig, rule: StepRule
+    iterate: Iterate, total: Tensor, num_blocks: int, round_number: int, config: ComputeConfig, steps: Steps | None
 ) -> Iterate:
-    if config.rule == "paper":
+    if steps is None:
         return update.paper_update(iterate, total, gain=config.paper_gain, norm=config.norm, radius=config.ball_radius)
     if config.local_steps:
-        return update.average_update(iterate, total / num_blocks, rule)
-    return update.log_odds_update(iterate, total, sizes[0], rule)
+        return update.average_update(iterate, total / num_blocks, steps)
+    (size,) = steps.sizes(round_number)
+    return update.log_odds_update(iterate, total, size, steps)
 
 
 def _deliver(iterate: Iterate, config: ComputeConfig) -> Tensor:

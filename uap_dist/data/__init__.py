@@ -1,1 +1,1 @@
-"""Images: shards on disk or in object storage, fetched, decoded, cached and written."""
+"""Image data: shards on disk or in object storage are located, fetched, decoded, cached and written."""

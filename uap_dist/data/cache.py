@@ -1,4 +1,4 @@
-"""What a worker keeps of its shards: decoded images in memory and on disk, and the bytes of the shard that is to come."""
+"""A worker's cache: decoded shards in memory and on disk, and the next shard being fetched in the background."""
 
 import logging
 import time
@@ -19,15 +19,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a worker has read so far; two of them can be added and subtracted.
+    """Counters of what a worker has read; they can be added and subtracted.
 
     Attributes:
-        bytes_read: of shards, from stores and from local files.
-        seconds_reading: that the worker stood still until it had them.
-        shards_read: how often a shard was read, whole or for some of its images.
-        cache_hits: tasks whose images were decoded already.
-        cache_misses: shards read again, because their decoded images had not fitted into memory and disk.
-        retries: attempts at reading a shard beyond the first.
+        bytes_read: of shards, from stores and local files.
+        seconds_reading: that the worker waited for these bytes.
+        shards_read: number of reads of a shard, whole or for some of its images.
+        cache_hits: tasks whose images were in the cache.
+        cache_misses: shards read again because their decoded images had fitted neither into memory nor on disk.
+        retries: attempts at fetching a shard beyond the first.
     """
 
     bytes_read: int = 0
@@ -45,20 +45,21 @@ class Traffic:
 
 
 class ShardCache:
-    """Decoded shards of one geometry.
+    """Decoded shards, all of the same geometry; none is ever evicted.
 
     Attributes:
-        geometry: they are decoded to.
-        traffic: since the beginning.
+        geometry: that images are decoded to.
+        traffic: what was read so far.
     """
 
     def __init__(self, geometry: Geometry, *, memory_bytes: int, disk_bytes: int) -> None:
-        """An empty one.
+        """Create an empty cache.
 
         Args:
-            geometry: how images are brought to the input size.
+            geometry: that images are decoded to.
             memory_bytes: decoded images kept in memory at most.
-            disk_bytes: kept at most, beyond these, in the folder for temporary files; half of what is free there now is left free.
+            disk_bytes: decoded images kept at most in the folder for temporary files once memory is full; half of the space that
+                is free there now stays free.
         """
         self.geometry, self.traffic = geometry, Traffic()
         self._memory_bytes, self._disk_bytes = self._memory_room, self._disk_room = memory_bytes, disk_bytes
@@ -69,7 +70,7 @@ class ShardCache:
         self._ahead: tuple[str, Future[ShardFile]] | None = None
 
     def at(self, geometry: Geometry) -> "ShardCache":
-        """This one, where it is of that geometry; else an emptied one, which keeps its counts and what is being fetched."""
+        """The cache itself, emptied of decoded images if they have another geometry; its counters and its prefetch are kept."""
         if geometry != self.geometry:
             self.geometry, self._kept, self._seen = geometry, {}, set()
             self._memory_room, self._disk_room = self._memory_bytes, self._disk_bytes
@@ -77,11 +78,11 @@ class ShardCache:
 
     @property
     def memory_bytes(self) -> int:
-        """Of decoded images that are kept in memory."""
+        """Size of the decoded images in memory."""
         return self._memory_bytes - self._memory_room
 
     def whole(self, url: str) -> DecodedShard:
-        """All of a shard; kept if there is room.
+        """A whole decoded shard; kept if there is room.
 
         Raises:
             ShardError: see `fetch` and `decode_shard`.
@@ -89,7 +90,7 @@ class ShardCache:
         return self._find(url) or self._keep(url, self._read(url))
 
     def some(self, url: str, keys: set[str]) -> DecodedShard:
-        """Those images of a shard, or all where it is kept or read for the first time.
+        """A decoded shard with at least the images of these keys; with all images if it is cached or read for the first time.
 
         Raises:
             ShardError: see `fetch` and `decode_shard`.
@@ -99,13 +100,13 @@ class ShardCache:
         return self._find(url) or self._read(url, keys)
 
     def prefetch(self, url: str) -> None:
-        """Have a thread fetch a shard that is soon asked for, one at a time; a local file needs none.
+        """Fetch a shard that will soon be needed in a background thread, one at a time; local files need no fetching.
 
-        What goes wrong is nobody's concern before the shard is asked for, and then tried again.
+        A failure is ignored until the shard is requested, and fetching is then tried again.
         """
         if is_url(url) and url not in self._kept and (self._ahead is None or self._ahead[0] != url):
             if self._ahead is not None:
-                self._ahead[1].cancel()  # if it has not begun
+                self._ahead[1].cancel()  # unless it has begun
             self._ahead = url, self._thread.submit(fetch, url)
 
     def _find(self, url: str) -> DecodedShard | None:
@@ -153,7 +154,7 @@ class ShardCache:
 
 
 def _on_disk(array: np.ndarray) -> np.ndarray:
-    """The same array in a temporary file without a name: it goes with the last reference, or with the process."""
+    """The array in a memory-mapped temporary file without a name, which disappears with its last reference or the process."""
     with TemporaryFile() as file:
         array.tofile(file)
         file.flush()

@@ -1,8 +1,7 @@
-"""Shards decoded: the images of a WebDataset tar at a network's input size."""
+"""Decoding shards: the images of a WebDataset tar at a network's input size."""
 
 import hashlib
 import io
-import logging
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,38 +21,11 @@ from uap_dist.data.fetch import ShardFile, fetch
 from uap_dist.data.tars import read_tar
 from uap_dist.errors import ShardError
 
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """How a photograph becomes the classifier's pixels: short side to `resize`, then the centre `crop`×`crop`.
-
-    Attributes:
-        resize: pixels; None leaves images as the shards hold them (then all must have one size).
-        crop: pixels; None as above.
-        interpolation: "bilinear" or "bicubic", antialiased.
-    """
-
-    resize: int | None = None
-    crop: int | None = None
-    interpolation: str = "bilinear"
-
-    @property
-    def shape(self) -> tuple[int, ...] | None:
-        """C×H×W of the classifier's input; None where the shards decide it."""
-        return None if self.crop is None else (3, self.crop, self.crop)
-
-    def __str__(self) -> str:
-        """In words, for messages."""
-        return f"resize {self.resize}, crop {self.crop}, {self.interpolation}"
-
-
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 UNKNOWN_CLASS = -1
-HASH_SIZE = 16
-META = re.compile("__[^/]*__($|/)")  # files of WebDataset's own
-TO_UPRIGHT = {  # by the orientation that EXIF says
+HASH_SIZE = 16  # bytes
+META = re.compile("__[^/]*__($|/)")  # names that WebDataset reserves
+TO_UPRIGHT = {  # by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -65,18 +37,42 @@ TO_UPRIGHT = {  # by the orientation that EXIF says
 
 
 @dataclass(frozen=True)
+class Geometry:
+    """How an image is brought to the classifier's input size: short side resized to `resize`, then the centre `crop`×`crop` cut out.
+
+    Attributes:
+        resize: pixels; None keeps the images as they are in the shards, where all must then have one size.
+        crop: pixels; None as above.
+        interpolation: "bilinear" or "bicubic", antialiased.
+    """
+
+    resize: int | None = None
+    crop: int | None = None
+    interpolation: str = "bilinear"
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """C×H×W of the classifier's input; None if it is that of the images in the shards."""
+        return None if self.crop is None else (3, self.crop, self.crop)
+
+    def __str__(self) -> str:
+        """A description for messages."""
+        return f"resize {self.resize}, crop {self.crop}, {self.interpolation}"
+
+
+@dataclass(frozen=True)
 class DecodedShard:
     """The examples of one shard at the classifier's input size.
 
     Attributes:
         images: N×3×H×W uint8, RGB.
         keys: N sample keys, in the order of the tar.
-        truths: N class indices of the data, UNKNOWN_CLASS where there is no .cls.
-        bad: what was left out, as "key: reason".
-        digest: SHA-256 (hex) of the file.
-        hashes: of each image's pixels, BLAKE2b of 16 bytes.
-        unused: names of files that may be pictures of which no example is made: they have no extension, their names begin
-            with a dot (or are WebDataset's own, as __meta__), or their sample has another picture.
+        truths: N class indices from the samples' .cls files, UNKNOWN_CLASS for those without one.
+        bad: samples left out because they cannot be decoded, as "key: reason".
+        digest: SHA-256 (hex) of the shard's file.
+        hashes: N BLAKE2b hashes (16 bytes) of the images' pixels.
+        unused: names of files that may be pictures but are not used: they have no extension, their names begin with a dot or
+            are reserved by WebDataset (as __meta__), or their sample has another picture.
     """
 
     images: np.ndarray
@@ -89,23 +85,23 @@ class DecodedShard:
 
     @cached_property
     def rows(self) -> dict[str, int]:
-        """Place of each key."""
+        """Row of each key in `images`."""
         return {key: row for row, key in enumerate(self.keys)}
 
 
 def load_shard(url: str, geometry: Geometry, keys: Collection[str] | None = None) -> DecodedShard:
-    """`fetch` a shard and `decode_shard` it."""
+    """Fetch and decode a shard, see `fetch` and `decode_shard`."""
     return decode_shard(fetch(url), geometry, keys)
 
 
 def decode_shard(file: ShardFile, geometry: Geometry, keys: Collection[str] | None = None) -> DecodedShard:
     """Read a shard once and decode its images, or only those with the given keys.
 
-    Grey, CMYK, palette and EXIF-rotated images come out as the RGB that a viewer shows (transparency on white).
+    Grey, CMYK, palette and EXIF-rotated images become the RGB that a viewer shows, transparency being shown on white.
 
     Raises:
-        ShardError: the shard is cut short, damaged or no tar, its names do not make samples of one picture each, or images
-            differ in size where `geometry` keeps their own.
+        ShardError: the shard is truncated, damaged or not a tar; its file names do not form samples of one picture each; or its
+            images differ in size and `geometry` does not resize them.
     """
     samples = _Samples(file)
     images: list[np.ndarray] = []
@@ -119,7 +115,7 @@ def decode_shard(file: ShardFile, geometry: Geometry, keys: Collection[str] | No
             image, truth = _decode(files, geometry), _truth(files)
         except MemoryError:
             raise
-        except Exception as error:  # Pillow's decoders raise whatever their parsers of damaged files come upon
+        except Exception as error:  # on damaged files Pillow's decoders raise errors of many types
             bad.append(f"{key}: {_reason(error)}")
             continue
         if images and image.shape != images[0].shape:
@@ -145,10 +141,10 @@ def decode_shard(file: ShardFile, geometry: Geometry, keys: Collection[str] | No
 
 
 class _Samples:
-    """Samples of a shard as WebDataset groups them: key, and files by extension; files of one key follow each other.
+    """Samples of a shard as WebDataset groups them: the key, and the files by extension; files of one key must be adjacent.
 
     Attributes:
-        unused: see DecodedShard; known once all samples were gone through.
+        unused: see `DecodedShard`; complete after iteration.
     """
 
     def __init__(self, file: ShardFile) -> None:
@@ -175,7 +171,7 @@ class _Samples:
             yield key, files
 
     def _named_files(self, shard: str) -> Iterator[tuple[str, str, bytes]]:
-        """Key, extension and bytes of each file that belongs to a sample."""
+        """Key, extension and content of each file that belongs to a sample."""
         for member in read_tar(self._file, self._file.head, shard):
             path = PurePosixPath(member.name)
             is_hidden = any(part[0] == "." and part != ".." for part in path.parts) or META.match(member.name)
@@ -193,7 +189,7 @@ class _Samples:
                 )
 
     def _check_pictures(self, shard: str, key: str, files: Collection[str]) -> None:
-        """Note pictures beside the one that a sample is of; where dots in names have made one sample of several, refuse."""
+        """Record the pictures of a sample that are not used; raise if dots in file names have merged several samples into one."""
         pictures = [extension for extension in files if is_picture(f".{extension}")]
         taken = next((extension for extension in IMAGE_EXTENSIONS if extension in files), None)
         if pictures and taken is None:
@@ -205,7 +201,7 @@ class _Samples:
 
 
 def is_picture(name: str) -> bool:
-    """Whether a file's name ends as an image's."""
+    """Whether a file name has the extension of an image."""
     return name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
 
 
@@ -226,7 +222,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     turn = TO_UPRIGHT.get(_orientation(image))
     if turn is not None:
         image = image.transpose(turn)
-    if image.mode.startswith("I"):  # 16 bits of grey, which convert() would cut at 255
+    if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
         image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
@@ -235,10 +231,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> Any:
-    """What EXIF says of it, or None. ImageOps.exif_transpose would write EXIF anew, which fails where any field is odd."""
+    """EXIF orientation, or None. ImageOps.exif_transpose also rewrites EXIF, which fails if any other field is malformed."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # of damaged EXIF; the image itself may be whole
+    except Exception:  # the EXIF data are damaged; the image itself may be intact
         return None
 
 

@@ -1,4 +1,4 @@
-"""Shards from photographs that packages of the `demo` extra carry, for a first run that downloads nothing."""
+"""Demo shards made of photographs in packages of the `demo` extra, for a first run without downloads."""
 
 import io
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ SKIMAGE_PHOTOGRAPHS = (
     "motorcycle_left",
     "rocket",
 )
-CROPS = (  # left, top and side as shares of what is free and of the short side
+CROPS = (  # left and top as fractions of the free space, side as a fraction of the short side
     (0.5, 0.5, 1.0),
     (0.0, 0.0, 0.75),
     (1.0, 0.0, 0.75),
@@ -37,11 +37,14 @@ CROPS = (  # left, top and side as shares of what is free and of the short side
     (0.25, 0.5, 0.6),
     (0.75, 0.5, 0.6),
 )
-HELD_OUT_EVERY = 3  # every third photograph is held out, with all its crops
+HELD_OUT_EVERY = 3  # every third photograph is held out with all its crops
 
 
 def write_demo_shards(folder: Path) -> tuple[list[str], list[str], int, int]:
-    """Training and held-out shards, and the numbers of photographs behind them; no photograph is in both.
+    """Write demo shards to a folder; no photograph is in both sets.
+
+    Returns:
+        Paths of the training and of the held-out shards, and the numbers of photographs in each set.
 
     Raises:
         ConfigError: a package of the `demo` extra is missing.

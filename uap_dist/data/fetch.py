@@ -1,4 +1,4 @@
-"""Shards fetched: a tar is copied to a temporary file before anything reads it."""
+"""Fetching shards: one in a store is copied to a temporary file before anything reads it."""
 
 import hashlib
 import platform
@@ -13,19 +13,19 @@ from uap_dist.data.locations import NO_ROOM, is_url, locate, persist
 from uap_dist.data.tars import READ_SIZE
 from uap_dist.errors import ShardError
 
-COPY_SIZE = 8 << 20  # each is a request to the store
-HEAD_SIZE = 512  # of a tar's first header
+COPY_SIZE = 8 << 20  # bytes per request to the store
+HEAD_SIZE = 512  # bytes of a tar's first header
 
 
 class ShardFile:
-    """A shard's bytes on this machine, read once from the start to the end; hashes, counts and times them on their way.
+    """A shard's bytes on this machine, read once from start to end; they are hashed, counted and timed on the way.
 
     Attributes:
         url: of the shard.
         num_retries: attempts at fetching it beyond the first.
         num_bytes: read so far.
-        seconds: spent in reading them.
-        head: the first bytes.
+        seconds: spent reading them.
+        head: the first `HEAD_SIZE` bytes.
     """
 
     def __init__(self, url: str, file: BinaryIO, num_retries: int = 0) -> None:
@@ -37,7 +37,7 @@ class ShardFile:
         file.seek(0)
 
     def read(self, size: int = -1) -> bytes:
-        """The next bytes, as a file gives them."""
+        """Read up to `size` bytes, like a binary file."""
         started = time.perf_counter()
         data = self._file.read(size)
         self.seconds += time.perf_counter() - started
@@ -46,24 +46,24 @@ class ShardFile:
         return data
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._file.close()
 
     def digest(self) -> str:
-        """SHA-256 (hex) of the whole file, which is read to its end and closed."""
-        while self.read(READ_SIZE):  # what follows a compressed tar
+        """SHA-256 (hex) of the whole file; reads it to its end and closes it."""
+        while self.read(READ_SIZE):  # whatever follows a compressed tar
             pass
         self.close()
         return self._hash.hexdigest()
 
 
 def fetch(url: str) -> ShardFile:
-    """A local shard, opened; or a copy of one that lies elsewhere, in a temporary file without a name, which no kill leaves behind.
+    """Open a local shard, or copy one from a store to a temporary file without a name, which no killed process leaves behind.
 
-    Decoding never meets the network so: what a store does wrong is done again here, and a tar that is cut short is one.
+    Shards are fetched first, so network errors are retried here and a truncated tar means a truncated tar.
 
     Raises:
-        ShardError: there is none, the store refuses or fails again and again, or this machine has no room.
+        ShardError: there is no such shard, the store refuses or keeps failing, or this machine has no room for the copy.
     """
     if not is_url(url):
         try:
@@ -84,7 +84,11 @@ def fetch(url: str) -> ShardFile:
 
 
 def _copy(url: str) -> BinaryIO:
-    """What a store holds, in a temporary file that is open at its start; OSError where it comes in part, or as parts of two objects."""
+    """A copy of an object in a temporary file, open at its start.
+
+    Raises:
+        OSError: the copy is incomplete, or the object was replaced meanwhile, so that the copy may mix two objects.
+    """
     filesystem, path = locate(url)
     with ExitStack() as failing:
         file = failing.enter_context(TemporaryFile())
@@ -92,7 +96,7 @@ def _copy(url: str) -> BinaryIO:
             size, before = stream.size(), stream.metadata()
             copyfileobj(stream, file, COPY_SIZE)
         if file.tell() != size:
-            raise OSError(f"{file.tell()} of {size} bytes came")
+            raise OSError(f"received {file.tell()} of {size} bytes")
         with filesystem.open_input_file(path) as stream:
             if stream.metadata() != before:
                 raise OSError("it was replaced while it was read")

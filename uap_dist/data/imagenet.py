@@ -1,4 +1,4 @@
-"""Labelled images as people have them: an ImageFolder tree, or the tars of ILSVRC 2012."""
+"""Sources of labelled images: an ImageFolder tree, or the tars of ILSVRC 2012."""
 
 import io
 import logging
@@ -25,7 +25,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SourceImage:
-    """An image as a range of bytes in a file (size None: the whole file), its key and class index."""
+    """An encoded image in a file.
+
+    Attributes:
+        key: of its sample.
+        extension: of the image format, lower case, without a dot.
+        label: class index.
+        path: of the file.
+        offset: of the image in the file, bytes.
+        size: bytes; None for the whole file.
+    """
 
     key: str
     extension: str
@@ -36,14 +45,14 @@ class SourceImage:
 
     @property
     def place(self) -> str:
-        """Where it is, for messages."""
+        """File and key, for messages."""
         return str(self.path) if self.size is None else f"{self.path}: {self.key}"
 
     def read(self) -> bytes:
-        """The encoded image.
+        """Read the encoded image.
 
         Raises:
-            ShardError: it cannot be read.
+            ShardError: the file cannot be read.
         """
         try:
             with self.path.open("rb") as file:
@@ -54,12 +63,12 @@ class SourceImage:
 
 
 def list_folder(root: Path) -> tuple[list[SourceImage], list[str]]:
-    """Images of root/CLASS/…/NAME.jpg, and the class names in sorted order, as torchvision's ImageFolder numbers them.
+    """Images of root/CLASS/…/NAME.jpg, and the class names in the sorted order in which torchvision's ImageFolder numbers them.
 
-    Hidden files and folders, whose names begin with a dot, are no classes and no images.
+    Hidden files and folders, whose names begin with a dot, are ignored.
 
     Raises:
-        ShardError: no class folder, or one without an image.
+        ShardError: there is no class folder, or one without an image.
     """
     if not root.is_dir():
         raise ShardError(f"no folder {root}")
@@ -76,21 +85,21 @@ def list_folder(root: Path) -> tuple[list[SourceImage], list[str]]:
     if not images:
         raise ShardError(f"{root} holds no CLASS/NAME.jpg (extensions {', '.join(IMAGE_EXTENSIONS)})")
     if len(images) < len(pictures):
-        logger.warning("%s: left out %d images that lie in no class folder", root, len(pictures) - len(images))
+        logger.warning("%s: left out %d images that are in no class folder", root, len(pictures) - len(images))
     empty = sorted(set(range(len(names))) - {image.label for image in images})
     if empty:
         raise ShardError(
-            f"{root}: {len(empty)} of {len(names)} class folders hold no image, the first {names[empty[0]]}; each folder is a class "
-            "with a number, so move those away that are none"
+            f"{root}: {len(empty)} of {len(names)} class folders hold no image, the first {names[empty[0]]}; each folder is a "
+            "numbered class, so move away those that are not classes"
         )
     return images, names
 
 
 def list_ilsvrc_train(path: Path) -> tuple[list[SourceImage], list[str]]:
-    """Images of ILSVRC2012_img_train.tar, a tar of one tar a class; classes are its sorted WordNet ids, as networks number them.
+    """Images of ILSVRC2012_img_train.tar, a tar with one tar per class, and the sorted WordNet ids, as networks number the classes.
 
     Raises:
-        ShardError: it is no tar of tars, or one of them is cut short.
+        ShardError: it is not a tar of tars, or one of them is truncated.
     """
     found: list[tuple[tarfile.TarInfo, tarfile.TarInfo]] = []
     with _open(path) as file, _tar(file, str(path)) as tar:
@@ -112,16 +121,16 @@ def list_ilsvrc_train(path: Path) -> tuple[list[SourceImage], list[str]]:
 
 
 def list_ilsvrc_val(path: Path, labels: Path) -> tuple[list[SourceImage], list[str]]:
-    """Images of ILSVRC2012_img_val.tar with the labels of a text file.
+    """Images of ILSVRC2012_img_val.tar with the labels in a text file, and the class names.
 
     Args:
-        path: the tar.
-        labels: one line an image, `NAME LABEL`, or `LABEL` alone in the order of the sorted names; LABEL is a WordNet id
-            (numbered among those of the file, sorted: all 1,000 give the networks' numbers) or a class index from 0. The
-            devkit's ground truth counts from 1 in an order of its own and is refused.
+        path: of the tar.
+        labels: text file with one line per image, `NAME LABEL`, or `LABEL` alone in the order of the sorted names. LABEL is a
+            WordNet id or a class index from 0. WordNet ids are numbered in their sorted order within the file; all 1,000 together
+            get the numbers that networks use. The devkit's ground truth, which counts from 1 in another order, is rejected.
 
     Raises:
-        ShardError: tar and labels do not fit.
+        ShardError: tar and labels do not match.
     """
     with _open(path) as file, _tar(file, str(path)) as tar:
         members = sorted(_keep(_files(tar), _name, path), key=lambda member: member.name)
@@ -144,7 +153,7 @@ def list_ilsvrc_val(path: Path, labels: Path) -> tuple[list[SourceImage], list[s
         indices = [int(label) for label in chosen]
         if min(indices) == 1 and max(indices) == 1000:
             raise ShardError(
-                f"{labels} counts classes from 1, as the devkit does in an order of its own; give WordNet ids instead"
+                f"{labels} counts classes from 1 in the order of the devkit, which networks do not use; give WordNet ids instead"
             )
         found = [str(i) for i in range(max(indices) + 1)]
     else:
@@ -154,14 +163,16 @@ def list_ilsvrc_val(path: Path, labels: Path) -> tuple[list[SourceImage], list[s
 
 
 def shuffled_samples(images: Sequence[SourceImage], seed: int) -> Iterator[dict[str, Any]]:
-    """The images as WebDataset samples in an order that depends on the seed only.
+    """The images as WebDataset samples, shuffled with the seed; files that Pillow cannot identify are left out with a warning.
 
     Raises:
-        ShardError: two images with one key.
+        ShardError: two images have the same key, a file cannot be read, or none is an image.
     """
     twice = [key for key, count in Counter(image.key for image in images).items() if count > 1]
     if twice:
-        raise ShardError(f"{len(twice)} keys stand for two images each, the first {twice[0]}; rename these files")
+        raise ShardError(
+            f"{len(twice)} keys belong to two or more images each, the first {twice[0]}; rename these files"
+        )
     broken: list[str] = []
     for i in np.random.default_rng(seed).permutation(len(images)):
         image = images[i]
@@ -171,16 +182,16 @@ def shuffled_samples(images: Sequence[SourceImage], seed: int) -> Iterator[dict[
         else:
             broken.append(image.place)
     if broken:
-        logger.warning("left out %d files that are no images that Pillow reads, the first %s", len(broken), min(broken))
+        logger.warning("left out %d files that Pillow cannot read as images, the first %s", len(broken), min(broken))
     if len(broken) == len(images):
-        raise ShardError("there is no image among them")
+        raise ShardError(f"none of the {len(images)} files is an image that Pillow can read")
 
 
 def _is_image(data: bytes) -> bool:
-    """By its header."""
+    """Whether Pillow recognises the header."""
     try:
         Image.open(io.BytesIO(data)).close()
-    except Exception:  # whatever Pillow's parsers come upon
+    except Exception:  # on damaged files Pillow's parsers raise errors of many types
         return False
     return True
 
@@ -191,7 +202,7 @@ def _keep(
     source: Path,
     extensions: Sequence[str] = IMAGE_EXTENSIONS,
 ) -> list[T]:
-    """What is not hidden and has one of these extensions; says how many others there are."""
+    """The items that are not hidden and have one of these extensions; the number of others is logged."""
     hidden = [item for item in items if _is_hidden(name(item))]
     visible = [item for item in items if not _is_hidden(name(item))]
     others = [item for item in visible if _extension(name(item).name) not in extensions]
@@ -248,7 +259,7 @@ def _in_tar(member: tarfile.TarInfo, label: int, path: Path, offset: int = 0) ->
 
 
 def _key(path: Path) -> str:
-    """A sample's key: WebDataset takes what follows the first dot for the extension."""
+    """A sample's key; it has no dots because WebDataset takes everything after the first dot for the extension."""
     return "_".join(path.parts).replace(".", "_")
 
 

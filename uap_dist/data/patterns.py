@@ -1,4 +1,4 @@
-"""Shard patterns: braces, wildcards and `::` become lists of URLs."""
+"""Shard patterns: expanding braces, wildcards and `::` to lists of URLs."""
 
 import os
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ from uap_dist.errors import ShardError
 
 
 def expand_patterns(patterns: Sequence[str]) -> list[str]:
-    """URLs of the shards that patterns name, in order: {0000..0009}, `::` between lists, * ? [] in file names.
+    """URLs of the shards that match the patterns, in order.
 
-    A local file or folder whose own name has such characters is meant where it is there. Local paths become absolute; links
-    keep their names.
+    Patterns have {0000..0009} for ranges, `::` between alternatives, and * ? [] in file names. A local file or folder that exists
+    under a name with such characters is taken literally. Local paths become absolute; symbolic links are not resolved.
 
     Raises:
-        ShardError: a pattern that matches nothing, or a shard named twice.
+        ShardError: a pattern matches nothing, or a shard is named twice.
     """
     urls = [url for pattern in patterns for url in _expand(pattern)]
     names: dict[str, str] = {}
@@ -36,15 +36,15 @@ def expand_patterns(patterns: Sequence[str]) -> list[str]:
 
 
 def expand_apart(train: Sequence[str], val: Sequence[str]) -> tuple[list[str], list[str]]:
-    """URLs of training and held-out shards.
+    """URLs of the training and of the held-out shards.
 
     Raises:
-        ShardError: as `expand_patterns`, or a shard that is among both.
+        ShardError: see `expand_patterns`; or a shard is in both sets.
     """
     train_urls, val_urls = expand_patterns(train), expand_patterns(val)
     both = set(train_urls) & set(val_urls)
     if both:
-        raise ShardError(f"shard {min(both)} is among both the training and the held-out ones")
+        raise ShardError(f"shard {min(both)} is both a training and a held-out shard; hold out other shards")
     return train_urls, val_urls
 
 
@@ -55,8 +55,8 @@ def _expand(pattern: str) -> list[str]:
     has_own_name = not is_url(pattern) and "::" not in pattern and Path(folder).is_dir()
     try:
         found = [folder + slash + each for each in expand_urls(name)] if has_own_name else expand_urls(pattern)
-    except (ValueError, AssertionError) as error:  # of braces, and of ${…}, which WebDataset takes for a variable WDS_…
-        raise ShardError(f"{pattern} is no pattern of shards: {error}") from error
+    except (ValueError, AssertionError) as error:  # unbalanced braces; ${…}, which WebDataset reads as a variable WDS_…
+        raise ShardError(f"{pattern} is not a valid pattern of shards: {error}") from error
     return [
         url
         for each in found
@@ -105,7 +105,7 @@ def _glob(url: str) -> list[str]:
 
 
 def _names_in(folder: str) -> list[str]:
-    """Names of the files in a folder, and of links that lead nowhere, which pyarrow leaves out."""
+    """Names of the files in a folder, broken symbolic links included, which pyarrow omits."""
     if not is_url(folder):
         return [path.name for path in Path(folder).iterdir() if not path.is_dir()]
     filesystem, path = locate(folder)

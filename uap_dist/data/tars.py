@@ -1,4 +1,4 @@
-"""Tar files read to their end: what `tarfile` takes for the end of a tar without a word is an error here."""
+"""Reading tar files strictly: truncation and damage, which `tarfile` silently takes for the end of a tar, are errors here."""
 
 import bz2
 import gzip
@@ -15,7 +15,7 @@ from uap_dist.errors import ShardError
 
 READ_SIZE = 1 << 20
 NUM_BYTES_SHOWN = 24
-OPENERS: Mapping[bytes, Callable[[Any], Any]] = {  # by how a file begins: what a download is called says little
+OPENERS: Mapping[bytes, Callable[[Any], Any]] = {  # by the first bytes, because extensions of downloads are unreliable
     rb"\x1f\x8b\x08": gzip.open,
     rb"BZh[1-9]1AY&SY": bz2.open,
     rb"\xfd7zXZ\0|\x5d\0\0\x80": lzma.open,
@@ -25,7 +25,13 @@ NAMES: Mapping[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}
 
 @dataclass(frozen=True)
 class Member:
-    """A file in a tar: its bytes, or what it is a link to."""
+    """A file in a tar.
+
+    Attributes:
+        name: within the tar.
+        data: its content; empty for a link.
+        link_to: target of a link; empty for a regular file.
+    """
 
     name: str
     data: bytes
@@ -33,11 +39,11 @@ class Member:
 
 
 class StrictHeader(tarfile.TarInfo):
-    """A member's header. `tarfile` ends in silence where, behind the first member, one is missing, cut or damaged."""
+    """A member's header that raises on truncation or damage; after the first member, `tarfile` takes either for the end of the tar."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        """See `tarfile.TarInfo.frombuf`; EOFError where the file ends, ReadError where this is no header."""
+        """See `tarfile.TarInfo.frombuf`; raises EOFError if the file ends here, ReadError if this is not a header."""
         if len(buf) < tarfile.BLOCKSIZE:
             raise EOFError
         try:
@@ -45,19 +51,19 @@ class StrictHeader(tarfile.TarInfo):
         except tarfile.HeaderError as error:
             if any(buf):
                 raise tarfile.ReadError(str(error)) from error
-            raise  # a block of zeros, which ends a tar
+            raise  # a block of zeros, the end of a tar
 
 
 def read_tar(stream: Any, head: bytes, name: str) -> Iterator[Member]:
-    """Files and links in the order of a tar, which may be compressed (gzip, bzip2, xz); the stream is read to its end.
+    """Files and links of a tar in their order; it may be compressed (gzip, bzip2, xz). The stream is read to its end.
 
     Args:
         stream: a binary file at its start, of which only `read` is used.
         head: its first block.
-        name: of the file, for errors.
+        name: of the file, for error messages.
 
     Raises:
-        ShardError: it is cut short, damaged, no tar, or goes on behind its end.
+        ShardError: it is truncated, damaged or not a tar, or data follow its end mark.
     """
     opener = _opener(head)
     with (
@@ -70,7 +76,7 @@ def read_tar(stream: Any, head: bytes, name: str) -> Iterator[Member]:
         ) as tar,
     ):
         for member in iter(tar.next, None):
-            tar.members = []  # type: ignore[attr-defined]  # which would keep all of them
+            tar.members = []  # type: ignore[attr-defined]  # would otherwise collect all headers in memory
             if member.islnk() or member.issym():
                 yield Member(member.name, b"", member.linkname)
             elif (file := tar.extractfile(member)) is not None:
@@ -80,16 +86,16 @@ def read_tar(stream: Any, head: bytes, name: str) -> Iterator[Member]:
 
 
 def is_compressed(head: bytes) -> bool:
-    """Whether a file that begins so is compressed in a way that `read_tar` undoes."""
+    """Whether a file with these first bytes is compressed in a format that `read_tar` supports."""
     return _opener(head) is not None
 
 
 def check_end(read: Callable[[int], bytes]) -> None:
-    """Read what follows the first block of zeros behind the last member: zeros alone, and at least one more block of them.
+    """Check what follows the first block of zeros after the last member: at least one more block of zeros, and nothing else.
 
     Raises:
-        EOFError: fewer.
-        ReadError: something else.
+        EOFError: the file ends before that.
+        ReadError: other data follow.
     """
     size = 0
     while data := read(READ_SIZE):
@@ -105,7 +111,7 @@ def check_end(read: Callable[[int], bytes]) -> None:
 
 @contextmanager
 def tar_errors(head: bytes, name: str) -> Iterator[None]:
-    """What goes wrong while a tar is read with `StrictHeader`, as a ShardError that names it; `head` is its first block."""
+    """Turn errors of reading a tar with `StrictHeader` into a ShardError that names it; `head` is its first block."""
     try:
         yield
     except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error, lzma.LZMAError) as error:
@@ -122,7 +128,7 @@ def _fault(head: bytes, error: Exception) -> str:
     if not head:
         return "is empty"
     if not _is_header(head) and not is_compressed(head):
-        return f"is no tar, nor one compressed with gzip, bzip2 or xz: it begins with {head[:NUM_BYTES_SHOWN]!r}"
+        return f"is not a tar, nor one compressed with gzip, bzip2 or xz: it begins with {head[:NUM_BYTES_SHOWN]!r}"
     if isinstance(error, EOFError) or str(error) == "unexpected end of data":
         return "is cut short: it does not end as a tar does; fetch or make it again"
     return f"is damaged: {error}"

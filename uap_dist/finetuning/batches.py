@@ -15,7 +15,7 @@ from uap_dist.data.decode import DecodedShard, Geometry, load_shard
 from uap_dist.errors import ShardError
 from uap_dist.finetuning.config import FinetuneConfig
 from uap_dist.finetuning.network import set_training_mode
-from uap_dist.method.deepfool import add_perturbation
+from uap_dist.method.norms import add_perturbation
 from uap_dist.models.classifier import Classifier
 from uap_dist.perturbations.pool import PerturbationPool
 from uap_dist.perturbations.transform import AddUniversalPerturbation

@@ -8,7 +8,7 @@ from torch import Tensor
 from uap_dist.finetuning.batches import WorkerGroup, WorkerImages
 from uap_dist.finetuning.config import FinetuneConfig
 from uap_dist.finetuning.network import set_training_mode
-from uap_dist.method.deepfool import add_perturbation
+from uap_dist.method.norms import add_perturbation
 from uap_dist.method.rates import Rate
 from uap_dist.models.classifier import Classifier
 from uap_dist.perturbations.pool import PerturbationPool

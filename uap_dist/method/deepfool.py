@@ -1,23 +1,27 @@
-"""Increments: DeepFool's, image by image, and the sum of one step toward each image's log-odds boundary.
+"""DeepFool: for each image the smallest step, to first order, that takes it out of its clean label.
 
-Both start from clip(x + v, 0, 255), which is what the network is shown.
+Moosavi-Dezfooli, Fawzi, Frossard, "DeepFool: a simple and accurate method to fool deep neural networks", CVPR 2016. The
+boundary between label y and rival class k is where the gap z_y − z_k of their logits is zero. Linearised at the current
+point, it lies at the distance gap / ‖∇gap‖2; each iteration steps onto the nearest of these boundaries, until the label changes.
+
+Unlike the authors' code, this one knows that pixels end at 0 and 255 (see `Position`), and need not compute the gradients of
+all candidate classes (see `find_nearest`).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import reduce
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from uap_dist.errors import ConfigError
-from uap_dist.models.classifier import Classifier
 
 Logits = Callable[[Tensor], Tensor]
 
-SLOPE_RATIO = 1.5  # benchmarks/deepfool.md says what it leaves out
-EDGE = 1e-3  # pixels: so near to 0 or 255 a pixel counts as there, whatever rounding has made of it
-CROWDED = 2 / 3  # a graph of which fewer images go on is built anew for those: a forward costs about half of a backward
+SLOPE_RATIO = 1.5  # benchmarks/deepfool.md measures how rarely it leaves out the nearest boundary
+EDGE = 1e-3  # pixel values; a pixel this close to 0 or 255 counts as being there, whatever rounding has made of it
+# A graph is rebuilt once fewer of its images need another gradient. A forward pass costs about half of a backward pass
+REBUILD_BELOW = 2 / 3
 
 
 @dataclass(frozen=True)
@@ -25,12 +29,12 @@ class Increments:
     """One step for each image, and what it cost.
 
     Attributes:
-        steps: N×C×H×W, pixels; zero where there was nothing to do or no direction to go.
-        normals: N×C×H×W of length 1: the normal of the boundary that each step leads to, at the last linearisation. Zero
-            where there is no step. Beside a step it also has the pixels that cannot follow it, because they are at 0 or 255.
-        is_fooled: N, whether x + v was fooled before any step.
-        is_solved: N, whether it is after the step.
-        num_evaluations: images through the network, forward and backward counted each.
+        steps: N×C×H×W, pixels; zero for images that are fooled already and for those without a direction to go.
+        normals: N×C×H×W, unit normals of the boundaries that the last iteration stepped onto; zero where there was no step.
+            They include the pixels that a step leaves alone because these are at 0 or 255.
+        is_fooled: N, bool, whether x + v is fooled before any step.
+        is_solved: N, bool, whether it is after the step.
+        num_evaluations: images passed through the network, forward and backward passes counted separately.
     """
 
     steps: Tensor
@@ -38,62 +42,6 @@ class Increments:
     is_fooled: Tensor
     is_solved: Tensor
     num_evaluations: int
-
-
-@dataclass(frozen=True)
-class LogOddsSum:
-    """Weighted increments of all images in one, and what they cost.
-
-    Attributes:
-        total: C×H×W, logits/pixels.
-        log_odds: N, of the clean labels at x + v.
-        is_fooled: N, whether x + v was fooled.
-        num_evaluations: images through the network, forward and backward counted each.
-    """
-
-    total: Tensor
-    log_odds: Tensor
-    is_fooled: Tensor
-    num_evaluations: int
-
-
-def add_perturbation(pixels: Tensor, perturbation: Tensor) -> Tensor:
-    """clip(x + v, 0, 255), N×C×H×W: what the classifier is shown."""
-    return (pixels + perturbation).clamp(0, 255)
-
-
-def log_odds(logits: Tensor, labels: Tensor) -> Tensor:
-    """z_y − logsumexp of the other logits = log p_y/(1 − p_y), for N×K logits and N labels."""
-    own = labels[:, None]
-    others = logits.scatter(1, own, -torch.inf).logsumexp(1)
-    return logits.gather(1, own).squeeze(1) - others
-
-
-def log_odds_sum(
-    classifier: Classifier, pixels: Tensor, perturbation: Tensor, labels: Tensor, *, weigh: Callable[[Tensor], Tensor]
-) -> LogOddsSum:
-    """Directions of one DeepFool step of each image toward the boundary between its clean label and everything else, weighted, in one sum.
-
-    With f the log-odds of the clean label at x + v: Σ −w(f) ∇f. No image's gradient is needed by itself, so the classifier's first layer is
-    passed backward once for all of them. One forward and one backward an image.
-
-    Args:
-        classifier: as `load_classifier` gives it; faster after `accelerate`.
-        pixels: N×C×H×W, 0..255.
-        perturbation: C×H×W, pixels.
-        labels: N, the clean labels.
-        weigh: N log-odds to N weights.
-    """
-    with torch.enable_grad():
-        logits, leaf = classifier.linearise(add_perturbation(pixels, perturbation))
-        gaps = log_odds(logits, labels)
-        (slopes,) = torch.autograd.grad((weigh(gaps.detach()) * gaps).sum(), leaf)
-    return LogOddsSum(
-        total=-classifier.pull_back(_sum_finite(slopes), pixels.shape[1:]),
-        log_odds=gaps.detach(),
-        is_fooled=logits.detach().argmax(1) != labels,
-        num_evaluations=2 * len(pixels),
-    )
 
 
 def deepfool(
@@ -107,27 +55,23 @@ def deepfool(
     overshoot: float = 0.02,
     slope_ratio: float = SLOPE_RATIO,
 ) -> Increments:
-    """The smallest ℓ2 step inside 0..255, to first order, that takes each perturbed image out of its clean label.
-
-    Images that x + v fools already get a zero step. As in the authors' code the candidates are fixed at x + v; unlike there
-    the network always sees values clipped to 0..255, and the step knows it: pixels that could not follow it do not count
-    towards the distance to a boundary, and stay where they are (see `Position`).
+    """DeepFool's increments Δv for images perturbed by v.
 
     Args:
-        classifier: N×C×H×W pixels to N×K logits.
+        classifier: maps N×C×H×W pixels to N×K logits.
         pixels: N×C×H×W, 0..255.
-        perturbation: C×H×W, pixels.
+        perturbation: v, C×H×W, pixels.
         labels: N, the clean labels.
-        candidates: classes looked at, the clean label included (K where there are fewer); at least 2.
+        candidates: classes considered: the clean label and those with the largest logits at x + v; at least 2, at most K are used.
         max_iterations: linearisations at most.
-        overshoot: the step is lengthened by this share of itself, to end beyond the boundary.
-        slope_ratio: by which the slopes of an image's candidates are taken to differ at most, and a slope from one iteration
-            to the next. Candidates that cannot be the nearest then are left out, most of them; infinity looks at all.
+        overshoot: each step is lengthened by this fraction, to end beyond the boundary.
+        slope_ratio: largest ratio expected between the gradient norms of an image's candidates, or of one candidate in two
+            iterations; candidates that cannot be the nearest under this assumption are skipped. Infinity skips none.
 
     Raises:
         ConfigError: an option outside its range.
 
-    Source: Moosavi-Dezfooli, Fawzi, Frossard, "DeepFool", CVPR 2016, algorithm 2; leaving candidates out is ours.
+    Source: DeepFool, algorithm 2. Skipping candidates and the treatment of 0 and 255 are ours.
     """
     if candidates < 2 or max_iterations < 1 or overshoot < 0 or not slope_ratio >= 1:
         raise ConfigError(
@@ -135,29 +79,26 @@ def deepfool(
             f"{slope_ratio}; they must be at least 2, 1, 0 and 1"
         )
     position = Position(pixels + perturbation, torch.zeros_like(pixels))
+    graph = _forward(classifier, position, torch.ones_like(labels, dtype=torch.bool), with_graph=True)
+    boundaries = Boundaries.at(graph, labels, candidates - 1)
+    is_fooled = graph.logits.detach().argmax(1) != labels
+    is_solved = is_fooled.clone()
     gradients = torch.zeros_like(pixels)
-    is_solved = torch.zeros(len(pixels), dtype=torch.bool, device=pixels.device)
-    num_evaluations = 0
-    for iteration in range(max_iterations + 1):
-        graph = _forward(classifier, position, ~is_solved, with_graph=iteration < max_iterations)
-        num_evaluations += len(graph.rows)
-        is_solved[graph.rows] = graph.logits.detach().argmax(1) != labels[graph.rows]
-        if iteration == 0:
-            is_fooled = is_solved.clone()
-            rivals = _rivals(graph.logits.detach(), labels, candidates - 1)
-            slopes = torch.full(rivals.shape, torch.nan, dtype=pixels.dtype, device=pixels.device)
-        if iteration == max_iterations or is_solved.all():
+    num_evaluations = len(pixels)
+    for iteration in range(1, max_iterations + 1):
+        if is_solved.all():
             break
-        nearest = find_nearest(classifier, position, graph, ~is_solved, labels, rivals, slopes, slope_ratio)
+        nearest = find_nearest(classifier, position, graph, ~is_solved, boundaries, slope_ratio)
         has_step = nearest.rivals >= 0
         position = position.move((1 + overshoot) * nearest.steps).enter(~is_solved & ~has_step)
         gradients[has_step] = nearest.gradients[has_step]
-        slopes = nearest.slopes
-        num_evaluations += nearest.num_evaluations
-    lengths = gradients.double().flatten(1).norm(dim=1)
+        boundaries = replace(boundaries, slopes=nearest.slopes)
+        graph = _forward(classifier, position, ~is_solved, with_graph=iteration < max_iterations)
+        is_solved[graph.rows] = graph.logits.detach().argmax(1) != labels[graph.rows]
+        num_evaluations += nearest.num_evaluations + len(graph.rows)
     return Increments(
         steps=position.steps,
-        normals=_scale(-1 / lengths, gradients).to(pixels.dtype),
+        normals=_scale(-1 / gradients.double().flatten(1).norm(dim=1), gradients).to(pixels.dtype),
         is_fooled=is_fooled,
         is_solved=is_solved,
         num_evaluations=num_evaluations,
@@ -166,10 +107,10 @@ def deepfool(
 
 @dataclass(frozen=True)
 class Position:
-    """Where images stand: at x + v (`start`) + `steps`, N×C×H×W pixels each, of which the network is shown what is clipped to 0..255.
+    """N images at `start` + `steps` (N×C×H×W pixels each), where `start` is x + v; the network is shown them clipped to 0..255.
 
-    Pixels inside 0..255 never leave it. One that v has pushed beyond would have to come back before the network sees anything of its
-    step: it takes part in none, as one at the edge takes part in none that leads outward.
+    Steps keep pixels within 0..255: a pixel at 0 or 255 takes no part in a step that leads outward. Nor does one that v has
+    pushed out of the range take part in any: it would have to come back first before the network sees a change.
     """
 
     start: Tensor
@@ -180,12 +121,12 @@ class Position:
 
     @property
     def shown(self) -> Tensor:
-        """What the network sees."""
+        """What the network is shown."""
         return (self.start + self.steps).clamp(0, 255)
 
     @property
     def _range(self) -> tuple[Tensor, Tensor]:
-        """The lowest and the highest step that is inside 0..255."""
+        """The smallest and the largest steps that stay within 0..255."""
         return -self.start, 255 - self.start
 
     @property
@@ -194,25 +135,34 @@ class Position:
         return (self.steps >= low - EDGE) & (self.steps <= high + EDGE)
 
     def can_follow(self, direction: Tensor) -> Tensor:
-        """Pixels that the network sees move when they take a small step in that direction."""
+        """Mask of the pixels (N×C×H×W, bool) for which the network sees a small step in that direction."""
         low, high = self._range
         can_rise, can_fall = self.steps < high - EDGE, self.steps > low + EDGE
         return torch.where(direction < 0, can_fall, can_rise) & self._is_inside
 
     def move(self, steps: Tensor) -> "Position":
-        """After steps of pixels that can follow them; each ends at the edge of 0..255 at the latest."""
+        """The position after steps of the pixels within 0..255; each stops at the end of the range."""
         low, high = self._range
         return Position(self.start, torch.where(self._is_inside, (self.steps + steps).clamp(low, high), self.steps))
 
     def enter(self, which: Tensor) -> "Position":
-        """With all pixels of some images (N, bool) inside 0..255: the network sees no difference, but now they can move."""
+        """The position with all pixels of some images (N, bool) clipped to 0..255, so that they can move again.
+
+        The network sees no difference.
+        """
         low, high = self._range
         return Position(self.start, torch.where(which.view(-1, 1, 1, 1), self.steps.clamp(low, high), self.steps))
 
 
 @dataclass(frozen=True)
 class Graph:
-    """A forward pass of some rows (M indices) of a batch, to be differentiated at `x` (M×C×H×W pixels, clipped); logits are M×K."""
+    """A forward pass of some images, kept for differentiation.
+
+    Attributes:
+        rows: M indices of the images in the batch.
+        x: M×C×H×W pixels, clipped to 0..255; the leaf that gradients are taken at.
+        logits: M×K.
+    """
 
     rows: Tensor
     x: Tensor
@@ -220,15 +170,42 @@ class Graph:
 
 
 @dataclass(frozen=True)
-class Nearest:
-    """Steps just over each image's nearest linearised boundary, and what was learnt on the way.
+class Boundaries:
+    """The boundaries between each image's label and R rival classes.
 
     Attributes:
-        steps: N×C×H×W, pixels, of those that can follow.
-        gradients: N×C×H×W, logits/pixels, of z_label − z_rival at the nearest boundary; zero where there is none.
-        rivals: N, class of the nearest boundary, −1 if there is none.
-        slopes: N×R, as in `find_nearest`, as last seen.
-        num_evaluations: images through the network, forward and backward counted each.
+        labels: N.
+        rivals: N×R classes, those with the largest logits first.
+        slopes: N×R, ‖∇(z_label − z_rival)‖2 over the pixels that can follow a step to that rival, when last computed; NaN
+            before that.
+    """
+
+    labels: Tensor
+    rivals: Tensor
+    slopes: Tensor
+
+    @classmethod
+    def at(cls, graph: Graph, labels: Tensor, num_rivals: int) -> "Boundaries":
+        """Those to the classes with the largest logits beside the label, at most K − 1, in a graph of all N images."""
+        others = graph.logits.detach().scatter(1, labels[:, None], -torch.inf)
+        rivals = others.topk(min(num_rivals, others.shape[1] - 1), dim=1).indices
+        return cls(labels, rivals, torch.full(rivals.shape, torch.nan, dtype=graph.x.dtype, device=graph.x.device))
+
+    def gaps(self, graph: Graph) -> Tensor:
+        """z_label − z_rival for the M images of a graph, M×R."""
+        return graph.logits.gather(1, self.labels[graph.rows, None]) - graph.logits.gather(1, self.rivals[graph.rows])
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """Steps just across each image's nearest linearised boundary, and what was learnt on the way.
+
+    Attributes:
+        steps: N×C×H×W, pixels; zero for pixels that cannot follow.
+        gradients: N×C×H×W, logits per pixel value, of z_label − z_rival at the nearest boundary; zero if there is none.
+        rivals: N, class across the nearest boundary, −1 if there is none.
+        slopes: N×R, `Boundaries.slopes` with those computed here filled in.
+        num_evaluations: images passed through the network, forward and backward passes counted separately.
     """
 
     steps: Tensor
@@ -239,78 +216,63 @@ class Nearest:
 
 
 def find_nearest(
-    classifier: Logits,
-    position: Position,
-    graph: Graph,
-    wanted: Tensor,
-    labels: Tensor,
-    rivals: Tensor,
-    slopes: Tensor,
-    slope_ratio: float,
+    classifier: Logits, position: Position, graph: Graph, wanted: Tensor, boundaries: Boundaries, slope_ratio: float
 ) -> Nearest:
-    """Steps from a position just over the nearest of the linearised boundaries between each label and its rivals.
+    """Find the nearest linearised boundary of each wanted image, and the step just across it.
 
-    A rival's distance is gap/slope. Rivals are looked at in the order of the distance that is expected with the slope last
-    seen (with the steepest seen of that image where none was), and no longer once that distance, divided by `slope_ratio`,
-    is beyond the nearest found.
+    The distance to a boundary is gap/slope, and a slope costs a backward pass. Rivals are therefore visited in the order of
+    their expected distances, computed with the slope last seen (or else the steepest seen for that image). An image is done
+    once the next expected distance, divided by `slope_ratio`, exceeds the smallest distance found.
 
     Args:
         classifier: as in `deepfool`.
-        position: of N images.
-        graph: at this position, of all wanted images at least.
-        wanted: N, bool; the others get no step.
-        labels: N.
-        rivals: N×R classes.
-        slopes: N×R, ‖∇(z_label − z_rival)‖ over the pixels that can follow a step to that rival, as last seen; NaN before that.
+        position: of the N images.
+        graph: of a forward pass at this position, with all wanted images at least.
+        wanted: N, bool; other images get no step.
+        boundaries: of the N images.
         slope_ratio: as in `deepfool`.
     """
-    # no shorter step is sure to change a pixel; without it an image that stands on a boundary would never leave it
-    least = 255 * torch.finfo(slopes.dtype).eps * position.start[0].numel() ** 0.5
+    slopes = boundaries.slopes.clone()
     gaps = torch.full_like(slopes, torch.nan)
-    gaps[graph.rows] = _gaps(graph, labels, rivals).detach()
+    gaps[graph.rows] = boundaries.gaps(graph).detach()
+    # a shorter step might not change any pixel, and an image exactly on a boundary would never leave it
+    least = 255 * torch.finfo(slopes.dtype).eps * position.start[0].numel() ** 0.5
     steps, gradients = torch.zeros_like(position.steps), torch.zeros_like(position.steps)
-    slopes = slopes.clone()
+    distances = torch.full_like(gaps[:, 0], torch.inf)
+    rivals = torch.full_like(boundaries.labels, -1)
     is_open = wanted[:, None] & gaps.isfinite()
-    nearest = torch.full_like(gaps[:, 0], torch.inf)
-    which = torch.full_like(labels, -1)
     num_evaluations = 0
     while True:
-        steepest = slopes.nan_to_num(0.0).max(1, keepdim=True).values
-        known = torch.where(slopes > 0, slopes, torch.where(steepest > 0, steepest, 1.0))
-        expected = torch.where(is_open, gaps / known, torch.inf)
-        column = expected.argmin(1)
-        wanted = expected.gather(1, column[:, None]).squeeze(1) < slope_ratio * nearest
+        expected, column = _expected_distances(gaps, slopes, is_open).min(1)
+        wanted = expected < slope_ratio * distances
         num_wanted = int(wanted.sum())
         if num_wanted == 0:
-            return Nearest(steps, gradients, which, slopes, num_evaluations)
-        if num_wanted <= CROWDED * len(graph.rows):
+            return Nearest(steps, gradients, rivals, slopes, num_evaluations)
+        if num_wanted <= REBUILD_BELOW * len(graph.rows):
             graph = _forward(classifier, position, wanted, with_graph=True)
             num_evaluations += num_wanted
-        rows, k = graph.rows, column[graph.rows]
-        chosen = _gaps(graph, labels, rivals).gather(1, k[:, None]).squeeze(1)
-        (gradient,) = torch.autograd.grad(chosen.where(wanted[rows], 0.0).sum(), graph.x, retain_graph=True)
+        rows, k, is_wanted = graph.rows, column[graph.rows], wanted[graph.rows]
+        chosen = boundaries.gaps(graph).gather(1, k[:, None]).squeeze(1)
+        (gradient,) = torch.autograd.grad(chosen.where(is_wanted, 0.0).sum(), graph.x, retain_graph=True)
         num_evaluations += len(rows)
         slope = gradient * position[rows].can_follow(-gradient)
         squared = _squared_norms(slope)
-        gap = gaps[rows, k]
-        distance = gap / squared.sqrt()
-        nearer = wanted[rows] & (distance < nearest[rows])  # never where a slope is zero or not finite
-        nearest[rows] = torch.where(nearer, distance, nearest[rows])
-        which[rows] = torch.where(nearer, rivals[rows, k], which[rows])
-        gradients[rows] = torch.where(nearer.view(-1, 1, 1, 1), gradient, gradients[rows])
-        steps[rows] = torch.where(
-            nearer.view(-1, 1, 1, 1), _scale(-(distance + least) / squared.sqrt(), slope), steps[rows]
-        )
-        slopes[rows, k] = torch.where(wanted[rows], squared.sqrt(), slopes[rows, k])
-        is_open[rows, k] &= ~wanted[rows]
+        distance = gaps[rows, k] / squared.sqrt()
+        is_nearer = is_wanted & (distance < distances[rows])  # false where the slope is zero or not finite
+        step = _scale(-(distance + least) / squared.sqrt(), slope)
+        distances[rows] = torch.where(is_nearer, distance, distances[rows])
+        rivals[rows] = torch.where(is_nearer, boundaries.rivals[rows, k], rivals[rows])
+        gradients[rows] = torch.where(is_nearer.view(-1, 1, 1, 1), gradient, gradients[rows])
+        steps[rows] = torch.where(is_nearer.view(-1, 1, 1, 1), step, steps[rows])
+        slopes[rows, k] = torch.where(is_wanted, squared.sqrt(), slopes[rows, k])
+        is_open[rows, k] &= ~is_wanted
 
 
-def _sum_finite(slopes: Tensor) -> Tensor:
-    """Over the images (first dimension, which stays, as 1), without those whose slope is not finite."""
-    total = reduce(torch.add, slopes)  # torch's own sum takes ten times as long on channels-last memory
-    if not total.isfinite().all():
-        total = slopes[slopes.flatten(1).isfinite().all(1)].sum(0)
-    return total[None]
+def _expected_distances(gaps: Tensor, slopes: Tensor, is_open: Tensor) -> Tensor:
+    """Gap/slope, N×R; a slope not seen yet is taken to be the steepest seen for that image, infinite where not open."""
+    steepest = slopes.nan_to_num(0.0).max(1, keepdim=True).values
+    known = torch.where(slopes > 0, slopes, torch.where(steepest > 0, steepest, 1.0))
+    return torch.where(is_open, gaps / known, torch.inf)
 
 
 def _forward(classifier: Logits, position: Position, which: Tensor, *, with_graph: bool) -> Graph:
@@ -320,17 +282,8 @@ def _forward(classifier: Logits, position: Position, which: Tensor, *, with_grap
         return Graph(rows, x, classifier(x))
 
 
-def _rivals(logits: Tensor, labels: Tensor, count: int) -> Tensor:
-    others = logits.scatter(1, labels[:, None], -torch.inf)
-    return others.topk(min(count, logits.shape[1] - 1), dim=1).indices
-
-
-def _gaps(graph: Graph, labels: Tensor, rivals: Tensor) -> Tensor:
-    return graph.logits.gather(1, labels[graph.rows, None]) - graph.logits.gather(1, rivals[graph.rows])
-
-
 def _squared_norms(slope: Tensor) -> Tensor:
-    """‖∇f‖² of each image; NaN where there is no direction to go, so that every comparison with it fails."""
+    """‖∇f‖² of each image; NaN where it is zero or not finite, so that every comparison with it is false."""
     squared = slope.flatten(1).square().sum(1)
     return squared.where(squared.isfinite() & (squared > 0), torch.nan)
 

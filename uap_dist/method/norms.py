@@ -1,4 +1,8 @@
-"""Norms of a perturbation and the projection onto their balls; the only module that tells ℓ2 from ℓ∞."""
+"""Perturbations as vectors: norms, projection onto a ball, random baselines, and adding one to images.
+
+All of them are in pixels, the unit in which images have values of 0..255. Only this module and the constants of update.py tell
+ℓ2 from ℓ∞.
+"""
 
 from typing import Literal, get_args
 
@@ -10,37 +14,45 @@ from uap_dist.errors import ConfigError
 
 Norm = Literal["linf", "l2"]
 SYMBOLS: dict[Norm, str] = {"linf": "ℓ∞", "l2": "ℓ2"}
-IN_THE_CORNER = 0.99  # of the ℓ2 norm that the corner of the ℓ∞ ball has: v is taken to be there
+IN_THE_CORNER = 0.99  # share of the largest ℓ2 norm within its ℓ∞ ball at which v counts as being in a corner
 
 
 def check_ball(norm: str, radius: float) -> None:
-    """Raise ConfigError unless `norm` is one of Norm and `radius` (pixels) is positive and finite."""
+    """Raise ConfigError unless `norm` is a `Norm` and `radius` (pixels) is positive and finite."""
     if norm not in get_args(Norm):
         raise ConfigError(f"norm is {norm!r}; it must be one of {', '.join(get_args(Norm))}")
     if not 0 < radius < float("inf"):
         raise ConfigError(f"radius is {radius}; it must be a positive number of pixels (0..255)")
 
 
+def add_perturbation(pixels: Tensor, perturbation: Tensor) -> Tensor:
+    """clip(x + v, 0, 255), N×C×H×W: what the classifier is shown of images x (N×C×H×W) perturbed by v (C×H×W)."""
+    return (pixels + perturbation).clamp(0, 255)
+
+
 def measure(v: Tensor, norm: Norm) -> float:
-    """‖v‖ of the whole tensor in pixels, in float64; the same bits for any number of threads."""
+    """‖v‖ over all entries, computed in float64; the same bits for any number of threads."""
     values = _values(v)
     return float(np.abs(values).max() if norm == "linf" else np.sqrt(np.square(values).sum()))
 
 
 def root_mean_square(v: Tensor) -> float:
-    """√(mean of v²) over all entries, in float64; the same bits for any number of threads."""
+    """√(mean of v²) over all entries, computed in float64; the same bits for any number of threads."""
     return float(np.sqrt(np.square(_values(v)).mean()))
 
 
 def project(v: Tensor, *, norm: Norm, radius: float) -> Tensor:
-    """The point of the ball ‖·‖ ≤ radius that is nearest to v in ℓ2.
+    """The point of the ball ‖·‖_p ≤ ξ that is nearest to v in ℓ2: P_{p,ξ}(v).
 
     Args:
         v: any shape, pixels.
-        norm: "linf" clips each entry, "l2" scales the whole.
+        norm: p; "linf" clips each entry, "l2" scales the whole tensor.
         radius: ξ, pixels.
 
-    Source: P_{p,ξ} of Moosavi-Dezfooli et al., "Universal adversarial perturbations", CVPR 2017, section 3.
+    Raises:
+        ConfigError: see `check_ball`.
+
+    Source: Moosavi-Dezfooli et al., "Universal adversarial perturbations", CVPR 2017, section 3.
     """
     check_ball(norm, radius)
     if norm == "linf":
@@ -49,12 +61,16 @@ def project(v: Tensor, *, norm: Norm, radius: float) -> Tensor:
 
 
 def spread(norm: Norm, radius: float, num_values: int) -> float:
-    """Root mean square in pixels of a perturbation that fills the ball: the yardstick for steps."""
+    """Root mean square, in pixels, of a perturbation of `num_values` entries that fills the ball; step sizes are multiples of it."""
     return radius if norm == "linf" else radius / num_values**0.5
 
 
 def random_perturbation(shape: tuple[int, ...], *, norm: Norm, radius: float, seed: int) -> Tensor:
-    """The baseline: ±radius at random for ℓ∞, a Gaussian direction of length radius for ℓ2; float32, pixels."""
+    """Random noise on the surface of a ball: entries ±radius for ℓ∞, a Gaussian direction for ℓ2; float32, pixels.
+
+    Raises:
+        ConfigError: see `check_ball`.
+    """
     check_ball(norm, radius)
     generator = torch.Generator().manual_seed(seed)
     if norm == "linf":
@@ -64,10 +80,10 @@ def random_perturbation(shape: tuple[int, ...], *, norm: Norm, radius: float, se
 
 
 def random_of_same_norms(v: Tensor, *, seed: int) -> dict[Norm, Tensor]:
-    """What v has to be better than: for each norm a random perturbation that is as large as v in it; float32, pixels.
+    """The random baselines of v: for each norm, noise that is as large as v in that norm; float32, pixels.
 
-    Where v lies in a corner of its ℓ∞ ball, random signs of its ℓ∞ norm have its ℓ2 norm too and stand for both. Elsewhere they are
-    longer, and a Gaussian direction has v's ℓ2 norm.
+    If v is in a corner of its ℓ∞ ball, random signs have both its norms and serve as both baselines. Otherwise random signs are
+    longer than v in ℓ2, and the ℓ2 baseline is a Gaussian direction of v's length.
 
     Args:
         v: C×H×W, pixels.
@@ -83,5 +99,5 @@ def random_of_same_norms(v: Tensor, *, seed: int) -> dict[Norm, Tensor]:
 
 
 def _values(v: Tensor) -> np.ndarray:
-    """For sums by numpy, which unlike torch's do not depend on the number of threads."""
+    """The values for NumPy, whose sums, unlike torch's, do not depend on the number of threads."""
     return v.detach().cpu().double().numpy()

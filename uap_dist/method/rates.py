@@ -1,52 +1,54 @@
-"""Fooling rates, and other shares of examples, with their intervals."""
+"""Fooling rates and other proportions of examples, with 95 % intervals."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import sqrt
 from typing import Any
 
 import numpy as np
 
 from uap_dist.errors import ConfigError
 
-Z_95 = 1.959963984540054  # two-sided 95 % of the normal distribution
-
 
 def wilson_interval(successes: int, total: int) -> tuple[float, float]:
-    """95 % interval of a share.
+    """95 % Wilson score interval of a proportion.
 
     Raises:
-        ConfigError: `total` is not positive, or `successes` lies outside 0..total.
+        ConfigError: `total` is not positive, or `successes` is outside 0..total.
 
     Source: Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927).
     """
+    from scipy.stats import binomtest  # imported here because it takes half a second
+
     if not 0 <= successes <= total or total == 0:
         raise ConfigError(f"{successes} of {total} is not a share")
-    share, z2 = successes / total, Z_95**2
-    centre = (share + z2 / (2 * total)) / (1 + z2 / total)
-    half = Z_95 / (1 + z2 / total) * sqrt(share * (1 - share) / total + z2 / (4 * total**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    interval = binomtest(successes, total).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 @dataclass(frozen=True)
 class Rate:
-    """A share of examples: of those fooled (label of clip(x + v, 0, 255) ≠ clean label), or of those named rightly."""
+    """A proportion of examples: of those fooled (label of clip(x + v, 0, 255) ≠ clean label), or of those classified correctly.
+
+    Attributes:
+        num_hits: examples counted.
+        num_examples: of how many.
+    """
 
     num_hits: int
     num_examples: int
 
     @property
     def rate(self) -> float:
-        """Between 0 and 1."""
+        """The proportion, between 0 and 1."""
         return self.num_hits / self.num_examples
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % Wilson interval of the rate."""
+        """95 % Wilson score interval."""
         return wilson_interval(self.num_hits, self.num_examples)
 
     def metrics(self, name: str) -> dict[str, float]:
-        """A fooling rate, its interval and count under the names that MLflow and the curve use."""
+        """A fooling rate, its interval and its count, by the names that MLflow and the plots use."""
         low, high = self.interval
         return {
             f"fooling_rate/{name}": self.rate,
@@ -62,7 +64,7 @@ class Rate:
         return cls(round(metrics[f"fooling_rate/{name}"] * num_examples), num_examples)
 
     def __str__(self) -> str:
-        """Rate, interval and count, as it is printed everywhere."""
+        """Rate, interval and count, as printed everywhere."""
         low, high = self.interval
         return f"{self.rate:.3f} [{low:.3f}, {high:.3f}] of {self.num_examples}"
 
@@ -94,7 +96,12 @@ def running_rates(rates: Sequence[Rate], num_examples: int) -> list[Rate]:
 
 @dataclass(frozen=True)
 class Predictions:
-    """Labels (N, int64) and the softmax probability of each (N, float32)."""
+    """What the classifier says of N images.
+
+    Attributes:
+        labels: N, int64, the classes with the largest logits.
+        confidences: N, float32, their softmax probabilities.
+    """
 
     labels: np.ndarray
     confidences: np.ndarray

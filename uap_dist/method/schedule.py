@@ -1,4 +1,4 @@
-"""Which examples are solved when: a pure function of seed and shard sizes."""
+"""Which examples are solved in which round: a pure function of the seed and the shard sizes."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,12 @@ from uap_dist.errors import ConfigError
 
 @dataclass(frozen=True)
 class Block:
-    """Examples of one shard that are solved together: indices into the shard, in the order of computation."""
+    """Examples of one shard that are solved together.
+
+    Attributes:
+        shard: index of the shard in the data set.
+        examples: indices into the shard, in the order of computation.
+    """
 
     shard: int
     examples: tuple[int, ...]
@@ -19,11 +24,12 @@ class Block:
 
 @dataclass(frozen=True)
 class Round:
-    """Blocks that are solved against one v and reduced in this order.
+    """Blocks that are solved against the same v and reduced in this order.
 
     Attributes:
-        number, pass_number: from 0, over the whole run.
-        ends_pass: whether every example has been visited once more after it.
+        number: from 0, over the whole run.
+        pass_number: from 0.
+        ends_pass: whether it is the last round of its pass.
         blocks: at least one.
     """
 
@@ -34,31 +40,31 @@ class Round:
 
     @property
     def num_examples(self) -> int:
-        """In all blocks."""
+        """Number of examples in all blocks."""
         return sum(len(block.examples) for block in self.blocks)
 
 
 def check_sizes(round_size: int, block_size: int) -> None:
-    """Raise ConfigError unless both are positive and the round is a multiple of the block."""
+    """Raise ConfigError unless both sizes are positive and the round size is a multiple of the block size."""
     if block_size < 1 or round_size < 1 or round_size % block_size:
         raise ConfigError(f"round size {round_size} is not a positive multiple of block size {block_size}")
 
 
 def plan_rounds(shard_sizes: Sequence[int], *, seed: int, round_size: int, block_size: int) -> Iterator[Round]:
-    """Rounds without end: in each pass every example once, in an order of its own.
+    """Rounds without end; each pass visits every example once, in an order of its own.
 
-    Each pass shuffles every shard, cuts it into blocks of nearly equal size (at most `block_size`), shuffles the
-    blocks of all shards, and fills each round with round_size/block_size of them; the last round of a pass takes what
-    is left. So no round has more than `round_size` examples.
+    A pass shuffles each shard, cuts it into blocks of nearly equal size (at most `block_size`), shuffles the blocks of all
+    shards, and deals them to rounds of round_size/block_size blocks each. The last round of a pass takes what is left. So no
+    round has more than `round_size` examples.
 
     Args:
-        shard_sizes: examples in each shard.
-        seed: of the order, together with the number of the pass.
-        round_size: examples in a round; a multiple of `block_size`.
-        block_size: examples in a block.
+        shard_sizes: number of examples in each shard.
+        seed: determines the order, together with the number of the pass.
+        round_size: examples in a round at most; a multiple of `block_size`.
+        block_size: examples in a block at most.
 
     Raises:
-        ConfigError: sizes that are not positive, a round that is no multiple of a block, or fewer examples than one block.
+        ConfigError: sizes that `check_sizes` rejects, or fewer examples than one block.
     """
     check_sizes(round_size, block_size)
     if sum(shard_sizes) < block_size:

@@ -1,4 +1,4 @@
-"""What one round hands to the next, and what it reports."""
+"""The state that one round hands to the next, and what a round reports."""
 
 from dataclasses import dataclass, replace
 
@@ -14,9 +14,12 @@ from uap_dist.method.update import Iterate
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Fooling rates of the perturbation as it would be delivered now, and what the network says of held-out images under it.
+    """Fooling rates of a perturbation as it would be delivered.
 
-    `train` is None where only some of the held-out images were looked at.
+    Attributes:
+        train: on all training images; None for an intermediate measurement on some of the held-out images.
+        val: on held-out images.
+        val_predictions: of the classifier for these held-out images under the perturbation.
     """
 
     train: Rate | None
@@ -29,18 +32,20 @@ class RoundReport:
     """One committed round.
 
     Attributes:
-        round_number, pass_number: of this round, from 0.
-        num_rounds: planned; None where the paper's rule is bounded by evaluations alone.
-        fooling: on the round's images, before it, under the iterate that they were solved against.
-        perturbation: C×H×W float32, pixels: what would be delivered now.
+        round_number: of this round, from 0.
+        pass_number: that the round belongs to, from 0.
+        num_rounds: planned for the run; None if the paper's rule is limited by evaluations alone.
+        fooling: rate on the round's images under the v that they were solved against.
+        perturbation: C×H×W float32, pixels, as it would be delivered after this round.
         state: what the next round starts from.
-        step: step size in pixels, or the paper's gain.
-        means: log-odds rule: of the log-odds of the round's clean labels, and of their absolute values. Paper's rule: of ‖Δ‖2 in
-            pixels over the images that got an increment (0 where none did), and the share of the images that are fooled after theirs.
-        seconds: this round took, without evaluation.
-        evaluation: of all images at the end of the run, of some or all of them at places before (see `rounds.plan_measurements`);
-            None after the other rounds.
-        is_last: whether the run ends with it.
+        step: size of the round's first step in pixels (root mean square); paper's rule: the gain.
+        means: over the round's images. Log-odds rule: of the log-odds of the clean labels, and of their absolute values. Paper's
+            rule: of the increments' ℓ2 norms in pixels, over images with an increment (0 if none has one), and the share of images
+            that are fooled after theirs.
+        seconds: wall-clock time of the round without its evaluation.
+        evaluation: on all images at the end of the run, on some or all of them at places before (see `plan_measurements`); None
+            after the other rounds.
+        is_last: whether the run ends with this round.
     """
 
     round_number: int
@@ -57,16 +62,16 @@ class RoundReport:
 
     @property
     def num_solves(self) -> int:
-        """Since the start."""
+        """Increments computed since the start of the run."""
         return self.state.num_solves
 
     @property
     def num_evaluations(self) -> int:
-        """Since the start, clean labels of the training images included."""
+        """Network evaluations since the start of the run, those for the training images' clean labels included."""
         return self.state.num_evaluations
 
     def without_arrays(self) -> "RoundReport":
-        """What a person is shown of the round: neither perturbation nor iterate nor predictions, which take 3 MB at 224×224."""
+        """The report with empty arrays for perturbation, iterate and predictions, which take 3 MB at 224×224."""
         nothing = torch.empty(0)
         state = replace(self.state, iterate=replace(self.state.iterate, v=nothing, momentum=nothing))
         evaluation = self.evaluation
@@ -77,7 +82,7 @@ class RoundReport:
         return replace(self, perturbation=nothing, state=state, evaluation=evaluation)
 
     def metrics(self) -> dict[str, float]:
-        """The round in numbers, under the names that MLflow and the curve use."""
+        """The round in numbers, by the names that MLflow and the plots use."""
         metrics = {
             "fooling_rate/round": self.fooling.rate,
             "num_images/round": float(self.fooling.num_examples),
@@ -99,7 +104,14 @@ class RoundReport:
 
 @dataclass(frozen=True)
 class State:
-    """All that one round hands to the next."""
+    """Everything that one round hands to the next.
+
+    Attributes:
+        iterate: v, momentum and scale.
+        num_rounds: done so far.
+        num_solves: increments computed so far.
+        num_evaluations: network evaluations so far, those for the training images' clean labels included.
+    """
 
     iterate: Iterate
     num_rounds: int = 0
@@ -108,12 +120,12 @@ class State:
 
     @classmethod
     def start(cls, shape: tuple[int, ...], num_train_images: int, config: ComputeConfig) -> "State":
-        """Before the first round, with the clean labels of the training images paid for.
+        """The state before the first round.
 
         Args:
             shape: C×H×W of an image.
-            num_train_images: in the training set; a clean label costs one network evaluation.
-            config: norm, radius, random start and seed.
+            num_train_images: size of the training set, whose clean labels cost one network evaluation each.
+            config: gives norm, radius, random start and seed.
         """
         iterate = Iterate.zero(shape)
         if config.random_start:

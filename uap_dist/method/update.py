@@ -1,6 +1,7 @@
-"""From the increments of a round to the next perturbation: two rules, one pure function each.
+"""From a round's summed increments to the next perturbation: one pure function for each of the two rules.
 
-The constants of the log-odds rule stand here and nowhere else; benchmarks/rules_tried.md says how they were chosen.
+The paper's rule adds the sum and projects. The log-odds rule, the default, takes steps along a momentum of the sums. Its
+constants are all defined here; benchmarks/rules_tried.md says how they were chosen.
 """
 
 from dataclasses import dataclass, replace
@@ -12,15 +13,15 @@ from torch import Tensor
 
 from uap_dist.method.norms import Norm, project, root_mean_square, spread
 
-WIDTH = 0.5  # of the boundary, in units of the mean size of log-odds: images whose log-odds lie there weigh most
-REMEMBERED = 60  # images, by that mean
+WIDTH = 0.5  # width of the boundary that `weigh` smooths, in units of the mean |log-odds|
+REMEMBERED = 60  # images over which that mean runs
 MOMENTUM = 0.9
-FIRST_STEP = {"linf": 0.8, "l2": 1.2}  # of the radius, as root mean square of a perturbation that fills the ball
-FULL_STEPS = 125  # beyond so many the first step falls as 1/√steps: by chance all steps together lead as far
-AVERAGED = 2.0  # times the first step where blocks are averaged: a mean of signs is shorter than a sign
+FIRST_STEP = {"linf": 0.8, "l2": 1.2}  # root mean square, relative to that of a perturbation that fills the ball
+FULL_STEPS = 125  # in longer runs the first step shrinks as 1/√steps: a random walk of all steps then goes equally far
+AVERAGED = 2.0  # factor on the first step if blocks are averaged: a mean of signs is shorter than a sign
 PERIOD = 32  # pixels; the total stride of most networks for photographs
-DOUBLED_AT: dict[Norm, tuple[int, ...]] = {"linf": (), "l2": (1_500, 6_000)}  # images: see `default_period`
-CORNER = 4.0  # P(4 v): a v in the corner of the ℓ∞ ball fools more
+DOUBLED_AT: dict[Norm, tuple[int, ...]] = {"linf": (), "l2": (1_500, 6_000)}  # images, see `default_period`
+CORNER = 4.0  # for ℓ∞, P(4 v) is delivered instead of v: a perturbation in the corner of the ball fools more images
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,9 @@ class Iterate:
     """What a round starts from.
 
     Attributes:
-        v, momentum: C×H×W float64 (v in pixels).
-        scale: of the log-odds: running mean of |f|; infinite before the first image.
+        v: perturbation, C×H×W float64, pixels.
+        momentum: C×H×W float64.
+        scale: running mean of |f| over the images seen, f being the log-odds of the clean label; infinite before the first image.
     """
 
     v: Tensor
@@ -38,68 +40,87 @@ class Iterate:
 
     @classmethod
     def zero(cls, shape: tuple[int, ...]) -> "Iterate":
-        """The start: nothing added to any image."""
+        """The start of a run: v = 0, no momentum, no statistics."""
         return cls(torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64))
 
 
-def paper_update(iterate: Iterate, total: Tensor, *, gain: float, norm: Norm, radius: float) -> Iterate:
-    """The paper: v ← P(v + gain · ΣΔ).
-
-    Args:
-        iterate: v before the round; its momentum is left alone.
-        total: C×H×W float64, sum of the round's increments in pixels.
-        gain: factor on the sum; 1 is the paper.
-        norm: of the ball.
-        radius: of the ball, pixels.
-
-    Source: Moosavi-Dezfooli et al., "Universal adversarial perturbations", CVPR 2017, algorithm 1, with one projection a
-    round where the paper has one an image.
-    """
-    return replace(iterate, v=project(iterate.v + gain * total, norm=norm, radius=radius))
-
-
 @dataclass(frozen=True)
-class StepRule:
-    """What all steps of the log-odds rule have in common.
+class Steps:
+    """All steps of a run under the log-odds rule.
 
     Attributes:
-        norm, radius: of the ball, pixels.
-        period: pixels after which a step repeats itself, see `repeat_mean`.
+        norm: of the ball that v is projected onto.
+        radius: of the ball, pixels.
+        period: pixels after which each step repeats itself, see `repeat_mean`.
+        first_size: size of the first step: its root mean square in pixels.
+        num_rounds: in the whole run.
+        per_round: steps in each round: 1, or the local steps of a block.
     """
 
     norm: Norm
     radius: float
     period: int
+    first_size: float
+    num_rounds: int
+    per_round: int = 1
+
+    def sizes(self, round_number: int) -> tuple[float, ...]:
+        """Sizes of the steps in a round (from 0), in pixels: over the run, half a cosine from `first_size` to zero."""
+        first = self.per_round * round_number
+        count = self.per_round * self.num_rounds
+        return tuple(cosine(self.first_size, step, count) for step in range(first, first + self.per_round))
 
 
-def log_odds_update(iterate: Iterate, total: Tensor, step_size: float, rule: StepRule) -> Iterate:
-    """Momentum of periodic sums; a sign step for ℓ∞, a step of root mean square 1 for ℓ2.
+def paper_update(iterate: Iterate, total: Tensor, *, gain: float, norm: Norm, radius: float) -> Iterate:
+    """The paper's rule: v ← P(v + gain · Σ Δv_i).
+
+    Args:
+        iterate: before the round; its momentum is kept as it is.
+        total: Σ Δv_i, C×H×W float64, the sum of the round's increments in pixels.
+        gain: factor on the sum; 1 in the paper.
+        norm: of the ball.
+        radius: of the ball, pixels.
+
+    Source: Moosavi-Dezfooli et al., "Universal adversarial perturbations", CVPR 2017, algorithm 1, except that it projects after
+    each image and this projects after each round.
+    """
+    return replace(iterate, v=project(iterate.v + gain * total, norm=norm, radius=radius))
+
+
+def log_odds_update(iterate: Iterate, total: Tensor, step_size: float, steps: Steps) -> Iterate:
+    """The log-odds rule: m ← 0.9 m + R(total), v ← P(v + step_size · d), with R the mean over periods (`repeat_mean`).
+
+    The direction d is sign(m) for ℓ∞, and m scaled to root mean square 1 for ℓ2.
 
     Args:
         iterate: before the step.
-        total: C×H×W float64, sum of the weighted increments (see `weigh`).
-        step_size: pixels (see `cosine`).
-        rule: what it shares with all other steps.
+        total: C×H×W float64, weighted sum of increments (see `log_odds_sum` and `weigh`).
+        step_size: pixels, one of `steps.sizes`.
+        steps: gives the ball and the period.
     """
-    momentum = MOMENTUM * iterate.momentum + repeat_mean(total, rule.period)
-    direction = momentum.sign() if rule.norm == "linf" else momentum / max(root_mean_square(momentum), 1e-300)
+    momentum = MOMENTUM * iterate.momentum + repeat_mean(total, steps.period)
+    direction = momentum.sign() if steps.norm == "linf" else momentum / max(root_mean_square(momentum), 1e-300)
     return replace(
-        iterate, v=project(iterate.v + step_size * direction, norm=rule.norm, radius=rule.radius), momentum=momentum
+        iterate, v=project(iterate.v + step_size * direction, norm=steps.norm, radius=steps.radius), momentum=momentum
     )
 
 
 def weigh(log_odds: Tensor, scale: float) -> Tensor:
-    """Weights of images by the log-odds f of their clean labels (N): how steep a smoothed fooling rate is there.
+    """Weights of images in the sum, from the log-odds f of their clean labels (N): w = σ(f/s) σ(−f/s) with s = WIDTH · scale.
 
-    That rate is the mean of σ(−f/(WIDTH scale)). So images near the boundary count, on either side: those far beyond it are done, and
-    those that nothing moves do not draw v toward them. All are even where the scale is infinite.
+    This is, up to a constant, the derivative of σ(−f/s), a smoothed indicator of an image being fooled. So images near the
+    boundary weigh most, on either side of it, while those far beyond it need nothing more, and those that nothing moves do not
+    pull v toward them. Before any statistics exist (infinite scale), all weights are equal.
     """
     widths = log_odds / (WIDTH * scale)
     return widths.sigmoid() * (-widths).sigmoid()
 
 
 def remember(iterate: Iterate, total_size: float, num_images: int) -> Iterate:
-    """With the |f| of so many images, given in sum, in the scale; REMEMBERED images later it has forgotten all but 1/e of them."""
+    """The iterate after some more images, the sum of whose |f| is `total_size`, have entered its scale.
+
+    The scale is an exponential moving average: after REMEMBERED more images an image's weight has fallen to 1/e.
+    """
     if num_images == 0:
         return iterate
     mean = total_size / num_images
@@ -107,26 +128,27 @@ def remember(iterate: Iterate, total_size: float, num_images: int) -> Iterate:
     return replace(iterate, scale=mean if iterate.scale == inf else mean + kept * (iterate.scale - mean))
 
 
-def average_update(iterate: Iterate, mean: Tensor, rule: StepRule) -> Iterate:
-    """What blocks made of v and momentum in local steps, averaged.
+def average_update(iterate: Iterate, mean: Tensor, steps: Steps) -> Iterate:
+    """The log-odds rule with local steps: v and momentum become the means of those that the blocks ended with.
 
     Args:
         iterate: that all blocks started from.
-        mean: 2×C×H×W float64, over the blocks: how far they moved v, and the momentum at their end.
-        rule: of their steps.
+        mean: 2×C×H×W float64, means over the blocks: how far they moved v, and the momentum at their end.
+        steps: gives the ball.
 
-    Source: Stich, "Local SGD converges fast and communicates little", ICLR 2019; averaging the momentum too is Yu, Jin and Yang's,
-    "On the linear speedup analysis of communication efficient momentum SGD", ICML 2019.
+    Source: Stich, "Local SGD converges fast and communicates little", ICLR 2019; Yu, Jin and Yang, "On the linear speedup
+    analysis of communication efficient momentum SGD for distributed non-convex optimization", ICML 2019, average the momentum too.
     """
     moved, momentum = mean
-    return replace(iterate, v=project(iterate.v + moved, norm=rule.norm, radius=rule.radius), momentum=momentum)
+    return replace(iterate, v=project(iterate.v + moved, norm=steps.norm, radius=steps.radius), momentum=momentum)
 
 
 def repeat_mean(total: Tensor, period: int) -> Tensor:
-    """Each pixel becomes the mean of all that lie whole periods away from it, so C×H×W repeats itself; unchanged below one period.
+    """Each pixel of C×H×W replaced by the mean of all pixels that are whole periods away from it, down and across.
 
-    Steps of such a kind lead v to textures that move every place of every image the same way, where the increments of few images
-    agree; benchmarks/rules.md, "Why", has what that is worth.
+    The result repeats itself with that period; a period of at least both sides changes nothing. Steps of this kind give v a
+    texture that acts alike everywhere in every image, which is what the increments of few images agree on; benchmarks/rules.md,
+    "Why", measures the effect.
     """
     _, height, width = total.shape
     if period >= max(height, width):
@@ -141,25 +163,25 @@ def repeat_mean(total: Tensor, period: int) -> Tensor:
     return torch.from_numpy(np.tile(tile, (rows, columns))[:, :height, :width].copy())
 
 
-def cosine(start: float, round_number: int, num_rounds: int) -> float:
-    """Half a cosine from `start` in round 0 to zero after the last round."""
-    return start * (1 + cos(pi * round_number / num_rounds)) / 2
+def cosine(start: float, step: int, num_steps: int) -> float:
+    """Half a cosine over steps 0, 1, …, from `start` at step 0 to zero at `num_steps`."""
+    return start * (1 + cos(pi * step / num_steps)) / 2
 
 
 def finish(v: Tensor, *, norm: Norm, radius: float) -> Tensor:
-    """What the log-odds rule delivers of an iterate: for ℓ∞ P(4 v), for ℓ2 v itself."""
+    """The perturbation that the log-odds rule delivers: P(4 v) for ℓ∞, v itself for ℓ2 (C×H×W, pixels)."""
     return project(CORNER * v, norm=norm, radius=radius) if norm == "linf" else v
 
 
 def default_period(*, norm: Norm, num_images: int) -> int:
-    """Pixels after which steps repeat themselves, from what is known before the run; benchmarks/rules_tried.md, "The period".
+    """Period of the steps in pixels, from the length of the run; benchmarks/rules_tried.md, "The period".
 
-    For ℓ2 it doubles with 1,500 images (rounds times round size) and again with 6,000: what a tile holds grows as what is known
-    of it. For ℓ∞ a longer period is no better with 500 nor with 16,000 evaluations.
+    For ℓ2 it doubles at 1,500 images (rounds times round size) and again at 6,000: the more gradients a run averages, the larger a
+    tile they can determine. For ℓ∞ a longer period is no better, with 500 evaluations or with 16,000.
     """
     return PERIOD * 2 ** sum(num_images >= least for least in DOUBLED_AT[norm])
 
 
 def default_step_size(*, norm: Norm, radius: float, num_values: int, num_steps: int) -> float:
-    """First step of the log-odds rule in pixels (root mean square for ℓ2), from what is known before the run."""
+    """Size of the first step (root mean square, pixels), from the ball, the number of entries of v and the length of the run."""
     return FIRST_STEP[norm] * min(1.0, (FULL_STEPS / num_steps) ** 0.5) * spread(norm, radius, num_values)

@@ -1,1 +1,1 @@
-"""Classifiers: loaded, checked and made faster."""
+"""Classifiers: loading networks and their weights, checking them, and accelerating them."""

@@ -1,4 +1,4 @@
-"""The same classifier, faster: batch norms folded into convolutions, a layout that they like, the first layer by itself."""
+"""Accelerating a classifier: batch norms folded into convolutions, channels-last memory, a shortcut for the first layer."""
 
 import copy
 import logging
@@ -19,16 +19,17 @@ TOLERANCE = 1e-2  # relative; rounding moves logits by 1e-6, gradients at the ki
 
 
 def accelerate(classifier: Classifier, shape: Sequence[int]) -> Classifier:
-    """A copy with the same logits and gradients, but for rounding, that costs less; benchmarks/deepfool.md says how much less.
+    """A faster copy of a classifier with the same logits and gradients up to rounding; benchmarks/deepfool.md measures the gain.
 
-    A batch norm that alone follows a convolution is folded into it. On the CPU convolutions work on channels-last memory. The
-    first layer, where it is a convolution that alone sees the pixels, is remembered (`Classifier.first_layer`), so that the
-    gradient of a sum over images passes it once; on the CPU it goes backward by one matrix product, where torch's
-    kernels are slow for three channels. All this is tried on random pixels: a network that answers otherwise then, or that does not take
-    it, is returned as it was.
+    * Batch norms are folded into the convolutions whose only consumer they are.
+    * On the CPU the network uses channels-last memory.
+    * If a convolution is the only layer that sees the pixels, it becomes `Classifier.first_layer`, which gradients of sums over
+      images pass only once. On the CPU its backward pass is one matrix product, because torch's kernels are slow for three channels.
+
+    The copy is tested on random pixels. If it fails or outputs differ, the original classifier is returned.
 
     Args:
-        classifier: as `load_classifier` gives it, on its device.
+        classifier: as returned by `load_classifier`, on its device.
         shape: C×H×W of its input.
     """
     pixels = 255 * torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)).to(classifier.mean.device)
@@ -37,10 +38,10 @@ def accelerate(classifier: Classifier, shape: Sequence[int]) -> Classifier:
         responses = zip(_respond(fast, pixels), _respond(classifier, pixels), strict=True)
         if all(_is_close(ours, theirs) for ours, theirs in responses):
             return fast
-        reason = "it gives other logits or gradients"
-    except Exception as error:  # whatever a network of one's own does not take
+        reason = "logits or gradients would differ"
+    except Exception as error:  # user code may raise anything
         reason = f"{type(error).__name__}: {error}"
-    logger.info("%s is used as it was loaded; made faster: %s", classifier.name, reason)
+    logger.info("%s is not accelerated: %s", classifier.name, reason)
     return classifier
 
 
@@ -55,7 +56,7 @@ def _rebuild(classifier: Classifier, pixels: Tensor) -> Classifier:
 
 
 def _fold_batch_norms(classifier: Classifier, pixels: Tensor) -> None:
-    producers: dict[int, tuple[nn.Conv2d, Tensor]] = {}  # by the identity of what they gave, which is kept alive
+    producers: dict[int, tuple[nn.Conv2d, Tensor]] = {}  # by id of their outputs, which are kept alive
     pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
     calls: Counter[nn.Module] = Counter()
 
@@ -73,7 +74,7 @@ def _fold_batch_norms(classifier: Classifier, pixels: Tensor) -> None:
             conv.weight, conv.bias = fuse_conv_bn_weights(
                 conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
             )
-            # timm's batch norms have an activation in them
+            # timm's batch norms may include dropout and an activation
             rest = [getattr(norm, name) for name in ("drop", "act") if hasattr(norm, name)]
             classifier.set_submodule(names[norm], nn.Sequential(*rest))
     classifier.requires_grad_(False)
@@ -92,7 +93,7 @@ def _find_first_layer(classifier: Classifier, pixels: Tensor) -> str | None:
 
 
 def _watch(classifier: Classifier, pixels: Tensor, kinds: tuple[type, ...], after: Callable[..., None]) -> None:
-    """Run the network once, with a hook behind each module of those kinds."""
+    """Run the network once with a forward hook on each module of these types."""
     hooks = [module.register_forward_hook(after) for module in classifier.modules() if isinstance(module, kinds)]
     with torch.no_grad():
         classifier(pixels)
@@ -101,7 +102,7 @@ def _watch(classifier: Classifier, pixels: Tensor, kinds: tuple[type, ...], afte
 
 
 def _respond(classifier: Classifier, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits, and the gradient of a sum over images and classes."""
+    """Logits, and the gradient of a sum of log-sum-exps over the images."""
     with torch.enable_grad():
         logits, leaf = classifier.linearise(pixels)
         (slopes,) = torch.autograd.grad(logits.logsumexp(1).sum(), leaf)
@@ -132,7 +133,7 @@ class _FirstConvolution(nn.Module):
 
 
 class _ByProduct(torch.autograd.Function):
-    """A convolution whose gradient to its input is one matrix product an image, and the sum over windows."""
+    """A convolution whose input gradient is computed by one matrix product per image and a fold (the sum over windows)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any) -> Tensor:
@@ -143,7 +144,7 @@ class _ByProduct(torch.autograd.Function):
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
         matrix = ctx.weight.flatten(1).T
         kernel = ctx.weight.shape[2:]
-        images = [  # one by one, which stays in the cache
+        images = [  # one at a time, which fits in the CPU cache
             F.fold(matrix @ slope.permute(1, 2, 0).flatten(0, 1).T, ctx.size, kernel, 1, ctx.padding, ctx.stride)
             for slope in slopes[0]
         ]

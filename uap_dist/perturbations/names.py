@@ -1,4 +1,4 @@
-"""Names in tables: those that users give, else as much of where a thing lies as tells it from the others."""
+"""Names in tables: those that users give, otherwise as much of a location as distinguishes it from the others."""
 
 import re
 from collections import Counter
@@ -10,16 +10,22 @@ from uap_dist.data.locations import is_url, set_name, split_query
 from uap_dist.errors import ConfigError
 from uap_dist.models.loading import LITE_NAMES
 
-PUBLISHED = "published"  # name of the weights where no file is given
-MODEL = re.compile(r"(torchvision|timm)/[^=]+|.+:[^\W\d]\w*", re.DOTALL)  # of a library, or path/to/file.py:factory
-NO_NAME = re.compile(r"[/\\:]")  # what belongs to a path, a URL or a factory
+PUBLISHED = "published"  # names the weights if no file is given
+MODEL = re.compile(r"(torchvision|timm)/[^=]+|.+:[^\W\d]\w*", re.DOTALL)  # LIBRARY/NAME or path/to/file.py:factory
+NO_NAME = re.compile(r"[/\\:]")  # characters of paths, URLs and factories
 
-Parts = tuple[str, ...]  # of a location, the last one first to be shown
+Parts = tuple[str, ...]  # of a location; names are made of the last ones
 
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """A network as an option names it: [NAME=]MODEL[=WEIGHTS]; no name where none is given, no weights for the published ones."""
+    """A network given as [NAME=]MODEL[=WEIGHTS].
+
+    Attributes:
+        name: empty if none is given.
+        model: see `load_classifier`.
+        weights: file; None for the published weights.
+    """
 
     name: str
     model: str
@@ -27,14 +33,14 @@ class ModelChoice:
 
     @classmethod
     def parse(cls, text: str) -> "ModelChoice":
-        """What precedes the first = is MODEL if it has the form of one, else NAME; after MODEL, = and all that follows is WEIGHTS.
+        """Parse an option. The text before the first = is MODEL if it has the form of one, otherwise NAME; MODEL may contain =.
 
         Raises:
-            ConfigError: no MODEL in it, or nothing where NAME or WEIGHTS should be.
+            ConfigError: there is no MODEL, or NAME or WEIGHTS is empty.
         """
         pieces = text.split("=")
         if len(pieces) == 1:
-            return cls("", text, None)  # whoever loads it knows whether there is such a network
+            return cls("", text, None)  # loading it will tell whether there is such a network
         has_name = not _is_model(pieces[0]) and not NO_NAME.search(pieces[0])
         for end in range(1 + has_name, len(pieces) + 1):
             model, weights = "=".join(pieces[has_name:end]), "=".join(pieces[end:])
@@ -42,7 +48,7 @@ class ModelChoice:
                 name = pieces[0].strip() if has_name else ""
                 if has_name and not name:
                     raise ConfigError(f"--models {text}: no name before =; {FORM}")
-                if end < len(pieces) and not weights:  # an unset variable of the shell would give the published ones
+                if end < len(pieces) and not weights:  # or an unset shell variable would mean the published weights
                     raise ConfigError(f"--models {text}: no weights file after the last =; {FORM}")
                 return cls(name, model, weights or None)
         raise ConfigError(f"--models {text}: there is no network in it; {FORM}")
@@ -55,13 +61,13 @@ FORM = (
 
 
 def name_models(choices: Sequence[ModelChoice]) -> list[str]:
-    """A name for each network: that given, else what follows the last / or : of MODEL.
+    """A unique name for each network: the given one, otherwise the text after the last / or : in MODEL.
 
-    Networks that are alike in this get more of their path before it. One that is there with several weights is followed by
-    ", " and the name of the weights file, with as many of its folders as it takes, or "published".
+    If several networks share that text, it is preceded by more of their paths. A network that is given with several weights gets ", "
+    and the name of the weights file appended, with as many folders as it takes to be unique, or "published".
 
     Raises:
-        ConfigError: a network that is there twice with the same weights, or a name that stands for two.
+        ConfigError: a network is given twice with the same weights, or a name is given twice.
     """
     keys = [(choice.model, None if choice.weights is None else canonical(choice.weights)) for choice in choices]
     for model, weights in keys:
@@ -80,19 +86,19 @@ def name_models(choices: Sequence[ModelChoice]) -> list[str]:
 
 
 def name_places(locations: Sequence[str | None]) -> list[str]:
-    """The names of files without their extensions, with as many folders before as tell them apart; None is the published weights."""
+    """Unique names of weights files: their stems, preceded by as many folders as it takes; None stands for the published weights."""
     full = [(PUBLISHED,) if place is None else parts_of(split_query(place)[0]) for place in locations]
     stems = [(*parts[:-1], re.sub(r"\.(safetensors|pth|pt|bin)$", "", parts[-1])) for parts in full]
     return tell_apart(_unless_alike(stems, full))
 
 
 def name_sets(given: Sequence[str], patterns: Sequence[str]) -> list[str]:
-    """A name for each set of images, which files are named after: that given, else the shards' first word, as val of val-0000.tar.
+    """A unique name for each set of images, fit for file names: the given one, otherwise `set_name`, as val for val-0000.tar.
 
-    Sets that are alike in this get more of their path before it, with - between, or their shards' whole name.
+    If several sets share that name, it is preceded by more of their paths, joined by -, or is the whole name of their first shard.
 
     Raises:
-        ConfigError: a name that stands for two.
+        ConfigError: a name is given twice.
     """
     full = [parts_of(split_query(pattern.split("::")[0])[0]) for pattern in patterns]
     words = [(*parts[:-1], set_name(pattern)) for parts, pattern in zip(full, patterns, strict=True)]
@@ -102,17 +108,17 @@ def name_sets(given: Sequence[str], patterns: Sequence[str]) -> list[str]:
 def name_rest(
     what: str, given: Sequence[str], parts: Sequence[Parts], *, taken: Collection[str] = (), separator: str = "/"
 ) -> list[str]:
-    """The names given, where there are such (not empty), and for the others what tells them apart from all.
+    """The given names, with unique names made of locations for those that are empty.
 
     Args:
-        what: they name, for the complaint.
-        given: names, or nothing.
-        parts: of the location of each.
+        what: is named, for error messages.
+        given: names; empty if not given.
+        parts: of each location.
         taken: names of other things in the same tables.
-        separator: between parts.
+        separator: between parts in a name.
 
     Raises:
-        ConfigError: a name that stands for two.
+        ConfigError: a name is given twice.
     """
     rest = [own for name, own in zip(given, parts, strict=True) if not name]
     found = iter(tell_apart(rest, taken=[*taken, *filter(None, given)], separator=separator))
@@ -122,7 +128,7 @@ def name_rest(
 
 
 def tell_apart(parts: Sequence[Parts], *, taken: Collection[str] = (), separator: str = "/") -> list[str]:
-    """For each the last of its parts, and where several are alike, or the name is taken, as many of those before as it takes."""
+    """Names made of the last part of each location, or of as many of the last parts as it takes to be unique."""
     counts = [1] * len(parts)
     while True:
         names = [separator.join(own[-count:]) for own, count in zip(parts, counts, strict=True)]
@@ -135,24 +141,24 @@ def tell_apart(parts: Sequence[Parts], *, taken: Collection[str] = (), separator
 
 
 def parts_of(location: str, separators: str = r"[/\\]") -> Parts:
-    """Of a path or URL, without what names nothing."""
+    """The components of a path or URL, without empty ones, "." and ".."."""
     return tuple(part for part in re.split(separators, location) if part not in ("", ".", "..")) or (location,)
 
 
 def canonical(location: str) -> str:
-    """The same for all ways to write one place."""
+    """The location in a form that is the same however it is written."""
     return location.rstrip("/") if is_url(location) else str(Path(location).resolve())
 
 
 def refuse_twins(what: str, names: Sequence[str], taken: Collection[str] = ()) -> None:
-    """Raise ConfigError where a name stands for two."""
+    """Raise ConfigError if a name occurs twice or is taken."""
     for name, count in Counter(names).items():
         if count > 1 or name in taken:
             raise ConfigError(f"two {what} are named {name!r}; give them other names, as NAME=…")
 
 
 def plain_key(name: str) -> str:
-    """The name with _ for what MLflow takes in no key."""
+    """The name with _ in place of characters that MLflow does not allow in keys."""
     return re.sub(r"[^\w.\- /]", "_", name)
 
 

@@ -1,4 +1,4 @@
-"""A pool: perturbations of one classifier as one file, and the transform that adds them to images."""
+"""Pools: perturbations of one classifier as a single file with a manifest."""
 
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -22,22 +22,22 @@ from uap_dist.perturbations.files import Perturbation, check_radius, metadata_of
 from uap_dist.perturbations.names import name_rest, parts_of, refuse_twins
 
 POOL_FILE, MANIFEST_FILE = "pool.safetensors", "pool.json"
-SHARED = ("model", "weights_digest", "norm", "radius")  # what all members have in common
-MAX_NAME_BYTES = 200  # a file's name, with its extension, has 255 at most
+SHARED = ("model", "weights_digest", "norm", "radius")  # the provenance that all members have in common
+MAX_NAME_BYTES = 200  # file systems allow 255 with the extension
 DIVERSE = 0.1  # the paper's criterion (section 3.2): largest normalised inner product of two members
 
 
 @dataclass(frozen=True)
 class PerturbationPool:
-    """Perturbations of one classifier in one ball.
+    """Perturbations of one classifier in the same ball.
 
     Attributes:
         perturbations: M×C×H×W float32, pixels (0..255).
-        shared: model, weights_digest, norm, radius.
-        members: a mapping for each, with its `name` and its own provenance: seed, digests, fooling rates, versions.
+        shared: what all members have in common: model, weights_digest, norm, radius.
+        members: M mappings with a member's `name` and its own provenance: seed, digests, fooling rates, versions.
 
     Raises:
-        PerturbationError: a member's name that is no plain name of a file, as exports need it, or the name of two.
+        PerturbationError: a member's name is not unique, or cannot be the name of an exported file.
     """
 
     perturbations: Tensor
@@ -45,7 +45,7 @@ class PerturbationPool:
     members: Sequence[Mapping[str, Any]]
 
     def __post_init__(self) -> None:
-        """Refuse names that lead elsewhere."""
+        """Validate the members' names, which exports use as file names."""
         names = [member.get("name") for member in self.members]
         for name in names:
             if not _is_plain(name):
@@ -58,10 +58,10 @@ class PerturbationPool:
 
     @classmethod
     def of(cls, perturbations: Sequence[Perturbation]) -> "PerturbationPool":
-        """A pool of perturbations that jobs/compute.py has written.
+        """A pool of perturbations written by jobs/compute.py.
 
         Raises:
-            PerturbationError: none, published ones, or such as do not belong together.
+            PerturbationError: there are none, some have no provenance, or they differ in size or in what a pool shares.
         """
         if not perturbations:
             raise PerturbationError("a pool needs perturbations")
@@ -70,7 +70,7 @@ class PerturbationPool:
             for key in SHARED:
                 if key not in other.provenance:
                     raise PerturbationError(
-                        f"{other.name} does not say its {key}; a pool is made of what jobs/compute.py has written"
+                        f"{other.name} does not say its {key}; make pools of perturbations written by jobs/compute.py"
                     )
                 if other.provenance[key] != first.provenance[key]:
                     raise PerturbationError(
@@ -79,17 +79,17 @@ class PerturbationPool:
                     )
             if other.v.shape != first.v.shape:
                 raise PerturbationError(
-                    f"{other.name} is {tuple(other.v.shape)}, {first.name} {tuple(first.v.shape)}: a pool has one size"
+                    f"{other.name} is {tuple(other.v.shape)}, {first.name} {tuple(first.v.shape)}: members of a pool have one size"
                 )
         members = [{"name": p.name} | {k: v for k, v in p.provenance.items() if k not in SHARED} for p in perturbations]
         return cls(torch.stack([p.v for p in perturbations]), {key: first.provenance[key] for key in SHARED}, members)
 
     @classmethod
     def load(cls, location: str | Path) -> "PerturbationPool":
-        """A pool from its folder or file, local, s3://, gs:// or in MLflow (runs:/RUN/pool); checked against its manifest.
+        """Load a pool from its folder or file, local, s3://, gs:// or in MLflow (runs:/RUN/pool), and verify it.
 
         Raises:
-            PerturbationError: no pool, a damaged one, values that are not finite or leave the ball.
+            PerturbationError: it is not a pool, does not match its manifest, or has values that are not finite or outside the ball.
         """
         location = str(location)
         if not location.partition("?")[0].endswith(".safetensors"):
@@ -105,17 +105,17 @@ class PerturbationPool:
             check_ball(norm, radius)
             pool = cls(perturbations.float(), shared, members)
         except Exception as error:
-            raise PerturbationError(f"{location} is no pool: {first_line(error)}") from error
+            raise PerturbationError(f"{location} is not a pool: {first_line(error)}") from error
         if pool.digest != digest or len(members) != len(perturbations):
-            raise PerturbationError(f"{location} is damaged: its values do not have the digest that it says")
+            raise PerturbationError(f"{location} is damaged: its values do not match its digest")
         if _digest_text(shared, members) != said:
-            raise PerturbationError(f"{location} is damaged: its manifest does not have the digest that it says")
+            raise PerturbationError(f"{location} is damaged: its manifest does not match its digest")
         for member, v in zip(members, perturbations, strict=True):
             check_radius(v, shared["norm"], shared["radius"], f"{location}, member {member['name']},")
         return pool
 
     def save(self, folder: Path) -> None:
-        """Write pool.safetensors, its manifest in the metadata and, to be read, beside it as pool.json."""
+        """Write pool.safetensors with the manifest in its metadata, and a readable copy of the manifest as pool.json."""
         folder.mkdir(parents=True, exist_ok=True)
         manifest = {
             "shared": self.shared,
@@ -131,11 +131,11 @@ class PerturbationPool:
         (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
 
     def export(self, folder: Path) -> None:
-        """Each member as NAME.npy (C×H×W float32, pixels) and NAME.png (128 + v, rounded)."""
+        """Write each member as NAME.npy (C×H×W float32, pixels) and NAME.png (128 + v, rounded)."""
         folder.mkdir(parents=True, exist_ok=True)
         for member, v in zip(self.members, self.perturbations.numpy(), strict=True):
             array, image = (folder / f"{member['name']}.{extension}" for extension in ("npy", "png"))
-            for path in (array, image):  # a link that lies there would be followed
+            for path in (array, image):  # an existing link would be followed
                 path.unlink(missing_ok=True)
             np.save(array, v)
             picture = np.clip(np.rint(128 + v.transpose(1, 2, 0)), 0, 255).astype(np.uint8)
@@ -150,7 +150,7 @@ class PerturbationPool:
             )
 
     def to_perturbations(self) -> list[Perturbation]:
-        """The members one by one."""
+        """The members as single perturbations."""
         return [
             Perturbation(member["name"], v, dict(self.shared) | dict(member))
             for member, v in zip(self.members, self.perturbations, strict=True)
@@ -158,7 +158,7 @@ class PerturbationPool:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the bytes of all members."""
+        """SHA-256 (hex) over the values of all members."""
         return sha256(self.perturbations.numpy().tobytes()).hexdigest()
 
     def take(self, first: int, last: int) -> "PerturbationPool":
@@ -166,13 +166,16 @@ class PerturbationPool:
         return replace(self, perturbations=self.perturbations[first:last], members=self.members[first:last])
 
     def inner_products(self) -> Tensor:
-        """M×M float64, v_i · v_j / (‖v_i‖ ‖v_j‖): 1 on the diagonal. Source: the paper, section 3.2."""
+        """Normalised inner products of the members: M×M float64, v_i · v_j / (‖v_i‖2 ‖v_j‖2).
+
+        Source: Moosavi-Dezfooli et al., "Universal adversarial perturbations", CVPR 2017, section 3.2.
+        """
         flat = self.perturbations.flatten(1).double()
         directions = flat / flat.norm(dim=1, keepdim=True)
         return directions @ directions.T
 
     def nearest_pairs(self) -> list[tuple[float, tuple[str, str]]]:
-        """Inner products off the diagonal with the names of the two members, the largest first; above DIVERSE the pool is not diverse."""
+        """Normalised inner product and names of each pair of members, the largest first; above DIVERSE the pool is not diverse."""
         products = self.inner_products()
         names = [member["name"] for member in self.members]
         pairs = [(float(products[i, j]), (names[i], names[j])) for i, j in combinations(range(len(names)), 2)]
@@ -180,11 +183,11 @@ class PerturbationPool:
 
 
 def load_members(specifications: Sequence[str], taken: Collection[str]) -> list[Perturbation]:
-    """All members of pools, given as `[NAME=]LOCATION`, by names that differ.
+    """All members of pools given as `[NAME=]LOCATION`, under unique names.
 
-    Those of a pool with a name are called "NAME, member". Those of one without are called as in the pool; where one of them
-    shares its name with something else, all of its pool are called "pool, member", pool being its folder with as much of its
-    path before it as tells it from the other pools.
+    Members of a pool with a NAME are named "NAME, member". Members of a pool without one keep their names in the pool; if one of
+    these is used elsewhere, all members of the pool are named "pool, member", where pool is its folder, preceded by as much of the
+    path as it takes to be unique.
 
     Args:
         specifications: of pools, see `PerturbationPool.load`.
@@ -192,7 +195,7 @@ def load_members(specifications: Sequence[str], taken: Collection[str]) -> list[
 
     Raises:
         PerturbationError: see `PerturbationPool.load`.
-        ConfigError: a pool that is there twice, or a name that is.
+        ConfigError: a pool or a name is given twice.
     """
     given, locations = zip(*map(split_name, specifications), strict=True) if specifications else ((), ())
     pools = [PerturbationPool.load(location) for location in locations]
@@ -219,7 +222,7 @@ def load_members(specifications: Sequence[str], taken: Collection[str]) -> list[
 
 
 def _is_plain(name: Any) -> bool:
-    """Whether it names a file in any folder, and only there."""
+    """Whether it can be the name of a file in any folder, and cannot lead out of that folder."""
     return (
         isinstance(name, str)
         and name.isprintable()
@@ -230,5 +233,5 @@ def _is_plain(name: Any) -> bool:
 
 
 def _digest_text(shared: Mapping[str, Any], members: Sequence[Mapping[str, Any]]) -> str:
-    """Of what a manifest says of the network and of each member."""
+    """SHA-256 (hex) of a manifest's contents."""
     return sha256(json.dumps([dict(shared), [dict(m) for m in members]], sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""A torchvision-style transform that adds a random perturbation of a pool."""
+"""A torchvision transform (v2) that adds a random perturbation of a pool."""
 
 from typing import Any
 
@@ -13,24 +13,24 @@ from uap_dist.perturbations.pool import PerturbationPool
 
 
 class AddUniversalPerturbation(v2.Transform):
-    """Add a random member of a pool to an image with some probability: clip(x + v, 0, largest value).
+    """Adds a random member v of a pool to images with some probability: clip(x + v, 0, largest value).
 
-    For any DataLoader: images C×H×W or batches N×C×H×W, where each image draws for itself; labels and other things beside the
-    image pass through, as with every v2 transform. Draws come from torch's generator, which DataLoader seeds for each worker.
-    uint8 images are rounded; float images are in 0..`float_range`. A pool of another size than the images is resized
-    (bilinear, antialiased), pixel values staying as large as they are.
+    It takes images (C×H×W) or batches (N×C×H×W), in which each image draws for itself; labels, boxes and masks pass through, as in
+    other v2 transforms. It draws from torch's default generator, which DataLoader seeds in each of its workers. uint8 images are
+    rounded; float images have values of 0..`float_range`. If the pool has another size than the images, its members are resized
+    (see `Perturbation.resized`).
     """
 
     def __init__(self, pool: PerturbationPool, probability: float = 0.5, *, float_range: float = 255.0) -> None:
-        """Of a pool.
+        """Create the transform.
 
         Args:
             pool: perturbations to draw from, all equally likely.
-            probability: that an image is perturbed.
-            float_range: largest value of float images: 255 for pixels as in this package, 1 as in torchvision.
+            probability: of an image being perturbed.
+            float_range: largest value of float images: 255 as in this package, or 1 as in torchvision.
 
         Raises:
-            PerturbationError: a probability outside [0, 1] or a range that is neither 1 nor 255.
+            PerturbationError: the probability is outside [0, 1], or the range is neither 1 nor 255.
         """
         super().__init__()
         if not 0 <= probability <= 1:
@@ -43,10 +43,10 @@ class AddUniversalPerturbation(v2.Transform):
         self.float_range = float(float_range)
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """See v2.Transform.
+        """Perturb images; see v2.Transform.
 
         Raises:
-            PerturbationError: images that are no tensors, not 3×H×W, or integers that are not uint8.
+            PerturbationError: images are not tensors, not C×H×W with the pool's C, or integers other than uint8.
         """
         if isinstance(inpt, tv_tensors.TVTensor) and not isinstance(inpt, tv_tensors.Image | tv_tensors.Video):
             return inpt  # boxes, masks
@@ -69,7 +69,7 @@ class AddUniversalPerturbation(v2.Transform):
         return tv_tensors.wrap(result, like=inpt) if isinstance(inpt, tv_tensors.TVTensor) else result
 
     def draw(self, num_images: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """For each image of C×H×W = `shape` a random member at that size (N×C×H×W, pixels), and whether it is to be added (N)."""
+        """A random member for each of N images of size `shape` (N×C×H×W, pixels), and whether to add it (N, bool)."""
         chosen = torch.randint(len(self.perturbations), (num_images,))
         is_perturbed = torch.rand(num_images) < self.probability
         return self._at_size(shape)[chosen], is_perturbed

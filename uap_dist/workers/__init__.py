@@ -1,1 +1,1 @@
-"""A worker turns blocks of examples into sums; datasets as the driver knows them. Knows nothing of Ray."""
+"""Workers, which compute results for examples of shards, and data sets as the driver sees them. Nothing here knows Ray."""

@@ -1,4 +1,4 @@
-"""Shards as the driver knows them: keys, truths and clean predictions, never images."""
+"""Data sets as the driver sees them: keys, known classes and clean predictions of the examples, never their images."""
 
 import hashlib
 import logging
@@ -18,14 +18,22 @@ from uap_dist.workers.messages import Examples, ShardListing
 from uap_dist.workers.worker import Worker
 
 NUM_BAD_SHOWN = 5
-CLASSIFY_SIZE = 50  # examples in one forward; fixed, because the bits of a logit depend on the batch
+CLASSIFY_SIZE = 50  # examples per forward pass; fixed because the bits of a logit depend on the batch size
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """The examples of one shard that take part; `hashes` are of their decoded pixels (see DecodedShard)."""
+    """The examples of one shard that belong to a data set.
+
+    Attributes:
+        url: of the shard.
+        digest: SHA-256 (hex) of its file.
+        keys: N sample keys.
+        truths: N class indices, see `DecodedShard`.
+        hashes: N hashes of the decoded pixels, see `DecodedShard`.
+    """
 
     url: str
     digest: str
@@ -36,14 +44,14 @@ class Shard:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Examples with their clean predictions, in shard order.
+    """Examples with their clean predictions. They are numbered from 0 in the order of shards and of samples in them.
 
     Attributes:
         shards: in the order given.
         shape: C×H×W of an image.
-        bad: images that were left out, as "url: key: reason".
-        clean: what the classifier says of the images unperturbed.
-        shared: held-out images that were left out because they are training images too, as "url: key = url: key".
+        bad: images left out because they cannot be decoded, as "url: key: reason".
+        clean: the classifier's predictions for the unperturbed images.
+        shared: held-out images left out because they are training images too, as "url: key = url: key".
     """
 
     shards: tuple[Shard, ...]
@@ -54,55 +62,55 @@ class Dataset:
 
     @property
     def num_examples(self) -> int:
-        """Examples in all shards."""
+        """Number of examples in all shards."""
         return len(self.clean.labels)
 
     @cached_property
     def sizes(self) -> list[int]:
-        """Examples of each shard."""
+        """Number of examples in each shard."""
         return [len(shard.keys) for shard in self.shards]
 
     @cached_property
     def starts(self) -> list[int]:
-        """Place of each shard's first example among all."""
+        """Number of each shard's first example, and of the end."""
         return list(accumulate(self.sizes, initial=0))
 
     @property
     def keys(self) -> list[str]:
-        """Of all examples."""
+        """Keys of all examples."""
         return [key for shard in self.shards for key in shard.keys]
 
     @property
     def hashes(self) -> list[bytes]:
-        """Of the decoded pixels of all examples."""
+        """Hashes of all examples' decoded pixels."""
         return [each for shard in self.shards for each in shard.hashes]
 
     def place(self, example: int) -> str:
-        """Of the example with that number among all: "url: key"."""
+        """Where the example with this number is, as "url: key"."""
         shard = bisect_right(self.starts, example) - 1
         return f"{self.shards[shard].url}: {self.shards[shard].keys[example - self.starts[shard]]}"
 
     @property
     def truths(self) -> np.ndarray:
-        """Class indices of the data, of all examples."""
+        """Class indices of all examples, UNKNOWN_CLASS where not known."""
         return np.concatenate([shard.truths for shard in self.shards])
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the shards' digests and the keys that take part."""
+        """SHA-256 (hex) over the shards' digests and the examples' keys."""
         digest = hashlib.sha256()
         for shard in self.shards:
             digest.update(f"{shard.digest} {' '.join(shard.keys)}\n".encode())
         return digest.hexdigest()
 
     def thin(self, num_examples: int) -> "Dataset":
-        """So many of its examples, evenly spread."""
+        """A subset of this many examples, evenly spaced."""
         return self._take(np.arange(num_examples) * self.num_examples // num_examples)
 
     def thin_by_blocks(self, num_examples: int, block_size: int) -> "Dataset":
-        """So many of its examples, in evenly spread runs of a block within one shard: however few there are, they make whole blocks.
+        """A subset of this many examples that can be cut into whole blocks: evenly spaced runs of `block_size` within one shard.
 
-        Shards of fewer examples than a block give single ones, where whole blocks do not suffice.
+        If there are not enough such runs, evenly spaced single examples are added.
         """
         runs = [
             start + i
@@ -118,12 +126,12 @@ class Dataset:
         return self._take(np.sort(np.concatenate([chosen, more])))
 
     def part(self, number: int, num_parts: int) -> "Dataset":
-        """One of `num_parts` (numbered from 0) into which its examples are cut in their order, as equal as can be."""
+        """Part `number` (from 0) of `num_parts` consecutive parts of nearly equal size."""
         first, last = (n * self.num_examples // num_parts for n in (number, number + 1))
         return self._take(np.arange(first, last))
 
     def _take(self, chosen: np.ndarray) -> "Dataset":
-        """Those examples, by their places in ascending order."""
+        """The subset of the examples with these numbers, which must be ascending."""
         shards = []
         for start, shard in zip(self.starts, self.shards, strict=False):
             rows = chosen[(chosen >= start) & (chosen < start + len(shard.keys))] - start
@@ -134,7 +142,7 @@ class Dataset:
         return replace(self, shards=tuple(shards), clean=clean)
 
     def examples(self, shard: int, indices: Sequence[int], seed: tuple[int, ...] = ()) -> Examples:
-        """A task for those examples of a shard, with their clean labels."""
+        """A task for examples of a shard (both by index), with their clean labels."""
         start, chosen = self.starts[shard], self.shards[shard]
         return Examples(
             shard=chosen.url,
@@ -145,7 +153,7 @@ class Dataset:
         )
 
     def blocks(self, size: int) -> list[Examples]:
-        """All examples in shard order, as tasks of at most so many of one shard."""
+        """All examples in order, as tasks of at most `size` examples of one shard each."""
         return [
             self.examples(shard, range(count)[start : start + size])
             for shard, count in enumerate(self.sizes)
@@ -156,29 +164,24 @@ class Dataset:
 def load_dataset(
     workers: Workers, urls: Sequence[str], *, num_images: int | None = None, max_bad_fraction: float = 0.01
 ) -> Dataset:
-    """Have the workers decode shards until there are enough images, and classify them; arguments as for `list_dataset`.
-
-    Raises:
-        ShardError: a shard that cannot be used, or too many bad images.
-        ConfigError: fewer images than asked for, or an option outside its range.
-    """
+    """Let the workers decode shards until there are enough images, and classify these; arguments and errors as for `list_dataset`."""
     return predict(workers, list_dataset(workers, urls, num_images=num_images, max_bad_fraction=max_bad_fraction))
 
 
 def list_dataset(
     workers: Workers, urls: Sequence[str], *, num_images: int | None = None, max_bad_fraction: float = 0.01
 ) -> Dataset:
-    """Have the workers decode shards until there are enough images; clean labels are to be had from `predict`.
+    """Let the workers decode shards until there are enough images. The result has no clean predictions yet, see `predict`.
 
     Args:
-        workers: who reads them.
-        urls: of the shards, as `expand_patterns` gives them.
-        num_images: the first so many are taken; None takes all.
-        max_bad_fraction: share of samples that may be no images.
+        workers: read the shards.
+        urls: of the shards, as returned by `expand_patterns`.
+        num_images: use only the first this many; None uses all.
+        max_bad_fraction: fraction of samples allowed to be undecodable (0..1).
 
     Raises:
-        ShardError: a shard that cannot be used, or too many bad images.
-        ConfigError: fewer images than asked for, or an option outside its range.
+        ShardError: a shard cannot be used, too many images are bad, or images differ in size.
+        ConfigError: there are fewer images than `num_images`, or an option is outside its range.
     """
     check_limits(max_bad_fraction, num_images)
     listings = list(_list_shards(workers, urls, num_images))
@@ -212,12 +215,13 @@ def list_dataset(
 
 
 def reload_dataset(workers: Workers, dataset: Dataset) -> Dataset:
-    """The same examples as workers with another classifier see them.
+    """The same examples with the clean predictions of workers that have another classifier.
 
     Raises:
-        ShardError: a shard that has changed since.
+        ShardError: a shard has changed.
     """
-    for _ in workers.map(Worker.load, [Examples(shard.url) for shard in dataset.shards]):  # each is decoded once
+    tasks = [Examples(shard.url) for shard in dataset.shards]
+    for _ in workers.map(Worker.load, tasks):  # so that each shard is decoded once
         pass
     return predict(workers, dataset)
 
@@ -230,32 +234,34 @@ def predict(workers: Workers, dataset: Dataset) -> Dataset:
 def classify(
     workers: Workers, dataset: Dataset, perturbation: np.ndarray, *, quantize: bool = False, divisor: float = 1.0
 ) -> Predictions:
-    """Predictions of every example of the dataset under v (C×H×W float32, pixels), see `Worker.classify`."""
+    """Predictions for all examples perturbed by v (C×H×W float32, pixels); options as for `Worker.classify`."""
     tasks = dataset.blocks(CLASSIFY_SIZE)
     parts = list(workers.map(Worker.classify, tasks, perturbation, quantize, divisor))
     return Predictions(np.concatenate([p.labels for p in parts]), np.concatenate([p.confidences for p in parts]))
 
 
 def fooling_rate(dataset: Dataset, perturbed: Predictions) -> Rate:
-    """Of predictions under a perturbation against the clean ones."""
+    """Fooling rate: the proportion of examples whose perturbed label differs from the clean one."""
     return Rate(int((perturbed.labels != dataset.clean.labels).sum()), dataset.num_examples)
 
 
 def check_disjoint(train: Dataset, val: Dataset, *, max_shared_fraction: float = 0.01) -> Dataset:
-    """The held-out set without those of its images that are, pixel by pixel as decoded, training images too.
+    """The held-out set without the images whose decoded pixels equal those of a training image.
 
     Args:
         train: the training set.
         val: the held-out set.
-        max_shared_fraction: share of the held-out images that may be left out so.
+        max_shared_fraction: fraction of the held-out images that may be left out in this way (0..1).
 
     Raises:
-        ShardError: a shard, by its content, is among both, or more images are.
+        ShardError: a shard with the same content is in both sets, or more images are shared.
     """
     held_out = {shard.digest: shard.url for shard in val.shards}
     for shard in train.shards:
         if shard.digest in held_out:
-            raise ShardError(f"shard {shard.url} is also among the held-out ones ({held_out[shard.digest]})")
+            raise ShardError(
+                f"training shard {shard.url} is also a held-out shard ({held_out[shard.digest]}); hold out other shards"
+            )
     trained_on = {image: example for example, image in enumerate(train.hashes)}
     twins = {i: trained_on[image] for i, image in enumerate(val.hashes) if image in trained_on}
     _warn_of_keys(train, val, twins)
@@ -273,13 +279,13 @@ def check_disjoint(train: Dataset, val: Dataset, *, max_shared_fraction: float =
 
 
 def _warn_of_keys(train: Dataset, val: Dataset, twins: Collection[int]) -> None:
-    """Of held-out images that have the key of a training image, but are none of the twins."""
+    """Warn of held-out images that have the key of a training image but other pixels (are not among `twins`)."""
     trained_on = set(train.keys)
     same = [key for i, key in enumerate(val.keys) if key in trained_on and i not in twins]
     if same:
         logger.warning(
-            "%d of %d held-out images have the key of a training image and other pixels, the first %s: as it should be where keys "
-            "are running numbers; but if they are the same photographs in another encoding, the held-out rate says nothing",
+            "%d of %d held-out images have the key of a training image but other pixels, the first %s; this is fine if keys are "
+            "running numbers, but if these are the same photographs in another encoding, the held-out rate is meaningless",
             len(same),
             val.num_examples,
             same[0],
@@ -287,12 +293,12 @@ def _warn_of_keys(train: Dataset, val: Dataset, twins: Collection[int]) -> None:
 
 
 def _warn_of_twins(dataset: Dataset) -> None:
-    """Of images that a set has more than once, by their decoded pixels."""
+    """Warn of images that are in a set more than once, by their decoded pixels."""
     seen: dict[bytes, int] = {}
     twins = [(i, first) for i, image in enumerate(dataset.hashes) if (first := seen.setdefault(image, i)) != i]
     if twins:
         logger.warning(
-            "%d of %d images are there before, pixel by pixel, and count again; the first: %s = %s",
+            "%d of %d images duplicate an earlier one pixel for pixel and are counted again; the first: %s = %s",
             len(twins),
             dataset.num_examples,
             *map(dataset.place, twins[0]),
@@ -304,7 +310,7 @@ def _first(complaints: Sequence[str]) -> str:
 
 
 def _list_shards(workers: Workers, urls: Sequence[str], num_images: int | None) -> Iterator[tuple[str, ShardListing]]:
-    """Load shards, all at once or, where not all may be needed, in waves of two a worker, until the images suffice."""
+    """Load all shards at once or, for a limited number of images, two per worker at a time until there are enough images."""
     found, start = 0, 0
     while start < len(urls) and (num_images is None or found < num_images):
         size = len(urls) if num_images is None else 2 * workers.num_workers

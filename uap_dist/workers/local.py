@@ -1,6 +1,5 @@
-"""What any workers offer the driver, and one worker in this process."""
+"""The interface of workers to the driver, and its implementation by one worker in this process."""
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from threading import Lock
 from typing import Protocol, TypeVar, TypeVarTuple
@@ -11,15 +10,13 @@ from uap_dist.workers.worker import Worker
 R = TypeVar("R")
 Shared = TypeVarTuple("Shared")
 
-logger = logging.getLogger(__name__)
-
 
 class Workers(Protocol):
-    """Any workers: in this process (`LocalWorkers`) or Ray's (fleet.Fleet)."""
+    """Workers that a driver can use: one in this process (`LocalWorkers`) or actors of Ray (`fleet.fleet.Fleet`)."""
 
     @property
     def num_workers(self) -> int:
-        """That there are now."""
+        """Current number of workers."""
         ...
 
     def map(
@@ -35,7 +32,7 @@ class Workers(Protocol):
         ...
 
     def metrics(self) -> dict[str, float]:
-        """What they have done so far, for a round's report."""
+        """Metrics of the workers so far, for a round's report."""
         ...
 
 
@@ -46,7 +43,7 @@ class LocalWorkers:
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
-        self._lock = Lock()  # computations that run together share it, and a classifier's hooks are no thread's own
+        self._lock = Lock()  # concurrent computations share the worker, and hooks on its classifier are not thread-safe
 
     def map(
         self, method: Callable[[Worker, Examples, *Shared], R], tasks: Sequence[Examples], *shared: *Shared

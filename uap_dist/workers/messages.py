@@ -1,12 +1,8 @@
-"""What a driver and its workers send each other."""
+"""Messages between the driver and its workers."""
 
 from dataclasses import dataclass
-from typing import ParamSpec, TypeVar
 
 import numpy as np
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -14,11 +10,11 @@ class Examples:
     """A task: some examples of one shard.
 
     Attributes:
-        shard: URL.
-        digest: of the shard when it was first read; another one now is an error. Empty before that.
+        shard: its URL.
+        digest: of the shard when it was first read, to detect a change; empty before that.
         keys: of the examples, in the order of computation.
-        labels: their clean labels, where known.
-        seed: of the augmentation.
+        labels: their clean labels, if known.
+        seed: of the augmentation: the run's seed, the round and the block.
     """
 
     shard: str
@@ -29,14 +25,14 @@ class Examples:
 
     @property
     def title(self) -> str:
-        """For logs: the shard; of a block that is solved, seed, round and block."""
+        """A title for logs: the shard and, for a block that is solved, its seed, round and block number."""
         place = "seed {}, round {}, block {}: ".format(*self.seed) if self.seed else ""
         return place + self.shard
 
 
 @dataclass(frozen=True)
 class ShardListing:
-    """What a shard holds, without its images (see DecodedShard); `shape` is C×H×W."""
+    """The contents of a shard without its images, see `DecodedShard`; `shape` is C×H×W of an image."""
 
     keys: tuple[str, ...]
     truths: np.ndarray
@@ -49,13 +45,13 @@ class ShardListing:
 
 @dataclass(frozen=True)
 class Normals:
-    """Of a block: DeepFool's perturbations r(x) of the images that it takes across a boundary.
+    """DeepFool's perturbations r(x) of the images of a block, for those M that it takes across a boundary.
 
     Attributes:
-        directions: M×C×H×W float32: the boundaries' unit normals at the point that is nearest to each image, which is r(x)/‖r(x)‖2 where
+        directions: M×C×H×W float32, unit normals of the boundaries at the points nearest to the images. A normal is r(x)/‖r(x)‖2 if
             no pixel of r(x) is held back by 0 or 255.
-        total: C×H×W float64, pixels: their sum, at the length that DeepFool gives them.
-        num_left_out: images that are beyond no boundary after DeepFool's last iteration, or have no direction to go.
+        total: C×H×W float64, pixels, the sum of the r(x).
+        num_left_out: images that DeepFool did not take across a boundary within its iterations, or whose gradient is zero.
     """
 
     directions: np.ndarray
@@ -65,7 +61,14 @@ class Normals:
 
 @dataclass(frozen=True)
 class Resources:
-    """Of a worker: bytes of its process, of decoded images among them, of its GPU at most; CPUs of its machine."""
+    """What a worker uses.
+
+    Attributes:
+        process_bytes: resident memory of its process.
+        decoded_bytes: of decoded images, part of that.
+        gpu_bytes: largest amount of GPU memory reserved so far.
+        num_cpus: of its machine.
+    """
 
     process_bytes: int
     decoded_bytes: int

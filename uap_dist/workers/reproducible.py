@@ -1,4 +1,4 @@
-"""Torch's settings under which the same numbers give the same bits: for a process of ours, or around one task in a user's."""
+"""Torch settings that make results repeat bit for bit: for a whole process, or around one task in a user's process."""
 
 import ctypes
 import os
@@ -12,30 +12,30 @@ from typing import Any
 import torch
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
-# cuBLAS repeats its bits only with a fixed workspace, and reads this when its first handle is made
+# cuBLAS is deterministic only with a fixed workspace, and reads this variable when its first handle is created
 WORKSPACE, FIXED_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
 FULL = "ieee"  # precision: no TF32, no bfloat16
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Torch's settings on which bits depend.
+    """Torch settings that affect the bits of results.
 
     Attributes:
         num_threads: of torch on the CPU.
-        is_deterministic: whether kernels that repeat their bits are preferred.
-        warns_only: whether a kernel without such a kind warns; else it raises.
-        fills_memory: whether deterministic mode initialises memory that nobody reads.
-        tries_kernels: whether cuDNN measures which of its kernels is the fastest.
-        precisions: of float32 products, convolutions and recurrent layers on GPUs and CPUs.
-        old_precisions: of products and of cuDNN as torch's older interface has them; None where a user's mixture has none.
-        workspace: of cuBLAS.
+        is_deterministic: whether deterministic kernels are used.
+        warns_only: whether an operation without a deterministic kernel warns instead of raising.
+        fills_memory: whether deterministic mode also initialises memory that is never read.
+        tries_kernels: whether cuDNN benchmarks its kernels and picks the fastest.
+        precisions: of float32 matrix products, convolutions and recurrent layers, on GPUs (cuda, cudnn) and CPUs (mkldnn).
+        old_precisions: of matrix products and of cuDNN in torch's older interface; None if it cannot express the current ones.
+        workspace: cuBLAS's, an environment variable; None if it is not set.
     """
 
     num_threads: int
     is_deterministic: bool = True
-    warns_only: bool = True  # some networks have layers without such a kernel on GPUs
-    fills_memory: bool = False  # slow, changes nothing
+    warns_only: bool = True  # some networks have layers without a deterministic GPU kernel
+    fills_memory: bool = False  # slow, and does not affect results
     tries_kernels: bool = False
     precisions: tuple[str, ...] = (FULL,) * 6
     old_precisions: tuple[str | None, bool | None] = ("highest", False)
@@ -43,7 +43,7 @@ class Settings:
 
     @classmethod
     def now(cls) -> "Settings":
-        """Those of this process."""
+        """The current settings of this process."""
         product, cudnn = None, None
         with suppress(RuntimeError):
             product = torch.get_float32_matmul_precision()
@@ -61,7 +61,7 @@ class Settings:
         )
 
     def apply(self) -> None:
-        """Make them those of this process."""
+        """Apply the settings to this process."""
         torch.set_num_threads(self.num_threads)
         torch.use_deterministic_algorithms(self.is_deterministic, warn_only=self.warns_only)
         torch.utils.deterministic.fill_uninitialized_memory = self.fills_memory  # type: ignore[attr-defined]
@@ -80,7 +80,7 @@ class Settings:
 
 
 def set_up_torch(num_threads: int) -> None:
-    """Have a process of ours, and nobody else's, use so many CPU threads and kernels that give the same bits each time.
+    """Set up a process that belongs to this package alone: number of CPU threads, deterministic kernels, full precision.
 
     Freed memory is kept for the next tensors.
     """
@@ -90,7 +90,7 @@ def set_up_torch(num_threads: int) -> None:
 
 @contextmanager
 def reproducible(num_threads: int) -> Iterator[None]:
-    """The same bits as in a process that `set_up_torch` has set up; afterwards torch is as it was."""
+    """Within this context results have the bits of a process set up by `set_up_torch`; the old settings are restored afterwards."""
     before, ours = Settings.now(), _ours(num_threads)
     ours.apply()
     try:
@@ -101,10 +101,10 @@ def reproducible(num_threads: int) -> Iterator[None]:
 
 @contextmanager
 def noticing_kernels() -> Iterator[set[str]]:
-    """Names of the kernels that torch, meanwhile, warned of because they do not repeat their bits."""
+    """Collects the names of operations that torch warns of within this context because they are not deterministic."""
     found: set[str] = set()
     with warnings.catch_warnings(record=True) as heard:
-        # each time, because Python shows a warning of one place only once
+        # "always", because by default Python shows a warning from one place only once
         warnings.filterwarnings(
             "always", message=".*(does not have a deterministic implementation|is not deterministic)"
         )
@@ -128,7 +128,7 @@ def _places() -> tuple[Any, ...]:
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc keep freed tensors instead of returning their pages, whose faults cost a quarter of a step in batches of 24."""
+    """Let glibc keep the memory of freed tensors; page faults would otherwise cost a quarter of a step in batches of 24."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         for parameter, value in ((M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, (1 << 31) - 1), (M_TOP_PAD, 64 << 20)):
