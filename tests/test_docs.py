@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torchvision import models
 
 import uap_dist
@@ -157,6 +158,13 @@ def test_the_table_of_options_has_all_of_a_job(job):
     rows = [line for line in markdown(job).splitlines() if line.startswith("| `--")]
     assert {option for row in rows for option in OPTION.findall(row.split("|")[1])} == options(job) - {"-h", "--help"}
     assert all(row.replace("\\|", "").count("|") == 5 for row in rows)
+
+
+def test_the_version_is_the_same_everywhere():
+    assert yaml.safe_load(text_of(ROOT / "CITATION.cff"))["version"] == uap_dist.__version__
+    assert re.search(rf"^## {re.escape(uap_dist.__version__)}\b", text_of(ROOT / "CHANGELOG.md"), re.MULTILINE)
+    for page in MANUAL:
+        assert set(re.findall(r"uap_dist-([\d.]+)-py3", text_of(page))) <= {uap_dist.__version__}, page
 
 
 @pytest.mark.slow
