@@ -1,7 +1,7 @@
 """A pool in a training loop that knows nothing of this package: torch's DataLoader, and a transform of timm's or torchvision's.
 
-The pool is one that `uap-compute --num-perturbations` has written, or is computed here in some minutes. The demonstration's photographs have
-no labels, so the network's own clean labels stand in for them: this shows where the pool goes, it defends nothing.
+The pool is one that `uap-compute --num-perturbations` has written, or is computed here in some minutes. The demonstration's
+photographs have no labels, so the network's own clean labels stand in for them: this shows where the pool goes, it defends nothing.
 
 python examples/adversarial_training.py --help
 """
