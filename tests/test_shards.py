@@ -58,6 +58,16 @@ def test_shards_come_back_as_written_and_bytes_repeat(tmp_path):
     assert np.array_equal(shard.images, np.stack(expected))
 
 
+def test_samples_that_fail_at_once_leave_no_shard(tmp_path):
+    def fail():
+        raise ShardError("no samples")
+        yield
+
+    with pytest.raises(ShardError, match="no samples"):
+        write_shards(fail(), tmp_path / "out", prefix="t", shard_size=10)
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_only_the_wanted_keys_are_decoded(shards):
     whole = load_shard(str(shards / "train-0000.tar"), AS_IS)
     part = load_shard(str(shards / "train-0000.tar"), AS_IS, keys=set(whole.keys[3:5]))

@@ -13,6 +13,10 @@ from uap_dist.models.loading import LITE_NAMES
 PUBLISHED = "published"  # names the weights if no file is given
 MODEL = re.compile(r"(torchvision|timm)/[^=]+|.+:[^\W\d]\w*", re.DOTALL)  # LIBRARY/NAME or path/to/file.py:factory
 NO_NAME = re.compile(r"[/\\:]")  # characters of paths, URLs and factories
+FORM = (
+    "give [NAME=]MODEL[=WEIGHTS], with MODEL as torchvision/resnet50, timm/resnet50, "
+    f"{LITE_NAMES[0]} or path/to/file.py:factory"
+)
 
 Parts = tuple[str, ...]  # of a location; names are made of the last ones
 
@@ -52,12 +56,6 @@ class ModelChoice:
                     raise ConfigError(f"--models {text}: no weights file after the last =; {FORM}")
                 return cls(name, model, weights or None)
         raise ConfigError(f"--models {text}: there is no network in it; {FORM}")
-
-
-FORM = (
-    "give [NAME=]MODEL[=WEIGHTS], with MODEL as torchvision/resnet50, timm/resnet50, "
-    f"{LITE_NAMES[0]} or path/to/file.py:factory"
-)
 
 
 def name_models(choices: Sequence[ModelChoice]) -> list[str]:
