@@ -53,7 +53,7 @@ def test_the_digest_covers_every_tensor_that_a_network_holds():
     assert len(digests) == 5
 
 
-def test_network_of_ones_own_by_file_and_by_module():
+def test_own_networks_are_loaded_from_a_file_and_from_a_module():
     by_file, by_module = load_classifier(TINY), load_classifier("tiny:Tiny")
     assert by_file.weights_digest == by_module.weights_digest
     assert by_file.geometry == Geometry() and by_file.class_names[0] == "red"
@@ -85,7 +85,7 @@ def test_lite0_has_the_published_accuracy(shared):
         (f"{TINY_FILE}:Lazy", None, "has lazy layers without weights"),
     ],
 )
-def test_what_cannot_be_loaded_says_why(name, weights, message):
+def test_loading_errors_say_what_is_wrong(name, weights, message):
     with pytest.raises(ClassifierError, match=message):
         load_classifier(name, weights)
 
@@ -122,12 +122,12 @@ def test_weights_that_do_not_match_name_the_keys(squeezenet_file, tmp_path):
         ("Standardised", "gives another output for an image alone than .* statistics over the batch"),
     ],
 )
-def test_what_is_no_classifier_is_refused(factory, message):
+def test_unusable_classifiers_are_rejected(factory, message):
     with pytest.raises(ClassifierError, match=message):
         check_classifier(load_classifier(f"{TINY_FILE}:{factory}"), (3, 16, 16))
 
 
-def test_a_network_whose_input_size_is_known_is_tried_before_any_image():
+def test_a_network_of_known_input_size_is_checked_before_any_image():
     assert load_usable_classifier(f"{TINY_FILE}:Resized").geometry.crop == 16
     with pytest.raises(ClassifierError, match="fails on pixels of shape 2×3×20×20"):
         load_usable_classifier(f"{TINY_FILE}:WronglyResized")
@@ -148,7 +148,7 @@ def file_of(sha256="f" * 64, **provenance):
     return WeightsFile("w.pth", sha256, {}, {f"geometry.{key}": value for key, value in provenance.items()})
 
 
-def test_a_published_file_is_known_by_its_digest_and_brings_its_own_geometry(caplog):
+def test_a_published_file_is_recognised_by_its_digest_and_has_its_own_geometry(caplog):
     presets = {"V1": OLD, "V2": NEW}
     assert choose_preset(file_of("0676ba61" + "0" * 56), presets, "V2") is OLD
     assert choose_preset(file_of("11ad3fa6" + "0" * 56), presets, "V1") is NEW
@@ -159,7 +159,7 @@ def test_a_published_file_is_known_by_its_digest_and_brings_its_own_geometry(cap
     assert not caplog.text
 
 
-def test_a_file_of_unknown_geometry_says_which_one_is_taken_and_which_others_there_are(caplog):
+def test_a_guess_of_the_geometry_is_logged_with_the_alternatives(caplog):
     assert choose_preset(file_of(), {"V1": OLD, "V2": NEW}, "V2") is NEW
     assert re.search(
         r"w.pth is not one .* as for V2 \(resize 232, crop 224.* The others are V1 \(resize 256,", caplog.text

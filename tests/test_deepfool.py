@@ -86,7 +86,7 @@ def shortest_steps(pixels, normals, scores, labels):
     return best
 
 
-def test_pixels_that_v_has_pushed_out_of_the_range_take_part_in_no_step():
+def test_pixels_pushed_out_of_the_range_by_v_take_part_in_no_step():
     pixels, normals, classifier = saturated("both", 0.3)
     v = 10 * torch.randint(0, 2, pixels.shape[1:], generator=torch.Generator().manual_seed(0)) * 2.0 - 10
     labels = classifier(pixels).argmax(1)
@@ -98,7 +98,7 @@ def test_pixels_that_v_has_pushed_out_of_the_range_take_part_in_no_step():
     assert (classifier((start + found.steps).clamp(0, 255)).argmax(1) != labels).all()
 
 
-def test_images_that_v_has_pushed_out_of_the_range_whole_are_solved():
+def test_images_pushed_out_of_the_range_completely_by_v_are_solved():
     pixels, normals, classifier = saturated("white", 1.0, count=2)
     found = deepfool(classifier, pixels, torch.full_like(pixels[0], 10.0), classifier(pixels).argmax(1))
     assert found.is_solved.all() and (found.steps <= -10).all()  # what the network sees of a step begins at -10
@@ -148,7 +148,7 @@ def test_fooled_images_are_left_alone_and_evaluations_are_what_the_network_saw()
 
 @given(seed=SEEDS, ratio=st.floats(1.0, 4.0))
 @settings(max_examples=25)
-def test_a_slope_ratio_that_holds_leaves_no_nearest_candidate_out(seed, ratio):
+def test_candidates_skipped_by_a_valid_slope_ratio_are_never_the_nearest(seed, ratio):
     weights, pixels, _ = linear(seed, 8)
     normals = weights - weights[:1]
     lengths = 1 + (ratio - 1) * torch.rand(8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))

@@ -22,7 +22,7 @@ def test_rate_prints_with_interval_and_count():
 
 
 @pytest.mark.parametrize(("successes", "total"), [(0, 0), (-1, 5), (6, 5)])
-def test_what_is_no_share_is_refused(successes, total):
+def test_an_invalid_proportion_is_rejected(successes, total):
     with pytest.raises(ConfigError, match="is not a share"):
         wilson_interval(successes, total)
 

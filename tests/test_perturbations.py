@@ -24,7 +24,7 @@ def save_own(folder, v=V, **changes):
     return str(folder)
 
 
-def test_own_ones_come_back_under_their_folders_name(tmp_path):
+def test_saved_perturbations_are_loaded_under_the_name_of_their_folder(tmp_path):
     folder = save_own(tmp_path / "squeezenet")
     for location, name in (
         (folder, "squeezenet"),
@@ -35,7 +35,7 @@ def test_own_ones_come_back_under_their_folders_name(tmp_path):
         assert found.name == name and torch.equal(found.v, V) and found.provenance["radius"] == 10.0
 
 
-def test_its_file_is_as_open_as_the_umask_lets_it(tmp_path):
+def test_file_permissions_follow_the_umask(tmp_path):
     (tmp_path / "neighbour").touch()
     save_own(tmp_path)
     write_weights(tmp_path / "w.safetensors", torch.nn.Linear(1, 1), {})
@@ -60,7 +60,7 @@ def test_nothing_is_unpickled(tmp_path):
     assert not (tmp_path / "harmed").exists()
 
 
-def test_published_ones_in_any_layout_and_either_unit_are_the_same(tmp_path):
+def test_published_perturbations_are_the_same_in_any_layout_and_unit(tmp_path):
     pixels = V.numpy()
     np.save(tmp_path / "a.npy", pixels / 255)
     np.save(tmp_path / "b.npy", pixels.transpose(1, 2, 0)[None].astype(np.float64))
@@ -81,14 +81,14 @@ def test_from_s3(tmp_path, s3):
     assert found.name == "v" and torch.equal(found.v, V)
 
 
-def test_another_size_keeps_its_pixel_values_and_its_own_size_its_bits():
+def test_resizing_keeps_the_size_of_pixel_values():
     constant = Perturbation("c", torch.full((3, 8, 8), 7.0))
     assert torch.allclose(constant.resized((3, 20, 13)), torch.full((3, 20, 13), 7.0))
     assert measure(Perturbation("v", V).resized((3, 60, 50)), "linf") <= 10
     assert Perturbation("v", V).resized((3, 6, 5)) is V
 
 
-def test_what_is_no_perturbation_gets_one_line(tmp_path):
+def test_invalid_perturbation_files_are_errors_of_one_line(tmp_path):
     np.save(tmp_path / "grey.npy", np.zeros((5, 5)))
     np.save(tmp_path / "cube.npy", np.ones((3, 3, 3)))
     np.save(tmp_path / "unit.npy", 255 * V.numpy())
@@ -119,7 +119,7 @@ def test_what_is_no_perturbation_gets_one_line(tmp_path):
         load_perturbations([save_own(tmp_path / "large", V / V.abs().max() * 10, radius=9.0)])
 
 
-def test_names_are_those_given_else_as_much_of_the_path_as_tells_them_apart(tmp_path):
+def test_names_are_the_given_ones_or_as_much_of_the_path_as_it_takes(tmp_path):
     one, two, three = (save_own(tmp_path / name) for name in ("run-1/seed-0", "run-2/seed-0", "run-2/seed-1"))
     np.save(tmp_path / "run-2/signs.npy", V.numpy())
 
@@ -137,7 +137,7 @@ def test_names_are_those_given_else_as_much_of_the_path_as_tells_them_apart(tmp_
             names(*twin, taken=["a"] if len(twin) == 1 else ())
 
 
-def test_the_published_ones_of_the_papers_authors(shared):
+def test_perturbations_published_by_the_authors_of_the_paper(shared):
     folder = shared / "reference"
     files = [f"{path}:255" for path in sorted((folder / "lts4").iterdir())]
     files += [f"{path}:1" for path in sorted((folder / "sgd-uap").iterdir())]

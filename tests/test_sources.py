@@ -72,7 +72,7 @@ def test_val_tar_takes_its_labels_from_a_file(val_tar, tmp_path, lines):
     assert values(images) == {"val_0": (0, 0), "val_1": (2, 10), "val_2": (1, 20)}
 
 
-def test_labels_that_do_not_fit_are_refused(val_tar, tmp_path):
+def test_labels_that_do_not_match_the_images_are_errors(val_tar, tmp_path):
     labels = tmp_path / "labels.txt"
     for text, message in {
         "0\n1\n": "has 2 labels for the 3 images",
@@ -83,7 +83,7 @@ def test_labels_that_do_not_fit_are_refused(val_tar, tmp_path):
             list_ilsvrc_val(val_tar, labels)
 
 
-def test_the_devkits_numbers_are_refused(tmp_path):
+def test_the_class_numbers_of_the_devkit_are_rejected(tmp_path):
     with tarfile.open(tmp_path / "v.tar", "w") as tar:
         for i in range(1000):
             add(tar, f"{i:04d}.png", b"x")
@@ -136,7 +136,7 @@ def test_job_makes_shards_of_the_tars_of_ilsvrc(train_tar, val_tar, tmp_path):
     assert [image[0, 0, 0] == 10 * truth for image, truth in zip(shard.images, shard.truths, strict=True)] == [True] * 3
 
 
-def test_what_the_shard_job_cannot_do_is_said_before_anything_is_listed(tmp_path):
+def test_the_shard_job_reports_invalid_options_before_listing_images(tmp_path):
     (tmp_path / "labels.txt").write_text("a 0\n")
     given = [str(JOB), "--source", str(tmp_path)]
     for more, message in (
@@ -162,7 +162,7 @@ def write(root, *names):
         (root / name).write_bytes(picture(1))
 
 
-def test_hidden_files_are_no_classes_and_no_images_and_are_counted(tmp_path, caplog):
+def test_hidden_files_and_folders_are_ignored_and_counted(tmp_path, caplog):
     write(tmp_path, "ants/1.png", "bees/1.png", "bees/sub/2.JPG")
     assert not caplog.text and list_folder(tmp_path)
     write(tmp_path, ".ipynb_checkpoints/0.png", "bees/.ipynb_checkpoints/1-checkpoint.png", "ants/._1.png", ".DS_Store")
@@ -186,7 +186,7 @@ def test_the_labels_are_those_of_imagefolder(tmp_path):
     assert sorted((str(i.path), i.label) for i in images) == sorted(theirs.samples)
 
 
-def test_a_class_folder_without_an_image_is_refused_as_by_imagefolder(tmp_path):
+def test_a_class_folder_without_an_image_is_an_error_as_in_imagefolder(tmp_path):
     write(tmp_path, "ants/1.png", "__MACOSX/._1.png", "bees/1.png")
     with pytest.raises(
         ShardError, match="1 of 3 class folders hold no image, the first __MACOSX; each folder is a numbered class"
@@ -194,7 +194,7 @@ def test_a_class_folder_without_an_image_is_refused_as_by_imagefolder(tmp_path):
         list_folder(tmp_path)
 
 
-def test_what_is_an_image_by_its_name_alone_is_left_out_and_said(tmp_path, caplog):
+def test_files_that_are_images_by_name_alone_are_left_out_with_a_warning(tmp_path, caplog):
     write(tmp_path, "a/1.png", "a/2.png")
     for name, data in {"a/2.png": b"\0\x05\x16\x07", "a/3.png": b"", "a/4.png": b"<html>"}.items():
         (tmp_path / name).write_bytes(data)
@@ -208,7 +208,7 @@ def test_what_is_an_image_by_its_name_alone_is_left_out_and_said(tmp_path, caplo
         list(shuffled_samples(images, 0))
 
 
-def test_tars_of_ilsvrc_that_are_cut_short_are_refused(train_tar, val_tar, tmp_path):
+def test_truncated_tars_of_ilsvrc_are_errors(train_tar, val_tar, tmp_path):
     (tmp_path / "labels.txt").write_text("0\n0\n0\n")
     whole = val_tar.read_bytes()
     for size in (1024, 512 * 5, 100):
@@ -236,7 +236,7 @@ def test_hidden_files_in_tars_of_ilsvrc_are_left_out_and_counted(val_tar, tmp_pa
     assert "left out 1 hidden files" in caplog.text and "left out 1 files without extension jpg" in caplog.text
 
 
-def test_keys_hold_no_dots_and_stand_for_one_image_each(tmp_path):
+def test_keys_have_no_dots_and_are_unique(tmp_path):
     for path in ("001.Albatross/a.v2.png", "001.Albatross/x/1.png", "001.Albatross/y/1.png"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_bytes(picture(1))
@@ -246,7 +246,7 @@ def test_keys_hold_no_dots_and_stand_for_one_image_each(tmp_path):
         next(shuffled_samples([*images, images[0]], seed=0))
 
 
-def test_label_lines_of_mixed_length_are_refused(val_tar, tmp_path):
+def test_label_lines_of_mixed_length_are_errors(val_tar, tmp_path):
     (tmp_path / "labels.txt").write_text("val_0.png 1\n2\n3\n")
     with pytest.raises(ShardError, match="line '2' is not"):
         list_ilsvrc_val(val_tar, tmp_path / "labels.txt")

@@ -73,7 +73,7 @@ def test_weights_are_the_slope_of_the_smoothed_fooling_rate():
 
 
 @given(sizes=st.lists(st.floats(0, 1e6), min_size=1, max_size=20), at_once=st.integers(1, 5))
-def test_the_scale_is_a_mean_of_what_was_seen_that_forgets(sizes, at_once):
+def test_the_scale_is_an_exponential_moving_average(sizes, at_once):
     iterate = Iterate.zero((1,))
     assert iterate.scale == inf and remember(iterate, 0.0, 0) == iterate
     for start in range(0, len(sizes), at_once):
@@ -84,14 +84,14 @@ def test_the_scale_is_a_mean_of_what_was_seen_that_forgets(sizes, at_once):
     assert after.scale == pytest.approx(exp(-1))
 
 
-def test_blocks_that_moved_v_are_averaged_and_the_ball_is_kept():
+def test_local_steps_of_blocks_are_averaged_and_projected():
     start = Iterate(random(0), random(1))
     after = average_update(start, torch.stack([random(2), random(3)]), steps("linf", 1.0, period=4))
     assert_close(after.v, (random(0) + random(2)).clamp(-1, 1))
     assert_close(after.momentum, random(3))
 
 
-def test_under_l2_the_period_grows_with_the_images_of_the_run_unless_it_is_given():
+def test_the_default_period_grows_with_the_length_of_the_run_under_l2():
     config = ComputeConfig(norm="l2", round_size=10, block_size=5)
     shape = (3, 4, 4)
     periods = [config.steps(rounds, shape).period for rounds in (1, 149, 150, 599, 600, 10**6)]
@@ -101,7 +101,7 @@ def test_under_l2_the_period_grows_with_the_images_of_the_run_unless_it_is_given
 
 
 @given(height=st.integers(1, 12), width=st.integers(1, 12), period=st.integers(1, 13))
-def test_a_mean_over_periods_is_the_nearest_that_repeats_itself(height, width, period):
+def test_the_mean_over_periods_is_the_nearest_periodic_tensor(height, width, period):
     values = torch.randn(2, height, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     found = repeat_mean(values, period)
     if period >= max(height, width):
@@ -119,7 +119,7 @@ def test_steps_repeat_themselves():
     assert_close(after.v, tile.repeat(1, 2, 2))
 
 
-def test_steps_fall_on_a_cosine_from_the_first_to_nearly_zero_however_they_are_cut_into_rounds():
+def test_step_sizes_follow_a_cosine_however_they_are_divided_into_rounds():
     sizes = [cosine(8.0, n, 60) for n in range(60)]
     assert sizes[0] == 8 and sizes == sorted(sizes, reverse=True) and 0 < sizes[-1] < 0.01
     assert sum(sizes) == pytest.approx(8 * 60 / 2 + 4)
