@@ -153,6 +153,13 @@ def test_the_tower_is_that_of_the_contract():
     assert {path.parent.name for path in ROOT.glob("uap_dist/*/__init__.py")} <= set(drawn)
 
 
+@pytest.mark.parametrize("page", MANUAL, ids=name)
+def test_metrics_in_the_text_are_metrics(page):
+    code = "".join(file.read_text() for file in ROOT.glob("uap_dist/**/*.py"))
+    for group, metric in re.findall(r"`(?!results/)([a-z_]+)/([a-z_]+|…)`", prose(page)):
+        assert f'"{group}/{metric.rstrip("…")}' in code or f'"{group}/{{' in code, f"{group}/{metric}"
+
+
 @pytest.mark.parametrize("job", JOBS)
 def test_the_table_of_options_has_all_of_a_job(job):
     rows = [line for line in markdown(job).splitlines() if line.startswith("| `--")]
