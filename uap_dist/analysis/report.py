@@ -1,15 +1,16 @@
-"""What an analysis leaves as files: a report that explains itself, as Markdown and as one HTML file, pictures, tables, numbers."""
+"""The files of an analysis: a report as Markdown and as one HTML file, pictures, tables and result.json."""
 
 import json
 import re
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment
 from markdown_it import MarkdownIt
+from markupsafe import Markup
 
 from uap_dist.analysis import plots
 from uap_dist.analysis import text as text
@@ -24,20 +25,34 @@ from uap_dist.tracking.outputs import RESULT_FILE, markdown_table, save_table, w
 
 REPORT_FILE = "report"  # .md and .html
 PICTURES = (text.PHASE_PICTURE, text.BOUNDARIES_PICTURE, text.NUMBERS_PICTURE)
-STYLE = """body { font: 16px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222 }
-img { max-width: 100% } table { border-collapse: collapse; font-size: 85%; display: block; overflow-x: auto }
-td, th { border: 1px solid #ccc; padding: 0.2em 0.6em; text-align: left } code { overflow-wrap: anywhere }"""
+PAGE = Environment(autoescape=True).from_string("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>{{ title }}</title>
+<style>
+body { font: 16px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222 }
+img { max-width: 100% }
+table { border-collapse: collapse; font-size: 85%; display: block; overflow-x: auto }
+td, th { border: 1px solid #ccc; padding: 0.2em 0.6em; text-align: left }
+code { overflow-wrap: anywhere }
+</style>
+</head>
+<body>
+{{ body }}</body>
+</html>
+""")
 
 
 @dataclass(frozen=True)
 class FinishedAnalysis:
-    """What an analysis has measured.
+    """Results of an analysis.
 
     Attributes:
-        perturbation: that was analysed.
-        phase: points of the phase transition, scale 1 among them; empty where it was left out.
-        boundaries: None where they were left out.
-        numbers: by number of training images and seed; empty where left out.
+        perturbation: the analysed perturbation.
+        phase: points of the phase transition, including scale 1; empty if it was not measured.
+        boundaries: None if they were not measured.
+        numbers: a point for each number of training images and seed; empty if not measured.
         num_train_images, num_solved: that directions come from; those that DeepFool was asked of.
         provenance: network, data, options, versions.
         mlflow_run_id: where it is logged.
@@ -53,7 +68,7 @@ class FinishedAnalysis:
     mlflow_run_id: str
 
     def result(self) -> dict[str, Any]:
-        """The numbers that scripts read."""
+        """The contents of result.json, apart from the provenance."""
         return {
             "norm_l2": measure(self.perturbation.v, "l2"),
             "norm_linf": measure(self.perturbation.v, "linf"),
@@ -79,7 +94,7 @@ class FinishedAnalysis:
         return {name: float(value) for name, value in found.items() if value is not None}
 
     def summary(self) -> str:
-        """A few lines of Markdown: what was found."""
+        """A summary of the findings in Markdown."""
         findings = []
         if self.phase:
             findings.append(text.phase_finding(self.phase))
@@ -92,7 +107,7 @@ class FinishedAnalysis:
         return "\n\n".join([about, *self._origin(), "\n".join(f"* {finding}" for finding in findings)])
 
     def markdown(self) -> str:
-        """The whole report."""
+        """The complete report in Markdown."""
         v = self.perturbation.v
         parts = [
             "# Analysis of a universal adversarial perturbation",
@@ -140,7 +155,7 @@ class FinishedAnalysis:
 
 @writes_files
 def save_analysis(folder: Path, finished: FinishedAnalysis) -> None:
-    """Every file of an analysis: pictures/, tables/, report.md and report.html, result.json last."""
+    """Write all files of an analysis: pictures/, tables/, report.md and report.html, result.json last."""
     for name in ("pictures", "tables"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     if finished.phase:
@@ -163,7 +178,12 @@ def save_analysis(folder: Path, finished: FinishedAnalysis) -> None:
 
 
 def to_html(markdown: str, folder: Path) -> str:
-    """One file that needs no other: Markdown with the report's own pictures, which lie in `folder`, inside. No other file is read."""
+    """A self-contained HTML page of a report.
+
+    Args:
+        markdown: the report, whose first line is its title. HTML in it is escaped.
+        folder: folder with the report's own pictures, which are embedded. Any other image is replaced by an empty one and not read.
+    """
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
     tokens = parser.parse(markdown)
     for image in (child for token in tokens for child in token.children or () if child.type == "image"):
@@ -171,11 +191,10 @@ def to_html(markdown: str, folder: Path) -> str:
         data = (folder / source).read_bytes() if source in PICTURES else b""
         image.attrs["src"] = f"data:image/png;base64,{b64encode(data).decode()}"
     body = parser.renderer.render(tokens, parser.options, {})
-    title = escape(markdown.partition("\n")[0].lstrip("# "))
-    head = f'<meta charset="utf-8"><title>{title}</title><style>\n{STYLE}\n</style>'
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}</body></html>\n'
+    title = markdown.partition("\n")[0].lstrip("# ")
+    return PAGE.render(title=title, body=Markup(body))  # the parser has escaped the body
 
 
 def _key(name: str) -> str:
-    """A kind as part of a metric's name."""
+    """A kind of direction as part of a metric's name."""
     return re.sub(r"\W+", "_", name)

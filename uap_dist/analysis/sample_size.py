@@ -6,7 +6,7 @@ Source: Moosavi-Dezfooli, Fawzi, Fawzi, Frossard, "Universal adversarial perturb
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from uap_dist.computing.concurrent import compute_together, keep_busy, keep_last
+from uap_dist.computing.concurrent import compute_concurrently, concurrency_limit, keep_last_arrays
 from uap_dist.computing.rounds import compute, count_rounds
 from uap_dist.errors import ConfigError, PerturbationError
 from uap_dist.method.config import ComputeConfig
@@ -108,11 +108,13 @@ def compute_by_number(
 ) -> Iterator[NumberPoint]:
     """A computation for each entry of a plan (see `plan_numbers`), several at a time, as they end (figure 6 of the paper)."""
     rounds = {
-        f"{number} {seed}": keep_last(compute(workers, train.thin_by_blocks(number, config.block_size), val, config))
+        f"{number} {seed}": keep_last_arrays(
+            compute(workers, train.thin_by_blocks(number, config.block_size), val, config)
+        )
         for (number, seed), config in plan.items()
     }
     config = next(iter(plan.values()))
-    for name, report in compute_together(rounds, at_once=keep_busy(workers, config)):
+    for name, report in compute_concurrently(rounds, limit=concurrency_limit(workers, config)):
         if report.is_last:
             assert report.evaluation is not None and report.evaluation.train is not None
             number, seed = map(int, name.split())

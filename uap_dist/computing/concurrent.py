@@ -1,4 +1,4 @@
-"""Several computations at once on the same workers, so that none idles while one of them reduces its round."""
+"""Several computations on the same workers at once, so that no worker is idle while one computation reduces its round."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
@@ -10,68 +10,68 @@ from uap_dist.method.config import ComputeConfig
 from uap_dist.method.state import RoundReport
 from uap_dist.workers.local import Workers
 
-Answer = tuple[str, RoundReport | BaseException | None]  # of a computation by name: a round, its failure, or its end
+Result = tuple[str, RoundReport | BaseException | None]  # name of a computation; None when it has ended
 
 
-def compute_together(
-    computations: Mapping[str, Iterator[RoundReport]], *, at_once: Callable[[], int]
+def compute_concurrently(
+    computations: Mapping[str, Iterator[RoundReport]], *, limit: Callable[[], int]
 ) -> Iterator[tuple[str, RoundReport]]:
-    """Reports of all computations as their rounds are done, each with the name of its computation.
+    """Run several computations at once and yield the name of a computation and its report after each of its rounds.
 
-    Each is advanced by a thread of its own, and waits for nobody who iterates over the reports: what is to be done
-    before its next round belongs into the computation. Reports that nobody has taken yet are kept, so give computations
-    whose reports are small (see `keep_last`).
+    Each computation runs in a thread of its own and does not wait for the caller to consume its reports. Work that must be done
+    before its next round therefore belongs into the computation. Reports that have not been consumed yet are kept, so pass
+    computations whose reports are small (see `keep_last_arrays`).
 
     Args:
-        computations: by name; begun in this order, the next one when another ends.
-        at_once: how many shall share the workers; asked again after every round.
+        computations: iterators over reports, by name. They start in this order, a new one whenever another one ends.
+        limit: how many may run at once; called again after every round.
 
     Raises:
-        BaseException: the first that a computation raises. Then, and when nobody iterates any more, the others end
-            after the round that they are in.
+        BaseException: the first exception that a computation raises. After it, or when the caller stops iterating, every other
+            computation ends after its current round.
     """
-    answers: SimpleQueue[Answer] = SimpleQueue()
+    results: SimpleQueue[Result] = SimpleQueue()
     is_over = Event()
 
     def advance(name: str) -> None:
         try:
             for report in computations[name]:
-                answers.put((name, report))
+                results.put((name, report))
                 if is_over.is_set():
                     return
-            answers.put((name, None))
+            results.put((name, None))
         except BaseException as error:
-            answers.put((name, error))
+            results.put((name, error))
 
     waiting, num_active, num_left = iter(computations), 0, len(computations)
     try:
         while num_left:
-            for name in islice(waiting, max(0, at_once() - num_active)):
-                # daemons, because nobody waits for them when the job is interrupted
+            for name in islice(waiting, max(0, limit() - num_active)):
+                # daemon threads, because nobody waits for them when the job is interrupted
                 Thread(target=advance, args=(name,), name=f"compute-{name}", daemon=True).start()
                 num_active += 1
-            name, answer = answers.get()
-            if isinstance(answer, BaseException):
-                raise answer
-            if answer is None:
+            name, result = results.get()
+            if isinstance(result, BaseException):
+                raise result
+            if result is None:
                 num_active, num_left = num_active - 1, num_left - 1
             else:
-                yield name, answer
+                yield name, result
     finally:
         is_over.set()
 
 
-def keep_last(reports: Iterable[RoundReport]) -> Iterator[RoundReport]:
-    """The reports, all but the last without their arrays: they wait where computations are ahead of who iterates over them."""
+def keep_last_arrays(reports: Iterable[RoundReport]) -> Iterator[RoundReport]:
+    """The reports of a computation without their arrays, except for the last one: fast computations queue many of them."""
     for report in reports:
         yield report if report.is_last else report.without_arrays()
 
 
-def keep_busy(workers: Workers, config: ComputeConfig) -> Callable[[], int]:
-    """How many computations of a config keep all workers busy, asked each time, since workers may join."""
-    return lambda: at_once(workers.num_workers, config)
+def concurrency_limit(workers: Workers, config: ComputeConfig) -> Callable[[], int]:
+    """The `limit` of `compute_concurrently` that keeps all workers busy, also those that join later."""
+    return lambda: num_concurrent(workers.num_workers, config)
 
 
-def at_once(num_workers: int, config: ComputeConfig) -> int:
-    """How many computations of a config keep so many workers busy: one more than have a block for each."""
+def num_concurrent(num_workers: int, config: ComputeConfig) -> int:
+    """How many computations keep the workers busy: one more than have a block for each worker."""
     return 1 + ceil(num_workers * config.block_size / config.round_size)

@@ -1,4 +1,4 @@
-"""Pictures of a computation: the curve, images clean and perturbed, perturbations."""
+"""Plots of a computation: its curve, clean and perturbed images, and perturbations."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,12 +24,12 @@ RUNNING_SHARE = (
 
 
 def save_perturbation(path: Path, perturbation: Tensor, *, stretch: bool) -> None:
-    """V as a picture on grey: at true scale, or stretched to the full range to be seen."""
+    """Save v (C×H×W, pixels) as an image on grey, at true scale or stretched to the full range of values."""
     Image.fromarray(_to_picture(perturbation, stretch=stretch)).save(path)
 
 
 def save_perturbations(path: Path, perturbations: Tensor, names: Sequence[str]) -> None:
-    """Several perturbations (M×C×H×W), each stretched to the full range."""
+    """Save several perturbations (M×C×H×W) as one figure, each stretched to the full range of values."""
     columns = min(MAX_COLUMNS, len(names))
     rows = -(-len(names) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(2.2 * columns, 2.5 * rows), layout="constrained", squeeze=False)
@@ -42,12 +42,12 @@ def save_perturbations(path: Path, perturbations: Tensor, names: Sequence[str]) 
 
 
 def save_curve(path: Path, history: Sequence[RoundRecord], random_rates: Mapping[str, Rate]) -> None:
-    """The curve of one computation against its network evaluations: fooling rates, and beneath them the norms of v.
+    """Plot one computation against its network evaluations: fooling rates, and below them the norms of v.
 
     Args:
-        path: of the picture.
-        history: of every round.
-        random_rates: held-out fooling rates of random perturbations, drawn as lines, by what they have in common with v.
+        path: PNG file.
+        history: records of all rounds.
+        random_rates: held-out fooling rates of random perturbations, by the norms that they share with v.
     """
     rounds = [record.metrics for record in history]
     figure, axes, norms = _curve_panels()
@@ -63,10 +63,10 @@ def save_curve(path: Path, history: Sequence[RoundRecord], random_rates: Mapping
 def save_curves(
     path: Path, histories: Mapping[str, Sequence[Mapping[str, float]]], random_rates: Mapping[str, Rate]
 ) -> None:
-    """The curves of several computations, as `save_curve` draws one.
+    """Plot several computations as `save_curve` plots one.
 
     Args:
-        path: of the picture.
+        path: PNG file.
         histories: metrics of every round, by the name of the computation.
         random_rates: as for `save_curve`.
     """
@@ -85,7 +85,7 @@ def save_curves(
 def save_grid(
     path: Path, pixels: np.ndarray, perturbation: Tensor, clean: Sequence[str], perturbed: Sequence[str]
 ) -> None:
-    """Images (N×C×H×W uint8) above themselves perturbed, with the labels before and after."""
+    """Plot images (N×C×H×W uint8) above their perturbed versions, with the predicted labels of both."""
     shown = np.clip(np.rint(pixels + perturbation.numpy()), 0, 255).astype(np.uint8)
     figure, axes = plt.subplots(2, len(pixels), figsize=(1.9 * len(pixels), 4.6), layout="constrained", squeeze=False)
     for row, (images, names) in enumerate(((pixels, clean), (shown, perturbed))):
@@ -106,7 +106,7 @@ def _to_picture(perturbation: Tensor, *, stretch: bool) -> np.ndarray:
 
 
 def _curve_panels() -> tuple[Figure, Axes, tuple[Axes, Axes]]:
-    """A figure with axes for fooling rates and, beneath them, for ℓ2 norms (scale on the left) and ℓ∞ norms (on the right)."""
+    """A figure with axes for fooling rates and, below them, for ℓ2 norms (scale on the left) and ℓ∞ norms (on the right)."""
     figure, (axes, below) = plt.subplots(
         2, 1, figsize=(7.5, 6), height_ratios=(3, 1), sharex=True, layout="constrained"
     )
@@ -114,7 +114,7 @@ def _curve_panels() -> tuple[Figure, Axes, tuple[Axes, Axes]]:
 
 
 def _draw_running(axes: Axes, rounds: Sequence[Mapping[str, float]], *, color: str, is_background: bool = False) -> int:
-    """Running mean of the rounds' fooling rates, with its interval unless it is in the background; over how many images."""
+    """Plot the running mean of the rounds' fooling rates, in the foreground with its interval; return the number of images averaged."""
     rates = [Rate.from_metrics(metrics, "round") for metrics in rounds]
     num_averaged = max(RUNNING_IMAGES, int(RUNNING_SHARE * sum(rate.num_examples for rate in rates)))
     running = running_rates(rates, num_averaged)
@@ -129,10 +129,9 @@ def _draw_running(axes: Axes, rounds: Sequence[Mapping[str, float]], *, color: s
 def _draw_measured(
     axes: Axes, rounds: Sequence[Mapping[str, float]], name: str, *, color: str, label: str = ""
 ) -> None:
-    """Fooling rates of one set of images where they were measured, with their intervals.
+    """Plot measured fooling rates with their intervals.
 
-    Those of equally many images are joined by a line. The one of all images at the end stands alone where those before it are
-    of some of them: a step between the two would be one between images.
+    Only points of equally many images are connected: a step from a subset to all images would be one between images, not in time.
     """
     measured = [metrics for metrics in rounds if metrics.get(f"fooling_rate/{name}") is not None]
     by_count: dict[int, list[tuple[float, Rate]]] = {}
@@ -150,7 +149,7 @@ def _draw_measured(
 
 
 def _draw_norms(axes: tuple[Axes, Axes], rounds: Sequence[Mapping[str, float]], colours: tuple[str, str]) -> None:
-    """Norms of the iterate after each round: ℓ2 as a line, ℓ∞ dashed."""
+    """Plot the norms of the iterate after each round: ℓ2 as a line, ℓ∞ dashed."""
     norms: tuple[Norm, Norm] = ("l2", "linf")
     for own, norm, colour, style in zip(axes, norms, colours, ("-", "--"), strict=True):
         own.plot(column(rounds, "total/evaluations"), column(rounds, f"iterate/norm_{norm}"), color=colour, ls=style)

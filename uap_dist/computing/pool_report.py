@@ -1,4 +1,4 @@
-"""What a pool leaves as files beside its members' own: the pool, how diverse and how good it is."""
+"""The files of a pool, beside those of its members: the perturbations, their fooling rates and how diverse they are."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ NUM_PAIRS_NAMED = 3
 
 @dataclass(frozen=True)
 class FinishedPool:
-    """A pool whose members are computed, each in a folder of its own.
+    """A pool whose members have been computed, each in a folder of its own.
 
     Attributes:
         pool: of all members.
@@ -42,7 +42,7 @@ class FinishedPool:
 
     @classmethod
     def of(cls, folders: Mapping[str, Path], mlflow_run_id: str) -> "FinishedPool":
-        """The members, by name, that lie in those folders."""
+        """Load the members from their folders, by name."""
         pool = PerturbationPool.of(load_perturbations([f"{name}={folder}" for name, folder in folders.items()]))
         results = {name: json.loads((folder / RESULT_FILE).read_text()) for name, folder in folders.items()}
         rounds = {name: pq.read_table(folder / "tables" / ROUNDS_FILE).to_pylist() for name, folder in folders.items()}
@@ -55,14 +55,14 @@ class FinishedPool:
 
     @property
     def random_rates(self) -> dict[str, Rate]:
-        """Held-out fooling rates of random perturbations as large as the first member, by what they have in common with it."""
+        """Held-out fooling rates of random perturbations, by the norms that they share with the first member."""
         first = next(iter(self.results.values()))
         by_norm = first["val_fooling_rate_random_by_norm"]
         rates = {norm: _rate(share, first["num_val_images"]) for norm, share in by_norm.items()}
         return name_random_rates(self.pool.shared["norm"], rates)
 
     def result(self) -> dict[str, Any]:
-        """The numbers that scripts read."""
+        """The contents of result.json."""
         value, pair = self.pool.nearest_pairs()[0]
         first = next(iter(self.results.values()))
         return {
@@ -80,7 +80,7 @@ class FinishedPool:
         }
 
     def metrics(self) -> dict[str, float]:
-        """The pool in numbers, under the names that MLflow uses."""
+        """The pool's metrics by their names in MLflow."""
         return {
             "pool/mean_val_fooling_rate": self.mean_rate,
             "pool/largest_inner_product": self.pool.nearest_pairs()[0][0],
@@ -88,7 +88,7 @@ class FinishedPool:
         }
 
     def summary(self) -> str:
-        """A few lines of Markdown: what was computed, how well it fools, how diverse it is."""
+        """A summary in Markdown: what was computed, its fooling rates, and whether it is diverse."""
         p = self.pool.shared
         model = escape_markdown(p["model"])
         pairs = self.pool.nearest_pairs()[:NUM_PAIRS_NAMED]
@@ -106,7 +106,7 @@ class FinishedPool:
         )
 
     def markdown(self) -> str:
-        """A line for each member."""
+        """A table of the members."""
         rows = []
         for name, result in self.results.items():
             rates = [_rate(result[f"{part}_fooling_rate"], result[f"num_{part}_images"]) for part in ("val", "train")]
@@ -118,13 +118,13 @@ class FinishedPool:
 
 
 def _rate(share: float, num_examples: int) -> Rate:
-    """The rate that a result.json has as a share and a count."""
+    """The rate that result.json stores as a share and a number of images."""
     return Rate(round(share * num_examples), num_examples)
 
 
 @writes_files
 def save_pool(folder: Path, finished: FinishedPool) -> None:
-    """Every file of a finished pool beside the members' own, result.json last."""
+    """Write all files of a finished pool, except those of its members; result.json last."""
     for name in ("pictures", "tables"):
         (folder / name).mkdir(exist_ok=True)
     pool = finished.pool

@@ -1,4 +1,4 @@
-"""The computations of a job: one perturbation, or the members of a pool side by side on one fleet, committed and tracked."""
+"""All computations of a job on one fleet: one perturbation, or the members of a pool at the same time."""
 
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from uap_dist.computing.concurrent import compute_together, keep_busy, keep_last
+from uap_dist.computing.concurrent import compute_concurrently, concurrency_limit, keep_last_arrays
 from uap_dist.computing.options import ComputeOptions
 from uap_dist.computing.pool_report import MEMBERS_FOLDER, POOL_FOLDER, FinishedPool, save_pool
 from uap_dist.computing.provenance import Setting, describe_member
-from uap_dist.computing.run import Member
+from uap_dist.computing.run import TrackedRun
 from uap_dist.data.locations import join
 from uap_dist.errors import TrackingError
 from uap_dist.job_options import to_json
@@ -23,12 +23,19 @@ from uap_dist.tracking.mlflow_server import CHECKPOINTS_TAG, is_finished
 from uap_dist.tracking.outputs import RESULT_FILE, publish, resumable
 from uap_dist.tracking.process import command
 
-DELIVERY_TIMEOUT_S, LAST_DELIVERY_TIMEOUT_S = 1.0, 20.0  # while others compute, and when nothing else is to be done
+DELIVERY_TIMEOUT_S, LAST_DELIVERY_TIMEOUT_S = 1.0, 20.0  # while other members compute; at the end
 
 
 @dataclass(frozen=True)
 class MemberPlan:
-    """A perturbation to be computed: its config, its folder, the name of its MLflow run, the options that it is resumed with."""
+    """A member of a pool before it is computed.
+
+    Attributes:
+        config: of its computation.
+        folder: folder of its results.
+        run_name: name of its MLflow run.
+        options: options of a job that resumes it alone.
+    """
 
     config: ComputeConfig
     folder: Path
@@ -44,27 +51,27 @@ def compute_all(
     Args:
         setting: network, workers and data.
         options: of the job.
-        checkpoint: what it goes on from.
+        checkpoint: where the job continues.
         tracker: of its MLflow run.
         output: folder of the results.
-        storage: where it is committed.
+        storage: folder or URL of its checkpoints.
 
     Returns:
         A summary in Markdown, and the numbers of each perturbation (see `FinishedRun.result`).
 
     Raises:
-        OutputError: results cannot be written; what is computed is committed.
-        TrackingError: all is computed and saved, but MLflow does not take it.
+        OutputError: results cannot be written; all rounds are committed.
+        TrackingError: everything is computed and saved, but MLflow does not accept it.
     """
     with ExitStack() as stack:
         stack.enter_context(resumable(storage))
         store = stack.enter_context(CheckpointStore(storage))
         if options.num_perturbations == 1:
-            member = Member(options.config, checkpoint, store=store, folder=output, tracker=tracker)
-            members, pool = {"": member}, None
+            run = TrackedRun(options.config, checkpoint, store=store, folder=output, tracker=tracker)
+            members, pool = {"": run}, None
             compute_members(setting, members)
         else:
-            store.start(checkpoint)  # says what the pool is; its members' own checkpoints say how far they are
+            store.start(checkpoint)  # identifies the pool; the members have checkpoints of their own
             tracker.set_tag(CHECKPOINTS_TAG, storage)
             plans = plan_members(options, output)
             members = open_members(setting, plans, storage, checkpoint.job, tracker, stack)
@@ -80,17 +87,17 @@ def compute_all(
                     setting.console.print(f"registered as {register(tracker, POOL_FOLDER, options.register_as)}")
         except TrackingError as error:
             raise TrackingError(
-                f"{error}; all is computed and lies in {output}; when the server answers again: "
+                f"{error}; everything is computed and saved in {output}; when the server answers again, run: "
                 f"{command()} --resume {storage}"
             ) from error
     if pool is not None:
         return pool.summary(), list(pool.results.values())
-    assert member.finished is not None
-    return member.finished.summary(), [member.finished.result()]
+    assert run.finished is not None
+    return run.finished.summary(), [run.finished.result()]
 
 
 def plan_members(options: ComputeOptions, output: Path) -> dict[str, MemberPlan]:
-    """The members of a pool by name, each with the options with which it could be computed alone."""
+    """The members of a pool, by name."""
     plans = {}
     for seed in range(options.config.seed, options.config.seed + options.num_perturbations):
         folder = member_folder(output, seed)
@@ -100,22 +107,22 @@ def plan_members(options: ComputeOptions, output: Path) -> dict[str, MemberPlan]
 
 
 def member_folder(output: Path, seed: int) -> Path:
-    """Of the pool's member of that seed; its name is the member's."""
+    """Folder of the member with that seed. Its name is the name of the member."""
     return output / MEMBERS_FOLDER / f"seed-{seed}"
 
 
 def open_members(
     setting: Setting, plans: Mapping[str, MemberPlan], storage: str, job: JobRecord, tracker: Tracker, stack: ExitStack
-) -> dict[str, Member]:
-    """Those members of a pool that are not finished, each in an MLflow run below the pool's.
+) -> dict[str, TrackedRun]:
+    """Start or resume the members of a pool that are not finished, each in a child of the pool's MLflow run.
 
     Args:
-        setting: of the pool.
-        plans: of its members, by name.
-        storage: each is committed in a folder of its name there.
-        job: of the pool; a member's differs in what is its own.
+        setting: network, workers and data.
+        plans: all members of the pool, by name.
+        storage: folder or URL with a folder of checkpoints for each member.
+        job: of the pool, from which those of the members are derived.
         tracker: of the pool.
-        stack: ends their stores and runs.
+        stack: closes the members' stores and MLflow runs.
     """
     members = {}
     for name, plan in plans.items():
@@ -133,12 +140,12 @@ def open_members(
             found = Checkpoint(own_job, State.start(setting.train.shape, setting.train.num_examples, plan.config), ())
         else:
             check_identity(found.job, own_job)
-        members[name] = Member(plan.config, found, store=store, folder=plan.folder, tracker=own)
+        members[name] = TrackedRun(plan.config, found, store=store, folder=plan.folder, tracker=own)
     return members
 
 
-def compute_members(setting: Setting, members: Mapping[str, Member]) -> None:
-    """All rounds that are left; each perturbation is saved, and its run completed, as soon as it is done."""
+def compute_members(setting: Setting, members: Mapping[str, TrackedRun]) -> None:
+    """Compute all remaining rounds. The results of a member are saved and sent to MLflow as soon as it is done."""
     if not members:
         return
     fleet = setting.fleet
@@ -146,22 +153,24 @@ def compute_members(setting: Setting, members: Mapping[str, Member]) -> None:
         if member.state.num_rounds:
             setting.console.print(f"{name} resuming after round {member.state.num_rounds}".strip())
     config = next(iter(members.values())).config
-    rounds = {name: keep_last(member.rounds(fleet, setting.train, setting.val)) for name, member in members.items()}
+    rounds = {
+        name: keep_last_arrays(member.rounds(fleet, setting.train, setting.val)) for name, member in members.items()
+    }
     with RoundProgress(setting.console, config.max_evaluations, len(members)) as progress:
-        for name, report in compute_together(rounds, at_once=keep_busy(fleet, config)):
+        for name, report in compute_concurrently(rounds, limit=concurrency_limit(fleet, config)):
             progress.show(report, name)
             if report.is_last:
                 provenance = dict(setting.provenance) | fleet.describe()
                 members[name].finish(report, fleet, setting.val, provenance, setting.classifier.class_names)
-                with suppress(TrackingError):  # tried again when all is computed
+                with suppress(TrackingError):  # `deliver_members` tries again
                     members[name].deliver(DELIVERY_TIMEOUT_S, fleet.describe())
 
 
-def deliver_members(setting: Setting, members: Mapping[str, Member]) -> None:
-    """Complete the MLflow runs that the server did not take before.
+def deliver_members(setting: Setting, members: Mapping[str, TrackedRun]) -> None:
+    """Complete the MLflow runs of the members that are not delivered yet.
 
     Raises:
-        TrackingError: it still does not.
+        TrackingError: the server does not answer.
     """
     for member in members.values():
         if not member.is_delivered:
@@ -169,7 +178,7 @@ def deliver_members(setting: Setting, members: Mapping[str, Member]) -> None:
 
 
 def deliver_pool(tracker: Tracker, setting: Setting, pool: FinishedPool, folder: Path) -> None:
-    """Complete the pool's own run.
+    """Complete the MLflow run of the pool itself.
 
     Raises:
         TrackingError: the server does not answer.

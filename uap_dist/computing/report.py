@@ -1,4 +1,4 @@
-"""What a computation leaves as files: the perturbation, its numbers, pictures/ and tables/."""
+"""The files of a computation: the perturbation, result.json, pictures/ and tables/."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -38,7 +38,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """What the computation of one perturbation has measured.
+    """Results of the computation of one perturbation.
 
     Attributes:
         final: report of the last round, with its evaluation.
@@ -60,45 +60,45 @@ class FinishedRun:
 
     @property
     def train_rate(self) -> Rate:
-        """Training images fooled by what is delivered."""
+        """Fooling rate of the final perturbation on all training images."""
         assert self.final.evaluation is not None and self.final.evaluation.train is not None
         return self.final.evaluation.train
 
     @property
     def val_rate(self) -> Rate:
-        """Held-out images fooled by what is delivered."""
+        """Fooling rate of the final perturbation on all held-out images."""
         assert self.final.evaluation is not None
         return self.final.evaluation.val
 
     @property
     def perturbed(self) -> Predictions:
-        """What the network says of the held-out images under it."""
+        """Predictions for the held-out images under the final perturbation."""
         assert self.final.evaluation is not None
         return self.final.evaluation.val_predictions
 
     @property
     def random_rate(self) -> Rate:
-        """Held-out fooling rate of a random perturbation that is as large in the norm of the ball."""
+        """Held-out fooling rate of a random perturbation with the same norm, in the norm of the ball."""
         return self.random_rates[self.provenance["norm"]]
 
     def random_metrics(self) -> dict[str, float]:
-        """The same in both norms, under the names that MLflow uses."""
+        """Held-out fooling rates of random perturbations, by their names in MLflow."""
         by_norm = {f"fooling_rate/random_{norm}": rate.rate for norm, rate in self.random_rates.items()}
         return self.random_rate.metrics("random") | by_norm
 
     @property
     def seconds(self) -> float:
-        """Spent in rounds, measurements for the report not counted."""
+        """Time spent in rounds, without the measurements of fooling rates."""
         return sum(record.metrics["round/seconds"] for record in self.history)
 
     @property
     def dominant_labels(self) -> list[tuple[str, int]]:
-        """Labels that most fooled held-out images get, by name, and how many get each."""
+        """The most frequent labels of fooled held-out images: names and numbers of images."""
         found = dominant_labels(self.perturbed.labels, self.val.clean.labels)[:NUM_DOMINANT_LABELS]
         return [(label_name(label, self.class_names), count) for label, count in found]
 
     def result(self) -> dict[str, Any]:
-        """The numbers that scripts read."""
+        """The contents of result.json, apart from the provenance."""
         final = self.final
         return {
             "val_fooling_rate": self.val_rate.rate,
@@ -122,7 +122,7 @@ class FinishedRun:
         }
 
     def summary(self) -> str:
-        """A few lines of Markdown: what was computed, how well it fools, against what."""
+        """A summary in Markdown: what was computed, its fooling rates and the random baseline."""
         p, final = self.provenance, self.final
         model = escape_markdown(p["model"])
         demo = (
@@ -138,7 +138,7 @@ class FinishedRun:
             f"Universal perturbation of **{model}**, {p['norm']} ≤ {p['radius']:g} pixels, rule {p['rule']}, seed {p['seed']}.\n\n"
             f"Fooling rate on held-out images: **{self.val_rate}** (95 % interval); "
             f"a random perturbation of the {random}; on training images: {self.train_rate}.\n\n"
-            f"Most of the {self.val_rate.num_hits} fooled held-out images are called: {taken or 'nothing'}.\n\n"
+            f"Most of the {self.val_rate.num_hits} fooled held-out images get the labels: {taken or 'nothing'}.\n\n"
             f"{final.num_evaluations} network evaluations in {final.round_number + 1} rounds of {self.seconds:.0f} s together.{demo}\n\n"
             "Look at the pictures in the order of their names (curve, held-out images clean and perturbed, the perturbation stretched "
             "and at true scale, where labels go) and at `tables/held-out-examples.parquet` (one row an image; the first rows as .csv)."
@@ -146,7 +146,7 @@ class FinishedRun:
 
 
 def name_random_rates(norm: Norm, rates: Mapping[Norm, Rate]) -> dict[str, Rate]:
-    """Fooling rates of random perturbations by what they have in common with v, in words; the norm of the ball first."""
+    """Fooling rates of random perturbations by the norms that they share with v, in words; the norm of the ball first."""
     other: Norm = "l2" if norm == "linf" else "linf"
     if rates[norm] == rates[other]:
         return {"same ℓ∞ and ℓ2 norm": rates[norm]}
@@ -155,7 +155,7 @@ def name_random_rates(norm: Norm, rates: Mapping[Norm, Rate]) -> dict[str, Rate]
 
 @writes_files
 def save_run(folder: Path, run: FinishedRun, workers: Workers) -> None:
-    """Every file of a finished run, result.json last."""
+    """Write all files of a finished run, result.json last."""
     for name in ("pictures", "tables"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     result = run.result()
@@ -169,12 +169,12 @@ def save_run(folder: Path, run: FinishedRun, workers: Workers) -> None:
 
 
 def label_name(label: int, class_names: Sequence[str]) -> str:
-    """The class's name, or its index where names are not known."""
+    """Name of a class, or its index if names are unknown."""
     return class_names[label] if class_names else str(label)
 
 
 def _save_pictures(folder: Path, run: FinishedRun, workers: Workers) -> None:
-    """Their names sort in the order in which one looks at them."""
+    """Draw the pictures. Their names sort in the order in which to look at them."""
     val, v = run.val, run.final.perturbation
     random_rates = name_random_rates(run.provenance["norm"], run.random_rates)
     plots.save_curve(folder / "1-fooling-rate.png", run.history, random_rates)
@@ -192,7 +192,7 @@ def _save_pictures(folder: Path, run: FinishedRun, workers: Workers) -> None:
 
 
 def _save_tables(folder: Path, run: FinishedRun) -> None:
-    """A row for each held-out example, and one for each round."""
+    """Write a table of held-out examples and one of rounds."""
     examples = _table_of_examples(run)
     pq.write_table(examples, folder / "held-out-examples.parquet")
     # MLflow's page shows CSV but not Parquet
@@ -203,7 +203,7 @@ def _save_tables(folder: Path, run: FinishedRun) -> None:
 
 
 def _table_of_examples(run: FinishedRun) -> pa.Table:
-    """Of each held-out example key, truth, labels and confidences before and after."""
+    """Key, true class, and predicted labels and confidences of each held-out example, clean and perturbed."""
     clean, perturbed = run.val.clean, run.perturbed
     truths = [None if truth == UNKNOWN_CLASS else int(truth) for truth in run.val.truths]
     return pa.table(

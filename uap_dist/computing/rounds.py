@@ -1,4 +1,4 @@
-"""The loop over rounds: increments against v on any workers, one reduce, one update, one report."""
+"""The loop over rounds: workers compute increments against v, and the driver reduces, updates v and reports."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -32,14 +32,24 @@ MIN_MEASURED_IMAGES = 50  # of a point, also in short runs, where this costs mor
 def compute(
     workers: Workers, train: Dataset, val: Dataset, config: ComputeConfig, state: State | None = None
 ) -> Iterator[RoundReport]:
-    """Rounds until the target, the passes or the evaluations are reached; the last report carries an evaluation.
+    """Compute rounds until the target fooling rate, the passes or the network evaluations are reached.
 
-    The result depends on data, network, config and seed only, not on the workers, nor on whether the rounds before
-    `state` (of an earlier report that was not the last) were computed here or elsewhere. Each report holds v, the
-    momentum and what is delivered (3 MB at 224×224): keep the last one, not all.
+    The result depends only on data, network, config and seed, not on the workers or on where a run was resumed.
+
+    Args:
+        workers: compute the increments and the fooling rates.
+        train: training images with their clean predictions.
+        val: held-out images with their clean predictions.
+        config: of the computation.
+        state: state of an earlier report that was not the last one, to resume from it.
+
+    Yields:
+        A report for each round; the last one has an evaluation on all images. Each contains v, the momentum and the perturbation
+        (3 MB at 224×224), so keep only the last one.
 
     Raises:
-        ConfigError: fewer training images than a block, a budget below one round, or datasets of different shapes.
+        ConfigError: there are fewer training images than in a block, the evaluations do not allow one round, or the images of
+            both datasets differ in shape.
     """
     if train.shape != val.shape:
         raise ConfigError(f"training images have shape {train.shape}, held-out ones {val.shape}; they must have one")
@@ -66,7 +76,7 @@ def compute(
 
 
 def check_budget(num_images: int, config: ComputeConfig) -> None:
-    """Raise ConfigError where the evaluations are spent on the clean labels of so many training images."""
+    """Raise ConfigError if the clean labels of the training images alone take all network evaluations."""
     if config.max_evaluations is not None and num_images >= config.max_evaluations:
         raise ConfigError(
             f"{config.max_evaluations} evaluations (--max-evaluations) do not pay for more than the clean labels of "
@@ -77,7 +87,16 @@ def check_budget(num_images: int, config: ComputeConfig) -> None:
 def run_round(
     workers: Workers, train: Dataset, round_: Round, state: State, config: ComputeConfig, planned: int | None
 ) -> tuple[State, RoundReport]:
-    """Solve the round's blocks against the state's v, reduce in block order, update, project."""
+    """Solve the blocks of a round, sum their increments in block order, update v and project it.
+
+    Args:
+        workers: solve the blocks.
+        train: training images.
+        round_: blocks of the round.
+        state: state before the round.
+        config: of the computation.
+        planned: number of rounds of the run (see `count_rounds`).
+    """
     started = time.perf_counter()
     tasks = [
         train.examples(block.shard, block.examples, seed=(config.seed, round_.number, number))
@@ -118,7 +137,7 @@ def run_round(
 
 
 def evaluate(workers: Workers, train: Dataset | None, val: Dataset, perturbation: Tensor) -> Evaluation:
-    """Fooling rates of v (C×H×W, pixels) on training images, if any, and held-out ones."""
+    """Fooling rates of v (C×H×W, pixels) on held-out images and, if given, on training images."""
     v = perturbation.numpy()
     train_rate = None if train is None else fooling_rate(train, classify(workers, train, v))
     predictions = classify(workers, val, v)
@@ -192,10 +211,14 @@ def plan_measurements(
 
 
 def count_rounds(shard_sizes: Sequence[int], config: ComputeConfig) -> int | None:
-    """Rounds that passes and evaluations allow; None where the paper's rule is bounded by evaluations alone.
+    """Number of rounds of a run; None if it is not known beforehand: the paper's rule, limited by network evaluations alone.
+
+    Args:
+        shard_sizes: training images of each shard.
+        config: of the run.
 
     Raises:
-        ConfigError: no round at all.
+        ConfigError: the network evaluations do not allow one round.
     """
     passes = config.max_passes or (None if config.max_evaluations else DEFAULT_PASSES)
     budget = config.max_evaluations if config.rule == "log-odds" else None
@@ -224,7 +247,7 @@ def _is_spent(state: State, config: ComputeConfig) -> bool:
 
 
 def describe_steps(num_rounds: int | None, shape: tuple[int, ...], config: ComputeConfig) -> dict[str, float]:
-    """What follows from the length of a run, for its record: period and first step, in pixels. The paper's rule has neither."""
+    """Period and first step size (pixels) of the log-odds rule, which depend on the length of a run; empty for the paper's rule."""
     steps = config.steps(num_rounds, shape)
     return {} if steps is None else {"steps.period": steps.period, "steps.first_size": steps.first_size}
 

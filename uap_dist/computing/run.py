@@ -1,4 +1,4 @@
-"""One perturbation on its way through a job: its rounds committed and tracked, in the end its files in the folder and in MLflow."""
+"""The run of one perturbation: its rounds are committed and tracked, its results are saved and uploaded to MLflow."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,27 +19,27 @@ from uap_dist.workers.dataset import Dataset
 from uap_dist.workers.local import Workers
 
 
-class Member:
-    """A perturbation of one seed.
+class TrackedRun:
+    """The computation of one perturbation with its checkpoints and its MLflow run.
 
     Attributes:
-        config: of its computation, the seed among it.
-        state: what its computation goes on from.
-        folder: of its files.
-        finished: what was measured, once it is.
-        is_delivered: whether MLflow has all of it.
+        config: of the computation.
+        state: state from which the computation continues.
+        folder: folder of the results.
+        finished: what the computation measured; None until `finish`.
+        is_delivered: whether MLflow has everything.
     """
 
     def __init__(
         self, config: ComputeConfig, checkpoint: Checkpoint, *, store: CheckpointStore, folder: Path, tracker: Tracker
     ) -> None:
-        """Commit where it stands, so that it can be resumed from now on; send what MLflow may lack of the rounds before.
+        """Commit the checkpoint, so that the run can be resumed from now on, and send MLflow the rounds that it may lack.
 
         Args:
             config: of the computation.
-            checkpoint: what it goes on from.
-            store: of its commits.
-            folder: of its files.
+            checkpoint: where the computation continues.
+            store: of its checkpoints.
+            folder: folder of the results.
             tracker: of its MLflow run.
 
         Raises:
@@ -55,7 +55,7 @@ class Member:
             tracker.log_round(record)
 
     def rounds(self, workers: Workers, train: Dataset, val: Dataset) -> Iterator[RoundReport]:
-        """Compute what is left, commit and track each round before the next one. The last one is committed as the result."""
+        """Compute the remaining rounds. Each is committed and tracked before the next one; of the last one, the results are saved."""
         for report in compute(workers, train, val, self.config, self.state):
             self._history.append(RoundRecord.of(report, workers.metrics(), self._history))
             if not report.is_last:
@@ -71,14 +71,14 @@ class Member:
         provenance: Mapping[str, Any],
         class_names: Sequence[str],
     ) -> None:
-        """Write its files, from its last report and what led there.
+        """Measure the random baseline and write the results.
 
         Args:
             report: of the last round.
-            workers: with the images.
-            val: the held-out ones.
-            provenance: network, data, config, versions; what is the member's own is added.
-            class_names: of the network's labels; empty where not known.
+            workers: classify the images.
+            val: held-out images.
+            provenance: of the job: network, data, config, versions. What differs for this run is replaced.
+            class_names: names of the network's labels; empty if unknown.
         """
         config = self.config
         steps = describe_steps(report.num_rounds, val.shape, config)
@@ -95,19 +95,19 @@ class Member:
         save_run(self.folder, self.finished, workers)
 
     def deliver(self, timeout_s: float, tags: Mapping[str, Any]) -> None:
-        """Complete the MLflow run and end it: the rest of its metrics, its description, its files.
+        """Send the remaining metrics, the description and the files to MLflow, and end the MLflow run.
 
         Args:
             timeout_s: how long to wait for a server that does not answer.
-            tags: that are known only now.
+            tags: tags of the run that are known only now.
 
         Raises:
-            TrackingError: the server does not answer; to be tried again.
+            TrackingError: the server does not answer; call it again later.
         """
         assert self.finished is not None
         self._tracker.wait_for_delivery(timeout_s)
         final = self.finished.final
-        # not before the first round: to count those of a very long run takes seconds in which nothing would be committed
+        # logged only now, because counting the rounds of a very long run takes seconds, which would delay the first commit
         self._tracker.log_params(describe_steps(final.num_rounds, final.perturbation.shape, self.config))
         self._tracker.complete(
             tags=tags,

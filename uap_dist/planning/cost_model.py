@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 
-from uap_dist.computing.concurrent import at_once
+from uap_dist.computing.concurrent import num_concurrent
 from uap_dist.method.config import ComputeConfig
 from uap_dist.planning.span import Span
 from uap_dist.planning.work import Work
@@ -141,7 +141,7 @@ def _rounds_s(work: Work, block: Span, driver: Span, config: ComputeConfig, num_
     of_driver = (driver * work.num_rounds).at_least(Span.exactly(DISPATCH_S * work.num_blocks))
     of_computation = block * waves + of_driver
     of_workers = block * (count * work.num_blocks / num_workers)
-    num_batches = ceil(count / at_once(num_workers, config))
+    num_batches = ceil(count / num_concurrent(num_workers, config))
     return (of_computation * num_batches).at_least(of_workers).at_least(of_driver * count)
 
 
@@ -153,7 +153,7 @@ def _extra_shards(work: Work, config: ComputeConfig, num_workers: int) -> Span:
     num_shards = len(work.train.num_images)
     num_blocks = work.num_perturbations * work.num_blocks / num_workers  # of a worker
     at_most = min(num_blocks, num_shards * (1 - 1 / num_workers))
-    in_flight = max(work.rounds) * min(work.num_perturbations, at_once(num_workers, config))
+    in_flight = max(work.rounds) * min(work.num_perturbations, num_concurrent(num_workers, config))
     if num_workers > in_flight:
         return Span(0.0, 0.0, at_most)
     touched = num_shards * (1 - (1 - 1 / num_shards) ** num_blocks)  # if each block is of a shard drawn at random

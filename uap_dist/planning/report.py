@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from math import floor, log2
 from typing import Any
 
-from uap_dist.computing.concurrent import at_once
+from uap_dist.computing.concurrent import num_concurrent
 from uap_dist.computing.options import ComputeOptions
 from uap_dist.foreign_text import escape_markdown
 from uap_dist.planning.comparison import count_workers, planned_metrics
@@ -118,7 +118,7 @@ class Plan:
     def _advice(self) -> list[str]:
         work, config, fleet, last = self.work, self.options.config, self.options.fleet, self.fleets[-1]
         num_blocks, size = max(work.rounds), last.num_workers
-        pool_size, notes = at_once(size, config), []
+        pool_size, notes = num_concurrent(size, config), []
         if size > num_blocks and work.num_perturbations < pool_size:
             remedy = f"a pool of {pool_size} (--num-perturbations) would keep all {size} busy"
             if config.rule == "log-odds" and config.local_steps is None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import tiny_worker
 
-from uap_dist.computing.concurrent import compute_together, keep_last
+from uap_dist.computing.concurrent import compute_concurrently, keep_last_arrays
 from uap_dist.computing.rounds import compute
 from uap_dist.errors import WorkerLostError
 from uap_dist.method.config import ComputeConfig
@@ -27,7 +27,7 @@ def test_each_gives_what_it_gives_alone_and_no_report_is_lost(tiny_data, local_w
         return {name: compute(local_workers, *tiny_data, config) for name, config in configs(3).items()}
 
     alone = {name: list(reports) for name, reports in begin().items()}
-    together = list(compute_together(begin(), at_once=lambda: at_once))
+    together = list(compute_concurrently(begin(), limit=lambda: at_once))
     for name, reports in alone.items():
         own = [report for other, report in together if other == name]
         assert [r.round_number for r in own] == [r.round_number for r in reports] and own[-1].is_last
@@ -39,7 +39,7 @@ def test_each_gives_what_it_gives_alone_and_no_report_is_lost(tiny_data, local_w
 def test_reports_that_wait_for_a_slow_reader_are_small_but_for_the_last(tiny_data, local_workers):
     config = replace(configs(1)["seed-0"], evaluate_every=1)
     alone = list(compute(local_workers, *tiny_data, config))
-    reports = list(keep_last(compute(local_workers, *tiny_data, config)))
+    reports = list(keep_last_arrays(compute(local_workers, *tiny_data, config)))
     assert max(len(pickle.dumps(report)) for report in reports[:-1]) < 3_000 < len(pickle.dumps(alone[0]))
     assert torch.equal(reports[-1].perturbation, alone[-1].perturbation)
     assert np.array_equal(reports[-1].evaluation.val_predictions.labels, alone[-1].evaluation.val_predictions.labels)
@@ -65,7 +65,7 @@ def test_no_more_than_so_many_share_the_workers(tiny_data):
 
     ended = [
         name
-        for name, report in compute_together({n: watched(n, c) for n, c in configs(5).items()}, at_once=lambda: 2)
+        for name, report in compute_concurrently({n: watched(n, c) for n, c in configs(5).items()}, limit=lambda: 2)
         if report.is_last
     ]
     assert sorted(ended) == sorted(configs(5)) and max(largest) == 2
@@ -85,7 +85,7 @@ def test_what_one_raises_reaches_the_caller(tiny_data, local_workers):
             others_rounds.append(time.monotonic())
 
     with pytest.raises(WorkerLostError, match="no more"):
-        for _ in compute_together({"a": failing(), "b": endless()}, at_once=lambda: 2):
+        for _ in compute_concurrently({"a": failing(), "b": endless()}, limit=lambda: 2):
             assert failed.wait(20)
     ended = time.monotonic()
     time.sleep(1)
@@ -95,9 +95,9 @@ def test_what_one_raises_reaches_the_caller(tiny_data, local_workers):
 def test_one_that_has_nothing_left_and_none_at_all_just_end(tiny_data, local_workers):
     config = configs(1)["seed-0"]
     rest = compute(local_workers, *tiny_data, config)
-    found = list(compute_together({"empty": iter(()), "a": rest}, at_once=lambda: 1))
+    found = list(compute_concurrently({"empty": iter(()), "a": rest}, limit=lambda: 1))
     assert [report.round_number for _, report in found] == list(range(10))
-    assert list(compute_together({}, at_once=lambda: 2)) == []
+    assert list(compute_concurrently({}, limit=lambda: 2)) == []
 
 
 def test_more_begin_when_more_workers_come(tiny_data, local_workers):
@@ -107,7 +107,7 @@ def test_more_begin_when_more_workers_come(tiny_data, local_workers):
         begun.append(name)
         yield from compute(local_workers, *tiny_data, config)
 
-    for _ in compute_together({n: watched(n, c) for n, c in configs(3).items()}, at_once=lambda: allowed[0]):
+    for _ in compute_concurrently({n: watched(n, c) for n, c in configs(3).items()}, limit=lambda: allowed[0]):
         if allowed == [1]:
             assert begun == ["seed-0"]
             allowed[0] = 3
