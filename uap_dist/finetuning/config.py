@@ -15,34 +15,34 @@ class FinetuneConfig:
     epochs: int = 5
     """Passes over the training images."""
     probability: float = 0.5
-    """That an image is shown perturbed (0..1), by a member of the pool drawn at random."""
+    """Probability (0..1) that a random member of the pool is added to a training image."""
     adaptive: bool = False
-    """Add α v instead of v: for each image the smallest α of --ladder that fools the network as it is then, else the largest."""
+    """Add α v instead of v: for each image the smallest α of --ladder that fools the current network, otherwise the largest."""
     ladder: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
-    """The α of --adaptive, ascending; 1 is the perturbation as it was computed."""
+    """Values of α for --adaptive, in ascending order; 1 is the perturbation as it was computed."""
     held_out_members: int | None = None
-    """Members of the pool, its last ones, that the network is never trained on. Default: a fifth of them, at least one."""
+    """Number of members, the last ones of the pool, that are not used for training. Default: a fifth of the pool, at least one."""
     batch_size: int = 64
-    """Images in a step, on all workers together."""
+    """Images per step, over all workers."""
     learning_rate: float | None = None
-    """Of the first step; a cosine takes it to zero. Default: 0.01 for networks with batch norm, 0.0001 for others,
-    whose gradients may be of any size."""
+    """Initial learning rate, which falls to zero on a cosine. Default: 0.01 for networks with batch norm, 0.0001 for others,
+    whose gradients may be much larger."""
     momentum: float = 0.9
-    """Of SGD."""
+    """Momentum of SGD."""
     weight_decay: float = 1e-4
-    """Of SGD."""
+    """Weight decay of SGD."""
     batch_norm: Literal["train", "frozen"] = "train"
-    """train: batch norms use and gather the statistics of each worker's batches, perturbed images among them. frozen: they go on
-    with those that they came with, only their scale and shift learn: for batches of a few images on each worker."""
+    """train: batch norm uses the statistics of each worker's batches, which include perturbed images. frozen: batch norm keeps its
+    running statistics and only its scale and shift are trained; use it for batches of a few images per worker."""
     augment: Augmentation = "flip"
-    """Random views of the training images, drawn per image."""
+    """Random augmentation of each training image."""
     shuffle_shards: int = 16
-    """Shards that a worker keeps decoded, and whose images it shuffles together; the order of shards is random as well."""
+    """Shards whose images a worker keeps decoded and shuffles together; the order of shards is random too."""
     seed: int = 0
-    """Of order, views, members and dropout."""
+    """Seed of the order of images, augmentation, pool members and dropout."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be."""
+        """Validate the settings; ConfigError names the invalid one."""
         for name in ("epochs", "held_out_members", "batch_size", "learning_rate", "shuffle_shards"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
@@ -61,24 +61,24 @@ class FinetuneConfig:
             raise ConfigError(f"batch norm is {self.batch_norm!r}; it must be frozen or train")
 
     def check_workers(self, num_workers: int) -> None:
-        """Raise ConfigError unless so many workers can share each batch."""
+        """Raise ConfigError unless the batch size is a multiple of the number of workers."""
         if self.batch_size % num_workers:
             raise ConfigError(
                 f"batch size {self.batch_size} is not a multiple of {num_workers} workers; give another --batch-size or --num-workers"
             )
 
     def check_images(self, num_images: int) -> None:
-        """Raise ConfigError unless so many training images fill a batch."""
+        """Raise ConfigError if there are fewer training images than in a batch."""
         if num_images < self.batch_size:
             raise ConfigError(
                 f"{num_images} training images are fewer than one batch of {self.batch_size}; give a smaller --batch-size"
             )
 
     def split(self, pool: PerturbationPool) -> tuple[PerturbationPool, PerturbationPool]:
-        """The members to train on, and the held-out ones.
+        """Split a pool into members to train on and held-out members.
 
         Raises:
-            ConfigError: no member is left for one of them.
+            ConfigError: one of the two parts would be empty.
         """
         size = len(pool.members)
         held_out = self.held_out_members or max(1, size // 5)

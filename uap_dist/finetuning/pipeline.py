@@ -1,4 +1,7 @@
-"""One repetition of a fine-tuning job: train on a pool, compute a fresh one against the network that comes of it, measure both."""
+"""The repetitions of a fine-tuning job. Each trains the network on a pool and then computes a fresh pool against the result.
+
+Source: Moosavi-Dezfooli et al., "Universal adversarial perturbations", CVPR 2017, section 3.2.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -46,7 +49,15 @@ DELIVERY_TIMEOUT_S = 20.0
 
 @dataclass(frozen=True)
 class Network:
-    """The classifier as it is after some repetitions: its weights file (None: its own), their digest, and the pool against it."""
+    """The network before fine-tuning or after one of the repetitions.
+
+    Attributes:
+        name: of this state of the network, for tables.
+        weights: weights file; None for the weights that the model comes with.
+        weights_digest: digest of the weights.
+        pool: perturbations computed against it; before fine-tuning, the given pool.
+        epochs: records of the training that led to it.
+    """
 
     name: str
     weights: str | None
@@ -56,27 +67,27 @@ class Network:
 
     @property
     def perturbations(self) -> list[Perturbation]:
-        """Of its pool, by names that say against which network they were computed."""
+        """Members of the pool, with names that say against which network they were computed."""
         which = "given pool" if self.name == BEFORE else self.name
         return [replace(p, name=f"{which}, {p.name}") for p in self.pool.to_perturbations()]
 
 
 @dataclass(frozen=True)
 class Job:
-    """What all repetitions share.
+    """The settings that all repetitions share.
 
     Attributes:
         model: name of the network.
         config: of the training.
-        fleet: workers; the number is filled in.
-        train, val: the examples, with the clean labels of the network as it came.
-        uses_gpu: whether each worker takes one.
+        fleet: settings of the workers, with their number.
+        train, val: training and held-out images, with clean predictions of the network before fine-tuning.
+        uses_gpu: whether each worker uses a GPU.
         output: folder of the results.
-        storage: where everything is committed, and what workers read lies; every node reaches it.
-        record: what a resumed job is held against.
-        provenance: of all that is written.
-        tracker: of the job's own MLflow run.
-        console: for progress.
+        storage: folder or URL of checkpoints and of the networks that workers load; every node must reach it.
+        record: identity of the job, with which a resumed job must agree.
+        provenance: stored with every result.
+        tracker: of the job's MLflow run.
+        console: shows progress.
     """
 
     model: str
@@ -93,23 +104,23 @@ class Job:
     console: Console
 
     def network_storage(self, repetition: int) -> str:
-        """Of the network that a repetition gives: where workers on every node read it."""
+        """Where workers on all nodes read the network that a repetition has trained."""
         return join(self.storage, f"{repetition}-network")
 
     def network_folder(self, repetition: int) -> Path:
-        """Of the user's copy of it."""
+        """Folder of the user's copy of that network."""
         return self.output / REPETITIONS_FOLDER / str(repetition) / "network"
 
     def pool_folder(self, repetition: int) -> Path:
-        """Of the pool against that network, and of its members."""
+        """Folder of the fresh pool against that network."""
         return self.output / REPETITIONS_FOLDER / str(repetition) / "fresh-pool"
 
 
 def repeat(job: Job, repetition: int, before: Network) -> Network:
-    """Train on the pool of the network before, compute a fresh one against what comes of it; what is done already is not done again.
+    """Train the network on its pool, then compute a fresh pool against the trained network. Parts that are already done are skipped.
 
     Raises:
-        TrackingError: MLflow does not take what is done; to be tried again.
+        TrackingError: MLflow does not accept the results; resume the job later.
     """
     name, folder = f"repetition {repetition}", job.network_folder(repetition)
     weights, pool = join(job.network_storage(repetition), NETWORK_FILE), job.pool_folder(repetition) / POOL_FOLDER
@@ -128,7 +139,7 @@ def repeat(job: Job, repetition: int, before: Network) -> Network:
 
 
 def measure(job: Job, networks: Sequence[Network]) -> list[Measurement]:
-    """Every network under the pools of all of them, and under noise, on the held-out images."""
+    """Measure every network on the held-out images, under the perturbations of all networks and under noise of the same norm."""
     job.console.print("measuring")
     shared = networks[0].pool.shared
     first = networks[0].perturbations[0].resized(job.val.shape)
@@ -149,7 +160,7 @@ def measure(job: Job, networks: Sequence[Network]) -> list[Measurement]:
 
 
 def group(job: Job, networks: Sequence[Network]) -> dict[str, dict[str, list[str]]]:
-    """Names of perturbations by network and group (see `Comparison`)."""
+    """Names of the perturbations of each network, by group (see `Comparison`)."""
     groups = {}
     for before, network in zip([networks[0], *networks], networks, strict=False):
         names = [perturbation.name for perturbation in before.perturbations]
@@ -161,7 +172,7 @@ def group(job: Job, networks: Sequence[Network]) -> dict[str, dict[str, list[str
 
 
 def _fine_tune(job: Job, repetition: int, before: Network) -> None:
-    """Train; the network and its epochs are in the folder, and in an MLflow run below the job's."""
+    """Train, and save the network and its epochs in the output folder and in a child of the job's MLflow run."""
     num_workers, _ = job.fleet.bounds
     task = Task(
         model=job.model,
@@ -204,7 +215,7 @@ def _save_network(
     records: Sequence[RoundRecord],
     mlflow_run_id: str,
 ) -> None:
-    """The weights with where they come from, whole or not at all, and the epochs: in the output folder and, for workers, in the storage."""
+    """Write the weights with their provenance, atomically, and the epochs to the output folder and, for workers, to the storage."""
     classifier = load_classifier(job.model, before.weights)
     fill(classifier.network, weights, f"repetition {repetition}")
     provenance = dict(job.provenance) | {
@@ -232,7 +243,7 @@ def _write_network(
 
 
 def _restore(job: Job, repetition: int) -> None:
-    """The user's copy of a network, which a job that is resumed on another machine or with another output folder lacks."""
+    """Restore the user's copy of a network, which may be missing if the job was resumed elsewhere or with another output folder."""
     folder = job.network_folder(repetition)
     make_own_folder(folder)
     for name in (EPOCHS_FILE, NETWORK_FILE):
@@ -243,17 +254,17 @@ def _restore(job: Job, repetition: int) -> None:
 
 @contextmanager
 def _storage() -> Iterator[None]:
-    """What goes wrong where tuned networks are kept, as an error of ours."""
+    """Turn errors of the storage into a ConfigError that says how to continue."""
     try:
         yield
     except OSError as error:
         raise ConfigError(
-            f"cannot keep or find the tuned network, {error} (--storage); when that is mended, go on with --resume"
+            f"cannot write or read the tuned network, {error} (--storage); fix the storage, then continue with --resume"
         ) from error
 
 
 def _compute_pool(job: Job, repetition: int, pool: PerturbationPool, weights: str) -> None:
-    """A pool against the fine-tuned network, each member by the config and seed of the one that it follows."""
+    """Compute a pool against the fine-tuned network, each member with the config and seed of the member of the old pool."""
     folder, classifier = job.pool_folder(repetition), load_classifier(job.model, weights)
     plans = {}
     for member in pool.to_perturbations():

@@ -1,4 +1,4 @@
-"""What a fine-tuning leaves as files: the table before / after, all measurements, the epochs."""
+"""The files of a fine-tuning: a comparison before and after, all measurements, and the epochs."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -7,9 +7,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import matplotlib.pyplot as plt
+
 from uap_dist.evaluation.evaluate import Measurement
 from uap_dist.evaluation.report import save_evaluation
-from uap_dist.finetuning import plots
+from uap_dist.figures import column, save_figure
 from uap_dist.finetuning.trainer import HELD_OUT, TRAINED_ON
 from uap_dist.foreign_text import escape_markdown
 from uap_dist.method.rates import Rate, flatten_rates
@@ -28,16 +30,17 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """One network of a fine-tuning under one group of perturbations.
+    """Measurements of one network under one group of perturbations.
 
     Attributes:
-        network: BEFORE, or which repetition led to it.
-        group: TRAINED_ON, HELD_OUT (members of the pool of that repetition; before: of the first), FRESH (computed against this
-            very network by the pool's config and seeds; before: the given pool, none if that is another network's), RANDOM.
-        num_perturbations: in the group.
-        fooling, top1: means over the group; counts and intervals are those of the images.
-        lowest, highest: fooling rate within the group.
-        top1_clean: of the network without any perturbation.
+        network: BEFORE, or the repetition that trained it.
+        group: TRAINED_ON and HELD_OUT are the members of the repetition's pool (BEFORE: of the first one). FRESH perturbations were
+            computed against this network with the config and seeds of the pool (BEFORE: the given pool, unless it is of another
+            network). RANDOM is noise.
+        num_perturbations: number of perturbations in the group.
+        fooling, top1: means over the group, with the number of images and its interval.
+        lowest, highest: extreme fooling rates within the group.
+        top1_clean: accuracy without a perturbation.
     """
 
     network: str
@@ -52,14 +55,14 @@ class Comparison:
 
 @dataclass(frozen=True)
 class FinishedFinetuning:
-    """What a fine-tuning has measured.
+    """Results of a fine-tuning.
 
     Attributes:
-        measurements: of every network (BEFORE, and after each repetition) under every perturbation.
-        groups: for each network its perturbations by group (see Comparison).
-        epochs: of each repetition.
-        provenance: network, pool, data, config, versions.
-        mlflow_run_id: where it is logged.
+        measurements: every network (BEFORE, and after each repetition) under every perturbation.
+        groups: names of the perturbations of each network, by group (see `Comparison`).
+        epochs: records of all epochs of each repetition.
+        provenance: network, pool, data, config and versions.
+        mlflow_run_id: MLflow run of the job.
     """
 
     measurements: Sequence[Measurement]
@@ -70,7 +73,7 @@ class FinishedFinetuning:
 
     @property
     def comparisons(self) -> list[Comparison]:
-        """For each network and group."""
+        """A comparison for each network and group of perturbations."""
         return [
             _compare(
                 network, group, [m for m in self.measurements if m.classifier == network and m.perturbation in names]
@@ -81,7 +84,7 @@ class FinishedFinetuning:
         ]
 
     def result(self) -> dict[str, Any]:
-        """The numbers that scripts read."""
+        """The contents of result.json."""
         return {
             "comparisons": [flatten_rates(vars(comparison)) for comparison in self.comparisons],
             "mlflow_run_id": self.mlflow_run_id,
@@ -89,7 +92,7 @@ class FinishedFinetuning:
         }
 
     def metrics(self) -> dict[str, float]:
-        """The end in numbers, under the names that MLflow uses; before, and after the last repetition."""
+        """Metrics before fine-tuning and after the last repetition, by their names in MLflow."""
         found: dict[str, float] = {}
         networks = list(self.groups)
         for comparison in self.comparisons:
@@ -101,7 +104,7 @@ class FinishedFinetuning:
         return found
 
     def summary(self) -> str:
-        """A few lines of Markdown: what was trained on what, and what it changed."""
+        """A summary in Markdown: what was trained, and how it changed the fooling rates."""
         p = self.provenance
         model = escape_markdown(p["model"])
         by_group = {(c.network, c.group): c for c in self.comparisons}
@@ -116,7 +119,7 @@ class FinishedFinetuning:
         return (
             f"**{model}** fine-tuned on a pool of {p['pool_size']} universal perturbations ({p['norm']} ≤ {p['radius']:g} pixels), "
             f"{p['finetune.epochs']} epochs on {p['num_train_images']:,} images, {variant}; repetitions: {len(networks) - 1}.\n\n"
-            f"Perturbations that are computed against the network itself, by one config and the same {last.num_perturbations} seeds, "
+            f"Perturbations that are computed against the network itself, with one config and the same {last.num_perturbations} seeds, "
             f"fool {before}**{last.fooling}** after; clean top-1 {by_group[networks[0], RANDOM].top1_clean} before, "
             f"{last.top1_clean} after.\n\n{self.markdown()}\n\n"
             "Fooling rates are means over the perturbations of a group (in brackets lowest and highest) on held-out images; the 95 % "
@@ -124,7 +127,7 @@ class FinishedFinetuning:
         )
 
     def markdown(self) -> str:
-        """A line for each network, a column for each group."""
+        """A table with a row for each network and a column for each group."""
         rows = []
         for network in self.groups:
             by_group = {c.group: c for c in self.comparisons if c.network == network}
@@ -135,7 +138,7 @@ class FinishedFinetuning:
 
 @writes_files
 def save_finetuning(folder: Path, finished: FinishedFinetuning) -> None:
-    """Every file but the networks, result.json last."""
+    """Write all files except the networks, result.json last."""
     save_evaluation(folder, finished.measurements)
     (folder / "tables/before-after.md").write_text(finished.markdown() + "\n")
     save_table(folder / "tables/before-after", [flatten_rates(vars(comparison)) for comparison in finished.comparisons])
@@ -143,7 +146,7 @@ def save_finetuning(folder: Path, finished: FinishedFinetuning) -> None:
     names = list(dict.fromkeys(name for row in epochs for name in row))
     rows = [{name: row.get(name) for name in names} for row in epochs]
     save_table(folder / "tables/epochs", rows)
-    plots.save_epochs(folder / "pictures/2-epochs.png", finished.epochs)
+    _plot_epochs(folder / "pictures/2-epochs.png", finished.epochs)
     (folder / RESULT_FILE).write_text(json.dumps(finished.result(), indent=2) + "\n")
 
 
@@ -169,3 +172,26 @@ def _compare(network: str, group: str, measurements: Sequence[Measurement]) -> C
 
 def _mean(rates: Sequence[Rate]) -> Rate:
     return Rate(round(mean(rate.num_hits for rate in rates)), rates[0].num_examples)
+
+
+def _plot_epochs(path: Path, repetitions: Mapping[str, Sequence[RoundRecord]]) -> None:
+    """Plot each repetition by epoch, on held-out images: clean top-1, and fooling rate and top-1 under both parts of the pool."""
+    figure, panels = plt.subplots(
+        1, len(repetitions), figsize=(5 * len(repetitions), 4), layout="constrained", squeeze=False, sharey=True
+    )
+    for axes, (name, records) in zip(panels[0], repetitions.items(), strict=True):
+        epochs, metrics = [record.step for record in records], [record.metrics for record in records]
+        axes.plot(epochs, column(metrics, "top1/clean"), "o-", color="black", label="top-1, clean")
+        for group, label, style in (("trained_on", "trained on", "-"), ("held_out", "held out", "--")):
+            values = column(metrics, f"fooling_rate/{group}_members")
+            axes.plot(epochs, values, marker="o", ls=style, color="tab:red", label=f"fooling rate, members {label}")
+            low, high = (column(metrics, f"interval/{group}_members_{end}") for end in ("low", "high"))
+            axes.fill_between(epochs, low, high, color="tab:red", alpha=0.15, lw=0)
+            top1 = column(metrics, f"top1/{group}_members")
+            axes.plot(epochs, top1, marker="o", ls=style, color="tab:blue", label=f"top-1, members {label}")
+        axes.set(title=name, xlabel="epochs", ylim=(0, 1))
+        axes.set_xticks(epochs)
+        axes.grid(alpha=0.3)
+    panels[0][0].set_ylabel("share of held-out images")
+    panels[0][0].legend(fontsize=8)
+    save_figure(figure, path)
