@@ -146,22 +146,22 @@ def evaluate(workers: Workers, train: Dataset | None, val: Dataset, perturbation
 
 @dataclass(frozen=True)
 class MeasurementPlan:
-    """When fooling rates are measured before the end of a run, and on what; it has no influence on the perturbation.
+    """When fooling rates are measured before the end of a run, and on which images. The perturbation does not depend on it.
 
     Attributes:
-        every_passes: passes between two measurements of all images; None where some held-out images are measured instead, at
+        every_passes: passes between two measurements of all images; None if some held-out images are measured instead, at
             NUM_PLACES places over the run.
-        num_images: how many held-out images are measured at each place; None for all training and held-out images.
-        num_rounds: rounds of the run, where they are known beforehand.
+        num_images: number of held-out images measured at each place; None for all training and held-out images.
+        num_rounds: rounds of the run; None if unknown.
         num_labels: network evaluations for the clean labels of the training images.
-        max_evaluations: where these end the run.
+        budget: network evaluations for solves after which the run ends; None for no limit.
     """
 
     every_passes: int | None
     num_images: int | None
     num_rounds: int | None
     num_labels: int
-    max_evaluations: int | None
+    budget: int | None
 
     def is_due(self, round_: Round, spent_before: float, spent: float) -> bool:
         """Whether a measurement follows a round that is not the last one.
@@ -178,9 +178,7 @@ class MeasurementPlan:
     def _places_passed(self, num_rounds: int, spent: float) -> int:
         """Places lie at k²/NUM_PLACES² of the run: dense at first, where the rate climbs fastest."""
         of_rounds = num_rounds / self.num_rounds if self.num_rounds else 0.0
-        of_budget = (
-            (spent - self.num_labels) / (self.max_evaluations - self.num_labels) if self.max_evaluations else 0.0
-        )
+        of_budget = (spent - self.num_labels) / self.budget if self.budget else 0.0
         return int(NUM_PLACES * sqrt(max(of_rounds, of_budget)))
 
 
@@ -197,10 +195,10 @@ def plan_measurements(
     """
     num_train = sum(train_sizes)
     # the log-odds rule's budget is already in its number of rounds
-    budget = config.max_evaluations if config.rule == "paper" else None
+    budget = max(1, config.max_evaluations - num_train) if config.rule == "paper" and config.max_evaluations else None
     if config.evaluate_every is not None or config.target_fooling_rate < 1:
         return MeasurementPlan(config.evaluate_every or 1, None, num_rounds, num_train, budget)
-    evaluations = inf if budget is None else float(budget - num_train)
+    evaluations = inf if budget is None else float(budget)
     if num_rounds is not None:
         blocks_per_pass = sum(ceil(size / config.block_size) for size in train_sizes)
         num_passes = num_rounds / ceil(blocks_per_pass * config.block_size / config.round_size)
