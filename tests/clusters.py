@@ -100,7 +100,9 @@ class RayCluster:
         words = ["python", "-c", JOIN]
         if hidden is not None:
             words = ["unshare", "-rm", "sh", "-c", f'mount -t tmpfs none "{hidden}" && exec "$@"', "sh", *words]
-        extra = dict.fromkeys(ON_LOOPBACK, "1") | ({} if python_path is None else {"PYTHONPATH": str(python_path)})
+        extra = dict.fromkeys(ON_LOOPBACK, "1")
+        if python_path is not None:
+            extra["PYTHONPATH"] = os.pathsep.join(filter(None, (str(python_path), self._env.get("PYTHONPATH"))))
         options = ["--address", self._address, "--num-cpus", str(num_cpus)]
         self._processes.append(self._start(words, options, extra))
         self._wait(lambda: self.log.read_text().count(STARTED) > before)
