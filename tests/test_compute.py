@@ -284,6 +284,7 @@ def test_passes_default_to_ten_unless_evaluations_bound_them():
         ({"random_start": 1.5}, "random start is 1.5; it must lie in"),
         ({"seed": -1}, "seed is -1"),
         ({"rule": "paper", "candidates": 1}, "candidates is 1; it must be at least 2"),
+        ({"augment": "rotate"}, "augment is 'rotate'; it must be one of none, flip, flip-shift"),
         ({"period": 0}, "period is 0; it must be positive"),
         ({"rule": "paper", "period": 8}, "period does not belong to rule paper"),
         ({"rule": "paper", "local_steps": 3}, "local steps does not belong to rule paper"),

@@ -172,6 +172,7 @@ def test_two_workers_see_all_images_between_them(tiny_data, pool):
         ({"ladder": (0.5, 0.5)}, "ladder is .*ascending positive numbers"),
         ({"ladder": ()}, "ladder is"),
         ({"ladder": (0.5, 1.0)}, "ladder belongs to --adaptive"),
+        ({"augment": "rotate"}, "augment is 'rotate'; it must be one of none, flip, flip-shift"),
         ({"batch_norm": "off"}, "batch norm is 'off'; it must be frozen or train"),
     ],
 )

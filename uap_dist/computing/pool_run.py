@@ -20,8 +20,7 @@ from uap_dist.tracking.checkpoint import Checkpoint, CheckpointStore, JobRecord,
 from uap_dist.tracking.console import RoundProgress
 from uap_dist.tracking.mlflow_run import Tracker, register
 from uap_dist.tracking.mlflow_server import CHECKPOINTS_TAG, is_finished
-from uap_dist.tracking.outputs import RESULT_FILE, publish, resumable
-from uap_dist.tracking.process import command
+from uap_dist.tracking.outputs import RESULT_FILE, deliverable, publish, resumable
 
 DELIVERY_TIMEOUT_S, LAST_DELIVERY_TIMEOUT_S = 1.0, 20.0  # while other members compute; at the end
 
@@ -79,17 +78,12 @@ def compute_all(
             pool = FinishedPool.of({name: plan.folder for name, plan in plans.items()}, tracker.run_id)
             save_pool(output, pool)
         publish(output, storage)
-        try:
+        with deliverable(output, storage):
             deliver_members(setting, members)
             if pool is not None:
                 deliver_pool(tracker, setting, pool, output)
                 if options.register_as is not None:
                     setting.console.print(f"registered as {register(tracker, POOL_FOLDER, options.register_as)}")
-        except TrackingError as error:
-            raise TrackingError(
-                f"{error}; everything is computed and saved in {output}; when the server answers again, run: "
-                f"{command()} --resume {storage}"
-            ) from error
     if pool is not None:
         return pool.summary(), list(pool.results.values())
     assert run.finished is not None

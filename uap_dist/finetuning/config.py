@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from uap_dist.errors import ConfigError
-from uap_dist.method.augment import Augmentation
+from uap_dist.method.augment import Augmentation, check_augmentation
 from uap_dist.perturbations.pool import PerturbationPool
 
 
@@ -52,6 +52,7 @@ class FinetuneConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must lie in [0, 1]")
         if not 0 <= self.weight_decay < float("inf") or self.seed < 0:
             raise ConfigError(f"weight decay is {self.weight_decay}, seed {self.seed}; they must not be negative")
+        check_augmentation(self.augment)
         steps = (0.0, *self.ladder)
         if len(steps) < 2 or not all(0 <= a < b < float("inf") for a, b in zip(steps, steps[1:], strict=False)):
             raise ConfigError(f"ladder is {self.ladder}; it must hold ascending positive numbers")

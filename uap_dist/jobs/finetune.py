@@ -8,7 +8,6 @@ from dataclasses import replace
 
 from uap_dist.computing.provenance import Setting, job_record
 from uap_dist.data.patterns import expand_apart
-from uap_dist.errors import OutputError, TrackingError
 from uap_dist.finetuning.checks import check_network, check_pool, check_size, check_storage, describe_finetuning
 from uap_dist.finetuning.network import check_labels
 from uap_dist.finetuning.options import FinetuneOptions
@@ -23,8 +22,7 @@ from uap_dist.perturbations.pool import PerturbationPool
 from uap_dist.tracking.checkpoint import Checkpoint, CheckpointStore, check_identity
 from uap_dist.tracking.mlflow_run import Tracker, log_classifier
 from uap_dist.tracking.mlflow_server import CHECKPOINTS_TAG
-from uap_dist.tracking.outputs import output_folder, publish
-from uap_dist.tracking.process import command
+from uap_dist.tracking.outputs import deliverable, output_folder, publish, resumable
 from uap_dist.tracking.resume import Resumed
 
 
@@ -40,7 +38,7 @@ def run(options: FinetuneOptions, tracker: Tracker, resumed: Resumed | None) -> 
     pool = PerturbationPool.load(options.pool)
     job = _set_up(options, pool, tracker, resumed)
     networks = [Network(BEFORE, options.weights, job.provenance["weights_digest"], pool)]
-    try:
+    with resumable(job.storage), deliverable(output, job.storage):
         for repetition in range(1, options.repetitions + 1):
             networks.append(repeat(job, repetition, networks[-1]))
         finished = FinishedFinetuning(
@@ -60,14 +58,6 @@ def run(options: FinetuneOptions, tracker: Tracker, resumed: Resumed | None) -> 
         metrics = finished.metrics()
         tracker.complete(tags={}, metrics=metrics, step=0, markdown=text, folder=output, leave_out=in_runs_below)
         log_classifier(tracker, load_classifier(options.model, str(last)), job.train.shape)
-    except TrackingError as error:
-        raise TrackingError(
-            f"{error}; what is done lies in {output}; when the server answers again: {command()} --resume {job.storage}"
-        ) from error
-    except OutputError as error:
-        raise OutputError(
-            f"{error}; what is done is committed: make room, then {command()} --resume {job.storage}"
-        ) from error
     console.print(f"MLflow: {tracker.how_to_open()}")
 
 

@@ -1,11 +1,19 @@
 """Random views of training images, drawn for each image separately."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
+from uap_dist.errors import ConfigError
+
 Augmentation = Literal["none", "flip", "flip-shift"]
 SHIFT_SHARE = 28  # shifts are at most side/28: 8 pixels at 224, 1 at 32
+
+
+def check_augmentation(augmentation: str) -> None:
+    """Raise ConfigError unless it is an `Augmentation`."""
+    if augmentation not in get_args(Augmentation):
+        raise ConfigError(f"augment is {augmentation!r}; it must be one of {', '.join(get_args(Augmentation))}")
 
 
 def augment(images: np.ndarray, augmentation: Augmentation, rng: np.random.Generator) -> np.ndarray:

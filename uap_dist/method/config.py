@@ -6,7 +6,7 @@ from math import prod
 from typing import Any, get_args
 
 from uap_dist.errors import ConfigError, PerturbationError
-from uap_dist.method.augment import Augmentation
+from uap_dist.method.augment import Augmentation, check_augmentation
 from uap_dist.method.deepfool import SLOPE_RATIO
 from uap_dist.method.norms import Norm, check_ball
 from uap_dist.method.schedule import check_sizes
@@ -75,6 +75,8 @@ class ComputeConfig:
         if self.rule not in get_args(Rule):
             raise ConfigError(f"rule is {self.rule!r}; it must be one of {', '.join(get_args(Rule))}")
         check_ball(self.norm, self.ball_radius)
+        if self.augment is not None:
+            check_augmentation(self.augment)
         if not 0 < self.target_fooling_rate <= 1:
             raise ConfigError(f"target fooling rate is {self.target_fooling_rate}; it must lie in (0, 1]")
         for name in ("max_passes", "max_evaluations", "evaluate_every", "gain", "step_size", "period"):

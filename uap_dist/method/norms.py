@@ -1,7 +1,6 @@
 """Perturbations as vectors: norms, projection onto a ball, random baselines, and adding one to images.
 
-All of them are in pixels, the unit in which images have values of 0..255. Only this module and the constants of update.py tell
-ℓ2 from ℓ∞.
+All of them are in pixels, the unit in which images have values of 0..255.
 """
 
 from typing import Literal, get_args

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from tabulate import tabulate
 
 from uap_dist.data.locations import copy_folder, is_url, join, make_own_folder, try_to_write
-from uap_dist.errors import ConfigError, OutputError
+from uap_dist.errors import ConfigError, OutputError, TrackingError
 from uap_dist.foreign_text import first_line
 from uap_dist.tracking.process import command
 
@@ -89,6 +89,17 @@ def resumable(storage: str) -> Iterator[None]:
     except OutputError as error:
         raise OutputError(
             f"{error}; everything computed is committed: free some space, then run {command()} --resume {storage}"
+        ) from error
+
+
+@contextmanager
+def deliverable(output: Path, storage: str) -> Iterator[None]:
+    """Add to a TrackingError of the block where the results are, and how to deliver them later."""
+    try:
+        yield
+    except TrackingError as error:
+        raise TrackingError(
+            f"{error}; everything computed is saved in {output}; when the server answers again, run: {command()} --resume {storage}"
         ) from error
 
 
