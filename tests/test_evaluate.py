@@ -116,7 +116,7 @@ def test_the_job_writes_table_matrix_and_run(shards, tmp_path):
     assert len(table) == 3 * 4 * 2  # the perturbation, nothing, and noise of either norm
     assert list(dict.fromkeys(row["classifier"] for row in table)) == ["Tiny", "Resized", "after tuning"]
     # those with the same geometry were measured one after another, so images were decoded twice, not three times
-    order = re.findall("(.*): waiting for", done.stdout)
+    order = list(dict.fromkeys(re.findall("^(.*), val, noise × 1:", done.stdout, re.MULTILINE)))
     assert abs(order.index("Tiny") - order.index("after tuning")) == 1
     assert {row["fooling_rate_num_images"] for row in table} == {20}
     assert all(row["fooling_rate_low"] <= row["fooling_rate"] <= row["fooling_rate_high"] for row in table)
