@@ -21,9 +21,7 @@ SECONDS_BETWEEN_CHECKS = 5.0  # of the room that the cluster has
 SECONDS_BETWEEN_REMINDERS = 30.0  # in the log, of workers that are still missing
 
 logger = logging.getLogger(__name__)
-worker_numbers = count(
-    1
-)  # of this process, because names of Ray's actors are unique, also if one fleet follows another
+worker_numbers = count(1)  # names of Ray's actors must be unique, also if one fleet follows another
 
 
 class Placement:
