@@ -214,9 +214,9 @@ def given(local_workers, tiny_data):
 
 def test_perturbations_of_fewer_images_are_what_the_thinned_data_gives(local_workers, tiny_data, given):
     (train, val), (perturbation, last) = tiny_data, given
-    plan = sample_size.plan_numbers(train, sample_size.Recipe.of(perturbation), (12, 47), 2)
+    plan = sample_size.configs_by_size(train, sample_size.Recipe.of(perturbation), (12, 47), 2)
     assert list(plan) == [(12, 3), (12, 4), (47, 3), (47, 4)]
-    found = {(p.num_images, p.seed): p for p in sample_size.compute_by_number(local_workers, train, val, plan)}
+    found = {(p.num_images, p.seed): p for p in sample_size.compute_sample_sizes(local_workers, train, val, plan)}
     assert len(found) == 4
     work = last.num_evaluations - 47  # less than 100, as a round more would not fit
     *_, direct = compute(
@@ -236,12 +236,12 @@ def test_numbers_that_cannot_be_are_refused(tiny_data, given):
     for number in (9, 48):
         message = f"of {number} training images (--numbers) cannot be compared: its rounds would have another size;"
         with pytest.raises(ConfigError, match=re.escape(message)):
-            sample_size.plan_numbers(train, sample_size.Recipe.of(given[0]), (number,), 1)
+            sample_size.configs_by_size(train, sample_size.Recipe.of(given[0]), (number,), 1)
     with pytest.raises(PerturbationError, match="published does not say how .* leave images"):
         sample_size.Recipe.of(Perturbation("published", torch.ones(SHAPE)))
     poor = replace(sample_size.Recipe.of(given[0]), num_evaluations=4)
     with pytest.raises(ConfigError, match="do not pay for"):
-        sample_size.plan_numbers(train, poor, (47,), 1)
+        sample_size.configs_by_size(train, poor, (47,), 1)
 
 
 def dataset_of(sizes):

@@ -17,7 +17,7 @@ from uap_dist.analysis.boundaries import SUBSPACE, analyze_boundaries, gather_no
 from uap_dist.analysis.options import AnalyzeOptions
 from uap_dist.analysis.phase_transition import UNIVERSAL, phase_transition
 from uap_dist.analysis.run import check_sizes, plan_sample_sizes
-from uap_dist.analysis.sample_size import Recipe, compute_by_number, plan_numbers
+from uap_dist.analysis.sample_size import Recipe, compute_sample_sizes, configs_by_size
 from uap_dist.errors import ConfigError
 from uap_dist.job_options import DataOptions
 from uap_dist.method.config import ComputeConfig
@@ -157,8 +157,8 @@ def test_one_worker_in_this_process_finds_the_same(analyzed, shards):
             (r["kind"], r["draw"], r["norm"], r["scale"], r["norm_l2"], r["fooling"]) for r in read(folder / "a", table)
         ]
         assert rows == [(p.kind, p.draw, p.norm, p.scale, p.norm_l2, p.fooling.rate) for p in points]
-    plan = plan_numbers(train, Recipe.of(v), (12, 47), 2)
-    numbers = sorted((p.num_images, p.seed, p.val.rate) for p in compute_by_number(workers, train, val, plan))
+    plan = configs_by_size(train, Recipe.of(v), (12, 47), 2)
+    numbers = sorted((p.num_images, p.seed, p.val.rate) for p in compute_sample_sizes(workers, train, val, plan))
     assert [(r["num_images"], r["seed"], r["val"]) for r in read(folder / "a", "number-of-images")] == numbers
 
 

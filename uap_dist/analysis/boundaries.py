@@ -1,4 +1,4 @@
-"""Correlated boundaries: the spectrum of the normals of many images' nearest boundaries, and what their subspace fools, on any workers.
+"""Correlated boundaries: singular values of the normals of decision boundaries, and fooling rates of the subspace they span.
 
 Source: Moosavi-Dezfooli, Fawzi, Fawzi, Frossard, "Universal adversarial perturbations", CVPR 2017, section 4, figure 9.
 """
@@ -34,12 +34,12 @@ PAPER_NORM_L2, PAPER_NUM_VALUES = 2000.0, 3 * 224 * 224
 
 @dataclass(frozen=True)
 class GatheredNormals:
-    """DeepFool's perturbations of many images.
+    """DeepFool's perturbations of many images, in summary.
 
     Attributes:
         spectrum: of the matrix whose rows are their unit normals.
         total: C×H×W float64, pixels: sum of the perturbations.
-        num_left_out: images that gave none (see worker.Normals).
+        num_left_out: images without a perturbation (see `Normals`).
     """
 
     spectrum: Spectrum
@@ -49,14 +49,14 @@ class GatheredNormals:
 
 @dataclass(frozen=True)
 class Boundaries:
-    """How correlated the boundaries of many images are.
+    """Correlation of the decision boundaries near many images.
 
     Attributes:
         spectrum: of the matrix of their unit normals.
         random: of as many random unit vectors.
         num_left_out: images without a normal.
-        points: fooling rates at one ℓ2 length of random vectors of the subspace of the first singular vectors, of random
-            vectors of the whole space, and of the universal perturbation.
+        points: fooling rates of vectors with the same ℓ2 norm: random ones in the subspace of the first singular vectors, random
+            ones in the whole space, and the universal perturbation.
     """
 
     spectrum: Spectrum
@@ -74,20 +74,19 @@ def sum_steps(workers: Workers, dataset: Dataset, memory_bytes: int) -> Tensor:
 
 
 def gather_normals(workers: Workers, dataset: Dataset, num_singular: int, memory_bytes: int) -> GatheredNormals:
-    """DeepFool's perturbations of all examples: their sum, and the spectrum of the matrix of unit normals.
+    """Sum DeepFool's perturbations of all examples and compute the singular values of the matrix of their unit normals.
 
-    The normals stream to the caller block by block, each once, in waves that fit the memory. Were partial Gram matrices the
-    workers' task, every block would have to meet every other: each worker would receive, or solve anew, the normals of all; and
-    singular vectors would take them all once more.
+    The normals are sent to the driver block by block, once each, as many at a time as fit into memory. If workers computed parts of
+    the Gram matrix instead, each would need the normals of all blocks, and the singular vectors would need them once more.
 
     Args:
-        workers: who solve; the result does not depend on their number.
-        dataset: with its clean labels.
-        num_singular: leading singular vectors to keep.
-        memory_bytes: for normals in this process. Where they do not fit, the result depends on it (see `Sketch`).
+        workers: run DeepFool; the result does not depend on their number.
+        dataset: examples with their clean labels.
+        num_singular: number of leading singular vectors to keep.
+        memory_bytes: memory of this process for normals. If they do not fit, the result depends on it (see `Sketch`).
 
     Raises:
-        ConfigError: fewer normals than singular vectors, or normals that do not span so many dimensions.
+        ConfigError: there are fewer normals than singular vectors, or the normals span fewer dimensions.
     """
     num_values = int(np.prod(dataset.shape))
     sketch = Sketch(num_values, _sketch_bytes(memory_bytes))
@@ -105,7 +104,7 @@ def gather_normals(workers: Workers, dataset: Dataset, num_singular: int, memory
 
 
 def check_subspace(num_singular: int, num_normals: int, shape: Sequence[int], memory_bytes: int) -> None:
-    """Raise ConfigError where so many singular vectors cannot be had of so many normals (C×H×W) in that memory."""
+    """Raise ConfigError if the singular vectors cannot be computed from that many normals (C×H×W) in the given memory."""
     num_values = int(np.prod(shape))
     asked = f"{num_singular} singular vectors (--num-singular) asked for, but"
     if num_singular > num_normals:
@@ -131,16 +130,16 @@ def analyze_boundaries(
     memory_bytes: int,
     seed: int,
 ) -> Boundaries:
-    """Spectrum of the normals beside a random one, and fooling rates of random vectors of its subspace (figure 9 of the paper).
+    """Compare the normals with random vectors: singular values, and fooling rates of their subspace (figure 9 of the paper).
 
     Args:
-        workers: who measure.
-        val: held-out images, with their clean labels.
+        workers: measure fooling rates.
+        val: held-out images with their clean labels.
         v: the universal perturbation, C×H×W, pixels.
-        normals: of other images than the held-out ones; their singular vectors span the subspace.
-        norm_l2: length of all vectors that are measured, pixels.
-        num_draws: random vectors of the subspace, and of the whole space.
-        memory_bytes: for the random unit vectors; that of the normals.
+        normals: of training images; their singular vectors span the subspace.
+        norm_l2: ℓ2 norm of all measured vectors, pixels.
+        num_draws: number of random vectors, in the subspace and in the whole space each.
+        memory_bytes: memory for the random unit vectors; use that of `gather_normals`.
         seed: of all random vectors.
     """
     directions = [
@@ -155,14 +154,14 @@ def analyze_boundaries(
 
 
 def subspace_directions(basis: np.ndarray, shape: Sequence[int], num_draws: int, seed: int) -> Iterator[Direction]:
-    """Uniform on the sphere of the subspace that an orthonormal basis (K×D float32) spans; C×H×W = `shape`, of D values."""
+    """Random unit vectors of the subspace with an orthonormal basis (K×D float32), as arrays of shape C×H×W with D values."""
     for draw in range(num_draws):
         coefficients = random_perturbation((len(basis),), norm="l2", radius=1.0, seed=seed + draw)
         yield Direction(SUBSPACE, draw, (coefficients @ torch.from_numpy(basis)).view(*shape))
 
 
 def random_spectrum(num_rows: int, num_values: int, memory_bytes: int, seed: int) -> Spectrum:
-    """Of random unit vectors, in the memory that `gather_normals` has for as many normals."""
+    """Singular values of random unit vectors, computed in the same way as those of the normals."""
     generator = torch.Generator().manual_seed(seed)
     sketch = Sketch(num_values, _sketch_bytes(memory_bytes))
     for start in range(0, num_rows, BLOCK_SIZE):
@@ -172,12 +171,12 @@ def random_spectrum(num_rows: int, num_values: int, memory_bytes: int, seed: int
 
 
 def paper_norm_l2(shape: Sequence[int]) -> float:
-    """ℓ2 length at an input size (C×H×W) that is per value as strong as the paper's 2000 on 3×224×224."""
+    """ℓ2 norm (pixels) for images of a shape (C×H×W) with the same root mean square as the paper's 2000 on 3×224×224."""
     return PAPER_NORM_L2 * float(np.sqrt(np.prod(shape) / PAPER_NUM_VALUES))
 
 
 def _find_normals(workers: Workers, dataset: Dataset, memory_bytes: int) -> Iterator[Normals]:
-    """Of all examples, block by block, in waves of as many as a share of the memory holds."""
+    """DeepFool's normals of all examples, block by block; as many blocks are requested at a time as fit into memory."""
     blocks = dataset.blocks(BLOCK_SIZE)
     block_bytes = (4 * BLOCK_SIZE + 8) * int(np.prod(dataset.shape))
     wave_size = max(1, int(WAVE_SHARE * memory_bytes) // block_bytes)

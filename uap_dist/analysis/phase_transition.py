@@ -1,4 +1,4 @@
-"""Phase transition: fooling rate against norm, of a universal perturbation and of other directions, on any workers.
+"""Phase transition: fooling rate as a function of the norm, for a universal perturbation and for other directions.
 
 Source: Moosavi-Dezfooli, Fawzi, Fawzi, Frossard, "Universal adversarial perturbations", CVPR 2017, section 4, figure 8.
 """
@@ -33,7 +33,7 @@ BLOCK_SIZE = 24  # images whose normals or pixels are asked for at once; fixed, 
 
 @dataclass(frozen=True)
 class Direction:
-    """A perturbation whose length is still open.
+    """A direction in image space, to be scaled to a norm.
 
     Attributes:
         kind: one of the names above.
@@ -46,18 +46,18 @@ class Direction:
     v: Tensor
 
     def __post_init__(self) -> None:
-        """Raise ConfigError where it points nowhere."""
+        """Raise ConfigError for a zero vector."""
         if not self.v.any():
             raise ConfigError(f"the {self.kind} is zero everywhere; it has no direction")
 
 
 @dataclass(frozen=True)
 class Point:
-    """Fooling rate of a direction at one length.
+    """Fooling rate of a direction at one norm.
 
     Attributes:
         kind, draw: of the direction.
-        norm: in which it is `scale` times as long as the universal perturbation.
+        norm: the norm in which it is `scale` times as large as the universal perturbation.
         norm_l2, norm_linf: of what was added to the images, pixels.
         fooling: on the held-out images.
     """
@@ -86,16 +86,16 @@ def phase_transition(
     num_draws: int,
     seed: int,
 ) -> Iterator[Point]:
-    """Fooling rates of several directions on one grid of norms, ℓ2 first, then ℓ∞ (figure 8 of the paper).
+    """Measure several directions on a grid of ℓ2 norms, then of ℓ∞ norms (figure 8 of the paper).
 
     Args:
-        workers: who measure.
-        train: images that single DeepFool perturbations and the mean image are of.
-        val: held-out images, with their clean labels.
-        v: the universal perturbation, C×H×W float32, pixels; at scale 1 it is measured as it is.
+        workers: measure fooling rates.
+        train: training images, for DeepFool perturbations of single images and for the mean image.
+        val: held-out images with their clean labels.
+        v: the universal perturbation, C×H×W float32, pixels; scale 1 measures it unchanged.
         total: sum of the DeepFool perturbations, C×H×W.
-        scales: the grid, in multiples of v's norm.
-        num_draws: random vectors, random signs, and single images at random.
+        scales: the grid, in multiples of the norm of v.
+        num_draws: number of random vectors, of random signs and of randomly drawn single images.
         seed: of all three.
 
     Raises:
@@ -118,7 +118,7 @@ def phase_transition(
 def measure_along(
     workers: Workers, val: Dataset, direction: Direction, norm: Norm, length: float, scales: Sequence[float]
 ) -> Iterator[Point]:
-    """Fooling rates on held-out images of a direction whose norm is each multiple of `length` (pixels)."""
+    """Fooling rates on held-out images of a direction at norms of `length` (pixels) times each scale."""
     # a perturbation of that length already keeps its bits, as jobs/evaluate.py measures them
     v = (direction.v * (length / measure(direction.v, norm))).float()
     for m in measure_perturbations(workers, "", "", val, [Perturbation(direction.kind, v)], scales=scales):
@@ -126,7 +126,7 @@ def measure_along(
 
 
 def random_directions(shape: Sequence[int], num_draws: int, seed: int) -> Iterator[Direction]:
-    """Uniform on the sphere, and random signs."""
+    """Random vectors, uniform on the sphere, and random signs."""
     kinds: dict[str, Norm] = {SPHERE: "l2", SIGNS: "linf"}
     for kind, norm in kinds.items():
         for draw in range(num_draws):
@@ -146,7 +146,7 @@ def mean_image(workers: Workers, dataset: Dataset) -> Tensor:
 
 
 def _single_steps(workers: Workers, dataset: Dataset, seed: int) -> Iterator[Tensor]:
-    """DeepFool's perturbations of examples at random, without those that it finds none of, as unit vectors."""
+    """DeepFool's unit normals of single examples in random order, without examples for which it finds none."""
     for place in np.random.default_rng(seed).permutation(dataset.num_examples):
         shard = bisect_right(dataset.starts, place) - 1
         (found,) = workers.map(Worker.normals, [dataset.examples(shard, [place - dataset.starts[shard]])])

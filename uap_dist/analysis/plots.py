@@ -1,4 +1,4 @@
-"""Pictures of an analysis."""
+"""Plots of an analysis."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,13 +8,13 @@ import numpy as np
 
 from uap_dist.analysis.boundaries import Boundaries
 from uap_dist.analysis.phase_transition import Point
-from uap_dist.analysis.sample_size import NumberPoint
+from uap_dist.analysis.sample_size import SampleSizePoint
 from uap_dist.figures import save_figure
 from uap_dist.method.rates import Rate
 
 
 def save_phase_transition(path: Path, points: Sequence[Point]) -> None:
-    """Fooling rate against norm, ℓ2 and ℓ∞: a line through the mean of each kind's draws, in the hull of their Wilson intervals."""
+    """Plot fooling rate against ℓ2 and ℓ∞ norm: the mean over the draws of each kind, in the hull of their Wilson intervals."""
     figure, panels = plt.subplots(1, 2, figsize=(11, 5), layout="constrained", sharey=True)
     for axes, norm, name in zip(panels, ("l2", "linf"), ("ℓ2", "ℓ∞"), strict=True):
         own = [point for point in points if point.norm == norm]
@@ -44,7 +44,7 @@ def save_phase_transition(path: Path, points: Sequence[Point]) -> None:
 
 
 def save_boundaries(path: Path, boundaries: Boundaries) -> None:
-    """Singular values of the normals beside random ones, the energy that so many dimensions hold, and what their subspace fools."""
+    """Plot singular values of normals and of random vectors, the energy of leading dimensions, and fooling rates of the subspace."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
     found = {"normals of boundaries": boundaries.spectrum, "random unit vectors": boundaries.random}
     for (name, spectrum), colour in zip(found.items(), ("tab:blue", "tab:red"), strict=True):
@@ -81,8 +81,8 @@ def save_boundaries(path: Path, boundaries: Boundaries) -> None:
     save_figure(figure, path)
 
 
-def save_number_of_images(path: Path, points: Sequence[NumberPoint]) -> None:
-    """Fooling rates against the number of training images: a line through the means, a dot with its Wilson interval for each seed."""
+def save_number_of_images(path: Path, points: Sequence[SampleSizePoint]) -> None:
+    """Plot fooling rate against the number of training images: the mean over seeds, and each seed with its Wilson interval."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     numbers = sorted({point.num_images for point in points})
     seeds = sorted({point.seed for point in points})
@@ -104,6 +104,6 @@ def save_number_of_images(path: Path, points: Sequence[NumberPoint]) -> None:
 
 
 def _hull(rates: Sequence[Rate]) -> tuple[float, float]:
-    """From the lowest to the highest end of their intervals."""
+    """Smallest interval that contains the Wilson intervals of all rates."""
     lows, highs = zip(*(rate.interval for rate in rates), strict=True)
     return min(lows), max(highs)

@@ -16,7 +16,7 @@ from uap_dist.analysis import plots
 from uap_dist.analysis import text as text
 from uap_dist.analysis.boundaries import Boundaries
 from uap_dist.analysis.phase_transition import Point
-from uap_dist.analysis.sample_size import NumberPoint
+from uap_dist.analysis.sample_size import SampleSizePoint
 from uap_dist.foreign_text import escape_markdown
 from uap_dist.method.norms import measure
 from uap_dist.method.rates import flatten_rates
@@ -53,15 +53,15 @@ class FinishedAnalysis:
         phase: points of the phase transition, including scale 1; empty if it was not measured.
         boundaries: None if they were not measured.
         numbers: a point for each number of training images and seed; empty if not measured.
-        num_train_images, num_solved: that directions come from; those that DeepFool was asked of.
+        num_train_images, num_solved: training images from which directions were computed; training images given to DeepFool.
         provenance: network, data, options, versions.
-        mlflow_run_id: where it is logged.
+        mlflow_run_id: MLflow run of the analysis.
     """
 
     perturbation: Perturbation
     phase: Sequence[Point]
     boundaries: Boundaries | None
-    numbers: Sequence[NumberPoint]
+    numbers: Sequence[SampleSizePoint]
     num_train_images: int
     num_solved: int
     provenance: Mapping[str, Any]
@@ -74,12 +74,12 @@ class FinishedAnalysis:
             "norm_linf": measure(self.perturbation.v, "linf"),
             "phase_transition": text.phase_numbers(self.phase) if self.phase else None,
             "boundaries": text.boundaries_numbers(self.boundaries) if self.boundaries else None,
-            "number_of_images": text.numbers_numbers(self.numbers) if self.numbers else None,
+            "number_of_images": text.sample_size_numbers(self.numbers) if self.numbers else None,
             "mlflow_run_id": self.mlflow_run_id,
         }
 
     def metrics(self) -> dict[str, float]:
-        """The key numbers under the names that MLflow uses; what was not measured, or not reached, is not among them."""
+        """Key numbers by their names in MLflow, without those that were not measured or not reached."""
         found: dict[str, float | None] = {}
         for norm, values in text.phase_numbers(self.phase).items() if self.phase else ():
             for name, by_kind in (("at_own_norm", "fooling_rates_at_own_norm"), ("norm_at_half", "norms_at_half")):
@@ -89,7 +89,7 @@ class FinishedAnalysis:
             rates = numbers.pop("fooling_rates")
             found |= {f"boundaries/{name}": value for name, value in numbers.items()}
             found |= {f"boundaries/fooling_rate/{_key(kind)}": rate for kind, rate in rates.items()}
-        for each in text.numbers_numbers(self.numbers):
+        for each in text.sample_size_numbers(self.numbers):
             found[f"images/{each['num_images']}"] = each["val_fooling_rate"]
         return {name: float(value) for name, value in found.items() if value is not None}
 
@@ -101,7 +101,7 @@ class FinishedAnalysis:
         if self.boundaries:
             findings.append(text.boundaries_finding(self.boundaries))
         if self.numbers:
-            findings.append(text.numbers_finding(self.numbers))
+            findings.append(text.sample_size_finding(self.numbers))
         name, model = escape_markdown(self.perturbation.name), escape_markdown(self.provenance["model"])
         about = f"Analysis of the universal perturbation *{name}* on **{model}**."
         return "\n\n".join([about, *self._origin(), "\n".join(f"* {finding}" for finding in findings)])
@@ -113,11 +113,11 @@ class FinishedAnalysis:
             "# Analysis of a universal adversarial perturbation",
             self.summary(),
             f"A universal perturbation is one array v ({'×'.join(map(str, v.shape))}) that, added to almost any image, "
-            "changes what a classifier says of it. Pixels have values 0..255; this v reaches "
+            "changes the label that a classifier gives it. Pixels have values 0..255; this v reaches "
             f"±{measure(v, 'linf'):.4g} (its ℓ∞ norm) and has length {measure(v, 'l2'):.4g} (its ℓ2 norm, the root of the "
-            "sum of squares). An image x is *fooled* if the label of x + v, cut off at 0 and 255, is another than that of "
-            "x; the *fooling rate* is the share of images that are. Rates are of held-out images, which nothing was "
-            "computed from, unless said otherwise; [low, high] is a 95 % Wilson interval, where the rate of very many "
+            "sum of squares). An image x is *fooled* if the label of x + v, cut off at 0 and 255, differs from that of "
+            "x; the *fooling rate* is the share of images that are. Rates are of held-out images, from which nothing was "
+            "computed, unless stated otherwise; [low, high] is a 95 % Wilson interval, where the rate of very many "
             "such images would lie.",
             "The three questions are those of section 4 of Moosavi-Dezfooli, Fawzi, Fawzi and Frossard, *Universal "
             "adversarial perturbations*, CVPR 2017 (arXiv 1610.08401), called the paper here.",
@@ -127,7 +127,7 @@ class FinishedAnalysis:
         if self.boundaries:
             parts += text.boundaries_section(self.boundaries)
         if self.numbers:
-            parts += text.numbers_section(self.numbers)
+            parts += text.sample_size_section(self.numbers)
         rows = [
             [escape_markdown(name), "default" if value in (None, ()) else escape_markdown(value)]
             for name, value in self.provenance.items()
@@ -139,7 +139,7 @@ class FinishedAnalysis:
         return "\n\n".join(parts) + "\n"
 
     def _origin(self) -> list[str]:
-        """A paragraph, where the perturbation was computed for another network, or does not say for which."""
+        """A note if the perturbation was computed for another network or does not say for which; otherwise nothing."""
         origin = self.perturbation.provenance
         digest = origin.get("weights_digest")
         if digest is None:
@@ -148,7 +148,7 @@ class FinishedAnalysis:
             model, said = escape_markdown(origin.get("model", "unnamed")), escape_markdown(str(digest)[:12])
             return [
                 f"**The perturbation was computed for another network**, {model} (weights {said}…): "
-                "what it fools here is transfer."
+                "the fooling rates here show how it transfers."
             ]
         return []
 

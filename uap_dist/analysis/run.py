@@ -15,7 +15,7 @@ from uap_dist.analysis.boundaries import (
 )
 from uap_dist.analysis.options import Analysis, AnalyzeOptions
 from uap_dist.analysis.phase_transition import Point, phase_transition
-from uap_dist.analysis.sample_size import NumberPoint, Recipe, default_numbers, plan_numbers
+from uap_dist.analysis.sample_size import Recipe, SampleSizePoint, configs_by_size, default_numbers
 from uap_dist.errors import ConfigError
 from uap_dist.method.config import ComputeConfig
 from uap_dist.perturbations.files import Perturbation
@@ -23,7 +23,7 @@ from uap_dist.workers.dataset import Dataset
 from uap_dist.workers.local import Workers
 
 Plan = dict[tuple[int, int], ComputeConfig]
-Measured = TypeVar("Measured", Point, NumberPoint)
+Measured = TypeVar("Measured", Point, SampleSizePoint)
 
 
 def check_sizes(
@@ -50,7 +50,7 @@ def check_sizes(
 def plan_sample_sizes(
     options: AnalyzeOptions, perturbation: Perturbation, recipe: Recipe | None, train: Dataset
 ) -> Plan:
-    """Check the options against the data, and plan the perturbations of fewer images (see `plan_numbers`); none without a recipe.
+    """Check the options against the data, and plan the perturbations of fewer images (see `configs_by_size`); none without a recipe.
 
     Raises:
         ConfigError: the data do not allow what the options ask for.
@@ -59,7 +59,7 @@ def plan_sample_sizes(
     if recipe is None:
         return {}
     numbers = options.numbers or default_numbers(train.num_examples, recipe.config.round_size)
-    return plan_numbers(train, recipe, numbers, options.num_seeds)
+    return configs_by_size(train, recipe, numbers, options.num_seeds)
 
 
 def measure(

@@ -1,4 +1,4 @@
-"""How many images are needed: perturbations computed as a given one was, from fewer images, on any workers.
+"""How many training images are needed: computes perturbations like a given one, from fewer images.
 
 Source: Moosavi-Dezfooli, Fawzi, Fawzi, Frossard, "Universal adversarial perturbations", CVPR 2017, section 4, figure 6.
 """
@@ -17,10 +17,10 @@ from uap_dist.workers.local import Workers
 
 
 @dataclass(frozen=True)
-class NumberPoint:
-    """A perturbation computed from so many images with a seed: its rates on held-out and on its training images, and its cost.
+class SampleSizePoint:
+    """A perturbation computed from `num_images` images with a seed: its fooling rates on held-out and training images, and its cost.
 
-    `images_per_round` is a mean: where few images lie in many shards that are smaller than a block, rounds are smaller too.
+    `images_per_round` is a mean: few images in many shards smaller than a block give smaller rounds.
     """
 
     num_images: int
@@ -41,7 +41,7 @@ class Recipe:
 
     Attributes:
         config: its own.
-        num_evaluations: network evaluations that increments took; those for clean labels are not among them.
+        num_evaluations: network evaluations for increments, without those for clean labels.
     """
 
     config: ComputeConfig
@@ -49,7 +49,7 @@ class Recipe:
 
     @classmethod
     def of(cls, perturbation: Perturbation) -> "Recipe":
-        """What the perturbation says of itself; PerturbationError where it says nothing."""
+        """Read it from the provenance of a perturbation; PerturbationError if that lacks it."""
         said = perturbation.provenance
         try:
             config = ComputeConfig.from_provenance(said, perturbation.name)
@@ -61,13 +61,14 @@ class Recipe:
             ) from error
 
 
-def plan_numbers(
+def configs_by_size(
     train: Dataset, recipe: Recipe, numbers: Sequence[int], num_seeds: int
 ) -> dict[tuple[int, int], ComputeConfig]:
-    """How a perturbation is computed from each number of images with each seed, by (number, seed).
+    """Configs of the computations, by number of images and seed.
 
-    As the recipe says, with as many network evaluations for increments; those for clean labels come on top, so that fewer images
-    do not buy more increments. All its images and its seed give its perturbation again, unless that had stopped at a target.
+    All have the config of the recipe and as many network evaluations for increments; evaluations for clean labels come on top, so
+    that fewer images do not pay for more increments. All images with the recipe's seed give the original perturbation, unless it
+    had stopped at a target fooling rate.
 
     Args:
         train: all training images.
@@ -76,7 +77,7 @@ def plan_numbers(
         num_seeds: computations of each number.
 
     Raises:
-        ConfigError: a number of images that is not there, is less than a round, or whose increments cannot be paid.
+        ConfigError: a number of images is below a round or above all images, or its increments exceed the evaluations.
     """
     config = recipe.config
     for number in numbers:
@@ -99,14 +100,14 @@ def plan_numbers(
 
 
 def default_numbers(num_train_images: int, round_size: int) -> tuple[int, ...]:
-    """All training images, a quarter of them, a sixteenth, … a 256th, as far as those make a round."""
+    """All training images, a quarter of them, a sixteenth and so on to a 256th, as far as these fill a round."""
     return tuple(n for n in (num_train_images // 4**k for k in range(4, -1, -1)) if n >= round_size)
 
 
-def compute_by_number(
+def compute_sample_sizes(
     workers: Workers, train: Dataset, val: Dataset, plan: Mapping[tuple[int, int], ComputeConfig]
-) -> Iterator[NumberPoint]:
-    """A computation for each entry of a plan (see `plan_numbers`), several at a time, as they end (figure 6 of the paper)."""
+) -> Iterator[SampleSizePoint]:
+    """Run the computations of a plan (see `configs_by_size`), several at a time; yields a point when one ends (figure 6 of the paper)."""
     rounds = {
         f"{number} {seed}": keep_last_arrays(
             compute(workers, train.thin_by_blocks(number, config.block_size), val, config)
@@ -118,7 +119,7 @@ def compute_by_number(
         if report.is_last:
             assert report.evaluation is not None and report.evaluation.train is not None
             number, seed = map(int, name.split())
-            yield NumberPoint(
+            yield SampleSizePoint(
                 num_images=number,
                 seed=seed,
                 val=report.evaluation.val,

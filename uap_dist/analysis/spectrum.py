@@ -1,4 +1,4 @@
-"""Singular values of a matrix whose rows come one after another, within a stated memory."""
+"""Singular values of a matrix whose rows arrive one after another, in bounded memory."""
 
 from dataclasses import dataclass
 from math import sqrt
@@ -17,11 +17,11 @@ class Spectrum:
     """Singular values and leading right singular vectors of a matrix of n rows.
 
     Attributes:
-        values: float64, descending; those of the matrix, or the leading ones where not all rows were kept.
+        values: float64, descending; all singular values, or the leading ones if not all rows were kept.
         vectors: K×D float32, orthonormal rows.
         num_rows: n.
         energy: sum of the squares of all n·D entries, which is that of all squared singular values.
-        error: by how much each squared value is too small at most; 0 where all rows were kept.
+        error: upper bound on how much each squared value is too small; 0 if all rows were kept.
     """
 
     values: np.ndarray
@@ -36,30 +36,30 @@ class Spectrum:
         return np.cumsum(np.square(self.values)) / self.energy
 
     def dimension(self, share: float) -> int | None:
-        """How many leading dimensions hold that share of the energy.
+        """Number of leading dimensions that hold a share of the energy.
 
-        Where not all rows were kept (`error` > 0), fewer may do, and None says that those kept do not reach it.
+        If not all rows were kept (`error` > 0), it is an upper bound, and None means that the kept values do not reach the share.
         """
         reached = np.flatnonzero(self.shares >= share - 1e-12)
         return int(reached[0]) + 1 if len(reached) else None
 
 
 class Sketch:
-    """Rows are added to a matrix that never holds more of them than fit into a memory.
+    """A matrix of bounded size to which rows are added.
 
-    While all fit, they are kept as they are. When one more comes, the matrix A is replaced by the diag(s) Vᵀ of the larger half of its
-    singular values s, which leaves each squared singular value between itself and itself less the largest square that was dropped.
-    Nothing is dropped where the rows' rank is at most half the capacity.
+    As long as all rows fit, they are kept unchanged. When the matrix A is full, it is replaced by diag(s) Vᵀ of the larger half of its
+    singular values s. This reduces each squared singular value by at most the largest square that was dropped. Nothing is lost if the
+    rank of the rows is at most half the capacity.
 
     Source: the sequential Karhunen-Loève update of Levy and Lindenbaum (2000), halving at once as frequent directions
     (Liberty 2013) does; without its shrinking, which would make the leading values smaller.
     """
 
     def __init__(self, num_columns: int, memory_bytes: int) -> None:
-        """An empty matrix; its pages are touched only as rows come.
+        """Start with an empty matrix; its memory is only used as rows arrive.
 
         Raises:
-            ConfigError: a memory that does not hold two rows.
+            ConfigError: the memory does not hold two rows.
         """
         self.capacity = count_rows(num_columns, memory_bytes)
         if self.capacity < 2:
@@ -72,11 +72,11 @@ class Sketch:
 
     @property
     def num_rows(self) -> int:
-        """Rows that were added."""
+        """Number of rows added so far."""
         return self._num_rows
 
     def add(self, rows: np.ndarray) -> None:
-        """M×D float32."""
+        """Add rows (M×D float32)."""
         self._num_rows += len(rows)
         while len(rows):
             if self._num_kept == self.capacity:
@@ -87,10 +87,10 @@ class Sketch:
             self._num_kept += len(fitting)
 
     def spectrum(self, num_vectors: int) -> Spectrum:
-        """Of all rows so far.
+        """Singular values and leading vectors of all rows added so far.
 
         Raises:
-            ConfigError: the rows do not span so many dimensions.
+            ConfigError: the rows span fewer dimensions than `num_vectors`.
         """
         rows = self._rows[: self._num_kept]
         squares, basis = _decompose(rows)
@@ -125,7 +125,7 @@ class Sketch:
 
 
 def count_rows(num_columns: int, memory_bytes: int) -> int:
-    """Rows of a float32 matrix that fit into a memory together with what its singular values take.
+    """Number of rows of a float32 matrix that fit into memory together with the workspace for its singular values.
 
     That is 4 k d + 40 min(k, d)² bytes for k rows and d columns.
     """
@@ -136,7 +136,7 @@ def count_rows(num_columns: int, memory_bytes: int) -> int:
 
 
 def _decompose(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Squared singular values, descending, and as columns the left singular vectors of wide rows, else the right ones.
+    """Squared singular values, descending, and singular vectors as columns: the left ones of a wide matrix, else the right ones.
 
     From the products of the smaller side, in float64: the squares carry its precision, and the rows are float32.
     """

@@ -1,4 +1,4 @@
-"""What the measurements of an analysis say: their key numbers, a sentence on each, and its section of the report, in Markdown."""
+"""The results of an analysis in words: key numbers, a one-sentence finding and a section of the Markdown report for each part."""
 
 from collections.abc import Iterator, Sequence
 from statistics import fmean, stdev
@@ -6,7 +6,7 @@ from typing import Any
 
 from uap_dist.analysis.boundaries import SUBSPACE, Boundaries
 from uap_dist.analysis.phase_transition import MEAN, SIGNS, SINGLE, SPHERE, SUM, UNIVERSAL, Point
-from uap_dist.analysis.sample_size import NumberPoint
+from uap_dist.analysis.sample_size import SampleSizePoint
 from uap_dist.analysis.spectrum import Spectrum
 from uap_dist.method.norms import Norm
 from uap_dist.tracking.outputs import markdown_table
@@ -27,17 +27,17 @@ KINDS = {
 
 
 def select(points: Sequence[Point], **wanted: object) -> list[Point]:
-    """Those points whose attributes have the values given."""
+    """The points whose attributes have the given values."""
     return [point for point in points if all(getattr(point, name) == value for name, value in wanted.items())]
 
 
 def mean_rate(points: Sequence[Point]) -> float:
-    """Mean fooling rate of several points, such as the draws of a kind."""
+    """Mean fooling rate of several points, such as all draws of one kind."""
     return fmean(point.fooling.rate for point in points)
 
 
 def norm_at(points: Sequence[Point], share: float) -> float | None:
-    """Norm (that which the points share, pixels) at which the mean of their draws first reaches a share of the images.
+    """Smallest norm (pixels) at which the mean fooling rate of the points reaches a share.
 
     Between two norms of the grid the rate is taken as linear, from nothing at zero; None where it is not reached.
     """
@@ -51,14 +51,14 @@ def norm_at(points: Sequence[Point], share: float) -> float | None:
     return None
 
 
-def by_number(points: Sequence[NumberPoint]) -> dict[int, list[NumberPoint]]:
-    """The points of each number of images."""
+def by_sample_size(points: Sequence[SampleSizePoint]) -> dict[int, list[SampleSizePoint]]:
+    """Points grouped by number of training images, in ascending order."""
     numbers = sorted({point.num_images for point in points})
     return {number: [point for point in points if point.num_images == number] for number in numbers}
 
 
 def phase_numbers(points: Sequence[Point]) -> dict[str, Any]:
-    """For each norm, of every kind: the mean fooling rate at the perturbation's own norm, and the norm that fools half."""
+    """For each norm and kind of direction: mean fooling rate at the perturbation's own norm, and the norm at which half are fooled."""
     kinds = list(dict.fromkeys(point.kind for point in points))
     return {
         norm: {
@@ -70,7 +70,7 @@ def phase_numbers(points: Sequence[Point]) -> dict[str, Any]:
 
 
 def phase_finding(points: Sequence[Point]) -> str:
-    """One line: what the perturbation fools, what others need for that."""
+    """The finding on the phase transition, as one line of Markdown."""
     (own,) = select(points, kind=UNIVERSAL, norm="l2", scale=1.0)
     rates = phase_numbers(points)["l2"]["fooling_rates_at_own_norm"]
     best = max((kind for kind in rates if kind != UNIVERSAL), key=rates.__getitem__)
@@ -82,12 +82,12 @@ def phase_finding(points: Sequence[Point]) -> str:
 
 
 def phase_section(points: Sequence[Point], num_train_images: int, num_summed: int) -> Iterator[str]:
-    """Paragraphs: what was measured, how to read the picture, what it says, the numbers.
+    """The section on the phase transition: what was measured, how to read the picture, what it shows, and the numbers.
 
     Args:
         points: of the phase transition.
-        num_train_images: that directions come from.
-        num_summed: those whose DeepFool perturbations are in the sum.
+        num_train_images: training images from which directions were computed.
+        num_summed: training images whose DeepFool perturbations are summed.
     """
     yield "## 1. Phase transition: how strong must a perturbation be?"
     yield (
@@ -123,7 +123,7 @@ def phase_section(points: Sequence[Point], num_train_images: int, num_summed: in
 
 
 def boundaries_numbers(boundaries: Boundaries) -> dict[str, Any]:
-    """Dimensions and shares of the energy, of the normals and of random vectors, and mean fooling rates."""
+    """Key numbers on boundaries: dimensions and shares of the energy of normals and of random vectors, and mean fooling rates."""
     spectrum, random = boundaries.spectrum, boundaries.random
     num_singular = len(spectrum.vectors)
     return {
@@ -145,20 +145,20 @@ def boundaries_numbers(boundaries: Boundaries) -> dict[str, Any]:
 
 
 def boundaries_finding(boundaries: Boundaries) -> str:
-    """One line: how few dimensions hold the normals, and what their subspace fools."""
+    """The finding on correlated boundaries, as one line of Markdown."""
     found = boundaries_numbers(boundaries)
     rates = found["fooling_rates"]
     own, random = _dimension(boundaries.spectrum), _dimension(boundaries.random)
     return (
         f"*Correlated boundaries:* 90 % of the energy of {found['num_normals']:,} unit normals lies in {own}, "
-        f"that of as many random vectors in {random}. At ℓ2 norm {found['norm_l2']:.4g}, random vectors of the subspace "
+        f"that of as many random vectors lies in {random}. At ℓ2 norm {found['norm_l2']:.4g}, random vectors of the subspace "
         f"of the first {found['num_singular']} singular vectors fool **{rates[SUBSPACE]:.3f}** of the held-out images, "
         f"random vectors of the whole space {rates[SPHERE]:.3f}, the perturbation {rates[UNIVERSAL]:.3f}."
     )
 
 
 def boundaries_section(boundaries: Boundaries) -> Iterator[str]:
-    """Paragraphs: what was measured, how to read the picture, what it says, the numbers."""
+    """The section on correlated boundaries, built like the one on the phase transition."""
     found = boundaries_numbers(boundaries)
     num_images = found["num_normals"] + found["num_left_out"]
     num_draws = len(select(boundaries.points, kind=SUBSPACE))
@@ -198,10 +198,10 @@ def boundaries_section(boundaries: Boundaries) -> Iterator[str]:
     yield markdown_table(["perturbation", "mean fooling rate", "each"], rows)
 
 
-def numbers_numbers(points: Sequence[NumberPoint]) -> list[dict[str, Any]]:
-    """For each number of images the mean rates, and the held-out rate's standard deviation over seeds (None of one seed)."""
+def sample_size_numbers(points: Sequence[SampleSizePoint]) -> list[dict[str, Any]]:
+    """For each number of images: mean rates, and the standard deviation of the held-out rate over seeds (None for a single seed)."""
     found = []
-    for number, own in by_number(points).items():
+    for number, own in by_sample_size(points).items():
         rates = [point.val.rate for point in own]
         found.append(
             {
@@ -216,9 +216,9 @@ def numbers_numbers(points: Sequence[NumberPoint]) -> list[dict[str, Any]]:
     return found
 
 
-def numbers_finding(points: Sequence[NumberPoint]) -> str:
-    """One line: what the fewest and the most images give, and how many are enough."""
-    found = numbers_numbers(points)
+def sample_size_finding(points: Sequence[SampleSizePoint]) -> str:
+    """The finding on the number of images, as one line of Markdown."""
+    found = sample_size_numbers(points)
     fewest, most = found[0], found[-1]
     seeds = f"means over {most['num_seeds']} seeds" if most["num_seeds"] > 1 else "one seed"
     if len(found) == 1:
@@ -237,26 +237,26 @@ def numbers_finding(points: Sequence[NumberPoint]) -> str:
     )
 
 
-def numbers_section(points: Sequence[NumberPoint]) -> Iterator[str]:
-    """Paragraphs: what was measured, how to read the picture, what it says, the numbers."""
+def sample_size_section(points: Sequence[SampleSizePoint]) -> Iterator[str]:
+    """The section on the number of images, built like the one on the phase transition."""
     yield "## 3. How many images does it take to compute one?"
     yield (
         "From each number of training images (in blocks that are evenly spread over all) perturbations are computed anew, one for each "
         "seed, as the analysed one was: same rule, same ball, and as many network evaluations for increments, so that "
-        "few images are visited more often and not less work is done. (The clean labels of the training images, one "
-        "evaluation each, come on top. What counts for the rate is also how many images a round has: the last column says it.)"
+        "with fewer images each is visited more often and the work stays the same. (The clean labels of the training images, one "
+        "evaluation each, come on top. The rate also depends on the images per round, which the last column shows.)"
     )
     yield f"![Fooling rate against the number of training images]({NUMBERS_PICTURE})"
     yield (
         "How to read it: each dot is one perturbation, with its 95 % interval on the held-out images; lines run through "
         "the means. Where the grey line, the rate on the perturbation's own training images, lies above the blue one, "
-        "what was learnt of those images does not hold for others."
+        "the perturbation fits these images better than others."
     )
     yield (
-        f"What it says: {numbers_finding(points).partition(':* ')[2]} In the paper (figure 6, GoogLeNet, ImageNet) 500 "
+        f"What it says: {sample_size_finding(points).partition(':* ')[2]} In the paper (figure 6, GoogLeNet, ImageNet) 500 "
         "images, fewer than there are classes, already give more than 30 %."
     )
-    each = ["; ".join(str(point.val) for point in own) for own in by_number(points).values()]
+    each = ["; ".join(str(point.val) for point in own) for own in by_sample_size(points).values()]
     rows = [
         [
             f"{row['num_images']:,}",
@@ -265,7 +265,7 @@ def numbers_section(points: Sequence[NumberPoint]) -> Iterator[str]:
             f"{row['train_fooling_rate']:.3f}",
             f"{row['images_per_round']:.1f}",
         ]
-        for row, seeds in zip(numbers_numbers(points), each, strict=True)
+        for row, seeds in zip(sample_size_numbers(points), each, strict=True)
     ]
     yield markdown_table(
         ["training images", "held-out, mean ± sd", "held-out, each seed", "training, mean", "images a round"], rows
@@ -273,23 +273,25 @@ def numbers_section(points: Sequence[NumberPoint]) -> Iterator[str]:
 
 
 def _halves(points: Sequence[Point]) -> str:
-    """What the perturbation, and what a random vector needs to fool half of the images."""
+    """The norms at which the perturbation and a random vector fool half of the images, in words."""
     return f"{_half(points, UNIVERSAL, 'The perturbation')}. {_half(points, SPHERE, 'A random vector')}."
 
 
 def _half(points: Sequence[Point], kind: str, subject: str) -> str:
-    """From which ℓ2 norm on half of the images are fooled, in words."""
+    """The ℓ2 norm at which one kind of direction fools half of the images, in words."""
     own = select(points, kind=kind, norm="l2")
     half, unit = norm_at(own, 0.5), select(points, kind=UNIVERSAL, norm="l2", scale=1.0)[0].norm_l2
     if half is not None:
         return f"{subject} fools half of them from ℓ2 norm {half:.3g} on, {half / unit:.2f} of the perturbation's own"
     last = max(own, key=lambda point: point.scale)
     rate = mean_rate(select(own, scale=last.scale))
-    return f"{subject} fools {rate:.3f} at ℓ2 norm {last.norm_l2:.4g}, the largest tried, and nowhere half"
+    return (
+        f"{subject} fools {rate:.3f} at ℓ2 norm {last.norm_l2:.4g}, and never reaches half in the range that was tested"
+    )
 
 
 def _dimension(spectrum: Spectrum) -> str:
-    """In how many dimensions most of the energy lies, in words."""
+    """The number of dimensions with 90 % of the energy, in words."""
     dimension = spectrum.dimension(ENERGY_SHARE)
     if dimension is None:
         return f"an unknown number of dimensions (the {len(spectrum.values)} kept hold at least {100 * spectrum.shares[-1]:.0f} %)"

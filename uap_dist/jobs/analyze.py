@@ -7,7 +7,7 @@ from typing import Any
 from uap_dist.analysis.options import AnalyzeOptions
 from uap_dist.analysis.report import FinishedAnalysis, save_analysis
 from uap_dist.analysis.run import check_sizes, measure, plan_sample_sizes, show
-from uap_dist.analysis.sample_size import Recipe, compute_by_number
+from uap_dist.analysis.sample_size import Recipe, compute_sample_sizes
 from uap_dist.computing.provenance import describe_setup
 from uap_dist.data.patterns import expand_apart
 from uap_dist.jobs.common import classify_images, console, list_images, run_job, start_fleet
@@ -43,7 +43,7 @@ def run(options: AnalyzeOptions, tracker: Tracker) -> None:
     tracker.log_dataset(val, "held-out")
     console.print(f"{options.model}, {train.num_examples} training and {val.num_examples} held-out images")
     phase, boundaries = measure(options, fleet, train, val, perturbation, console)
-    numbers = show("images", compute_by_number(fleet, train, val, plan), console) if plan else []
+    numbers = show("images", compute_sample_sizes(fleet, train, val, plan), console) if plan else []
     numbers.sort(key=lambda point: (point.num_images, point.seed))  # they end in any order
     counts = {"num_train_images": train.num_examples, "num_val_images": val.num_examples}
     finished = FinishedAnalysis(
