@@ -1,5 +1,6 @@
 """mlflow.db when several jobs start at once, and when an earlier one was killed while creating it."""
 
+import json
 import os
 import re
 import shutil
@@ -88,6 +89,8 @@ def test_jobs_that_start_at_once_wait_for_the_one_that_creates_the_file_even_if_
     experiment = mlflow.MlflowClient(uri).get_experiment_by_name("sweep")
     assert Path(experiment.artifact_location.removeprefix("file://")) == tmp_path / "mlruns"
     assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    view = json.loads(json.loads(experiment.tags["mlflow.sharedViewState.uap_dist"])["state"])
+    assert view["columnOrder"][0] == "metrics.`fooling_rate/val`"
 
 
 @pytest.mark.parametrize("num_runs", [0, 2])
