@@ -11,7 +11,7 @@ demo: .venv/demo
 	$(BIN)/python jobs/compute.py
 
 test: .venv/test check
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile
 
 # What computes, as processors of other ages and makers do: those of the oldest instruction set that torch supports, and between.
 test-cpus: .venv/test
@@ -38,16 +38,19 @@ wheel: .venv/demo  # dist/uap_dist-VERSION-py3-none-any.whl
 	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps -w dist .
 
 .venv/demo: pyproject.toml
+	@echo 'Installing into .venv; this takes some minutes.'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo]'
 	touch $@
 
 .venv/test: pyproject.toml
+	@echo 'Installing into .venv; this takes some minutes.'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test]'
 	touch $@
 
 .venv/docs: pyproject.toml
+	@echo 'Installing into .venv; this takes some minutes.'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo,docs]'
 	touch $@

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from uap_dist.computing.rounds import compute
 from uap_dist.method.config import ComputeConfig
-from uap_dist.method.deepfool import log_odds_sum
+from uap_dist.method.log_odds import log_odds_sum
 from uap_dist.method.update import repeat_mean
 from uap_dist.workers.local import LocalWorkers
 

@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from uap_dist.data.decode import Geometry
-from uap_dist.method.deepfool import log_odds_sum
+from uap_dist.method.log_odds import log_odds_sum
 from uap_dist.models.accelerate import accelerate
 from uap_dist.models.classifier import Classifier
 

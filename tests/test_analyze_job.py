@@ -13,7 +13,7 @@ from conftest import TINY, compute_here, tiny_worker
 from processes import run_job
 from test_job import data, empty_store, runs
 
-from uap_dist.analysis.boundaries import SUBSPACE, analyze_boundaries, gather_normals, paper_norm_l2
+from uap_dist.analysis.boundaries import SUBSPACE, analyze_boundaries, gather_normals
 from uap_dist.analysis.options import AnalyzeOptions
 from uap_dist.analysis.phase_transition import UNIVERSAL, phase_transition
 from uap_dist.analysis.run import check_sizes, plan_sample_sizes
@@ -21,7 +21,7 @@ from uap_dist.analysis.sample_size import Recipe, compute_sample_sizes, configs_
 from uap_dist.errors import ConfigError
 from uap_dist.job_options import DataOptions
 from uap_dist.method.config import ComputeConfig
-from uap_dist.method.norms import measure
+from uap_dist.method.norms import measure, paper_norm_l2
 from uap_dist.perturbations.files import PERTURBATION_FILE, Perturbation, load_perturbations, save_perturbation
 from uap_dist.workers.dataset import load_dataset
 from uap_dist.workers.local import LocalWorkers

@@ -29,7 +29,6 @@ from uap_dist.workers.worker import Worker
 
 SUBSPACE = "random vector of the subspace"
 WAVE_SHARE = 0.25  # of the memory: normals on their way to the matrix
-PAPER_NORM_L2, PAPER_NUM_VALUES = 2000.0, 3 * 224 * 224
 
 
 @dataclass(frozen=True)
@@ -168,11 +167,6 @@ def random_spectrum(num_rows: int, num_values: int, memory_bytes: int, seed: int
         rows = torch.randn(min(BLOCK_SIZE, num_rows - start), num_values, generator=generator)
         sketch.add((rows / rows.norm(dim=1, keepdim=True)).numpy())
     return sketch.spectrum(0)
-
-
-def paper_norm_l2(shape: Sequence[int]) -> float:
-    """ℓ2 norm (pixels) for images of a shape (C×H×W) with the same root mean square as the paper's 2000 on 3×224×224."""
-    return PAPER_NORM_L2 * float(np.sqrt(np.prod(shape) / PAPER_NUM_VALUES))
 
 
 def _find_normals(workers: Workers, dataset: Dataset, memory_bytes: int) -> Iterator[Normals]:

@@ -10,7 +10,6 @@ from uap_dist.analysis.boundaries import (
     analyze_boundaries,
     check_subspace,
     gather_normals,
-    paper_norm_l2,
     sum_steps,
 )
 from uap_dist.analysis.options import Analysis, AnalyzeOptions
@@ -18,6 +17,7 @@ from uap_dist.analysis.phase_transition import Point, phase_transition
 from uap_dist.analysis.sample_size import Recipe, SampleSizePoint, configs_by_size, default_numbers
 from uap_dist.errors import ConfigError
 from uap_dist.method.config import ComputeConfig
+from uap_dist.method.norms import paper_norm_l2
 from uap_dist.perturbations.files import Perturbation
 from uap_dist.workers.dataset import Dataset
 from uap_dist.workers.local import Workers

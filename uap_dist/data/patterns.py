@@ -78,10 +78,12 @@ def _existing(url: str) -> str:
     if is_url(url) and bucket.type == fs.FileType.NotFound:
         raise ShardError(f"no shard {url}: there is no bucket {bucket.path}")
     if info.type != fs.FileType.File:
-        link = not is_url(url) and Path(url).is_symlink()
-        raise ShardError(
-            f"no shard {url}" + (f": it is a link to {os.readlink(url)}, which is no file" if link else "")
-        )
+        reason = ""
+        if not is_url(url) and Path(url).is_symlink():
+            reason = f": it is a link to {os.readlink(url)}, which is no file"
+        elif info.type == fs.FileType.Directory:
+            reason = ": it is a folder; jobs/shard.py makes shards of a folder of images, and FOLDER/*.tar names all shards in one"
+        raise ShardError(f"no shard {url}{reason}")
     return url if is_url(url) else str(Path(url).absolute())
 
 

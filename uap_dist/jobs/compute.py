@@ -21,9 +21,10 @@ from uap_dist.jobs.common import (
 )
 from uap_dist.jobs.demo import check_demo, list_shards
 from uap_dist.jobs.plan import plan
+from uap_dist.method.config import warn_of_default_radius
 from uap_dist.method.state import State
 from uap_dist.models.loading import load_usable_classifier
-from uap_dist.planning.comparison import Spent, read_plan
+from uap_dist.planning.comparison import PLAN_FILE, Spent, read_plan
 from uap_dist.tracking.checkpoint import Checkpoint, CheckpointStore, check_identity
 from uap_dist.tracking.mlflow_run import Tracker
 from uap_dist.tracking.outputs import output_folder
@@ -38,7 +39,8 @@ def main() -> None:
 
 def run(options: ComputeOptions, tracker: Tracker, resumed: Resumed | None) -> None:
     """The whole job, or a plan of it. Its workers end with its process."""
-    output = output_folder(options.record.output, options.name, may_hold_files=resumed is not None)
+    record = options.record
+    output = output_folder(record.output, options.name, may_hold_files=resumed is not None, besides=(PLAN_FILE,))
     if options.plan:
         plan(options, tracker, output)
     else:
@@ -80,7 +82,9 @@ def _set_up(
     CheckpointStore(storage).prepare()  # before any work is done
     fleet = start_fleet(classifier, options.weights, options.fleet, tracker)
     check_demo(options, urls[0], fleet.need)
-    train, val = classify_images(fleet, options.model, *list_images(fleet, options.data, *urls))
+    train, val = list_images(fleet, options.data, *urls)
+    warn_of_default_radius(options.config, train.shape)
+    train, val = classify_images(fleet, options.model, train, val)
     data = describe_data(train, val)
     setting = Setting(classifier, fleet, train, val, settings | data, console)
     record = job_record("compute", setting, run_id=tracker.run_id, options=to_json(options))

@@ -1,6 +1,7 @@
 """The configuration of a computation: with data, network and device it determines the perturbation."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from math import prod
 from typing import Any, get_args
@@ -8,12 +9,15 @@ from typing import Any, get_args
 from uap_dist.errors import ConfigError, PerturbationError
 from uap_dist.method.augment import Augmentation, check_augmentation
 from uap_dist.method.deepfool import SLOPE_RATIO
-from uap_dist.method.norms import Norm, check_ball
+from uap_dist.method.norms import Norm, check_ball, paper_norm_l2
 from uap_dist.method.schedule import check_sizes
 from uap_dist.method.solver import Rule, Solver
 from uap_dist.method.update import AVERAGED, Steps, default_period, default_step_size
 
 POOL_RANDOM_START = 0.5  # fraction of the radius; benchmarks/pools.md says why
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,4 +169,17 @@ class ComputeConfig:
             augmentation="none" if self.rule == "paper" else self.augment or "flip-shift",
             candidates=self.candidates or 10,
             slope_ratio=self.slope_ratio or SLOPE_RATIO,
+        )
+
+
+def warn_of_default_radius(config: ComputeConfig, shape: Sequence[int]) -> None:
+    """Warn if the default ℓ2 radius, which is meant for 224×224 images, is much weaker or stronger on images of a shape (C×H×W)."""
+    alike = paper_norm_l2(shape)
+    if config.norm == "l2" and config.radius is None and not 0.5 < alike / config.ball_radius < 2:
+        logger.warning(
+            "the ℓ2 radius %g is the paper's for 3×224×224 pixels; on images of %s the same root mean square is %.0f (--radius %.0f)",
+            config.ball_radius,
+            "×".join(map(str, shape)),
+            alike,
+            alike,
         )

@@ -3,6 +3,7 @@
 All of them are in pixels, the unit in which images have values of 0..255.
 """
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -14,6 +15,7 @@ from uap_dist.errors import ConfigError
 Norm = Literal["linf", "l2"]
 SYMBOLS: dict[Norm, str] = {"linf": "ℓ∞", "l2": "ℓ2"}
 IN_THE_CORNER = 0.99  # share of the largest ℓ2 norm within its ℓ∞ ball at which v counts as being in a corner
+PAPER_NORM_L2, PAPER_NUM_VALUES = 2000.0, 3 * 224 * 224
 
 
 def check_ball(norm: str, radius: float) -> None:
@@ -62,6 +64,11 @@ def project(v: Tensor, *, norm: Norm, radius: float) -> Tensor:
 def spread(norm: Norm, radius: float, num_values: int) -> float:
     """Root mean square, in pixels, of a perturbation of `num_values` entries that fills the ball; step sizes are multiples of it."""
     return radius if norm == "linf" else radius / num_values**0.5
+
+
+def paper_norm_l2(shape: Sequence[int]) -> float:
+    """ℓ2 norm (pixels) for images of a shape (C×H×W) with the same root mean square as the paper's 2000 on 3×224×224."""
+    return PAPER_NORM_L2 * float(np.sqrt(np.prod(shape) / PAPER_NUM_VALUES))
 
 
 def random_perturbation(shape: tuple[int, ...], *, norm: Norm, radius: float, seed: int) -> Tensor:

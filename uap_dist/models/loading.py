@@ -73,6 +73,8 @@ def load_classifier(name: str, weights: str | None = None) -> Classifier:
         return _load_torchvision(architecture, weights)
     if library == "timm" and architecture:
         return _load_timm(architecture, weights)
+    if name.endswith(".py"):
+        raise ClassifierError(f"{name} is a file; name the factory in it that makes the network, as {name}:factory")
     near = difflib.get_close_matches(
         name, [*LITE_NAMES, *(f"torchvision/{n}" for n in _torchvision_names())], n=3, cutoff=0.4
     )

@@ -49,14 +49,15 @@ class Perturbation:
         return interpolate(self.v[None], size=tuple(shape[1:]), mode="bilinear", antialias=True)[0]
 
 
-def load_perturbations(specifications: Sequence[str], taken: Collection[str] = ()) -> list[Perturbation]:
+def load_perturbations(specifications: str | Sequence[str], taken: Collection[str] = ()) -> list[Perturbation]:
     """Load perturbations given as `[NAME=]LOCATION`, or `[NAME=]LOCATION:UNIT` for .npy and .mat files.
 
     One without a name is named after its folder (files of jobs/compute.py) or its file, preceded by as much of the path as it takes
     to be unique.
 
     Args:
-        specifications: LOCATION is a perturbation.safetensors or its folder, an .npy file, or a .mat file with one array; it may be
+        specifications: one or several.
+            LOCATION is a perturbation.safetensors or its folder, an .npy file, or a .mat file with one array; it may be
             local, s3://, gs://, or runs:/RUN/PATH in MLflow. Arrays in .npy and .mat files are 3×H×W or H×W×3, RGB; their UNIT is
             255 for pixels of 0..255, or 1 for values of 0..1.
         taken: names of other things in the same tables.
@@ -65,6 +66,7 @@ def load_perturbations(specifications: Sequence[str], taken: Collection[str] = (
         PerturbationError: a file cannot be read, is damaged, contradicts its provenance, or is given without its unit.
         ConfigError: a file or a name is given twice.
     """
+    specifications = [specifications] if isinstance(specifications, str) else specifications
     given, locations = zip(*map(split_name, specifications), strict=True) if specifications else ((), ())
     places = [canonical(split_query(location)[0].removesuffix(f"/{PERTURBATION_FILE}")) for location in locations]
     for location, place in zip(locations, places, strict=True):

@@ -1,7 +1,7 @@
 """What a job leaves: its output folder, which is created with its first file and copied to storage, and the tables in it."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import wraps
@@ -26,13 +26,16 @@ Given = ParamSpec("Given")
 Result = TypeVar("Result")
 
 
-def output_folder(output: Path | None, name: str, *, may_hold_files: bool = False) -> Path:
+def output_folder(
+    output: Path | None, name: str, *, may_hold_files: bool = False, besides: Collection[str] = ()
+) -> Path:
     """The folder for a job's files, checked to be writable but not created: a job that is refused leaves none.
 
     Args:
         output: of the command line; None for outputs/<name>-<time>.
         name: of the job, for the default.
         may_hold_files: whether it may hold files already, as that of a resumed job does.
+        besides: names of files that it may hold in any case.
 
     Raises:
         ConfigError: it is a URL, holds files, or cannot be written to.
@@ -43,7 +46,7 @@ def output_folder(output: Path | None, name: str, *, may_hold_files: bool = Fals
         raise ConfigError(
             f"--output {output} is a URL; give a local folder (its files are also copied to MLflow, and to --storage s3://…)"
         )
-    if not may_hold_files and folder.is_dir() and any(folder.iterdir()):
+    if not may_hold_files and folder.is_dir() and any(path.name not in besides for path in folder.iterdir()):
         raise ConfigError(f"{folder} is not empty; give another --output")
     folder = folder.resolve()
     try:  # now rather than after hours of work
