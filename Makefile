@@ -2,16 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-NUMERIC := $(addprefix tests/test_, accelerate.py analysis.py augment.py classifiers.py compute.py deepfool.py fooling.py \
-	norms.py pool.py rules.py schedule.py spectrum.py together.py update.py worker.py)
+NUMERIC := $(addprefix tests/test_, accelerate.py analysis.py augment.py classifiers.py compute.py concurrent.py deepfool.py fooling.py \
+	norms.py pool.py rules.py schedule.py spectrum.py update.py worker.py)
 
-.PHONY: demo test test-cpus test-slow check wheel clean
+.PHONY: demo test test-cpus test-slow check docs wheel clean
 
 demo: .venv/demo
 	$(BIN)/python jobs/compute.py
 
 test: .venv/test check
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile
 
 # What computes, as processors of other ages and makers do: those of the oldest instruction set that torch supports, and between.
 test-cpus: .venv/test
@@ -27,19 +27,32 @@ check: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python -m pytest -q tests/test_docs.py
+
+docs: .venv/docs  # the site, in build/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 wheel: .venv/demo  # dist/uap_dist-VERSION-py3-none-any.whl
 	rm -rf build
 	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps -w dist .
 
 .venv/demo: pyproject.toml
+	@echo 'Installing into .venv; this takes some minutes.'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo]'
 	touch $@
 
 .venv/test: pyproject.toml
+	@echo 'Installing into .venv; this takes some minutes.'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test]'
+	touch $@
+
+.venv/docs: pyproject.toml
+	@echo 'Installing into .venv; this takes some minutes.'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo,docs]'
 	touch $@
 
 clean:

@@ -14,11 +14,11 @@ import tyro
 from rules import Bench
 from torch import Tensor
 
-from uap_dist.compute import compute
-from uap_dist.config import ComputeConfig
-from uap_dist.dataset import LocalWorkers
-from uap_dist.deepfool import log_odds_sum
-from uap_dist.update import repeat_mean
+from uap_dist.computing.rounds import compute
+from uap_dist.method.config import ComputeConfig
+from uap_dist.method.log_odds import log_odds_sum
+from uap_dist.method.update import repeat_mean
+from uap_dist.workers.local import LocalWorkers
 
 BATCH = 24
 

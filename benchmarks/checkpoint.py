@@ -10,10 +10,10 @@ from statistics import median
 
 import torch
 
-from uap_dist.checkpoint import Checkpoint, CheckpointStore, JobRecord
-from uap_dist.compute import State
-from uap_dist.history import RoundRecord
-from uap_dist.update import Iterate
+from uap_dist.method.state import State
+from uap_dist.method.update import Iterate
+from uap_dist.tracking.checkpoint import Checkpoint, CheckpointStore, JobRecord
+from uap_dist.tracking.history import RoundRecord
 
 SHAPE = (3, 224, 224)
 NUM_METRICS = 17  # of a round that was measured on all images

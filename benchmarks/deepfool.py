@@ -24,11 +24,14 @@ import tyro
 from networks import NETWORKS, Network
 from torch import Tensor, nn
 
-from uap_dist.accelerate import accelerate
-from uap_dist.classifiers import Classifier, load_classifier
-from uap_dist.deepfool import SLOPE_RATIO, Nearest, deepfool, find_nearest, log_odds_sum
-from uap_dist.reproducible import set_up_torch
-from uap_dist.shards import expand_patterns, load_shard
+from uap_dist.data.decode import load_shard
+from uap_dist.data.patterns import expand_patterns
+from uap_dist.method.deepfool import SLOPE_RATIO, Nearest, deepfool, find_nearest
+from uap_dist.method.log_odds import log_odds_sum
+from uap_dist.models.accelerate import accelerate
+from uap_dist.models.classifier import Classifier
+from uap_dist.models.loading import load_classifier
+from uap_dist.workers.reproducible import set_up_torch
 
 BLOCK = 6  # images together, as jobs/compute.py has them by default
 BATCHES = (1, 2, 6, 12, 24)  # of which the best makes the bound

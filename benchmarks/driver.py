@@ -8,27 +8,33 @@ the way of v and of the sums, and the reduce; not the start of processes, nor a 
 
 import resource
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import cycle
 from math import ceil
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import ray
 import torch
 import tyro
 
-from uap_dist.actor import Answer, Introduction
-from uap_dist.batch import ActorRecord
-from uap_dist.cache import Traffic
-from uap_dist.cluster import connect
-from uap_dist.compute import State, run_round
-from uap_dist.config import ComputeConfig
-from uap_dist.dataset import Dataset, Shard
-from uap_dist.fleet import Fleet, FleetConfig
-from uap_dist.schedule import Block, Round
-from uap_dist.update import Iterate
-from uap_dist.worker import LOG_ODDS_SIZE, BlockResult, Predictions
+from uap_dist.computing.rounds import run_round
+from uap_dist.data.cache import Traffic
+from uap_dist.fleet import membership
+from uap_dist.fleet.actor import Answer, Introduction, RemoteWorker
+from uap_dist.fleet.config import FleetConfig
+from uap_dist.fleet.fleet import Fleet
+from uap_dist.fleet.ray_cluster import Need, connect
+from uap_dist.method.config import ComputeConfig
+from uap_dist.method.rates import Predictions
+from uap_dist.method.schedule import Block, Round
+from uap_dist.method.solver import LOG_ODDS_SIZE, BlockResult
+from uap_dist.method.state import State
+from uap_dist.method.update import Iterate
+from uap_dist.workers.dataset import Dataset, Shard
+from uap_dist.workers.messages import Examples
 
 NUM_ACTORS = 4
 
@@ -60,46 +66,35 @@ class Sleeper:
         """As actor.UapWorker."""
         return Introduction("sleeper", "", "")
 
-    def call(self, method: str, task: Any, upcoming: str, perturbation: np.ndarray, solver: Any) -> Answer:
+    def call(self, method: Any, task: Examples, upcoming: str, *shared: Any) -> Answer:
         """As actor.UapWorker, after a while."""
         time.sleep(self._sleep_s)
         result = BlockResult(self._total, len(task.keys), 0, 2, {LOG_ODDS_SIZE: (0.0, 1)})
         return Answer(result, Traffic(), self._sleep_s, ())
 
 
-@dataclass
-class SleepingFleet(Fleet):
-    """A fleet whose workers are threads of a few actors."""
+def start_fleet(num_workers: int, options: Options) -> Fleet:
+    """A fleet whose workers are threads of a few actors, which need no room."""
+    actor = ray.remote(num_cpus=0, max_concurrency=max(1, ceil(num_workers / NUM_ACTORS)))(Sleeper)
+    sleepers = cycle(actor.remote(options.sleep_s, options.side) for _ in range(NUM_ACTORS))
 
-    sleepers: list[Any] = field(default_factory=list)
+    def start_actor(name: str, *_: Any, **__: Any) -> RemoteWorker:
+        return RemoteWorker(next(sleepers), name)
 
-    def __init__(self, num_workers: int, sleepers: list[Any]) -> None:
-        self.sleepers = sleepers
-        super().__init__("sleeper", None, FleetConfig(num_workers=num_workers))
-
-    def _check_room(self) -> None:
-        """Threads need none."""
-
-    def _start_member(self) -> None:
-        number = len(self._running)
-        self._prepare(ActorRecord(self.sleepers[number % len(self.sleepers)], f"sleeper-{number}"))
-
-    def close(self) -> None:
-        """Leave the actors to the next fleet."""
-        self._stop()
+    with patch.object(membership, "start_actor", start_actor), patch.object(Need, "room", lambda need: num_workers):
+        fleet = Fleet("sleeper", None, FleetConfig(num_workers=num_workers))
+    fleet.wait()
+    return fleet
 
 
 def main() -> None:
     """One line for each number of workers."""
     options = tyro.cli(Options)
     connect()
-    actor = ray.remote(num_cpus=0, max_concurrency=max(1, max(options.num_workers) // NUM_ACTORS))(Sleeper)
-    sleepers = [actor.remote(options.sleep_s, options.side) for _ in range(NUM_ACTORS)]
     print("| workers | blocks | round, ms | of it sleep, ms | driver, ms | driver, ms a block | driver's memory, MB |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for num_workers in options.num_workers:
-        fleet = SleepingFleet(num_workers, sleepers)
-        fleet.wait()
+        fleet = start_fleet(num_workers, options)
         num_blocks = options.num_blocks or num_workers
         keys = tuple(map(str, range(num_blocks)))
         labels = Predictions(np.zeros(num_blocks, np.int64), np.zeros(num_blocks, np.float32))

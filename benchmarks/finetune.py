@@ -25,16 +25,18 @@ from typing import Any
 import tyro
 from networks import NETWORKS
 
-from uap_dist.classifiers import load_classifier
-from uap_dist.compute import compute
-from uap_dist.config import ComputeConfig
-from uap_dist.dataset import LocalWorkers, load_dataset
-from uap_dist.finetune import HELD_OUT, NETWORK_FILE, TRAINED_ON, FinetuneConfig, Learner, Task
-from uap_dist.finetune_report import BEFORE, FRESH, RANDOM
-from uap_dist.pool import PerturbationPool
-from uap_dist.provenance import git_commit
-from uap_dist.shards import expand_patterns
-from uap_dist.worker import Worker
+from uap_dist.computing.rounds import compute
+from uap_dist.data.patterns import expand_patterns
+from uap_dist.finetuning.config import FinetuneConfig
+from uap_dist.finetuning.report import BEFORE, FRESH, RANDOM
+from uap_dist.finetuning.trainer import HELD_OUT, NETWORK_FILE, TRAINED_ON, Learner, Task
+from uap_dist.method.config import ComputeConfig
+from uap_dist.models.loading import load_classifier
+from uap_dist.perturbations.pool import PerturbationPool
+from uap_dist.versions import git_commit
+from uap_dist.workers.dataset import load_dataset
+from uap_dist.workers.local import LocalWorkers
+from uap_dist.workers.worker import Worker
 
 JOBS = Path(__file__).parents[1] / "jobs"
 POOLS = {  # network, members, options of jobs/compute.py

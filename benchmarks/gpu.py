@@ -22,9 +22,10 @@ import tyro
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from uap_dist.accelerate import accelerate
-from uap_dist.classifiers import Classifier, Geometry
-from uap_dist.deepfool import log_odds_sum
+from uap_dist.data.decode import Geometry
+from uap_dist.method.log_odds import log_odds_sum
+from uap_dist.models.accelerate import accelerate
+from uap_dist.models.classifier import Classifier
 
 PRECISIONS = ("float32", "tf32", "bfloat16")
 

@@ -22,16 +22,17 @@ from typing import Any
 import tyro
 from networks import NETWORKS
 
-from uap_dist.cluster import connect
-from uap_dist.compute import compute
-from uap_dist.config import ComputeConfig
-from uap_dist.dataset import load_dataset
-from uap_dist.evaluate import measure_noise
-from uap_dist.fleet import Fleet, FleetConfig
-from uap_dist.norms import SYMBOLS, random_of_same_norms
-from uap_dist.norms import measure as measure_norm
-from uap_dist.provenance import git_commit
-from uap_dist.shards import expand_patterns
+from uap_dist.computing.rounds import compute
+from uap_dist.data.patterns import expand_patterns
+from uap_dist.evaluation.evaluate import measure_noise
+from uap_dist.fleet.config import FleetConfig
+from uap_dist.fleet.fleet import Fleet
+from uap_dist.fleet.ray_cluster import connect
+from uap_dist.method.config import ComputeConfig
+from uap_dist.method.norms import SYMBOLS, random_of_same_norms
+from uap_dist.method.norms import measure as measure_norm
+from uap_dist.versions import git_commit
+from uap_dist.workers.dataset import load_dataset
 
 
 @dataclass(frozen=True)

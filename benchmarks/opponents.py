@@ -1,15 +1,18 @@
 """Gradient ascent on the cross-entropy: SGD-UAP as published, and in the place of our increments."""
 
 from collections.abc import Iterator
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from uap_dist.classifiers import Classifier
-from uap_dist.deepfool import add_perturbation
-from uap_dist.norms import Norm, measure, project
-from uap_dist.worker import LOG_ODDS_SIZE, BlockResult, Solver, Worker
+from uap_dist.method.norms import Norm, add_perturbation, measure, project
+from uap_dist.method.solver import LOG_ODDS_SIZE, BlockResult, Solver
+from uap_dist.models.classifier import Classifier
+from uap_dist.workers import worker as workers_module
+from uap_dist.workers.local import LocalWorkers
+from uap_dist.workers.worker import Worker
 
 BATCH, CLAMP, STEP_DECAY = 100, 12.0, 0.8
 
@@ -42,19 +45,27 @@ def clamped_cross_entropy(logits: Tensor, labels: Tensor, clamp: float = CLAMP) 
     return F.cross_entropy(logits, labels, reduction="none").clamp(max=clamp)
 
 
-class EntropyWorker(Worker):
+class EntropyWorkers(LocalWorkers):
     """Gives the gradient of the clamped cross-entropy where ours gives increments: schedule, momentum, steps and corner are our rule's."""
 
     def __init__(self, worker: Worker, clamp: float = CLAMP) -> None:
-        super().__init__(worker.classifier, cache_bytes=0, num_threads=1)
-        self.adopt(worker)
+        own = Worker(worker.classifier, cache_bytes=0, num_threads=1)
+        own.adopt(worker)
+        super().__init__(own)
         self.clamp = clamp
 
-    def _solve_log_odds(self, pixels: Tensor, perturbation: Tensor, labels: Tensor, solver: Solver) -> BlockResult:
+    def map(self, method, tasks, *shared):  # type: ignore[no-untyped-def]
+        """As a worker."""
+        with patch.object(workers_module, "solve_block", self._solve_block):
+            return iter(list(super().map(method, tasks, *shared)))
+
+    def _solve_block(
+        self, classifier: Classifier, pixels: Tensor, perturbation: Tensor, labels: Tensor, solver: Solver
+    ) -> BlockResult:
         with torch.enable_grad():
-            logits, leaf = self.classifier.linearise(add_perturbation(pixels, perturbation))
+            logits, leaf = classifier.linearise(add_perturbation(pixels, perturbation))
             (slopes,) = torch.autograd.grad(clamped_cross_entropy(logits, labels, self.clamp).sum(), leaf)
-        slope = self.classifier.pull_back(slopes.sum(0, keepdim=True), pixels.shape[1:])
+        slope = classifier.pull_back(slopes.sum(0, keepdim=True), pixels.shape[1:])
         slope /= slope.abs().mean().clamp(min=1e-30)  # as when its constants were searched, a round being a block
         nothing = {LOG_ODDS_SIZE: (0.0, 0)}
         return BlockResult(slope.cpu().numpy(), len(pixels), 0, 2 * len(pixels), nothing)

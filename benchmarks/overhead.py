@@ -17,13 +17,14 @@ import mlflow
 import tyro
 from networks import NETWORKS
 
-from uap_dist.classifiers import load_classifier
-from uap_dist.compute import compute
-from uap_dist.config import ComputeConfig
-from uap_dist.dataset import LocalWorkers, load_dataset
-from uap_dist.reproducible import set_up_torch
-from uap_dist.shards import expand_patterns
-from uap_dist.worker import Worker
+from uap_dist.computing.rounds import compute
+from uap_dist.data.patterns import expand_patterns
+from uap_dist.method.config import ComputeConfig
+from uap_dist.models.loading import load_classifier
+from uap_dist.workers.dataset import load_dataset
+from uap_dist.workers.local import LocalWorkers
+from uap_dist.workers.reproducible import set_up_torch
+from uap_dist.workers.worker import Worker
 
 JOB = Path(__file__).parents[1] / "jobs/compute.py"
 
@@ -122,8 +123,8 @@ def work_alone(options: Options) -> tuple[float, float]:
     """Seconds of decoding and clean labels, and of Worker.solve for the same rounds."""
     network = NETWORKS[options.network]
     set_up_torch(1)  # and memory, as a worker's process
-    worker = TimedWorker(load_classifier(*network.locate(options.data)), cache_bytes=8 << 30, num_threads=1)
-    workers = LocalWorkers(worker)
+    worker = Worker(load_classifier(*network.locate(options.data)), cache_bytes=8 << 30, num_threads=1)
+    workers = TimedWorkers(worker)
     started = time.perf_counter()
     train, val = (
         load_dataset(workers, expand_patterns([str(options.data / pattern)]), num_images=number)
@@ -134,20 +135,21 @@ def work_alone(options: Options) -> tuple[float, float]:
     for report in compute(workers, train, val, config):
         if report.round_number == report.num_rounds - 2:  # type: ignore[operator]
             break  # the last one is followed by a measurement that nobody needs here
-    return loading, worker.seconds * (report.round_number + 2) / (report.round_number + 1)
+    return loading, workers.solve_seconds * (report.round_number + 2) / (report.round_number + 1)
 
 
-class TimedWorker(Worker):
-    """A worker that adds up how long it solves."""
+class TimedWorkers(LocalWorkers):
+    """A worker of this process that adds up how long it solves."""
 
-    seconds = 0.0
+    solve_seconds = 0.0
 
-    def solve(self, *arguments):  # type: ignore[no-untyped-def]
+    def map(self, method, tasks, *shared):  # type: ignore[no-untyped-def]
         """As a worker."""
         started = time.perf_counter()
-        result = super().solve(*arguments)
-        self.seconds += time.perf_counter() - started
-        return result
+        results = list(super().map(method, tasks, *shared))
+        if method is Worker.solve:
+            self.solve_seconds += time.perf_counter() - started
+        return iter(results)
 
 
 if __name__ == "__main__":

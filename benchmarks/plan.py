@@ -23,7 +23,7 @@ import mlflow
 import tyro
 from networks import NETWORKS, Network
 
-from uap_dist.provenance import git_commit
+from uap_dist.versions import git_commit
 
 JOB = Path(__file__).parents[1] / "jobs/compute.py"
 RUNS: dict[str, tuple[Network, tuple[str, ...]]] = {
@@ -86,7 +86,12 @@ def measure(name: str, num_workers: int, data: Path) -> dict[str, Any]:
     return {
         "run": name,
         "num_workers": num_workers,
-        **{key.replace("/", "_"): value for key, value in metrics.items() if key.startswith(("planned/", "actual/"))},
+        **{
+            f"planned_{key.removeprefix('planned/')}": value
+            for key, value in metrics.items()
+            if key.startswith("planned/")
+        },
+        **{f"actual_{key.removeprefix('spent/')}": value for key, value in metrics.items() if key.startswith("spent/")},
         "parts_s": {part: span["expected"] for part, span in plan["fleets"][-1]["parts_s"].items()},
         "planning_s": planning_s,
         "whole_s": whole_s,

@@ -26,9 +26,9 @@ import rules
 import tyro
 from rules import Bench, interval, spread, stamp
 
-from uap_dist.compute import compute
-from uap_dist.config import ComputeConfig
-from uap_dist.dataset import LocalWorkers
+from uap_dist.computing.rounds import compute
+from uap_dist.method.config import ComputeConfig
+from uap_dist.workers.local import LocalWorkers
 
 BASE = 6  # images of a round that others are compared with
 

@@ -30,19 +30,20 @@ import numpy as np
 import torch
 import tyro
 from networks import NETWORKS
-from opponents import BATCH, CLAMP, EntropyWorker, sgd_uap
+from opponents import BATCH, CLAMP, EntropyWorkers, sgd_uap
 from scipy.stats import t as student
 from torch import Tensor
 
-from uap_dist.classifiers import load_classifier
-from uap_dist.compute import compute
-from uap_dist.config import ComputeConfig
-from uap_dist.dataset import Dataset, LocalWorkers, classify, fooling_rate, load_dataset
-from uap_dist.norms import Norm
-from uap_dist.provenance import git_commit, machine
-from uap_dist.reproducible import set_up_torch
-from uap_dist.shards import expand_patterns
-from uap_dist.worker import Worker
+from uap_dist.computing.rounds import compute
+from uap_dist.data.patterns import expand_patterns
+from uap_dist.method.config import ComputeConfig
+from uap_dist.method.norms import Norm
+from uap_dist.models.loading import load_classifier
+from uap_dist.versions import git_commit, machine
+from uap_dist.workers.dataset import Dataset, classify, fooling_rate, load_dataset
+from uap_dist.workers.local import LocalWorkers
+from uap_dist.workers.reproducible import set_up_torch
+from uap_dist.workers.worker import Worker
 
 RULES = ("ours", "entropy", "tuned", "published", "paper")
 TITLES = {
@@ -265,9 +266,9 @@ def run(row: Row, seed: int, train: Dataset, bench: Bench) -> tuple[Tensor, int]
                 return v.cpu(), spent
     config = dict(row.config)
     clamp = config.pop("clamp", CLAMP)
-    worker = EntropyWorker(bench.worker, clamp) if row.rule in ("entropy", "tuned") else bench.worker
+    workers = EntropyWorkers(bench.worker, clamp) if row.rule in ("entropy", "tuned") else LocalWorkers(bench.worker)
     glance = train.thin(1)  # held-in and held-out rates are measured by the caller
-    (final,) = deque(compute(LocalWorkers(worker), train, glance, ComputeConfig(seed=seed, **config)), maxlen=1)
+    (final,) = deque(compute(workers, train, glance, ComputeConfig(seed=seed, **config)), maxlen=1)
     return final.perturbation, final.num_evaluations
 
 

@@ -25,15 +25,15 @@ from rules import MAX_LABEL_SHARE, RADII, Bench, Row, interval, spread, stamp
 from torch import Tensor
 from torch.nn import functional as F
 
-from uap_dist.augment import SHIFT_SHARE
-from uap_dist.compute import count_rounds, step_sizes
-from uap_dist.config import ComputeConfig
-from uap_dist.dataset import Dataset
-from uap_dist.deepfool import add_perturbation, log_odds
-from uap_dist.norms import Norm
-from uap_dist.schedule import Round, plan_rounds
-from uap_dist.update import MOMENTUM, REMEMBERED, WIDTH, finish, weigh
-from uap_dist.worker import Examples
+from uap_dist.computing.rounds import count_rounds
+from uap_dist.method.augment import SHIFT_SHARE
+from uap_dist.method.config import ComputeConfig
+from uap_dist.method.log_odds import log_odds
+from uap_dist.method.norms import Norm, add_perturbation
+from uap_dist.method.schedule import Round, plan_rounds
+from uap_dist.method.update import MOMENTUM, REMEMBERED, WIDTH, Steps, finish, weigh
+from uap_dist.workers.dataset import Dataset
+from uap_dist.workers.messages import Examples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,11 +238,17 @@ class Together:
         place = number % change.start_rounds if number < others else number - others
         if place >= num_rounds:
             return 0.0
-        return change.step * step_sizes(place, num_rounds, self.train[0].shape, self.configs[0])[0]
+        return change.step * self.steps(num_rounds).sizes(place)[0]
 
     def period(self, change: Change, count: int) -> int:
         """Pixels, in a run of so many rounds."""
-        return change.period or self.configs[0].step_rule(count).period
+        return change.period or self.steps(count).period
+
+    def steps(self, num_rounds: int) -> Steps:
+        """The rule's, in a run of so many rounds."""
+        steps = self.configs[0].steps(num_rounds, self.train[0].shape)
+        assert steps is not None
+        return steps
 
     def judges(self, i: int, change: Change) -> Dataset:
         """Training images that starts are compared on."""

@@ -26,15 +26,16 @@ from networks import NETWORKS
 from rules import interval, spread
 from torch import Tensor
 
-from uap_dist.augment import Augmentation, augment
-from uap_dist.classifiers import load_classifier
-from uap_dist.dataset import Dataset, LocalWorkers, classify, load_dataset
-from uap_dist.deepfool import add_perturbation, log_odds
-from uap_dist.norms import Norm, project, root_mean_square
-from uap_dist.reproducible import set_up_torch
-from uap_dist.shards import expand_patterns
-from uap_dist.update import FULL_STEPS, cosine, default_step_size, finish, repeat_mean
-from uap_dist.worker import Worker
+from uap_dist.data.patterns import expand_patterns
+from uap_dist.method.augment import Augmentation, augment
+from uap_dist.method.log_odds import log_odds
+from uap_dist.method.norms import Norm, add_perturbation, project, root_mean_square
+from uap_dist.method.update import FULL_STEPS, cosine, default_step_size, finish, repeat_mean
+from uap_dist.models.loading import load_classifier
+from uap_dist.workers.dataset import Dataset, classify, load_dataset
+from uap_dist.workers.local import LocalWorkers
+from uap_dist.workers.reproducible import set_up_torch
+from uap_dist.workers.worker import Worker
 
 RADIUS = {"linf": (10.0, 10.0), "l2": (2000.0, 285.7)}  # of 224×224 images, of 32×32 ones: alike per pixel
 MAX_HELD_IN_SHARDS = 2

@@ -16,13 +16,14 @@ from typing import Any
 import tyro
 from networks import NETWORKS
 
-from uap_dist.classifiers import load_classifier
-from uap_dist.compute import compute
-from uap_dist.config import ComputeConfig
-from uap_dist.dataset import LocalWorkers, load_dataset
-from uap_dist.reproducible import set_up_torch
-from uap_dist.shards import expand_patterns
-from uap_dist.worker import Worker
+from uap_dist.computing.rounds import compute
+from uap_dist.data.patterns import expand_patterns
+from uap_dist.method.config import ComputeConfig
+from uap_dist.models.loading import load_classifier
+from uap_dist.workers.dataset import load_dataset
+from uap_dist.workers.local import LocalWorkers
+from uap_dist.workers.reproducible import set_up_torch
+from uap_dist.workers.worker import Worker
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,14 +24,16 @@ from networks import NETWORKS
 from opponents import BATCH, sgd_uap
 from torch import Tensor, nn
 
-from uap_dist.classifiers import Classifier, load_classifier
-from uap_dist.compute import compute
-from uap_dist.config import ComputeConfig
-from uap_dist.dataset import Dataset, LocalWorkers, classify, fooling_rate, load_dataset
-from uap_dist.fooling import Rate
-from uap_dist.reproducible import set_up_torch
-from uap_dist.shards import expand_patterns
-from uap_dist.worker import Worker
+from uap_dist.computing.rounds import compute
+from uap_dist.data.patterns import expand_patterns
+from uap_dist.method.config import ComputeConfig
+from uap_dist.method.rates import Rate
+from uap_dist.models.classifier import Classifier
+from uap_dist.models.loading import load_classifier
+from uap_dist.workers.dataset import Dataset, classify, fooling_rate, load_dataset
+from uap_dist.workers.local import LocalWorkers
+from uap_dist.workers.reproducible import set_up_torch
+from uap_dist.workers.worker import Worker
 
 RADIUS = 10.0
 

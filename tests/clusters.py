@@ -1,4 +1,4 @@
-"""Ray clusters on loopback, with a token, as `ray start` makes them: with an autoscaler, or of nodes that do not share files."""
+"""Ray clusters on loopback, with a token, as `ray start` creates them: with an autoscaler, or with nodes that share no files."""
 
 import json
 import os
@@ -13,10 +13,10 @@ from urllib.request import Request, urlopen
 
 import psutil
 
-HEAD_ID = "f" * 51 + "00000"  # what Ray's provider of pretended nodes calls the head
-HEAD_TYPE = "ray.head.default"  # and its type
+HEAD_ID = "f" * 51 + "00000"  # id of the head in Ray's provider of fake nodes
+HEAD_TYPE = "ray.head.default"  # its node type there
 STARTED = "Ray runtime started"
-ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # despite its name, what keeps Ray on 127.0.0.1
+ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # despite its name, this keeps Ray on 127.0.0.1
 JOIN = f"""
 import os
 from ray._private import services
@@ -24,7 +24,7 @@ from ray.scripts.scripts import main
 services.get_node_ip_address = lambda address=None: "127.0.0.1"
 os.environ |= {ON_LOOPBACK}
 main()
-"""  # `ray start` of a second node, which Ray refuses on loopback
+"""  # starts a second node, which `ray start` refuses on loopback
 NO_COMMANDS = (
     *(f"{which}setup_commands" for which in ("", "head_", "worker_")),
     *("initialization_commands", "head_start_ray_commands", "worker_start_ray_commands"),
@@ -33,12 +33,12 @@ NO_COMMANDS = (
 
 
 class RayCluster:
-    """A head, by default without room for workers, and its nodes.
+    """A head node, by default without room for workers, and further nodes.
 
     Attributes:
-        env: for processes that join it.
-        log: of its processes.
-        dashboard: address for `ray job`, where the cluster takes jobs.
+        env: environment of processes that join the cluster.
+        log: file with the output of the cluster's processes.
+        dashboard: address for `ray job`, if the cluster takes jobs.
     """
 
     def __init__(
@@ -52,9 +52,16 @@ class RayCluster:
         env: Mapping[str, str] | None = None,
         settings: Mapping[str, object] | None = None,
     ) -> None:
-        """Start the head, with environment variables and Ray settings (its `_system_config`) of its own.
+        """Start the head.
 
-        With node types an autoscaler starts such nodes on demand, and ends those that idle.
+        Args:
+            folder: for the log and the autoscaler's configuration.
+            node_types: with these, an autoscaler starts such nodes on demand and ends idle ones.
+            idle_s: seconds after which the autoscaler ends an idle node.
+            head_cpus: CPUs of the head for workers.
+            takes_jobs: whether to start the dashboard, for `ray job submit`.
+            env: environment variables of the cluster's processes.
+            settings: Ray's `_system_config`.
         """
         self.log = folder / "ray.log"
         port, *others = _free_ports(3)
@@ -88,37 +95,39 @@ class RayCluster:
         self.env = self._env | {"RAY_ADDRESS": self._address}
 
     def add_node(self, *, num_cpus: int = 1, hidden: Path | None = None, python_path: Path | None = None) -> None:
-        """One more node; a folder of this machine is empty there, or its Python finds other packages first."""
+        """Start one more node, to which the folder `hidden` is empty, or whose Python finds packages in `python_path` first."""
         before = self.log.read_text().count(STARTED)
         words = ["python", "-c", JOIN]
         if hidden is not None:
             words = ["unshare", "-rm", "sh", "-c", f'mount -t tmpfs none "{hidden}" && exec "$@"', "sh", *words]
-        extra = dict.fromkeys(ON_LOOPBACK, "1") | ({} if python_path is None else {"PYTHONPATH": str(python_path)})
+        extra = dict.fromkeys(ON_LOOPBACK, "1")
+        if python_path is not None:
+            extra["PYTHONPATH"] = os.pathsep.join(filter(None, (str(python_path), self._env.get("PYTHONPATH"))))
         options = ["--address", self._address, "--num-cpus", str(num_cpus)]
         self._processes.append(self._start(words, options, extra))
         self._wait(lambda: self.log.read_text().count(STARTED) > before)
 
     def raylets(self) -> list[psutil.Process]:
-        """One for each node, the head's first."""
+        """The raylets, one per node, the head's first."""
         return self.find(lambda p: p.name() == "raylet")
 
     def workers(self) -> list[psutil.Process]:
-        """Processes of actors."""
+        """Processes of workers."""
         return self.find(lambda p: p.name().startswith(("ray::UapWorker", "ray::worker-")))
 
     def job_status(self, job: str) -> str:
-        """Of a submitted job: RUNNING, STOPPED, SUCCEEDED, …"""
+        """Status of a submitted job: RUNNING, STOPPED, SUCCEEDED, …"""
         headers = {"Authorization": f"Bearer {self.env['RAY_AUTH_TOKEN']}"}
         with urlopen(Request(f"{self.dashboard}/api/jobs/{job}", headers=headers), timeout=30) as answer:
             return json.load(answer)["status"]
 
     def listens_at(self) -> set[str]:
-        """IP addresses at which its processes can be reached."""
+        """IP addresses at which the cluster's processes listen."""
         processes = self.find(lambda p: True)
         return {c.laddr.ip for p in processes for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}
 
     def kill_node(self, number: int = 1, *, worker: psutil.Process | None = None) -> None:
-        """SIGKILL to the raylet of a node by its age, the head being 0, or to that of a worker, and to all that runs below it."""
+        """Kill a raylet and all its children: that of a node, numbered by age from the head (0), or that of a worker."""
         raylet = self.raylets()[number] if worker is None else worker.parent()
         for process in [raylet, *raylet.children(recursive=True)]:
             with suppress(psutil.NoSuchProcess):
@@ -140,9 +149,9 @@ class RayCluster:
             words = [*ray, "start", "--block", *options]
             return subprocess.Popen(words, env=env, stdout=log, stderr=subprocess.STDOUT)
 
-    def _wait(self, is_so) -> None:
+    def _wait(self, is_true: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 90
-        while not is_so():
+        while not is_true():
             assert time.monotonic() < deadline and self._processes[-1].poll() is None, self.log.read_text()
             time.sleep(0.1)
 
@@ -170,16 +179,19 @@ def ray_cluster(folder: Path, **options):
 
 
 def can_hide_folders() -> bool:
-    """Whether this user may mount something that only one process sees."""
+    """Whether this user may mount a file system that only one process sees."""
     return subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode == 0
 
 
 def _autoscaler(address: str, node_types: dict, idle_s: float) -> dict:
-    """Nodes are processes of this machine. Ray knows this provider as an external one only: its defaults are not in the wheel."""
+    """Configuration of an autoscaler whose nodes are processes of this machine.
+
+    The provider is declared as external because Ray's wheel lacks its defaults.
+    """
     module = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
     head = {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}
     return {
-        "cluster_name": "pretended",
+        "cluster_name": "fake",
         "max_workers": 16,
         "idle_timeout_minutes": idle_s / 60,
         "upscaling_speed": 100,
@@ -200,7 +212,7 @@ def _autoscaler(address: str, node_types: dict, idle_s: float) -> dict:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Below those that Ray gives to workers."""
+    """Free ports below those that Ray assigns to workers."""
     found: list[int] = []
     for port in range(6400, 9900):
         with socket.socket() as s, suppress(OSError):

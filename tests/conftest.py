@@ -10,12 +10,13 @@ from hypothesis import settings
 from PIL import Image
 from pyarrow import fs
 
-from uap_dist.classifiers import load_classifier
-from uap_dist.compute import compute
-from uap_dist.dataset import LocalWorkers, load_dataset
-from uap_dist.perturbations import Perturbation
-from uap_dist.shards import write_shards
-from uap_dist.worker import Worker
+from uap_dist.computing.rounds import compute
+from uap_dist.data.write import write_shards
+from uap_dist.models.loading import load_classifier
+from uap_dist.perturbations.files import Perturbation
+from uap_dist.workers.dataset import load_dataset
+from uap_dist.workers.local import LocalWorkers
+from uap_dist.workers.worker import Worker
 
 CPU_VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 settings.register_profile("uap_dist", deadline=None)  # how long an example takes depends on what else the machine does
@@ -90,6 +91,18 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip("real images and networks (../shared) are not here")
     return SHARED
+
+
+@pytest.fixture(scope="module")
+def local_ray():
+    """A Ray on this machine with 4 CPUs and 2 GPUs, none of which need to exist."""
+    import ray
+
+    ray.init(
+        address="local", num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
+    )
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture(scope="session")

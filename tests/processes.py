@@ -1,4 +1,4 @@
-"""Jobs as processes of their own that need no five seconds for imports: each is forked from a server that has done them."""
+"""Jobs as separate processes, forked from a server that has imported everything already, which saves five seconds each."""
 
 import atexit
 import multiprocessing
@@ -16,9 +16,12 @@ from runpy import run_path
 
 import uap_dist
 
-SETTINGS = ("MLFLOW_", "RAY_")  # variables of the caller's that no test is to depend on
-FIRST = "uap_dist.cluster"  # sets variables that Ray reads when it is imported
-MODULES = [f"uap_dist.{path.stem}" for path in sorted(Path(uap_dist.__file__).parent.glob("[!_]*.py"))]
+SETTINGS = ("MLFLOW_", "RAY_")  # prefixes of environment variables that no test may depend on
+FIRST = "uap_dist.fleet.ray_cluster"  # imported first: it sets variables that Ray reads when it is imported
+ROOT = Path(uap_dist.__file__).parent
+MODULES = [
+    ".".join(("uap_dist", *path.relative_to(ROOT).with_suffix("").parts)) for path in sorted(ROOT.rglob("[!_]*.py"))
+]
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -26,7 +29,7 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 class JobProcess:
-    """A script's process, with the methods of subprocess.Popen."""
+    """The process of a script, with the interface of subprocess.Popen."""
 
     def __init__(self, words: Sequence[str], folder: Path, env: Mapping[str, str]) -> None:
         self.stdout, self.stderr = (tempfile.NamedTemporaryFile("r", encoding="utf-8") for _ in range(2))  # noqa: SIM115
@@ -62,7 +65,7 @@ class JobProcess:
 def run_job(
     words: Sequence[str], folder: Path, env: Mapping[str, str] | None = None, timeout: float = 200
 ) -> subprocess.CompletedProcess:
-    """What subprocess.run gives for a script and its options."""
+    """Run a script with its options, as subprocess.run does."""
     process = JobProcess(words, folder, environment() if env is None else env)
     try:
         out, err = process.communicate(timeout)
@@ -97,4 +100,4 @@ def _run(words: list[str], folder: str, env: dict[str, str], *outputs: str) -> N
     try:
         run_path(words[0], run_name="__main__")
     finally:
-        atexit._run_exitfuncs()  # which multiprocessing leaves out
+        atexit._run_exitfuncs()  # multiprocessing skips these

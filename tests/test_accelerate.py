@@ -4,9 +4,11 @@ from conftest import TINY
 from torch import nn
 from torch.testing import assert_close
 
-from uap_dist.accelerate import accelerate
-from uap_dist.classifiers import Classifier, Geometry, load_classifier
-from uap_dist.deepfool import log_odds_sum
+from uap_dist.data.decode import Geometry
+from uap_dist.method.log_odds import log_odds_sum
+from uap_dist.models.accelerate import accelerate
+from uap_dist.models.classifier import Classifier
+from uap_dist.models.loading import load_classifier
 
 SHAPE = (3, 32, 32)
 
@@ -70,26 +72,26 @@ def test_batch_norms_disappear_and_the_first_layer_is_found():
 
 
 @pytest.mark.parametrize("trap", ["twice", "shortcut"])
-def test_a_network_that_would_answer_otherwise_is_left_as_it_was(trap):
+def test_a_network_whose_outputs_would_differ_is_not_accelerated(trap):
     plain = wrap(Normed(**{trap: True}))
     assert check_same(plain) is plain
 
 
-def test_a_network_that_cannot_be_copied_is_left_as_it_was():
+def test_a_network_that_cannot_be_copied_is_not_accelerated():
     network = Normed()
     network.stream = (i for i in range(3))
     plain = wrap(network)
     assert accelerate(plain, SHAPE) is plain
 
 
-def test_a_network_whose_weights_are_computed_gives_what_it_gave():
+def test_a_network_with_parametrized_weights_keeps_its_outputs():
     network = Normed()
     torch.nn.utils.parametrizations.weight_norm(network.second)
     check_same(wrap(network))
 
 
 @pytest.mark.parametrize("padding", [0, "same", (2, 1)])
-def test_first_layers_of_all_kinds(padding):
+def test_first_layers_with_different_padding(padding):
     torch.manual_seed(0)
     layers = nn.Conv2d(3, 6, 3, padding=padding), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(96, 5)
     assert check_same(wrap(nn.Sequential(*layers))).first_layer == "network.0"

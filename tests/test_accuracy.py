@@ -6,12 +6,14 @@ import torch
 from conftest import random_samples
 from torch import nn
 
-from uap_dist.accuracy import check_accuracy
-from uap_dist.classifiers import Classifier, Geometry
-from uap_dist.dataset import LocalWorkers, load_dataset
+from uap_dist.data.decode import Geometry
+from uap_dist.data.write import write_shards
 from uap_dist.errors import ClassifierError
-from uap_dist.shards import write_shards
-from uap_dist.worker import Worker
+from uap_dist.models.classifier import Classifier
+from uap_dist.workers.accuracy import check_accuracy
+from uap_dist.workers.dataset import load_dataset
+from uap_dist.workers.local import LocalWorkers
+from uap_dist.workers.worker import Worker
 
 
 class Strongest(nn.Module):
@@ -38,30 +40,30 @@ def data(shards):
     return [str(shards / f"train-{i:04d}.tar") for i in range(3)]
 
 
-def test_a_network_that_wants_0_to_1_is_refused_with_what_to_do(data):
+def test_a_network_that_expects_0_to_1_is_rejected_with_advice(data):
     with pytest.raises(
-        ClassifierError, match=r"strongest names 0\.\d+ of the .* divided by 255: it wants 0..1 .* pixels / 255"
+        ClassifierError, match=r"strongest classifies 0\.\d+ of the .* divided by 255: it expects 0..1 .* pixels / 255"
     ):
         accuracy(Strongest(), data)
 
 
-def test_a_network_that_is_right_is_not_warned_of(data, caplog):
+def test_an_accurate_network_causes_no_warning(data, caplog):
     rate = accuracy(Strongest(255.0), data)
     assert rate.num_examples == 47 and rate.rate > 0.9 and not caplog.text
 
 
-def test_labels_that_are_numbered_otherwise_are_warned_of(data, caplog):
+def test_class_numbers_that_differ_from_the_labels_cause_a_warning(data, caplog):
     rate = accuracy(Strongest(255.0, shift=1), data)
-    assert rate.rate < 0.2 and "are its classes numbered as the labels (.cls) are?" in caplog.text
+    assert rate.rate < 0.2 and "are its classes numbered in the same way as the labels (.cls)?" in caplog.text
 
 
-def test_without_labels_nothing_is_said(tmp_path, caplog):
+def test_images_without_labels_cause_no_warning(tmp_path, caplog):
     samples = [{key: value for key, value in sample.items() if key != "cls"} for sample in random_samples(9, seed=5)]
     write_shards(samples, tmp_path, prefix="x", shard_size=9)
     assert accuracy(Strongest(), [str(tmp_path / "x-0000.tar")]) is None and not caplog.text
 
 
-def test_a_network_that_says_the_same_of_all_dark_images_is_not_taken_for_one_of_0_to_1(tmp_path, caplog):
+def test_a_network_with_one_label_for_all_dark_images_is_not_rejected(tmp_path, caplog):
     rng = np.random.default_rng(0)
     samples = [sample | {"cls": int(rng.random() < 0.2)} for sample in random_samples(60, seed=6)]
     write_shards(samples, tmp_path, prefix="x", shard_size=60)

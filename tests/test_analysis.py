@@ -10,19 +10,22 @@ from hypothesis import given as given_examples
 from hypothesis import strategies as st
 from torch import nn
 
-from uap_dist import boundaries, by_number, phase
-from uap_dist.classifiers import Classifier, Geometry
-from uap_dist.compute import compute
-from uap_dist.config import ComputeConfig
-from uap_dist.dataset import Dataset, LocalWorkers, Shard, load_dataset
-from uap_dist.deepfool import deepfool
+from uap_dist.analysis import boundaries, phase_transition, sample_size
+from uap_dist.computing.rounds import compute
+from uap_dist.data.decode import Geometry
+from uap_dist.data.write import write_shards
 from uap_dist.errors import ConfigError, PerturbationError
-from uap_dist.evaluate import measure_perturbations
-from uap_dist.norms import measure
-from uap_dist.perturbations import Perturbation
-from uap_dist.schedule import plan_rounds
-from uap_dist.shards import write_shards
-from uap_dist.worker import Predictions, Worker
+from uap_dist.evaluation.evaluate import measure_perturbations
+from uap_dist.method.config import ComputeConfig
+from uap_dist.method.deepfool import deepfool
+from uap_dist.method.norms import measure, paper_norm_l2
+from uap_dist.method.rates import Predictions
+from uap_dist.method.schedule import plan_rounds
+from uap_dist.models.classifier import Classifier
+from uap_dist.perturbations.files import Perturbation
+from uap_dist.workers.dataset import Dataset, Shard, load_dataset
+from uap_dist.workers.local import LocalWorkers
+from uap_dist.workers.worker import Worker
 
 MEMORY = 1 << 28
 SHAPE = (3, 16, 16)
@@ -62,12 +65,12 @@ def test_normals_of_an_affine_classifier_are_those_of_its_boundaries(shards):
     network = Affine()
     workers = workers_of(network)
     data = load_dataset(workers, [str(shards / "train-0000.tar")])
-    (found,) = workers.map("normals", data.blocks(24))
+    (found,) = workers.map(Worker.normals, data.blocks(24))
     normals = found.directions.reshape(-1, 768)
     assert len(normals) == 20 and found.num_left_out == 0
     np.testing.assert_allclose(np.linalg.norm(normals, axis=1), 1, rtol=1e-6)
     weights = network.weights.detach().numpy()
-    pixels = next(workers.map("pixels", data.blocks(24))).reshape(20, -1).astype(np.float64) - 128
+    pixels = next(workers.map(Worker.pixels, data.blocks(24))).reshape(20, -1).astype(np.float64) - 128
     expected = []
     for x, label in zip(pixels, data.clean.labels, strict=True):
         slopes = np.delete(weights - weights[label], label, 0).astype(np.float64)
@@ -82,7 +85,7 @@ def test_normals_of_an_affine_classifier_are_those_of_its_boundaries(shards):
 def test_images_that_deepfool_does_not_move_are_left_out(shards):
     workers = workers_of(Flat())
     data = load_dataset(workers, [str(shards / "train-0000.tar")])
-    (found,) = workers.map("normals", data.blocks(24))
+    (found,) = workers.map(Worker.normals, data.blocks(24))
     assert found.directions.shape == (0, *SHAPE) and found.num_left_out == 20 and not found.total.any()
     with pytest.raises(ConfigError, match="2 singular .* DeepFool found only 0 normals; 20 images have none"):
         boundaries.gather_normals(workers, data, 2, MEMORY)
@@ -92,14 +95,14 @@ def test_images_that_deepfool_does_not_move_are_left_out(shards):
 
 def transition(workers, train, val, v, total, **options):
     settings = {"scales": (0.5, 1.0), "num_draws": 2, "seed": 0} | options
-    return phase.phase_transition(workers, train, val, v, total, **settings)
+    return phase_transition.phase_transition(workers, train, val, v, total, **settings)
 
 
 def test_normals_sum_and_spectrum_are_those_of_deepfool(local_workers, tiny_data):
     train, _ = tiny_data
     found = boundaries.gather_normals(local_workers, train, 10, MEMORY)
     rows, total = [], np.zeros(SHAPE)
-    for block, pixels in zip(train.blocks(24), local_workers.map("pixels", train.blocks(24)), strict=True):
+    for block, pixels in zip(train.blocks(24), local_workers.map(Worker.pixels, train.blocks(24)), strict=True):
         classifier = local_workers._worker.classifier
         solved = deepfool(classifier, torch.tensor(pixels).float(), torch.zeros(SHAPE), torch.tensor(block.labels))
         for step, normal, is_solved in zip(solved.steps, solved.normals, solved.is_solved, strict=True):
@@ -118,11 +121,11 @@ def test_normals_sum_and_spectrum_are_those_of_deepfool(local_workers, tiny_data
 
 def test_the_mean_image_is_the_mean(local_workers, tiny_data, tmp_path):
     train, _ = tiny_data
-    pixels = np.concatenate(list(local_workers.map("pixels", train.blocks(24))))
-    np.testing.assert_allclose(phase.mean_image(local_workers, train), pixels.mean(0), rtol=1e-12)
+    pixels = np.concatenate(list(local_workers.map(Worker.pixels, train.blocks(24))))
+    np.testing.assert_allclose(phase_transition.mean_image(local_workers, train), pixels.mean(0), rtol=1e-12)
     nothing = replace(train, shards=(), clean=replace(train.clean, labels=np.zeros(0, np.int64)))
     with pytest.raises(ConfigError, match="no mean image of zero images"):
-        phase.mean_image(local_workers, nothing)
+        phase_transition.mean_image(local_workers, nothing)
     black = [{**sample, "png": encode(np.zeros((16, 16, 3), np.uint8))} for sample in random_samples(5, seed=3)]
     write_shards(iter(black), tmp_path, prefix="black", shard_size=5)
     dark = load_dataset(local_workers, [str(tmp_path / "black-0000.tar")])
@@ -136,7 +139,7 @@ def test_a_phase_transition_measures_v_as_an_evaluation_does_and_all_others_at_i
     points = list(transition(local_workers, train, val, v, total))
     expected = list(measure_perturbations(local_workers, "tiny", "val", val, [Perturbation("v", v)], scales=(0.5, 1.0)))
     for norm in ("l2", "linf"):
-        own = [p for p in points if p.kind == phase.UNIVERSAL and p.norm == norm]
+        own = [p for p in points if p.kind == phase_transition.UNIVERSAL and p.norm == norm]
         assert [(p.scale, p.norm_l2, p.norm_linf, p.fooling) for p in own] == [
             (m.scale, m.norm_l2, m.norm_linf, m.fooling) for m in expected
         ]
@@ -145,12 +148,12 @@ def test_a_phase_transition_measures_v_as_an_evaluation_does_and_all_others_at_i
         assert p.fooling.num_examples == 20
     draws = {(p.kind, p.draw) for p in points}
     assert len(points) == 2 * 2 * len(draws) and len(draws) == 1 + 2 + 2 + 2 + 1 + 1
-    assert sum(kind == phase.SINGLE for kind, _ in draws) == 2
+    assert sum(kind == phase_transition.SINGLE for kind, _ in draws) == 2
 
 
 def test_single_images_are_drawn_with_the_seed(local_workers, tiny_data):
     train, _ = tiny_data
-    steps = [list(islice(phase._single_steps(local_workers, train, seed), 3)) for seed in (0, 0, 1)]
+    steps = [list(islice(phase_transition._single_steps(local_workers, train, seed), 3)) for seed in (0, 0, 1)]
     assert all(map(torch.equal, steps[0], steps[1])) and not torch.equal(steps[0][0], steps[2][0])
     assert measure(steps[0][0], "l2") == pytest.approx(1)
 
@@ -159,7 +162,7 @@ def test_vectors_of_the_subspace_lie_in_it(local_workers, tiny_data):
     vectors = boundaries.gather_normals(local_workers, tiny_data[0], 5, MEMORY).spectrum.vectors
     basis = torch.from_numpy(vectors)
     inside = list(boundaries.subspace_directions(vectors, SHAPE, 2, seed=0))
-    outside = [d for d in phase.random_directions(SHAPE, 2, seed=0) if d.kind == phase.SPHERE]
+    outside = [d for d in phase_transition.random_directions(SHAPE, 2, seed=0) if d.kind == phase_transition.SPHERE]
     for one, other in zip(inside, outside, strict=True):
         assert torch.allclose(one.v.flatten() @ basis.T @ basis, one.v.flatten(), atol=1e-5)
         assert measure(one.v, "l2") == pytest.approx(1, rel=1e-5) and one.v.shape == SHAPE
@@ -173,7 +176,11 @@ def test_all_that_is_compared_with_the_subspace_is_as_long(local_workers, tiny_d
     found = boundaries.analyze_boundaries(
         local_workers, val, v, normals, norm_l2=300.0, num_draws=2, memory_bytes=MEMORY, seed=0
     )
-    assert [p.kind for p in found.points] == [phase.UNIVERSAL, *2 * [boundaries.SUBSPACE], *2 * [phase.SPHERE]]
+    assert [p.kind for p in found.points] == [
+        phase_transition.UNIVERSAL,
+        *2 * [boundaries.SUBSPACE],
+        *2 * [phase_transition.SPHERE],
+    ]
     assert all(p.norm_l2 == pytest.approx(300, rel=1e-5) for p in found.points)
     assert found.random.num_rows == normals.spectrum.num_rows
     # normals of one small network share directions, random vectors do not
@@ -191,8 +198,8 @@ def test_random_unit_vectors_have_the_spectrum_that_theory_gives():
 
 
 def test_lengths_of_other_input_sizes_are_as_strong_as_the_papers():
-    assert boundaries.paper_norm_l2((3, 224, 224)) == 2000
-    assert boundaries.paper_norm_l2((3, 112, 112)) == pytest.approx(1000)
+    assert paper_norm_l2((3, 224, 224)) == 2000
+    assert paper_norm_l2((3, 112, 112)) == pytest.approx(1000)
 
 
 CONFIG = ComputeConfig(round_size=10, block_size=5, max_evaluations=47 + 100, radius=20.0, seed=3)
@@ -207,9 +214,9 @@ def given(local_workers, tiny_data):
 
 def test_perturbations_of_fewer_images_are_what_the_thinned_data_gives(local_workers, tiny_data, given):
     (train, val), (perturbation, last) = tiny_data, given
-    plan = by_number.plan_numbers(train, by_number.Recipe.of(perturbation), (12, 47), 2)
+    plan = sample_size.configs_by_size(train, sample_size.Recipe.of(perturbation), (12, 47), 2)
     assert list(plan) == [(12, 3), (12, 4), (47, 3), (47, 4)]
-    found = {(p.num_images, p.seed): p for p in by_number.compute_by_number(local_workers, train, val, plan)}
+    found = {(p.num_images, p.seed): p for p in sample_size.compute_sample_sizes(local_workers, train, val, plan)}
     assert len(found) == 4
     work = last.num_evaluations - 47  # less than 100, as a round more would not fit
     *_, direct = compute(
@@ -229,12 +236,12 @@ def test_numbers_that_cannot_be_are_refused(tiny_data, given):
     for number in (9, 48):
         message = f"of {number} training images (--numbers) cannot be compared: its rounds would have another size;"
         with pytest.raises(ConfigError, match=re.escape(message)):
-            by_number.plan_numbers(train, by_number.Recipe.of(given[0]), (number,), 1)
+            sample_size.configs_by_size(train, sample_size.Recipe.of(given[0]), (number,), 1)
     with pytest.raises(PerturbationError, match="published does not say how .* leave images"):
-        by_number.Recipe.of(Perturbation("published", torch.ones(SHAPE)))
-    poor = replace(by_number.Recipe.of(given[0]), num_evaluations=4)
+        sample_size.Recipe.of(Perturbation("published", torch.ones(SHAPE)))
+    poor = replace(sample_size.Recipe.of(given[0]), num_evaluations=4)
     with pytest.raises(ConfigError, match="do not pay for"):
-        by_number.plan_numbers(train, poor, (47,), 1)
+        sample_size.configs_by_size(train, poor, (47,), 1)
 
 
 def dataset_of(sizes):
@@ -278,8 +285,8 @@ def test_thinning_by_blocks_gives_as_many_examples_as_asked_for(sizes, block_siz
 
 
 def test_the_ladder_of_numbers_ends_at_all_and_begins_with_a_round():
-    assert by_number.default_numbers(5000, 6) == (19, 78, 312, 1250, 5000)
-    assert by_number.default_numbers(47, 12) == (47,)
+    assert sample_size.default_numbers(5000, 6) == (19, 78, 312, 1250, 5000)
+    assert sample_size.default_numbers(47, 12) == (47,)
 
 
 def test_a_subspace_that_cannot_be_had_is_refused_before_work():

@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from uap_dist.analysis_report import FinishedAnalysis, save_analysis, to_html
-from uap_dist.analysis_text import boundaries_finding, norm_at, numbers_finding, phase_finding, table
-from uap_dist.boundaries import SUBSPACE, Boundaries
-from uap_dist.by_number import NumberPoint
-from uap_dist.fooling import Rate
+from uap_dist.analysis.boundaries import SUBSPACE, Boundaries
+from uap_dist.analysis.phase_transition import MEAN, SIGNS, SINGLE, SPHERE, SUM, UNIVERSAL, Point
+from uap_dist.analysis.report import FinishedAnalysis, save_analysis, to_html
+from uap_dist.analysis.sample_size import SampleSizePoint
+from uap_dist.analysis.spectrum import Spectrum
+from uap_dist.analysis.text import boundaries_finding, norm_at, phase_finding, sample_size_finding
 from uap_dist.foreign_text import escape_markdown
-from uap_dist.perturbations import Perturbation
-from uap_dist.phase import MEAN, SIGNS, SINGLE, SPHERE, SUM, UNIVERSAL, Point
-from uap_dist.spectrum import Spectrum
+from uap_dist.method.rates import Rate
+from uap_dist.perturbations.files import Perturbation
+from uap_dist.tracking.outputs import markdown_table
 
 SLOPES = {UNIVERSAL: 40, SPHERE: 5, SIGNS: 6, SINGLE: 10, SUM: 20, MEAN: 0}  # of 100 images, at the norm 10 and scale 1
 
@@ -72,7 +73,7 @@ def test_the_findings_are_the_numbers():
     text = phase_finding(phase())
     assert "**0.400 [0.309, 0.498] of 100**" in text
     assert "The perturbation fools half of them from ℓ2 norm 12.5 on, 1.25 of the perturbation's own" in text
-    assert "A random vector fools 0.105 at ℓ2 norm 20, the largest tried, and nowhere half" in text
+    assert "A random vector fools 0.105 at ℓ2 norm 20, and never reaches half in the range that was tested" in text
     assert (
         "the best of the other directions is *sum of DeepFool perturbations* with 0.200; a random vector fools 0.055"
         in text
@@ -86,22 +87,23 @@ def test_the_findings_are_the_numbers():
 def test_enough_images_are_the_fewest_within_half_an_interval():
     rates = {10: (30, 34), 20: (72, 78), 40: (80, 80)}
     points = [
-        NumberPoint(n, s, Rate(hits, 100), Rate(9, 10), 5, 6.0)
+        SampleSizePoint(n, s, Rate(hits, 100), Rate(9, 10), 5, 6.0)
         for n, each in rates.items()
         for s, hits in enumerate(each)
     ]
-    text = numbers_finding(points)
+    text = sample_size_finding(points)
     assert (
         "from 10 training images, a perturbation fools **0.320**" in text
         and "from 40, 0.800 (means over 2 seeds)" in text
     )
     assert "20 images give as much as 40 to within 0.078" in text
-    assert numbers_finding(points[:1]).endswith("fools **0.300** of the held-out images (one seed).")
+    assert sample_size_finding(points[:1]).endswith("fools **0.300** of the held-out images (one seed).")
 
 
 def test_names_stay_inside_their_cell_and_are_no_html(tmp_path):
     html = to_html(
-        "# A & B\n\n" + table(["a", "b"], [[escape_markdown(name) for name in ("x|y", "<script>alert(1)</script>")]]),
+        "# A & B\n\n"
+        + markdown_table(["a", "b"], [[escape_markdown(name) for name in ("x|y", "<script>alert(1)</script>")]]),
         tmp_path,
     )
     assert "<title>A &amp; B</title>" in html and "<script>" not in html and html.count("<td") == 2

@@ -4,7 +4,6 @@ import csv
 import json
 import re
 from pathlib import Path
-from runpy import run_path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,14 +13,18 @@ from conftest import TINY, compute_here, tiny_worker
 from processes import run_job
 from test_job import data, empty_store, runs
 
-from uap_dist.boundaries import SUBSPACE, analyze_boundaries, gather_normals, paper_norm_l2
-from uap_dist.by_number import Recipe, compute_by_number, plan_numbers
-from uap_dist.config import ComputeConfig
-from uap_dist.dataset import LocalWorkers, load_dataset
+from uap_dist.analysis.boundaries import SUBSPACE, analyze_boundaries, gather_normals
+from uap_dist.analysis.options import AnalyzeOptions
+from uap_dist.analysis.phase_transition import UNIVERSAL, phase_transition
+from uap_dist.analysis.run import check_sizes, plan_sample_sizes
+from uap_dist.analysis.sample_size import Recipe, compute_sample_sizes, configs_by_size
 from uap_dist.errors import ConfigError
-from uap_dist.norms import measure
-from uap_dist.perturbations import PERTURBATION_FILE, Perturbation, load_perturbations, save_perturbation
-from uap_dist.phase import UNIVERSAL, phase_transition
+from uap_dist.job_options import DataOptions
+from uap_dist.method.config import ComputeConfig
+from uap_dist.method.norms import measure, paper_norm_l2
+from uap_dist.perturbations.files import PERTURBATION_FILE, Perturbation, load_perturbations, save_perturbation
+from uap_dist.workers.dataset import load_dataset
+from uap_dist.workers.local import LocalWorkers
 
 JOB = Path(__file__).parents[1] / "jobs/analyze.py"
 SMALL = ("--num-singular", "5", "--num-draws", "2", "--scales", "0.5", "2", "--numbers", "12", "47", "--num-seeds", "2")
@@ -154,9 +157,15 @@ def test_one_worker_in_this_process_finds_the_same(analyzed, shards):
             (r["kind"], r["draw"], r["norm"], r["scale"], r["norm_l2"], r["fooling"]) for r in read(folder / "a", table)
         ]
         assert rows == [(p.kind, p.draw, p.norm, p.scale, p.norm_l2, p.fooling.rate) for p in points]
-    plan = plan_numbers(train, Recipe.of(v), (12, 47), 2)
-    numbers = sorted((p.num_images, p.seed, p.val.rate) for p in compute_by_number(workers, train, val, plan))
+    plan = configs_by_size(train, Recipe.of(v), (12, 47), 2)
+    numbers = sorted((p.num_images, p.seed, p.val.rate) for p in compute_sample_sizes(workers, train, val, plan))
     assert [(r["num_images"], r["seed"], r["val"]) for r in read(folder / "a", "number-of-images")] == numbers
+
+
+def options_from(**changed):
+    data = {"train_shards": ("t",), "val_shards": ("h",)}
+    data |= {name: changed.pop(name) for name in ("num_val_images", "max_bad_fraction") if name in changed}
+    return AnalyzeOptions(**{"model": "m", "perturbation": "v"} | changed, data=DataOptions(**data))
 
 
 @pytest.mark.parametrize(
@@ -174,11 +183,9 @@ def test_one_worker_in_this_process_finds_the_same(analyzed, shards):
     ],
 )
 def test_options_that_cannot_be_are_named(changed, message):
-    options = run_path(str(JOB))["Options"]
-    given = {"model": "m", "perturbation": "v", "train_shards": ("t",), "val_shards": ("h",)}
-    options(**given).check()
+    options_from()
     with pytest.raises(ConfigError, match=re.escape(message)):
-        options(**given | changed).check()
+        options_from(**changed)
 
 
 @pytest.mark.parametrize(
@@ -195,12 +202,10 @@ def test_options_that_cannot_be_are_named(changed, message):
     ],
 )
 def test_what_the_data_do_not_allow_is_refused(tiny_data, changed, size, message):
-    names = run_path(str(JOB))
-    given = {"model": "m", "perturbation": "v", "train_shards": ("t",), "val_shards": ("h",), "num_singular": 5}
-    options = names["Options"](**given | changed)
+    options = options_from(**{"num_singular": 5} | changed)
     v, recipe = Perturbation("v", torch.ones(3, size, size)), Recipe(ComputeConfig(), num_evaluations=100)
     with pytest.raises(ConfigError, match=re.escape(message)):
-        names["_plan"](options, v, recipe, tiny_data[0])
+        plan_sample_sizes(options, v, recipe, tiny_data[0])
 
 
 @pytest.mark.parametrize(
@@ -213,11 +218,9 @@ def test_what_the_data_do_not_allow_is_refused(tiny_data, changed, size, message
     ],
 )
 def test_what_options_and_network_do_not_allow_is_refused_before_the_data(changed, shape, num_train, message):
-    names = run_path(str(JOB))
-    given = {"model": "m", "perturbation": "v", "train_shards": ("t",), "val_shards": ("h",), "num_singular": 5}
-    options, v = names["Options"](**given | changed), Perturbation("v", torch.ones(3, 16, 16))
+    options, v = options_from(**{"num_singular": 5} | changed), Perturbation("v", torch.ones(3, 16, 16))
     with pytest.raises(ConfigError, match=re.escape(message)):
-        names["_check_sizes"](options, v, shape, num_train)
+        check_sizes(options, v, shape, num_train)
 
 
 def test_an_analysis_that_cannot_be_is_one_line(shards, tmp_path):

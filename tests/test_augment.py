@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from uap_dist.augment import augment
+from uap_dist.method.augment import augment
 
 IMAGES = np.random.default_rng(0).integers(0, 256, size=(64, 3, 56, 56), dtype=np.uint8)
 

@@ -1,5 +1,7 @@
-"""Benchmarks that need another machine than this one, at toy size: they must run when somebody has it."""
+"""Benchmarks find what they import; those that need another machine than this one run at toy size."""
 
+import ast
+from importlib import import_module
 from pathlib import Path
 
 from processes import run_job
@@ -11,6 +13,16 @@ def run(script, *words):
     done = run_job([str(BENCHMARKS / script), *words], BENCHMARKS)
     assert done.returncode == 0, done.stderr
     return [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| ")]
+
+
+def test_what_benchmarks_import_from_the_package_exists():
+    for path in BENCHMARKS.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("uap_dist."):
+                module = import_module(node.module)
+                missing = [name.name for name in node.names if not hasattr(module, name.name)]
+                for name in missing:  # a module of the folder
+                    import_module(f"{node.module}.{name}")
 
 
 def test_speed_of_a_gpu_by_network_batch_and_precision():

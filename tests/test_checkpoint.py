@@ -10,13 +10,14 @@ import torch
 from conftest import tiny_worker
 from pyarrow import fs
 
-from uap_dist.checkpoint import Checkpoint, CheckpointStore, JobRecord, _digest, check_identity
-from uap_dist.compute import State, compute
-from uap_dist.config import ComputeConfig
-from uap_dist.dataset import LocalWorkers
+from uap_dist.computing.rounds import compute
 from uap_dist.errors import ConfigError, ResumeError
-from uap_dist.history import RoundRecord
-from uap_dist.update import Iterate
+from uap_dist.method.config import ComputeConfig
+from uap_dist.method.state import State
+from uap_dist.method.update import Iterate
+from uap_dist.tracking.checkpoint import Checkpoint, CheckpointStore, JobRecord, _digest, check_identity
+from uap_dist.tracking.history import RoundRecord
+from uap_dist.workers.local import LocalWorkers
 
 JOB = JobRecord("a" * 32, {"seed": 1}, {"step_size": 5.0, "train_digest": "12"}, {"machines": ["CPU"]})
 
@@ -62,17 +63,17 @@ def test_other_users_of_the_machine_do_not_look_into_its_folder(tmp_path):
 
 
 @pytest.mark.parametrize("harm", ["cut", "flip", "empty"])
-def test_a_newest_that_is_not_whole_falls_back_and_says_so(tmp_path, caplog, harm):
+def test_a_damaged_newest_checkpoint_falls_back_and_says_so(tmp_path, caplog, harm):
     store = committed(tmp_path, 4)
     newest = max(tmp_path.iterdir())
     data = bytearray(newest.read_bytes())
     data[len(data) // 2] ^= 1
     newest.write_bytes({"cut": data[: len(data) // 2], "flip": data, "empty": b""}[harm])
     assert same(store.newest(), checkpoint(3))
-    assert f"checkpoint {newest} is not whole; taking the one before" in caplog.text
+    assert f"checkpoint {newest} is damaged; using the previous one" in caplog.text
 
 
-def test_without_a_whole_one_there_is_nothing_to_resume(tmp_path):
+def test_without_an_intact_checkpoint_there_is_nothing_to_resume(tmp_path):
     for path in ("absent", "."):
         with pytest.raises(ResumeError, match="no checkpoint in"):
             CheckpointStore(str(tmp_path / path)).newest()
@@ -80,7 +81,7 @@ def test_without_a_whole_one_there_is_nothing_to_resume(tmp_path):
 
 
 def test_committing_the_same_again_never_leaves_less(tmp_path):
-    """A resumed run begins so; a full disk or a kill at that moment must not cost the only checkpoint."""
+    """A resumed run begins so; a full disk or a kill at that moment must not destroy the only checkpoint."""
     store = committed(tmp_path, 0)
     (path,) = tmp_path.iterdir()
     path.chmod(0o444)
@@ -104,7 +105,7 @@ def test_a_storage_that_cannot_be_written_to_is_known_at_the_start(tmp_path):
         CheckpointStore("nowhere://x")
 
 
-def test_the_trial_of_a_storage_leaves_nothing(tmp_path, s3):
+def test_checking_a_storage_leaves_nothing(tmp_path, s3):
     CheckpointStore(str(tmp_path / "checkpoints/run")).prepare()
     assert not list(tmp_path.iterdir())
     store = CheckpointStore(f"s3://bucket/refused/run?{s3}")
@@ -127,8 +128,8 @@ def test_a_storage_that_fails_meanwhile_costs_only_its_commits(tmp_path, caplog)
         folder.unlink()
         (tmp_path / "away").rename(folder)
         store.commit(checkpoint(3))
-    assert caplog.text.count("not committed to") == caplog.text.count("rounds from 1 on are not committed to") == 1
-    assert "round 3 is committed, after 2 were not" in caplog.text
+    assert caplog.text.count("could not be committed") == caplog.text.count("round 1 could not be committed to") == 1
+    assert "round 3 is committed; the 2 commits before it failed" in caplog.text
     assert same(store.newest(), checkpoint(3))
 
 
@@ -153,7 +154,7 @@ def test_a_checkpoint_of_another_version_is_refused(tmp_path, version):
     np.savez(buffer, **arrays)
     path.with_name(f"round-00000001-{_digest(buffer.getvalue())}.npz").write_bytes(buffer.getvalue())
     with pytest.raises(
-        ResumeError, match=rf"is of another version of uap_dist \(its format is {version or 1}, this one"
+        ResumeError, match=rf"is of another version of uap_dist \(its format is {version or 1}, this version reads"
     ):
         store.newest()
 

@@ -6,16 +6,11 @@ from conftest import TINY
 from safetensors.torch import save_file
 from torchvision.models import squeezenet1_1
 
-from uap_dist.classifiers import (
-    Geometry,
-    Preset,
-    check_classifier,
-    choose_preset,
-    load_classifier,
-    load_usable_classifier,
-)
+from uap_dist.data.decode import Geometry
 from uap_dist.errors import ClassifierError
-from uap_dist.weights import WeightsFile, digest_weights, write_weights
+from uap_dist.models.check import check_classifier
+from uap_dist.models.loading import Preset, choose_preset, load_classifier, load_usable_classifier
+from uap_dist.models.weights import WeightsFile, digest_weights, write_weights
 
 TINY_FILE = TINY.rpartition(":")[0]
 
@@ -58,7 +53,7 @@ def test_the_digest_covers_every_tensor_that_a_network_holds():
     assert len(digests) == 5
 
 
-def test_network_of_ones_own_by_file_and_by_module():
+def test_own_networks_are_loaded_from_a_file_and_from_a_module():
     by_file, by_module = load_classifier(TINY), load_classifier("tiny:Tiny")
     assert by_file.weights_digest == by_module.weights_digest
     assert by_file.geometry == Geometry() and by_file.class_names[0] == "red"
@@ -66,7 +61,7 @@ def test_network_of_ones_own_by_file_and_by_module():
 
 def test_lite0_has_the_published_accuracy(shared):
     pytest.importorskip("timm")
-    from uap_dist.shards import load_shard
+    from uap_dist.data.decode import load_shard
 
     classifier = load_classifier("efficientnet_lite0")
     shard = load_shard(str(shared / "data/imagenet-sample/heldout-0000.tar"), classifier.geometry)
@@ -90,7 +85,7 @@ def test_lite0_has_the_published_accuracy(shared):
         (f"{TINY_FILE}:Lazy", None, "has lazy layers without weights"),
     ],
 )
-def test_what_cannot_be_loaded_says_why(name, weights, message):
+def test_loading_errors_say_what_is_wrong(name, weights, message):
     with pytest.raises(ClassifierError, match=message):
         load_classifier(name, weights)
 
@@ -108,28 +103,31 @@ def test_weights_that_do_not_match_name_the_keys(squeezenet_file, tmp_path):
     [
         ("Misnamed", "has 3 class names for 4 logits"),
         ("Probabilities", "returns probabilities; return the logits"),
-        ("Random", "gives two outputs for the same pixels"),
-        ("NoGradient", "logits of .*:NoGradient cannot be differentiated by its pixels; look for no_grad, .* NumPy"),
+        ("Random", "gives different outputs for the same pixels"),
+        (
+            "NoGradient",
+            "logits of .*:NoGradient cannot be differentiated with respect to its pixels; look for no_grad, .* NumPy",
+        ),
         (
             "ThroughNumpy",
-            "logits of .*:ThroughNumpy cannot be differentiated by its pixels; look for no_grad, .* NumPy",
+            "logits of .*:ThroughNumpy cannot be differentiated with respect to its pixels; look for no_grad, .* NumPy",
         ),
-        ("Rounded", "gradient of .*:Rounded by its pixels is zero everywhere; look for .* rounding"),
-        ("Rooted", "gradient of .*:Rooted by its pixels is not finite; look for roots"),
+        ("Rounded", "gradient of .*:Rounded with respect to its pixels is zero everywhere; look for .* rounding"),
+        ("Rooted", "gradient of .*:Rooted with respect to its pixels is not finite; look for roots"),
         ("Overflowing", "returns values that are not finite"),
         ("Half", r"returns float16; return logits of float32, as by logits.float\(\)"),
         ("OneLogit", r"returns \(2, 1\) for two images; expected logits of shape 2×K with K ≥ 2"),
         ("Squeezed", r"returns \(4,\) for one image; expected logits of shape 1×K"),
-        ("OfBatch", r"says something else of an image alone than .* batch norms have no running statistics \(norm\)"),
-        ("Standardised", "says something else of an image alone than .* statistics over the batch"),
+        ("OfBatch", r"gives another output for an image alone than .* batch norms have no running statistics \(norm\)"),
+        ("Standardised", "gives another output for an image alone than .* statistics over the batch"),
     ],
 )
-def test_what_is_no_classifier_is_refused(factory, message):
+def test_unusable_classifiers_are_rejected(factory, message):
     with pytest.raises(ClassifierError, match=message):
         check_classifier(load_classifier(f"{TINY_FILE}:{factory}"), (3, 16, 16))
 
 
-def test_a_network_whose_input_size_is_known_is_tried_before_any_image():
+def test_a_network_of_known_input_size_is_checked_before_any_image():
     assert load_usable_classifier(f"{TINY_FILE}:Resized").geometry.crop == 16
     with pytest.raises(ClassifierError, match="fails on pixels of shape 2×3×20×20"):
         load_usable_classifier(f"{TINY_FILE}:WronglyResized")
@@ -150,7 +148,7 @@ def file_of(sha256="f" * 64, **provenance):
     return WeightsFile("w.pth", sha256, {}, {f"geometry.{key}": value for key, value in provenance.items()})
 
 
-def test_a_published_file_is_known_by_its_digest_and_brings_its_own_geometry(caplog):
+def test_a_published_file_is_recognised_by_its_digest_and_has_its_own_geometry(caplog):
     presets = {"V1": OLD, "V2": NEW}
     assert choose_preset(file_of("0676ba61" + "0" * 56), presets, "V2") is OLD
     assert choose_preset(file_of("11ad3fa6" + "0" * 56), presets, "V1") is NEW
@@ -161,10 +159,10 @@ def test_a_published_file_is_known_by_its_digest_and_brings_its_own_geometry(cap
     assert not caplog.text
 
 
-def test_a_file_of_unknown_geometry_says_which_one_is_taken_and_which_others_there_are(caplog):
+def test_a_guess_of_the_geometry_is_logged_with_the_alternatives(caplog):
     assert choose_preset(file_of(), {"V1": OLD, "V2": NEW}, "V2") is NEW
     assert re.search(
-        r"w.pth is none .* as for V2 \(resize 232, crop 224.* There are also V1 \(resize 256,", caplog.text
+        r"w.pth is not one .* as for V2 \(resize 232, crop 224.* The others are V1 \(resize 256,", caplog.text
     )
 
 

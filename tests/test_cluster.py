@@ -1,4 +1,4 @@
-"""Whole jobs on clusters that grow, shrink, and share no files."""
+"""Whole jobs on clusters that grow and shrink, or whose nodes share no files."""
 
 import subprocess
 import sys
@@ -15,9 +15,10 @@ from conftest import TINY, tiny_worker
 from pyarrow import fs
 from safetensors.torch import load_file
 
-from uap_dist.compute import compute
-from uap_dist.config import ComputeConfig
-from uap_dist.dataset import LocalWorkers, load_dataset
+from uap_dist.computing.rounds import compute
+from uap_dist.method.config import ComputeConfig
+from uap_dist.workers.dataset import load_dataset
+from uap_dist.workers.local import LocalWorkers
 
 pytestmark = pytest.mark.slow
 JOB = Path(__file__).parents[1] / "jobs/compute.py"
@@ -43,9 +44,9 @@ def start(cluster, folder, *options):
     )
 
 
-def wait_for(is_so, process, timeout=120):
+def wait_for(is_true, process, timeout=120):
     deadline = time.monotonic() + timeout
-    while not is_so():
+    while not is_true():
         if time.monotonic() > deadline or process.poll() is not None:
             process.kill()
             pytest.fail(process.communicate()[0])
@@ -60,7 +61,7 @@ def expected(shards):
     return final.perturbation
 
 
-def test_from_no_node_to_three_through_a_lost_one_and_back_to_none(shards, expected, tmp_path):
+def test_a_cluster_grows_from_no_node_to_three_loses_one_and_shrinks_to_none(shards, expected, tmp_path):
     spot = {"resources": {"CPU": 1, "GPU": 1}, "min_workers": 0, "max_workers": 3}
     with ray_cluster(tmp_path, node_types={"spot": spot}) as cluster:
         assert len(cluster.raylets()) == 1
@@ -83,20 +84,22 @@ def test_from_no_node_to_three_through_a_lost_one_and_back_to_none(shards, expec
 
 CLASSIFY = """
 import sys, numpy as np
-from uap_dist.cluster import connect
-from uap_dist.dataset import list_dataset
-from uap_dist.fleet import Fleet, FleetConfig
+from uap_dist.fleet.ray_cluster import connect
+from uap_dist.fleet.config import FleetConfig
+from uap_dist.fleet.fleet import Fleet
+from uap_dist.workers.dataset import list_dataset
+from uap_dist.workers.worker import Worker
 
 connect()
 fleet = Fleet(sys.argv[1], None, FleetConfig(num_workers=1))
 fleet.wait()
 data = list_dataset(fleet, [sys.argv[2]])
-(answer,) = fleet.map("classify", [data.examples(0, range(3))], np.zeros(data.shape, np.float32))
-print("labels", answer.labels, "lost", fleet.tally.workers_lost)
+(answer,) = fleet.map(Worker.classify, [data.examples(0, range(3))], np.zeros(data.shape, np.float32))
+print("labels", answer.labels, "lost", fleet.stats.workers_lost)
 """
 
 
-def test_nodes_that_vanish_are_not_the_tasks_fault(shards, tmp_path):
+def test_a_task_survives_three_nodes_that_vanish(shards, tmp_path):
     network, shard = TINY.replace(":Tiny", ":Sleepy"), str(shards / "val-0000.tar")
     with ray_cluster(tmp_path) as cluster:
         cluster.add_node()
@@ -114,7 +117,7 @@ def test_nodes_that_vanish_are_not_the_tasks_fault(shards, tmp_path):
 
 
 def find_classifying(cluster):
-    """The worker that is at it, if one is."""
+    """The worker that classifies images now, if any."""
     for process in cluster.workers():
         with suppress(psutil.NoSuchProcess):
             if "classify" in " ".join(process.cmdline()):
@@ -124,7 +127,7 @@ def find_classifying(cluster):
 
 @pytest.fixture(scope="module")
 def nodes(shards, s3, tmp_path_factory):
-    """Three nodes to which the driver's folder is empty, shards on S3, and packages of which one has another version."""
+    """Three nodes to which the driver's folder is empty, that folder, a folder with another torchvision, and shards on S3."""
     folder, driver, other = (tmp_path_factory.mktemp(name) for name in ("cluster", "driver", "other-version"))
     if not can_hide_folders():
         pytest.skip("unshare may not mount here")
@@ -139,7 +142,7 @@ def nodes(shards, s3, tmp_path_factory):
         yield cluster, driver, other, f"s3://bucket/cluster/{{}}?{s3}"
 
 
-def test_four_nodes_that_share_no_files(nodes, expected):
+def test_a_job_on_nodes_that_share_no_files(nodes, expected):
     cluster, driver, _, url = nodes
     data = ("--train-shards", url.format("train-*.tar"), "--val-shards", url.format("val-0000.tar"))
     job = start(cluster, driver, *data, "--num-workers", "3")
@@ -148,7 +151,7 @@ def test_four_nodes_that_share_no_files(nodes, expected):
     assert torch.equal(load_file(driver / "out/perturbation.safetensors")["perturbation"], expected)
 
 
-def test_files_that_only_the_driver_sees_are_named(nodes, shards):
+def test_a_shard_that_only_the_driver_sees_is_named(nodes, shards):
     cluster, driver, _, url = nodes
     own = driver / "train-0000.tar"
     own.write_bytes((shards / own.name).read_bytes())
@@ -183,5 +186,5 @@ def test_a_node_with_another_version_is_refused(nodes):
     data = ("--train-shards", url.format("train-*.tar"), "--val-shards", url.format("val-0000.tar"))
     job = start(cluster, driver, *data, "--num-workers", "4", "--output", str(driver / "refused"))
     out, _ = job.communicate(timeout=120)
-    complaint = f"has torchvision 9.9 instead of {version('torchvision')}; the bits of a result depend on them"
-    assert job.returncode == 1 and complaint in out, out
+    message = f"has torchvision 9.9 instead of {version('torchvision')}; the bits of a result depend on them"
+    assert job.returncode == 1 and message in out, out

@@ -108,7 +108,9 @@ def test_spot_nodes_come_first_and_on_demand_ones_while_there_are_none(aws):
     failure = NodeLaunchException("InsufficientInstanceCapacity", "no spot capacity", None)
     tracker.update_node_availability("gpu_spot", int(now), failure)
     assert launched(load_function_or_class(name)) == {"gpu_on_demand": 4}
-    assert launched(_default_utilization_scorer) == {"gpu_spot": 4}, "Ray now does this itself: uap_dist/spot.py can go"
+    assert launched(_default_utilization_scorer) == {"gpu_spot": 4}, (
+        "Ray now does this itself: uap_dist/fleet/spot.py can go"
+    )
     now += 31 * 60
     assert launched(load_function_or_class(name)) == {"gpu_spot": 4}
 
@@ -127,8 +129,8 @@ def test_every_start_is_with_token_authentication_and_every_node_runs_the_built_
     assert set(re.findall(r"uap_dist-[\d.]+-py3", TEXT)) == {wheel.removesuffix("-none-any.whl")}
 
 
-def test_the_readme_lists_what_is_to_be_edited():
-    (listed,) = re.findall(r"lines marked EDIT: (.*?)\.\n", (ROOT / "README.md").read_text(), re.DOTALL)
+def test_the_documentation_lists_what_is_to_be_edited():
+    (listed,) = re.findall(r"lines marked EDIT: (.*?)\.\n", (ROOT / "docs/cluster.md").read_text(), re.DOTALL)
     marked = [line.split("#")[0] for line in TEXT.splitlines() if "# EDIT" in line]
     values = re.findall(r"`(\S+)`", listed)
     assert len(values) == len(marked) and all(value in line for value, line in zip(values, marked, strict=True))

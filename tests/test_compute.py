@@ -7,13 +7,17 @@ import torch
 from conftest import random_samples, tiny_worker
 from PIL import Image
 
-from uap_dist.compute import State, compute, count_rounds, describe_steps, run_round, step_sizes
-from uap_dist.config import ComputeConfig
-from uap_dist.dataset import LocalWorkers, check_disjoint, classify, load_dataset
+from uap_dist.computing.rounds import NUM_PLACES, compute, count_rounds, describe_steps, plan_measurements, run_round
+from uap_dist.data.write import write_shards
 from uap_dist.errors import ConfigError, PerturbationError, ShardError
-from uap_dist.norms import measure
-from uap_dist.schedule import Block, Round
-from uap_dist.shards import write_shards
+from uap_dist.method.config import ComputeConfig
+from uap_dist.method.norms import measure
+from uap_dist.method.schedule import Block, Round
+from uap_dist.method.state import State
+from uap_dist.tracking.history import RoundRecord
+from uap_dist.workers.dataset import check_disjoint, classify, load_dataset
+from uap_dist.workers.local import LocalWorkers
+from uap_dist.workers.worker import Worker
 
 SMALL = {"round_size": 10, "block_size": 5, "radius": 20.0}
 
@@ -23,8 +27,8 @@ def run(workers, data, **options):
 
 
 def test_log_odds_beats_random_on_held_out_images(local_workers, tiny_data):
-    from uap_dist.dataset import classify, fooling_rate
-    from uap_dist.norms import random_perturbation
+    from uap_dist.method.norms import random_perturbation
+    from uap_dist.workers.dataset import classify, fooling_rate
 
     final = run(local_workers, tiny_data, max_passes=4)[-1]
     noise = random_perturbation((3, 16, 16), norm="linf", radius=20.0, seed=0).numpy()
@@ -39,14 +43,14 @@ def test_blocks_of_one_image_follow_the_papers_loop(local_workers, tiny_data):
     options = {"round_size": 1, "block_size": 1, "rule": "paper", "max_passes": 1, "radius": 20.0}
     reports = run(local_workers, tiny_data, **options)
     network = tiny_worker().classifier.double()
-    from uap_dist.schedule import plan_rounds
+    from uap_dist.method.schedule import plan_rounds
 
     v = torch.zeros(3, 16, 16)
     starts = np.cumsum([0, *train.sizes])
     for round_, report in zip(plan_rounds(train.sizes, seed=0, round_size=1, block_size=1), reports, strict=False):
         (block,) = round_.blocks
         task = train.examples(block.shard, block.examples)
-        x = torch.tensor(next(local_workers.map("pixels", [task])), dtype=torch.float64)
+        x = torch.tensor(next(local_workers.map(Worker.pixels, [task])), dtype=torch.float64)
         label = int(train.clean.labels[starts[block.shard] + block.examples[0]])
         expected = (v.double() + reference_deepfool(network, x, v, label)).clamp(-20, 20)
         # from the same v each time, and to a share of the step: rounding may decide where the next one leads, and whether a step so
@@ -115,13 +119,73 @@ def test_evaluate_every_spares_evaluations_but_not_the_last(local_workers, tiny_
     assert [r.pass_number for r in reports if r.evaluation] == [1, 3, 4]
 
 
-def test_what_is_measured_before_the_end_costs_a_fiftieth_of_the_run(local_workers, tiny_data):
-    reports = run(local_workers, tiny_data, max_passes=30)
-    *glances, final = [r.evaluation for r in reports if r.evaluation]
-    assert len(glances) >= 2
-    assert all(g.train is None and g.val.num_examples == len(g.val_predictions.labels) for g in glances)
-    assert sum(g.val.num_examples for g in glances) <= 0.02 * 2 * reports[-1].num_solves
+@pytest.mark.parametrize("options", [{"max_passes": 30}, {"rule": "paper", "max_evaluations": 5_000}])
+def test_held_out_images_are_measured_at_ten_places_or_more(local_workers, tiny_data, options):
+    reports = run(local_workers, tiny_data, **options)
+    *before, final = [r.evaluation for r in reports if r.evaluation]
+    assert len(before) == NUM_PLACES - 1 and reports[-1].evaluation is final
+    assert all(e.train is None and e.val.num_examples == len(e.val_predictions.labels) == 20 for e in before)
     assert (final.train.num_examples, final.val.num_examples) == tuple(data.num_examples for data in tiny_data)
+
+
+def places(num_rounds, num_val=10_000, sizes=(6_000,), **options):
+    """Numbers of the rounds that a measurement follows, and of how many images; a round costs 12 evaluations."""
+    config = ComputeConfig(**{"rule": "log-odds"} | options)
+    plan = plan_measurements(sizes, num_val, config, num_rounds)
+    rounds = (Round(n, 0, False, (Block(0, tuple(range(6))),)) for n in range(num_rounds - 1))
+    spent = [sum(sizes) + 12 * n for n in range(num_rounds)]
+    return [r.number for r in rounds if plan.is_due(r, spent[r.number], spent[r.number + 1])], plan.num_images
+
+
+@pytest.mark.parametrize("num_rounds", [10, 28, 144, 1_000, 40_000])
+def test_places_are_dense_at_first_and_spread_over_the_whole_run(num_rounds):
+    found, num_images = places(num_rounds)
+    assert 8 <= len(found) <= NUM_PLACES - 1 and found == sorted(set(found))
+    steps = np.diff([*found, num_rounds - 1])
+    assert steps[0] <= steps[-1] <= 0.21 * num_rounds + 1
+    # a place is a fiftieth of the whole run's evaluations, divided by the places, but no less than 50 images
+    assert num_images == max(50, int(0.02 * 12 * num_rounds / NUM_PLACES))
+
+
+def test_no_more_held_out_images_are_measured_than_there_are():
+    assert places(40_000, num_val=70)[1] == 70
+    assert places(20, num_val=8)[1] == 8
+
+
+def test_a_resumed_run_measures_at_the_same_places(local_workers, tiny_data):
+    config = ComputeConfig(**SMALL, max_passes=6)
+    whole = list(compute(local_workers, *tiny_data, config))
+    for stop in (3, 7):
+        rest = list(compute(local_workers, *tiny_data, config, whole[stop].state))
+        assert [r.evaluation and r.evaluation.val for r in rest] == [
+            r.evaluation and r.evaluation.val for r in whole[stop + 1 :]
+        ]
+
+
+def test_measurements_leave_the_bits_alone(local_workers, tiny_data):
+    often, seldom = (run(local_workers, tiny_data, max_passes=4, evaluate_every=every)[-1] for every in (None, 4))
+    assert torch.equal(often.perturbation, seldom.perturbation) and often.num_evaluations == seldom.num_evaluations
+
+
+def test_records_continue_the_running_mean_after_a_resume(local_workers, tiny_data):
+    reports = run(local_workers, tiny_data, max_passes=3)
+
+    def records(reports, before):
+        history = list(before)
+        for report in reports:
+            history.append(RoundRecord.of(report, {}, history))
+        return history
+
+    whole = records(reports, [])
+    stored = [RoundRecord.from_json(record.json) for record in whole[:5]]
+    resumed = records(reports[5:], stored)
+    assert [r.metrics for r in resumed] == [r.metrics for r in whole] and len(whole) == 15
+    for end, record in enumerate(whole, start=1):
+        last = [r.fooling for r in reports[:end]]
+        while sum(r.num_examples for r in last[1:]) >= 60:
+            last = last[1:]
+        hits, images = sum(r.num_hits for r in last), sum(r.num_examples for r in last)
+        assert (record.metrics["fooling_rate/running"], record.metrics["num_images/running"]) == (hits / images, images)
 
 
 def test_a_thinned_dataset_is_evenly_spread_and_keeps_its_labels(local_workers, tiny_data):
@@ -138,7 +202,9 @@ def test_a_thinned_dataset_is_evenly_spread_and_keeps_its_labels(local_workers, 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_a_random_start_is_that_share_of_the_radius_in_a_direction_of_the_seed(tiny_data, norm):
     def start(**options):
-        return State.start(tiny_data[0], ComputeConfig(norm=norm, radius=20.0, **options))
+        return State.start(
+            tiny_data[0].shape, tiny_data[0].num_examples, ComputeConfig(norm=norm, radius=20.0, **options)
+        )
 
     first, second = (start(random_start=0.5, seed=seed) for seed in (0, 1))
     for state in (first, second):
@@ -162,7 +228,7 @@ def test_local_steps_of_a_lone_block_are_rounds_of_their_own(local_workers, tiny
     block = Block(0, tuple(range(15)))
     common = {"radius": 20.0, "augment": "none", "step_size": 2.0, "max_passes": 1}
     local = ComputeConfig(round_size=15, block_size=15, local_steps=3, **common)
-    start = State.start(train, local)
+    start = State.start(train.shape, train.num_examples, local)
     after, report = run_round(local_workers, train, Round(0, 0, False, (block,)), start, local, planned=1)
     alone, state = ComputeConfig(round_size=5, block_size=5, **common), start
     for number in range(3):
@@ -183,7 +249,7 @@ def test_local_steps_fool_in_a_fraction_of_the_rounds(local_workers, tiny_data):
 
 def test_the_first_step_doubles_where_blocks_are_averaged():
     def first(**options):
-        return step_sizes(0, 100, (3, 16, 16), ComputeConfig(radius=10.0, **options))
+        return ComputeConfig(radius=10.0, **options).steps(100, (3, 16, 16)).sizes(0)
 
     assert first(round_size=20, block_size=10) == (8.0,)
     alone, averaged = (first(round_size=size, block_size=10, local_steps=2) for size in (10, 20))
@@ -218,6 +284,7 @@ def test_passes_default_to_ten_unless_evaluations_bound_them():
         ({"random_start": 1.5}, "random start is 1.5; it must lie in"),
         ({"seed": -1}, "seed is -1"),
         ({"rule": "paper", "candidates": 1}, "candidates is 1; it must be at least 2"),
+        ({"augment": "rotate"}, "augment is 'rotate'; it must be one of none, flip, flip-shift"),
         ({"period": 0}, "period is 0; it must be positive"),
         ({"rule": "paper", "period": 8}, "period does not belong to rule paper"),
         ({"rule": "paper", "local_steps": 3}, "local steps does not belong to rule paper"),
@@ -245,7 +312,7 @@ def test_more_images_than_there_are_and_shards_on_both_sides_are_refused(local_w
             load_dataset(local_workers, [url], **options)
     with pytest.raises(ConfigError, match="asked for 21 images, but the 1 shards from .* hold 20"):
         load_dataset(local_workers, [url], num_images=21)
-    with pytest.raises(ShardError, match="is also among the held-out ones"):
+    with pytest.raises(ShardError, match="training shard .* is also a held-out shard"):
         check_disjoint(tiny_data[1], load_dataset(local_workers, [url], num_images=5))
 
 
@@ -293,10 +360,10 @@ def test_equal_keys_and_images_that_are_there_twice_are_said(local_workers, tiny
     write_shards([*others, {**others[2], "__key__": "again"}], tmp_path, prefix="v", shard_size=4)
     val = load_dataset(local_workers, [str(tmp_path / f"v-{i:04d}.tar") for i in range(2)])
     assert val.num_examples == 5
-    assert "1 of 5 images are there before, pixel by pixel, and count again; the first: " in caplog.text
+    assert "1 of 5 images duplicate an earlier one pixel for pixel and are counted again; the first: " in caplog.text
     assert f"{tmp_path}/v-0001.tar: again = {tmp_path}/v-0000.tar: s1-002" in caplog.text
     assert check_disjoint(tiny_data[0], val) is val
-    assert "4 of 5 held-out images have the key of a training image and other pixels, the first s1-000" in caplog.text
+    assert "4 of 5 held-out images have the key of a training image but other pixels, the first s1-000" in caplog.text
 
 
 def test_the_first_images_are_taken(local_workers, tiny_data, shards):

@@ -5,10 +5,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from uap_dist.accelerate import accelerate
-from uap_dist.classifiers import Classifier, Geometry, load_classifier
-from uap_dist.deepfool import deepfool, log_odds, log_odds_sum
+from uap_dist.data.decode import Geometry
 from uap_dist.errors import ConfigError
+from uap_dist.method.deepfool import deepfool
+from uap_dist.method.log_odds import log_odds, log_odds_sum
+from uap_dist.models.accelerate import accelerate
+from uap_dist.models.classifier import Classifier
+from uap_dist.models.loading import load_classifier
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -83,7 +86,7 @@ def shortest_steps(pixels, normals, scores, labels):
     return best
 
 
-def test_pixels_that_v_has_pushed_out_of_the_range_take_part_in_no_step():
+def test_pixels_pushed_out_of_the_range_by_v_take_part_in_no_step():
     pixels, normals, classifier = saturated("both", 0.3)
     v = 10 * torch.randint(0, 2, pixels.shape[1:], generator=torch.Generator().manual_seed(0)) * 2.0 - 10
     labels = classifier(pixels).argmax(1)
@@ -95,7 +98,7 @@ def test_pixels_that_v_has_pushed_out_of_the_range_take_part_in_no_step():
     assert (classifier((start + found.steps).clamp(0, 255)).argmax(1) != labels).all()
 
 
-def test_images_that_v_has_pushed_out_of_the_range_whole_are_solved():
+def test_images_pushed_out_of_the_range_completely_by_v_are_solved():
     pixels, normals, classifier = saturated("white", 1.0, count=2)
     found = deepfool(classifier, pixels, torch.full_like(pixels[0], 10.0), classifier(pixels).argmax(1))
     assert found.is_solved.all() and (found.steps <= -10).all()  # what the network sees of a step begins at -10
@@ -145,7 +148,7 @@ def test_fooled_images_are_left_alone_and_evaluations_are_what_the_network_saw()
 
 @given(seed=SEEDS, ratio=st.floats(1.0, 4.0))
 @settings(max_examples=25)
-def test_a_slope_ratio_that_holds_leaves_no_nearest_candidate_out(seed, ratio):
+def test_candidates_skipped_by_a_valid_slope_ratio_are_never_the_nearest(seed, ratio):
     weights, pixels, _ = linear(seed, 8)
     normals = weights - weights[:1]
     lengths = 1 + (ratio - 1) * torch.rand(8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
@@ -258,7 +261,7 @@ def test_options_out_of_range_are_refused(options):
 )
 def test_median_norm_agrees_with_foolbox_on_real_images(shared, model, weights, shard, count):
     foolbox = pytest.importorskip("foolbox")
-    from uap_dist.shards import load_shard
+    from uap_dist.data.decode import load_shard
 
     classifier = load_classifier(model.format(shared=shared), f"{shared}/models/{weights}.safetensors")
     images = load_shard(f"{shared}/data/{shard}", classifier.geometry).images
@@ -281,7 +284,7 @@ def test_median_norm_agrees_with_foolbox_on_real_images(shared, model, weights, 
 @pytest.mark.filterwarnings("ignore")
 def test_saturated_images_are_solved_where_foolbox_solves_them_and_more(shared):
     foolbox = pytest.importorskip("foolbox")
-    from uap_dist.shards import load_shard
+    from uap_dist.data.decode import load_shard
 
     classifier = load_classifier(f"{shared}/models/cifar_resnet.py:resnet20", f"{shared}/models/resnet20.safetensors")
     pixels = torch.tensor(load_shard(f"{shared}/data/cifar10/test-0000.tar", classifier.geometry).images).float()

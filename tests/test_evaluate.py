@@ -8,16 +8,21 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import TINY, tiny_worker
+from markdown_it import MarkdownIt
 from processes import run_job
 from test_job import empty_store
 
-from uap_dist.classifiers import load_classifier
-from uap_dist.dataset import LocalWorkers, load_dataset
-from uap_dist.evaluate import baselines, measure_perturbations
-from uap_dist.norms import measure, random_perturbation
-from uap_dist.perturbations import Perturbation
-from uap_dist.weights import write_weights
-from uap_dist.worker import Worker
+from uap_dist.evaluation.evaluate import Measurement, baselines, measure_perturbations
+from uap_dist.evaluation.report import markdown as as_table
+from uap_dist.evaluation.report import summary
+from uap_dist.method.norms import measure, random_perturbation
+from uap_dist.method.rates import Rate
+from uap_dist.models.loading import load_classifier
+from uap_dist.models.weights import write_weights
+from uap_dist.perturbations.files import Perturbation
+from uap_dist.workers.dataset import load_dataset
+from uap_dist.workers.local import LocalWorkers
+from uap_dist.workers.worker import Worker
 
 SHAPE = (3, 16, 16)
 
@@ -28,7 +33,7 @@ def test_rates_are_what_a_loop_over_the_images_gives(local_workers, tiny_data):
     _, val = tiny_data
     v = torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(1)) * 30
     network = tiny_worker().classifier
-    pixels = torch.tensor(next(local_workers.map("pixels", [val.examples(0, range(20))])).astype(np.float32))
+    pixels = torch.tensor(next(local_workers.map(Worker.pixels, [val.examples(0, range(20))])).astype(np.float32))
     for quantize in (False, True):
         found = list(
             measure_perturbations(
@@ -64,7 +69,22 @@ def test_baselines_are_as_large_as_the_perturbations_in_both_norms(local_workers
     assert nothing.fooling.num_hits == 0 and nothing.is_baseline and nothing.top1 == nothing.top1_clean
 
 
-def test_a_worker_that_follows_another_does_not_decode_again(shards):
+def test_names_in_a_summary_are_text():
+    names = {False: "<b>v|*w*", True: "random, ℓ2 norm of <b>v|*w*"}
+    found = [
+        Measurement("[c](d)", "a_b", name, is_baseline, 1.0, 1.0, 1.0, Rate(1 + is_baseline, 10), None, None)
+        for is_baseline, name in names.items()
+    ]
+    parser = MarkdownIt("commonmark").enable("table")
+    tokens = [child for token in parser.parse(summary(found)) for child in token.children or ()]
+    assert not {"html_inline", "link_open", "em_open"} & {token.type for token in tokens}
+    texts = [token.content for token in tokens if token.type == "text"]
+    for name in ("[c](d)", "a_b", *names.values()):
+        assert any(name in text for text in texts), texts
+    assert "| \\[c\\](d) | a_b |" in as_table(found) and as_table(found).count("\n") == 3
+
+
+def test_a_worker_that_adopts_another_does_not_decode_again(shards):
     first = tiny_worker()
     load_dataset(LocalWorkers(first), [str(shards / "val-0000.tar")])
     second = Worker(load_classifier(TINY), cache_bytes=1 << 30, num_threads=1)
@@ -73,7 +93,7 @@ def test_a_worker_that_follows_another_does_not_decode_again(shards):
     assert second.traffic.shards_read == 1
 
 
-def test_the_job_leaves_table_matrix_and_run(shards, tmp_path):
+def test_the_job_writes_table_matrix_and_run(shards, tmp_path):
     v = 40 * np.random.default_rng(0).choice([-1.0, 1.0], (8, 8, 3))
     np.save(tmp_path / "noise.npy", v)
     command = [
@@ -95,8 +115,8 @@ def test_the_job_leaves_table_matrix_and_run(shards, tmp_path):
     table = pq.read_table(tmp_path / "out/tables/evaluation.parquet").to_pylist()
     assert len(table) == 3 * 4 * 2  # the perturbation, nothing, and noise of either norm
     assert list(dict.fromkeys(row["classifier"] for row in table)) == ["Tiny", "Resized", "after tuning"]
-    # but those that see images alike were measured one after another, so that images were decoded twice, not three times
-    order = re.findall("(.*): waiting for", done.stdout)
+    # those with the same geometry were measured one after another, so images were decoded twice, not three times
+    order = list(dict.fromkeys(re.findall("^(.*), val, noise × 1:", done.stdout, re.MULTILINE)))
     assert abs(order.index("Tiny") - order.index("after tuning")) == 1
     assert {row["fooling_rate_num_images"] for row in table} == {20}
     assert all(row["fooling_rate_low"] <= row["fooling_rate"] <= row["fooling_rate_high"] for row in table)
@@ -136,7 +156,7 @@ def test_the_job_leaves_table_matrix_and_run(shards, tmp_path):
         ),
     ],
 )
-def test_an_evaluation_that_cannot_be_is_one_line(tmp_path, options, message):
+def test_bad_options_are_refused_in_one_line(tmp_path, options, message):
     np.save(tmp_path / "v.npy", np.ones((3, 8, 8)))
     (tmp_path / "mlflow.db").write_bytes(empty_store())
     done = run_job([str(JOB), *options], tmp_path)

@@ -6,26 +6,21 @@ import torch
 from conftest import TINY, random_samples
 from torch import nn
 
-from uap_dist.classifiers import Classifier, Geometry, load_classifier
-from uap_dist.dataset import LocalWorkers, load_dataset, reload_dataset
+from uap_dist.data.decode import Geometry
+from uap_dist.data.write import write_shards
 from uap_dist.errors import ClassifierError, ConfigError, ShardError
-from uap_dist.evaluate import measure_perturbations
-from uap_dist.finetune import (
-    HELD_OUT,
-    TRAINED_ON,
-    FinetuneConfig,
-    Learner,
-    Task,
-    check_labels,
-    check_trainable,
-    check_truths,
-    smallest_factors,
-)
-from uap_dist.norms import random_perturbation
-from uap_dist.pool import PerturbationPool
-from uap_dist.shards import write_shards
-from uap_dist.share import Share
-from uap_dist.worker import Worker
+from uap_dist.evaluation.evaluate import measure_perturbations
+from uap_dist.finetuning.batches import WorkerImages, smallest_factors
+from uap_dist.finetuning.config import FinetuneConfig
+from uap_dist.finetuning.network import check_labels, check_trainable, check_truths
+from uap_dist.finetuning.trainer import HELD_OUT, TRAINED_ON, Learner, Task
+from uap_dist.method.norms import random_perturbation
+from uap_dist.models.classifier import Classifier
+from uap_dist.models.loading import load_classifier
+from uap_dist.perturbations.pool import PerturbationPool
+from uap_dist.workers.dataset import load_dataset, reload_dataset
+from uap_dist.workers.local import LocalWorkers
+from uap_dist.workers.worker import Worker
 
 NORMED = TINY.replace(":Tiny", ":Normed")
 
@@ -73,12 +68,12 @@ def test_factor_is_the_smallest_of_the_ladder_that_fools():
 
 def test_every_image_is_shown_once_an_epoch_in_an_order_of_its_own(tiny_data):
     train, _ = tiny_data
-    shares = [Share(train.part(number, 2), Geometry(), num_shards=1) for number in range(2)]
-    whole = Share(train, Geometry(), num_shards=9)
+    parts = [WorkerImages(train.part(number, 2), Geometry(), num_shards=1) for number in range(2)]
+    whole = WorkerImages(train, Geometry(), num_shards=9)
     everything = np.concatenate([images for images, _ in whole.in_order(7)])
     assert len(everything) == 47
     for seed in (0, 1):
-        batches = [b for share in shares for b in share.shuffled(np.random.default_rng(seed), 1)]
+        batches = [b for part in parts for b in part.shuffled(np.random.default_rng(seed), 1)]
         found = {images.tobytes(): truth for images, (truth,) in batches}
         assert len(batches) == len(found) == 47 and set(found) == {image[None].tobytes() for image in everything}
     first, second = (
@@ -89,8 +84,8 @@ def test_every_image_is_shown_once_an_epoch_in_an_order_of_its_own(tiny_data):
 
 def test_images_and_truths_stay_together(tiny_data):
     train, _ = tiny_data
-    share = Share(train, Geometry(), num_shards=2)
-    for images, truths in share.shuffled(np.random.default_rng(0), 4):
+    part = WorkerImages(train, Geometry(), num_shards=2)
+    for images, truths in part.shuffled(np.random.default_rng(0), 4):
         assert (images.mean((2, 3)).argmax(1) == truths).mean() > 0.7  # the class is the strongest colour
 
 
@@ -99,7 +94,7 @@ def test_a_shard_that_has_changed_is_refused(tmp_path, local_workers):
     dataset = load_dataset(local_workers, [str(tmp_path / "x-0000.tar")])
     write_shards(random_samples(9, seed=6), tmp_path, prefix="x", shard_size=9)
     with pytest.raises(ShardError, match="changed during the run"):
-        next(Share(dataset, Geometry(), 1).in_order(3))
+        next(WorkerImages(dataset, Geometry(), 1).in_order(3))
 
 
 def test_it_learns_and_repeats_to_the_bit(tiny_data, pool):
@@ -177,6 +172,7 @@ def test_two_workers_see_all_images_between_them(tiny_data, pool):
         ({"ladder": (0.5, 0.5)}, "ladder is .*ascending positive numbers"),
         ({"ladder": ()}, "ladder is"),
         ({"ladder": (0.5, 1.0)}, "ladder belongs to --adaptive"),
+        ({"augment": "rotate"}, "augment is 'rotate'; it must be one of none, flip, flip-shift"),
         ({"batch_norm": "off"}, "batch norm is 'off'; it must be frozen or train"),
     ],
 )
@@ -211,7 +207,7 @@ def test_a_network_without_anything_to_learn_is_refused(tiny_data, pool, tmp_pat
 def test_a_training_that_diverges_says_so(tiny_data, pool):
     trained = learner(tiny_data, pool, learning_rate=1e30)
     trained.run_epoch()
-    with pytest.raises(ConfigError, match=r"the training of epoch 1 diverged .*give less than --learning-rate 1e\+30"):
+    with pytest.raises(ConfigError, match=r"the training of epoch 1 diverged .*give a --learning-rate below 1e\+30"):
         trained.run_epoch()
 
 
@@ -219,10 +215,10 @@ def test_a_training_that_diverges_says_so(tiny_data, pool):
     ("label", "message"),
     [
         (lambda cls: None, "20 of 20 training images have no label; give shards with .cls"),
-        (lambda cls: 17, "20 of 20 training images have labels outside the network's 4 classes, as 17"),
+        (lambda cls: 17, "20 of 20 training images have labels outside the network's 4 classes, such as 17"),
         (
             lambda cls: 0,
-            "of the training images rightly, no more than always saying 0 .1.000.: its classes are not the data",
+            "of the training images, no more than always predicting class 0 .1.000.: its classes are not the data",
         ),
     ],
 )

@@ -1,6 +1,5 @@
 """jobs/finetune.py as a user starts it: on S3, with a training worker and the driver killed, and what bad input gets."""
 
-import importlib.util
 import json
 import os
 import re
@@ -21,17 +20,22 @@ from processes import environment, run_job
 from test_job import JOB, empty_store, runs
 from torch.nn.parallel import DistributedDataParallel
 
-from uap_dist.classifiers import Geometry, load_classifier
-from uap_dist.config import ComputeConfig
-from uap_dist.dataset import LocalWorkers, load_dataset
+from uap_dist.data.decode import Geometry
 from uap_dist.errors import ConfigError
-from uap_dist.finetune import FinetuneConfig, Learner, Task
-from uap_dist.fleet import FleetConfig
-from uap_dist.pool import PerturbationPool
-from uap_dist.reproducible import set_up_torch
-from uap_dist.share import Share
-from uap_dist.weights import digest_weights, write_weights
-from uap_dist.worker import Worker
+from uap_dist.finetuning.batches import WorkerImages
+from uap_dist.finetuning.config import FinetuneConfig
+from uap_dist.finetuning.options import FinetuneOptions
+from uap_dist.finetuning.trainer import Learner, Task
+from uap_dist.fleet.config import FleetConfig
+from uap_dist.job_options import DataOptions
+from uap_dist.method.config import ComputeConfig
+from uap_dist.models.loading import load_classifier
+from uap_dist.models.weights import digest_weights, write_weights
+from uap_dist.perturbations.pool import PerturbationPool
+from uap_dist.workers.dataset import load_dataset
+from uap_dist.workers.local import LocalWorkers
+from uap_dist.workers.reproducible import set_up_torch
+from uap_dist.workers.worker import Worker
 
 FINETUNE = JOB.with_name("finetune.py")
 SLOW = TINY.replace(":Tiny", ":Slow")
@@ -53,7 +57,7 @@ def weights(data, tmp_path_factory):
     network = load_classifier(TINY).network.requires_grad_(True)
     optimiser = torch.optim.Adam(network.parameters(), 3e-3)
     for epoch in range(12):
-        for images, truths in Share(train, Geometry(), 3).shuffled(np.random.default_rng(epoch), 8):
+        for images, truths in WorkerImages(train, Geometry(), 3).shuffled(np.random.default_rng(epoch), 8):
             loss = torch.nn.functional.cross_entropy(network(torch.tensor(images).float()), torch.tensor(truths))
             optimiser.zero_grad(), loss.backward(), optimiser.step()
     path = tmp_path_factory.mktemp("weights") / "taught.safetensors"
@@ -263,7 +267,7 @@ def test_bad_input_is_one_line(name, weights, data, pool, tmp_path):
         ),
         "one shard twice": (
             words(weights, data, pool, "--val-shards", data[0][0]),
-            f"shard {data[0][0]} is among both the training and the held-out ones",
+            f"shard {data[0][0]} is both a training and a held-out shard; hold out other shards",
         ),
     }[name]
     (tmp_path / "mlflow.db").write_bytes(empty_store())
@@ -275,26 +279,21 @@ def test_bad_input_is_one_line(name, weights, data, pool, tmp_path):
     assert run.info.status == "FAILED" and run.data.tags["reason"] in line
 
 
-def job_options(**options):
-    """The job's own dataclass."""
-    spec = importlib.util.spec_from_file_location("finetune_job", FINETUNE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.Options(**options)
-
-
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "data", "message"),
     [
         (
             {"fleet": FleetConfig(num_workers=3)},
+            {},
             "batch size 64 is not a multiple of 3 workers; give another --batch-size",
         ),
-        ({"num_train_images": 7}, "7 training images are fewer than one batch of 64; give a smaller --batch-size"),
-        ({"num_val_images": 0}, "number of images is 0; it must be positive"),
-        ({"max_bad_fraction": 2.0}, "max bad fraction is 2.0; it must lie in"),
+        ({}, {"num_train_images": 7}, "7 training images are fewer than one batch of 64; give a smaller --batch-size"),
+        ({}, {"num_val_images": 0}, "number of images is 0; it must be positive"),
+        ({}, {"max_bad_fraction": 2.0}, "max bad fraction is 2.0; it must lie in"),
     ],
 )
-def test_options_that_cannot_be_are_refused_before_anything_is_looked_at(options, message):
+def test_options_that_cannot_be_are_refused_before_anything_is_looked_at(options, data, message):
     with pytest.raises(ConfigError, match=message):
-        job_options(**options)
+        FinetuneOptions(
+            **{"model": "m", "pool": "p"} | options, data=DataOptions(train_shards=("t",), val_shards=("h",), **data)
+        )

@@ -1,77 +1,48 @@
-"""Real Ray, real actors, real kills."""
+"""Tasks on a fleet, with real Ray, real actors and real kills."""
 
 import os
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from threading import Lock, Thread
+from threading import Thread
 from urllib.request import urlopen
 
 import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, tiny_worker
+from fleets import load, make_fleet, worker_processes
 
-from uap_dist.batch import Batch
-from uap_dist.classifiers import load_classifier
-from uap_dist.compute import compute
-from uap_dist.config import ComputeConfig
-from uap_dist.dataset import load_dataset
-from uap_dist.errors import ClassifierError, ConfigError, DeterminismError, WorkerLostError
-from uap_dist.fleet import Fleet, FleetConfig, need_of
-from uap_dist.weights import write_weights
-from uap_dist.worker import Examples
+from uap_dist.computing.rounds import compute
+from uap_dist.errors import ConfigError, DeterminismError, WorkerLostError
+from uap_dist.fleet.config import FleetConfig, need_of
+from uap_dist.fleet.fleet import Fleet
+from uap_dist.method.config import ComputeConfig
+from uap_dist.workers.local import LocalWorkers
+from uap_dist.workers.messages import Examples
+from uap_dist.workers.worker import Worker
 
 CONFIG = ComputeConfig(round_size=20, block_size=5, max_passes=3, radius=20.0)
 
 
 @pytest.fixture(scope="module")
-def cluster():
-    import ray
-
-    ray.init(
-        address="local", num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
-    )
-    yield
-    ray.shutdown()
-
-
-def make_fleet(num_workers, **options):
-    fleet = Fleet(TINY, None, FleetConfig(num_workers=num_workers, **options))
-    fleet.wait()
-    return fleet
-
-
-def load(workers, shards):
-    urls = [str(shards / f"train-{i:04d}.tar") for i in range(3)]
-    return load_dataset(workers, urls), load_dataset(workers, [str(shards / "val-0000.tar")])
-
-
-@pytest.fixture(scope="module")
 def undisturbed(shards):
-    from conftest import tiny_worker
-
-    from uap_dist.dataset import LocalWorkers
-
+    """The perturbation of CONFIG as a single worker in this process computes it."""
     workers = LocalWorkers(tiny_worker())
     return list(compute(workers, *load(workers, shards), CONFIG))[-1].perturbation
 
 
-def worker_processes():
-    return [p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::UapWorker")]
-
-
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_same_bits_for_any_number_of_workers(cluster, shards, undisturbed, num_workers):
+def test_same_bits_for_any_number_of_workers(local_ray, shards, undisturbed, num_workers):
     fleet = make_fleet(num_workers)
     final = list(compute(fleet, *load(fleet, shards), CONFIG))[-1]
     fleet.close()
     assert torch.equal(final.perturbation, undisturbed)
 
 
-def test_same_bits_with_local_steps_for_one_two_and_three_workers_and_through_a_kill(cluster, shards):
+def test_same_bits_with_local_steps_for_one_two_and_three_workers_and_through_a_kill(local_ray, shards):
     config = replace(CONFIG, round_size=30, block_size=10, local_steps=5, period=8)
     finals = []
     for num_workers in (1, 2, 3):
@@ -85,19 +56,19 @@ def test_same_bits_with_local_steps_for_one_two_and_three_workers_and_through_a_
         assert torch.equal(other.v, finals[0].v) and torch.equal(other.momentum, finals[0].momentum)
 
 
-def test_a_killed_worker_is_replaced_and_the_bits_stay(cluster, shards, undisturbed):
+def test_a_killed_worker_is_replaced_and_the_bits_stay(local_ray, shards, undisturbed):
     fleet = make_fleet(2)
     data = load(fleet, shards)
     for report in compute(fleet, *data, CONFIG):
         if report.round_number in (1, 4):
             os.kill(worker_processes()[0].pid, signal.SIGKILL)
         final = report
-    lost = fleet.tally.workers_lost
+    lost = fleet.stats.workers_lost
     fleet.close()
     assert lost >= 1 and torch.equal(final.perturbation, undisturbed)
 
 
-def test_a_hanging_worker_is_given_up_after_its_deadline(cluster, shards):
+def test_a_hanging_worker_is_given_up_after_its_deadline(local_ray, shards):
     fleet = make_fleet(1, task_timeout_s=4)
     stopped = worker_processes()[0].pid
     Thread(
@@ -105,40 +76,40 @@ def test_a_hanging_worker_is_given_up_after_its_deadline(cluster, shards):
         daemon=True,
     ).start()
     os.kill(stopped, signal.SIGSTOP)
-    (listing,) = fleet.map("load", [Examples(str(shards / "val-0000.tar"))])
-    lost = fleet.tally.workers_lost
+    (listing,) = fleet.map(Worker.load, [Examples(str(shards / "val-0000.tar"))])
+    lost = fleet.stats.workers_lost
     fleet.close()
     assert len(listing.keys) == 20 and lost == 1
 
 
-def test_a_straggler_is_overtaken_and_its_late_answer_dropped(cluster, shards):
+def test_a_straggler_is_overtaken_and_its_late_answer_is_dropped(local_ray, shards):
     fleet = make_fleet(2)
     train, _ = load(fleet, shards)
     slow = worker_processes()[0].pid
     os.kill(slow, signal.SIGSTOP)
     tasks = [train.examples(0, [i]) for i in range(20)]
-    first = list(fleet.map("pixels", tasks))  # would hang until the deadline of 900 s
-    stragglers = fleet.tally.stragglers
+    first = list(fleet.map(Worker.pixels, tasks))  # otherwise this would take until the deadline of 900 s
+    stragglers = fleet.stats.stragglers
     os.kill(slow, signal.SIGCONT)
-    second = list(fleet.map("pixels", tasks[::-1]))[::-1]
-    lost = fleet.tally.workers_lost
+    second = list(fleet.map(Worker.pixels, tasks[::-1]))[::-1]
+    lost = fleet.stats.workers_lost
     fleet.close()
     assert stragglers == 1 and lost == 0
     assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_a_block_that_kills_three_workers_is_named(cluster, shards):
+def test_a_block_that_kills_three_workers_is_named(local_ray, shards):
     fleet = Fleet(TINY.replace(":Tiny", ":Deadly"), None, FleetConfig(num_workers=1))
     fleet.wait()
     train, _ = load(fleet, shards)
     zero = np.zeros((3, 16, 16), np.float32)
     message = r"3 workers were lost over the same examples of .*train-0000.tar: s1-000, s1-001, s1-002 \(the last one: its process died\)"
     with pytest.raises(WorkerLostError, match=f"{message}; look at memory"):
-        list(fleet.map("classify", [train.examples(0, range(size)) for size in (2, 3, 4)], zero))
+        list(fleet.map(Worker.classify, [train.examples(0, range(size)) for size in (2, 3, 4)], zero))
     fleet.close()
 
 
-def test_a_network_that_differs_between_workers_is_found_and_named(cluster, shards):
+def test_a_network_that_differs_between_workers_is_found_and_named(local_ray, shards):
     fleet = Fleet(TINY.replace(":Tiny", ":OwnPerProcess"), None, FleetConfig(num_workers=2, verify_determinism=True))
     fleet.wait()
     with pytest.raises(DeterminismError, match=r"different bits for the same examples of .*train-000\d.tar: s1-0\d\d"):
@@ -146,7 +117,7 @@ def test_a_network_that_differs_between_workers_is_found_and_named(cluster, shar
     fleet.close()
 
 
-def test_verifying_changes_no_bits_and_survives_a_kill(cluster, shards, undisturbed):
+def test_verifying_changes_no_bits_and_survives_a_kill(local_ray, shards, undisturbed):
     fleet = make_fleet(2, verify_determinism=True)
     for report in compute(fleet, *load(fleet, shards), CONFIG):
         if report.round_number == 2:
@@ -156,143 +127,39 @@ def test_verifying_changes_no_bits_and_survives_a_kill(cluster, shards, undistur
     assert torch.equal(final.perturbation, undisturbed)
 
 
-def test_callers_share_the_workers_and_each_gets_its_own_answers(cluster, shards, undisturbed):
+def test_callers_share_the_workers_and_each_gets_its_own_answers(local_ray, shards, undisturbed):
     fleet = make_fleet(2)
     data = load(fleet, shards)
     configs = [replace(CONFIG, seed=seed) for seed in range(3)]
     with ThreadPoolExecutor(3) as threads:
         together = list(threads.map(lambda config: list(compute(fleet, *data, config))[-1].perturbation, configs))
     with pytest.raises(KeyError):
-        next(fleet.map("pixels", [replace(data[0].examples(0, [1]), keys=("absent",))]))
+        next(fleet.map(Worker.pixels, [replace(data[0].examples(0, [1]), keys=("absent",))]))
     alone = [list(compute(fleet, *data, config))[-1].perturbation for config in configs]
     fleet.close()
     assert torch.equal(together[0], undisturbed)
     assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
 
 
-def test_a_fleet_changes_its_classifier(cluster, shards):
-    fleet = make_fleet(2)
-    _, val = load(fleet, shards)
-    fleet.use(TINY.replace(":Tiny", ":Sharper"), None)
-    fleet.wait()
-    zero = np.zeros((3, 16, 16), np.float32)
-    (answer,) = fleet.map("classify", [val.examples(0, range(20))], zero)
-    fleet.use(TINY.replace(":Tiny", ":not_a_network"), None)
-    with pytest.raises(ClassifierError, match="not a torch.nn.Module"):
-        fleet.wait()
-    fleet.close()
-    assert np.array_equal(answer.labels, val.clean.labels)
-    assert not np.array_equal(answer.confidences, val.clean.confidences)
-
-
-def pids():
-    return {process.pid for process in worker_processes()}
-
-
-def test_workers_that_could_not_load_a_classifier_load_the_next_one(cluster, shards):
-    fleet = make_fleet(2)
-    _, val = load(fleet, shards)
-    before = pids()
-    for bad, message in ((":not_a_network", "not a torch.nn.Module"), (":Absent", "has no factory 'Absent'")):
-        fleet.use(TINY.replace(":Tiny", bad), None)
-        with pytest.raises(ClassifierError, match=message):
-            fleet.wait()
-        with pytest.raises(ClassifierError, match=message):
-            list(fleet.map("pixels", [val.examples(0, [1])]))
-    fleet.use(TINY.replace(":Tiny", ":Sharper"), None)
-    fleet.wait()
-    answers = list(fleet.map("classify", [val.examples(0, [i]) for i in range(20)], np.zeros((3, 16, 16), np.float32)))
-    after, lost = pids(), fleet.tally.workers_lost
-    fleet.close()
-    assert [int(answer.labels[0]) for answer in answers] == val.clean.labels.tolist()
-    assert after == before and len(before) == 2 and lost == 0
-
-
-def test_what_goes_wrong_with_a_callers_change_is_the_callers_and_the_fleet_goes_on(cluster, shards):
-    fleet = make_fleet(1)
-    train, _ = load(fleet, shards)
-    with pytest.raises(TypeError, match="serialize"):
-        fleet.use(Lock(), None)  # no name of a network, and nothing that can be sent to a worker
-    with pytest.raises(TypeError, match="serialize"):
-        fleet.wait()
-    fleet.use(TINY, None)
-    fleet.wait()
-    assert len(list(fleet.map("pixels", [train.examples(0, [1])]))) == 1
-    fleet.close()
-    with pytest.raises(WorkerLostError, match="the fleet was closed"):
-        fleet.use(TINY, None)
-
-
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-@pytest.mark.parametrize("where", ["_step", "_accept"])
-def test_nobody_waits_for_a_thread_that_is_dead(cluster, shards, monkeypatch, where):
+@pytest.mark.parametrize("where", ["step", "accept"])
+def test_no_caller_waits_for_a_dispatch_thread_that_died(local_ray, shards, monkeypatch, where):
     fleet = make_fleet(1)
     train, _ = load(fleet, shards)
 
     def die(*_):
         raise SystemExit
 
-    monkeypatch.setattr(fleet, where, die)
-    with pytest.raises(WorkerLostError, match="the thread that gives out its tasks"):
-        list(fleet.map("pixels", [train.examples(0, [1])]))
-    for ask in (lambda: fleet.use(TINY, None), fleet.wait, lambda: fleet.map("pixels", [train.examples(0, [1])])):
-        with pytest.raises(WorkerLostError, match="the thread that gives out its tasks"):
+    monkeypatch.setattr(fleet._dispatcher, where, die)
+    with pytest.raises(WorkerLostError, match="the thread that dispatches its tasks"):
+        list(fleet.map(Worker.pixels, [train.examples(0, [1])]))
+    for ask in (lambda: fleet.use(TINY, None), fleet.wait, lambda: fleet.map(Worker.pixels, [train.examples(0, [1])])):
+        with pytest.raises(WorkerLostError, match="the thread that dispatches its tasks"):
             ask()
     fleet.close()
 
 
-def test_a_task_is_to_blame_for_workers_that_died_and_not_for_nodes_that_vanished():
-    batch = Batch("solve", [Examples("a.tar", keys=("x", "y"))], [], set())
-    batch.losses[0] = ["gone", "alive", "gone", "", "alive", "gone"]
-    assert batch.blame(0, {"alive"}) == ""
-    assert batch.blame(0, {"alive", "gone"}) == "5 workers were lost over the same examples of a.tar: x, y"
-    batch.losses[0] += ["gone"] * 6
-    assert batch.blame(0, {"alive"}) == "10 nodes were lost over the same examples of a.tar: x, y"
-
-
-@pytest.mark.parametrize("factory", ["FreshHead", "FreshBuffers"])
-def test_a_factory_that_makes_other_weights_in_every_process_is_refused(cluster, factory):
-    model = TINY.replace(":Tiny", f":{factory}")
-    fleet = Fleet(model, None, FleetConfig(num_workers=1), weights_digest=load_classifier(model).weights_digest)
-    with pytest.raises(
-        ClassifierError, match=rf"worker-\d+ loaded other weights of .*:{factory} than the driver .* seed"
-    ):
-        fleet.wait()
-    fleet.close()
-
-
-def test_a_replacement_that_loads_a_changed_weights_file_ends_the_job(cluster, shards, tmp_path):
-    network, path = load_classifier(TINY).network, tmp_path / "w.safetensors"
-    write_weights(path, network, {})
-    fleet = Fleet(TINY, str(path), FleetConfig(num_workers=1))  # nobody says what the driver has
-    fleet.wait()
-    train, _ = load(fleet, shards)
-    next(network.parameters()).data[0] += 1
-    write_weights(path, network, {})
-    os.kill(worker_processes()[0].pid, signal.SIGKILL)
-    with pytest.raises(ClassifierError, match=r"loaded other weights .*; keep \S*w.safetensors as it is while"):
-        list(fleet.map("pixels", [train.examples(0, [0])]))
-    fleet.close()
-
-
-def test_kernels_that_do_not_repeat_their_bits_are_said_once_and_kept(cluster, shards, caplog):
-    fleet = Fleet(TINY.replace(":Tiny", ":Unrepeatable"), None, FleetConfig(num_workers=2))
-    fleet.wait()
-    assert fleet.describe()["nondeterministic_kernels"] == "none"
-    load(fleet, shards)
-    fleet.close()
-    assert fleet.describe()["nondeterministic_kernels"] == "put_"
-    assert caplog.text.count("torch has no kernel that repeats its bits for put_") == 1
-
-
-def test_what_a_worker_raises_comes_back_as_it_was_raised(cluster, shards):
-    fleet = Fleet(TINY.replace(":Tiny", ":not_a_network"), None, FleetConfig(num_workers=1))
-    with pytest.raises(ClassifierError, match="not a torch.nn.Module"):
-        fleet.wait()
-    fleet.close()
-
-
-def test_workers_that_never_fit_are_refused_at_once(cluster):
+def test_workers_that_can_never_fit_are_refused_at_once(local_ray):
     with pytest.raises(ConfigError, match="3 workers of 1 CPU and 1 GPU each do not fit .*1 node with 4 CPU and 2 GPU"):
         Fleet(TINY, None, FleetConfig(num_workers=3))
     with pytest.raises(ConfigError, match="1 worker of 1 CPU and 4 GPU each do not fit"):
@@ -300,60 +167,64 @@ def test_workers_that_never_fit_are_refused_at_once(cluster):
     assert [need_of(FleetConfig(gpus_per_worker=gpus)).room() for gpus in (0, 0.5, 0.6, 1, 2)] == [4, 4, 2, 2, 1]
 
 
-def test_one_worker_per_gpu_by_default(cluster):
+def test_one_worker_per_gpu_by_default(local_ray):
     fleet = Fleet(TINY, None, FleetConfig())
     assert fleet.num_asked == 2
     fleet.close()
 
 
-def test_workers_share_gpus_and_a_range_begins_with_those_that_fit(cluster, shards, undisturbed):
+def test_workers_share_gpus_and_a_range_begins_with_those_that_fit(local_ray, shards, undisturbed):
     fleet = Fleet(TINY, None, FleetConfig(num_workers="1:5", gpus_per_worker=0.5))
     fleet.wait()
     final = list(compute(fleet, *load(fleet, shards), CONFIG))[-1]
     deadline = time.monotonic() + 30
-    while fleet.num_workers < 4 and time.monotonic() < deadline:  # two on each of two GPUs; the fifth finds no place
+    while (
+        fleet.num_workers < 4 and time.monotonic() < deadline
+    ):  # two on each of two GPUs; there is no room for the fifth
         time.sleep(0.1)
     num_workers = fleet.num_workers
     fleet.close()
     assert num_workers == 4 and torch.equal(final.perturbation, undisturbed)
 
 
-def test_results_come_in_the_order_of_the_tasks(cluster, shards):
+def test_results_come_in_the_order_of_the_tasks(local_ray, shards):
     fleet = make_fleet(2)
     train, _ = load(fleet, shards)
     tasks = [train.examples(shard, [i]) for i in range(7) for shard in range(3)]
-    pixels = list(fleet.map("pixels", tasks))
-    again = list(fleet.map("pixels", tasks[::-1]))[::-1]
+    pixels = list(fleet.map(Worker.pixels, tasks))
+    again = list(fleet.map(Worker.pixels, tasks[::-1]))[::-1]
     fleet.close()
     assert all(np.array_equal(a, b) for a, b in zip(pixels, again, strict=True))
 
 
-def test_a_single_worker_gets_its_next_task_at_once(cluster, shards):
+def test_a_single_worker_gets_its_next_task_at_once(local_ray, shards):
     fleet = make_fleet(1)
     train, _ = load(fleet, shards)
     started = time.monotonic()
-    assert len(list(fleet.map("pixels", [train.examples(0, [i]) for i in range(20)]))) == 20
+    assert len(list(fleet.map(Worker.pixels, [train.examples(0, [i]) for i in range(20)]))) == 20
     seconds = time.monotonic() - started
     fleet.close()
-    assert seconds < 10  # a wait of one second between two tasks would be twice that
+    assert seconds < 10  # if it waited a second before each task, it would take twice as long
 
 
-def test_a_fleet_that_cannot_be_is_refused():
-    for bad, complaint in [
+def test_invalid_options_are_refused():
+    for bad, message in [
         (0, "num workers is 0; it must be positive"),
         ("0:4", "num workers is 0:4; it must be positive"),
-        ("4:2", "num workers is 4:2, upside down; give the smaller number first: 2:4"),
-        ("many", "num workers is 'many'; it must be a number as 8, or a range as 1:64"),
+        ("4:2", "num workers is 4:2; a range begins with the smaller number: give 2:4"),
+        ("many", "num workers is 'many'; it must be a number such as 8, or a range such as 1:64"),
     ]:
-        with pytest.raises(ConfigError, match=complaint):
+        with pytest.raises(ConfigError, match=message):
             FleetConfig(num_workers=bad)
-    with pytest.raises(ConfigError, match="gpus per worker is 1.5; it must be 0, a share of one GPU or a whole number"):
+    with pytest.raises(
+        ConfigError, match="gpus per worker is 1.5; it must be 0, a fraction of one GPU or a whole number"
+    ):
         FleetConfig(gpus_per_worker=1.5)
     with pytest.raises(ConfigError, match="verify determinism compares workers; give --num-workers 2"):
         FleetConfig(num_workers=1, verify_determinism=True)
 
 
-def test_prometheus_reads_what_the_fleet_does(cluster, shards):
+def test_prometheus_reads_what_the_fleet_does(local_ray, shards):
     import ray
 
     fleet = Fleet(TINY, None, FleetConfig(num_workers=2), run="the-run")
@@ -370,5 +241,5 @@ def test_prometheus_reads_what_the_fleet_does(cluster, shards):
     fleet.close()
     assert values.get("solves_total") == 3 * 47 and values["workers"] == 2, text
     on_disk = sum(path.stat().st_size for path in shards.glob("*.tar"))  # a shard may be read by both workers
-    assert on_disk <= metrics["fleet/bytes_read"] == values["bytes_read_total"] <= 2 * on_disk
-    assert 0 < metrics["fleet/waiting_share"] < 1 and metrics["fleet/cache_hit_rate"] == 1
+    assert on_disk <= metrics["workers/bytes_read"] == values["bytes_read_total"] <= 2 * on_disk
+    assert 0 < metrics["workers/waiting_share"] < 1 and metrics["workers/cache_hit_rate"] == 1

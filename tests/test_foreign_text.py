@@ -7,16 +7,17 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from test_job import finish, runs, start
 
+from uap_dist.data.locations import locate
 from uap_dist.errors import ConfigError
 from uap_dist.foreign_text import escape_markdown, hide_credentials, printable, redact
-from uap_dist.locations import locate
-from uap_dist.terminal import one_line_errors, refuse_credentials
+from uap_dist.tracking.console import one_line_errors
+from uap_dist.tracking.process import refuse_credentials
 
-ALPHABET = string.ascii_letters + string.digits + "/+=._~-"  # those of AWS, Azure, JSON web tokens
+ALPHABET = string.ascii_letters + string.digits + "/+=._~-"  # the alphabets of AWS, Azure and JSON web tokens
 SECRET = st.builds(
     "".join, st.tuples(st.sampled_from(string.ascii_letters), st.text(ALPHABET, min_size=12, max_size=60))
 )
-# no part of a shape is a part of a secret
+# no text in a shape also occurs in a secret
 SHAPES = (
     "s3://me:{}@bucket/key.tar",
     "s3://AKIAIOSFODNN7EXAMPLE:{}@bucket/a@b/key.tar",
@@ -60,7 +61,7 @@ def test_no_secret_survives(shape, secret, before, after):
     assert found.startswith(before)
 
 
-def test_a_store_has_no_port_that_a_secret_could_be_taken_for():
+def test_digits_after_the_user_of_an_object_store_are_a_secret_and_no_port():
     assert redact("s3://me:123/456@bucket/k") == "s3://…@bucket/k"
 
 
@@ -82,7 +83,7 @@ def test_no_encoded_secret_survives(secret):
         "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.c2lnbmF0dXJl",
     ],
 )
-def test_tokens_are_known_by_their_form(token):
+def test_tokens_are_recognised_by_their_form(token):
     assert redact(f"401 for {token}, try again") == "401 for …, try again"
 
 
@@ -105,11 +106,11 @@ def test_tokens_are_known_by_their_form(token):
         "http://localhost:9000 does not answer; write to me@example.org",
     ],
 )
-def test_what_is_no_secret_stays(text):
+def test_text_without_secrets_is_unchanged(text):
     assert redact(text) == text
 
 
-def test_of_unknown_options_of_a_url_only_the_name_is_shown():
+def test_the_values_of_unknown_url_options_are_hidden():
     text = "s3://bucket/k.tar?retrys=3&region=eu"
     assert redact(text) == "s3://bucket/k.tar?retrys=…&region=eu" and hide_credentials(text) == text
 
@@ -138,7 +139,7 @@ def test_a_command_line_with_a_credential_is_refused_without_repeating_it(words,
     assert "credentials belong in the environment (AWS_ACCESS_KEY_ID" in str(caught.value)
 
 
-def test_places_with_a_credential_are_refused_in_python_as_well():
+def test_locations_with_a_credential_are_refused_in_python_as_well():
     for url in (
         "s3://k:hun/ter2@b/t.tar",
         "s3://b/t.tar?secret_key=hun/ter2",
@@ -164,7 +165,7 @@ NAMES = st.one_of(st.text('*_`~$|<>[]()!#+-.&;\\"ab1 \n\x1b\x9b', max_size=12), 
     ],
 )
 @given(name=NAMES)
-def test_a_name_in_markdown_is_text_and_nothing_else(frame, around, name):
+def test_an_escaped_name_in_markdown_is_nothing_but_text(frame, around, name):
     shown = printable(name).strip()
     assume(shown)
     tokens = (
@@ -180,7 +181,7 @@ def test_a_name_in_markdown_is_text_and_nothing_else(frame, around, name):
 
 
 @given(text=st.text(max_size=30).filter(lambda text: "\x1b" not in text))
-def test_what_is_printable_is_one_line_that_no_terminal_obeys(text):
+def test_printable_text_is_one_line_without_control_characters(text):
     shown = printable(f"a\x1b[31m{text}\x1b]0;title\x07b")
     assert not any(ord(character) < 32 or 127 <= ord(character) < 160 for character in shown)
     assert len(shown.splitlines()) == 1 and shown.startswith("a") and "title" not in shown
@@ -195,7 +196,7 @@ def test_an_error_is_printed_without_what_libraries_quote(capsys, debug):
 
 
 def everything(folder, *texts):
-    """What a job has left, and printed."""
+    """All files and output of a job."""
     return b"\n".join([*(text.encode() for text in texts), *(p.read_bytes() for p in folder.rglob("*") if p.is_file())])
 
 
@@ -206,7 +207,7 @@ def everything(folder, *texts):
         ("--train-shards", "s3://AKIA:hunter2@bucket/t.tar", "--val-shards", "v.tar"),
         ("--train-shards", "t.tar", "--val-shards", "pipe:curl -H 'Authorization: Bearer hunter2' https://host/v.tar"),
         ("--storage=s3://bucket?session_token=hunter2",),
-        ("--train-shard", "s3://bucket/t.tar?token=hunter2"),  # no option of that name, which the parser would repeat
+        ("--train-shard", "s3://bucket/t.tar?token=hunter2"),  # a misspelt option, which the parser would quote
         ("--resume=s3://AKIA:hunter2@bucket/run",),
         ("--experiment", "Bearer hunter2", "--max-passes", "0"),
     ],
@@ -217,7 +218,7 @@ def test_a_job_with_a_credential_ends_before_it_leaves_anything(tmp_path, option
     assert b"hunter2" not in everything(tmp_path, out, err) and not list(tmp_path.iterdir())
 
 
-def test_a_job_leaves_nothing_of_what_may_be_a_secret(shards, tmp_path):
+def test_a_job_stores_nothing_that_may_be_a_secret(shards, tmp_path):
     secrets = {"AWS_SECRET_ACCESS_KEY": "hunter2", "HF_TOKEN": "hunter2"}
     url = "s3://bucket/t.tar?endpoint_override=127.0.0.1:9&unheard_of=hunter2"
     code, out, err = finish(

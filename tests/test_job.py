@@ -1,6 +1,5 @@
 """jobs/compute.py as a user starts it: a process, a local Ray, MLflow in a file."""
 
-import importlib.util
 import json
 import re
 import signal
@@ -8,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import fields
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -20,12 +20,16 @@ from conftest import TINY, random_samples, tiny_worker
 from processes import JobProcess, environment, run_job
 from safetensors import safe_open
 
-from uap_dist.compute import compute
-from uap_dist.config import ComputeConfig
-from uap_dist.dataset import LocalWorkers, load_dataset
+from uap_dist.computing.options import ComputeOptions
+from uap_dist.computing.rounds import compute
+from uap_dist.data.patterns import expand_patterns
+from uap_dist.data.write import write_shards
 from uap_dist.errors import ConfigError
-from uap_dist.fleet import FleetConfig
-from uap_dist.shards import expand_patterns, write_shards
+from uap_dist.fleet.config import FleetConfig
+from uap_dist.job_options import DataOptions, ResumableRecordOptions
+from uap_dist.method.config import ComputeConfig
+from uap_dist.workers.dataset import load_dataset
+from uap_dist.workers.local import LocalWorkers
 
 JOB = Path(__file__).parents[1] / "jobs/compute.py"
 
@@ -64,11 +68,12 @@ def runs(folder):
 
 
 def job_options(**options):
-    """The job's own dataclass."""
-    spec = importlib.util.spec_from_file_location("compute_job", JOB)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.Options(**options)
+    """Options of jobs/compute.py from their flat names on the command line."""
+    groups = {"data": DataOptions, "record": ResumableRecordOptions}
+    for group, kind in groups.items():
+        names = [field.name for field in fields(kind) if field.name in options]
+        options[group] = kind(**{name: options.pop(name) for name in names})
+    return ComputeOptions(**options)
 
 
 def write_plan(path, job):
@@ -84,7 +89,7 @@ def finished(shards, tmp_path_factory):
     config = ComputeConfig(round_size=10, block_size=5, radius=20.0, max_passes=3)
     patterns = {"train_shards": (data(shards)[1],), "val_shards": (data(shards)[3],)}
     job = job_options(model=TINY, compute=config, fleet=FleetConfig(num_workers=1), **patterns)
-    write_plan(folder / "plan.json", job.costly())
+    write_plan(folder / "plan.json", job.costs())
     options = ("--round-size", "10", "--block-size", "5", "--radius", "20", "--max-passes", "3", "--output", "out")
     options += ("--planned", "plan.json")
     code, out, err = finish(start(folder, *data(shards), *options, has_store=False))
@@ -137,12 +142,12 @@ def test_what_was_planned_stands_beside_what_it_took(finished):
     _, (run,) = runs(folder)
     metrics = run.data.metrics
     assert (metrics["planned/seconds"], metrics["planned/seconds_low"], metrics["planned/solves"]) == (60, 50, 140)
-    assert metrics["actual/evaluations"] == 329 and metrics["actual/solves"] == 141
-    assert metrics["actual/worker_hours"] == pytest.approx(metrics["actual/seconds"] / 3600)
+    assert metrics["spent/evaluations"] == 329 and metrics["spent/solves"] == 141
+    assert metrics["spent/worker_hours"] == pytest.approx(metrics["spent/seconds"] / 3600)
     took = re.search(
         r"Planned 1:00 \(0:50–1:10\) on 1 worker, took (\d+):(\d\d) on 1; planned 330 network .*, spent 329\.", out
     )
-    assert 60 * int(took[1]) + int(took[2]) == pytest.approx(metrics["actual/seconds"], abs=1)
+    assert 60 * int(took[1]) + int(took[2]) == pytest.approx(metrics["spent/seconds"], abs=1)
     assert took[0] in run.data.tags["mlflow.note.content"]
 
 
@@ -200,7 +205,7 @@ def test_a_killed_driver_resumes_to_the_same_bits_with_every_metric_once(shards,
         done = run_job([*resume, *more], tmp_path)
         assert done.returncode == code, done.stderr
         if more == ("--step-size", "5"):
-            assert "cannot be resumed, its result would be another one: step_size was None, is 5.0" in done.stderr
+            assert "cannot be resumed, because its result would differ: step_size was None, is 5.0" in done.stderr
     assert done.stderr == f"error: run {run.info.run_id} is finished; there is nothing to resume\n"
 
     client, (run,) = runs(tmp_path)
@@ -211,7 +216,7 @@ def test_a_killed_driver_resumes_to_the_same_bits_with_every_metric_once(shards,
     *_, final = compute(workers, train, val, config)
     result = json.loads((tmp_path / "out/result.json").read_text())
     assert result["perturbation_sha256"] == sha256(final.perturbation.numpy().tobytes()).hexdigest()
-    for name in ("fooling_rate/round", "round/step", "total/evaluations"):
+    for name in ("fooling_rate/round", "fooling_rate/running", "num_images/running", "round/step", "total/evaluations"):
         assert [m.step for m in client.get_metric_history(run.info.run_id, name)] == list(range(1, 51))
     assert len(client.get_metric_history(run.info.run_id, "fooling_rate/val")) == 2  # of 10 passes
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from uap_dist.locations import absolute, copy_folder, exists, join, read_file, write_file
+from uap_dist.data.locations import absolute, copy_folder, exists, join, read_file, write_file
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -14,7 +14,7 @@ def place(request, tmp_path):
     )
 
 
-def test_a_folder_is_copied_whole_and_read_back(place, tmp_path):
+def test_a_folder_is_copied_completely_and_read_back(place, tmp_path):
     own = tmp_path / "own"
     (own / "below").mkdir(parents=True)
     (own / "last").write_bytes(b"1")
@@ -26,7 +26,7 @@ def test_a_folder_is_copied_whole_and_read_back(place, tmp_path):
     assert [read_file(join(place, name)) for name in ("last", "below/first")] == [b"3", b"2"]
 
 
-def test_a_disk_that_is_full_leaves_the_file_that_was_there(tmp_path):
+def test_a_full_disk_leaves_the_old_file_intact(tmp_path):
     file = tmp_path / "file"
     write_file(str(file), b"before")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -39,6 +39,6 @@ def test_a_disk_that_is_full_leaves_the_file_that_was_there(tmp_path):
     assert file.read_bytes() == b"before"
 
 
-def test_a_place_is_the_same_from_everywhere():
+def test_absolute_locations_do_not_depend_on_the_working_directory():
     assert absolute("s3://bucket/x?region=r") == "s3://bucket/x?region=r"
     assert absolute("x") == os.path.join(Path.cwd(), "x")

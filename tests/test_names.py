@@ -1,7 +1,7 @@
 import pytest
 
 from uap_dist.errors import ConfigError
-from uap_dist.names import ModelChoice, name_models, name_sets, plain_key
+from uap_dist.perturbations.names import ModelChoice, name_models, name_sets, plain_key
 
 OWN = "nets/a.py:build"
 
@@ -34,7 +34,7 @@ OWN = "nets/a.py:build"
         ("before=torchvision/resnet50=", None, None, None),
     ],
 )
-def test_a_model_has_a_name_and_weights_where_they_are_given(text, name, model, weights):
+def test_a_model_option_is_parsed_into_name_model_and_weights(text, name, model, weights):
     if model is None:
         with pytest.raises(ConfigError, match=r"--models .*; give \[NAME=\]MODEL\[=WEIGHTS\], with MODEL as torchvis"):
             ModelChoice.parse(text)
@@ -60,11 +60,11 @@ def names(*texts):
         (("timm/x=s3://b/1/net.pth?region=r", "timm/x=s3://b/2/net.pth?region=r"), ["x, 1/net", "x, 2/net"]),
     ],
 )
-def test_networks_are_told_apart_by_as_little_as_it_takes(texts, expected):
+def test_networks_get_the_shortest_unique_names(texts, expected):
     assert names(*texts) == expected
 
 
-def test_networks_that_are_the_same_or_have_one_name_are_refused():
+def test_equal_networks_and_equal_names_are_rejected():
     with pytest.raises(ConfigError, match=r"--models has timm/x twice with the same weights \(published\)"):
         names("timm/x", "timm/x")
     with pytest.raises(ConfigError, match=r"--models has timm/x twice with the same weights \(.*/w.pth\)"):
@@ -75,7 +75,7 @@ def test_networks_that_are_the_same_or_have_one_name_are_refused():
         names("y=timm/x", "timm/y")
 
 
-def test_sets_are_named_so_that_files_can_be():
+def test_names_of_sets_are_fit_for_files():
     patterns = ["a/val-{0000..0009}.tar", "b/val-*.tar::c/val-0.tar", "s3://d/test-0.tar?region=eu-west-1"]
     assert name_sets(["", "", ""], patterns) == ["a-val", "b-val", "test"]
     assert name_sets(["mine", "", ""], patterns) == ["mine", "val", "test"]
@@ -84,5 +84,5 @@ def test_sets_are_named_so_that_files_can_be():
         name_sets(["val", "val"], patterns[:2])
 
 
-def test_mlflow_takes_every_name_as_a_key():
+def test_plain_keys_are_valid_in_mlflow():
     assert plain_key("x, a/net (2)") == "x_ a/net _2_"

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from uap_dist.errors import ConfigError
-from uap_dist.norms import measure, project, random_of_same_norms, random_perturbation, root_mean_square
+from uap_dist.method.norms import measure, project, random_of_same_norms, random_perturbation, root_mean_square
 
 NORMS = st.sampled_from(["linf", "l2"])
 
@@ -31,7 +31,7 @@ def test_random_perturbation_fills_the_ball_and_repeats(norm):
     assert not torch.equal(v, random_perturbation((3, 8, 8), norm=norm, radius=7.0, seed=4))
 
 
-def test_noise_has_the_norms_of_what_it_is_compared_with_not_the_radius():
+def test_random_baselines_have_the_norms_of_the_perturbation():
     v = torch.zeros(3, 8, 8).index_fill(1, torch.arange(2), 5.0)
     noise = random_of_same_norms(v, seed=3)
     assert measure(noise["linf"], "linf") == 5 and measure(noise["l2"], "l2") == pytest.approx(measure(v, "l2"))
@@ -44,7 +44,7 @@ def test_noise_has_the_norms_of_what_it_is_compared_with_not_the_radius():
 
 
 @pytest.mark.parametrize(("norm", "radius"), [("l1", 1.0), ("linf", 0.0), ("l2", -1.0), ("l2", float("nan"))])
-def test_a_ball_that_cannot_be_is_refused(norm, radius):
+def test_an_invalid_ball_is_rejected(norm, radius):
     with pytest.raises(ConfigError, match="norm is 'l1'" if norm == "l1" else "radius is"):
         project(torch.zeros(1), norm=norm, radius=radius)
 

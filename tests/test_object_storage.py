@@ -18,20 +18,24 @@ from pyarrow import fs
 from test_checkpoint import checkpoint
 from test_job import JOB, finish, runs, start
 
-from uap_dist import locations
-from uap_dist import shards as shards_module
-from uap_dist.checkpoint import Checkpoint, CheckpointStore, JobRecord
-from uap_dist.classifiers import Geometry, load_classifier
-from uap_dist.compute import State, compute
-from uap_dist.config import ComputeConfig
-from uap_dist.dataset import LocalWorkers, load_dataset
+from uap_dist.computing.rounds import compute
+from uap_dist.data import fetch as fetch_module
+from uap_dist.data import locations
+from uap_dist.data.decode import Geometry, load_shard
+from uap_dist.data.locations import join, locate
+from uap_dist.data.patterns import expand_patterns
 from uap_dist.errors import ClassifierError, ConfigError, ShardError, UapDistError
-from uap_dist.locations import join, locate
-from uap_dist.pool import PerturbationPool
-from uap_dist.shards import expand_patterns, load_shard
-from uap_dist.update import Iterate
-from uap_dist.weights import read_weights, write_weights
-from uap_dist.worker import Examples, Worker
+from uap_dist.method.config import ComputeConfig
+from uap_dist.method.state import State
+from uap_dist.method.update import Iterate
+from uap_dist.models.loading import load_classifier
+from uap_dist.models.weights import read_weights, write_weights
+from uap_dist.perturbations.pool import PerturbationPool
+from uap_dist.tracking.checkpoint import Checkpoint, CheckpointStore, JobRecord
+from uap_dist.workers.dataset import load_dataset
+from uap_dist.workers.local import LocalWorkers
+from uap_dist.workers.messages import Examples
+from uap_dist.workers.worker import Worker
 
 AS_IS = Geometry()
 V = np.random.default_rng(0).normal(0, 5, size=(3, 16, 16)).astype(np.float32)
@@ -68,7 +72,7 @@ def put(store, shards):
 
 
 @pytest.mark.parametrize("fault", [("status", 500), ("status", 503), ("cut", 1000)])
-def test_a_store_that_fails_is_asked_again_and_that_is_reported(store, put, shards, caplog, fault):
+def test_a_failing_store_is_retried_with_a_warning(store, put, shards, caplog, fault):
     url = put("t.tar", "train-0000.tar")
     store.fail_first(2, fault)
     remote, local = load_shard(url, AS_IS), load_shard(str(shards / "train-0000.tar"), AS_IS)
@@ -80,14 +84,14 @@ def test_a_store_that_fails_is_asked_again_and_that_is_reported(store, put, shar
     assert url in caplog.text
 
 
-def test_a_store_that_does_not_answer_in_time_is_asked_again(store, put, caplog):
+def test_a_timeout_of_the_store_is_retried(store, put, caplog):
     url = put("t.tar", "train-0000.tar") + "&request_timeout=1"
     store.fail_first(1, ("wait", 1.8))
     assert len(load_shard(url, AS_IS).keys) == 20
     assert "Timeout was reached" in caplog.text and "attempt 2 of 5 follows" in caplog.text
 
 
-def test_after_five_attempts_it_is_an_error(store, put):
+def test_five_failed_attempts_are_an_error(store, put):
     url = put("t.tar", "train-0000.tar")
     store.fault = lambda method, path: ("status", 500)
     with pytest.raises(ShardError, match="cannot read shard s3://bucket/t.tar.*HTTP status 500.*; 5 attempts failed"):
@@ -95,7 +99,7 @@ def test_after_five_attempts_it_is_an_error(store, put):
     assert len(store.requests) == 5
 
 
-def test_a_tar_that_is_cut_in_the_store_is_not_read_again(store, put, shards):
+def test_a_tar_that_is_truncated_in_the_store_is_not_retried(store, put, shards):
     whole = (shards / "train-0000.tar").read_bytes()
     url = put("cut.tar", whole[: len(whole) // 2 + 100])
     with pytest.raises(ShardError, match="is cut short"):
@@ -114,11 +118,11 @@ def test_a_shard_that_is_replaced_between_two_blocks_ends_the_run(put):
         worker.solve(task, V, ComputeConfig().solver)
 
 
-def test_a_shard_that_is_replaced_while_it_is_read_is_read_again(store, put, shards, caplog, monkeypatch):
+def test_a_shard_that_is_replaced_while_it_is_read_is_retried(store, put, shards, caplog, monkeypatch):
     url = put("t.tar", "train-0000.tar")
     other = (shards / "train-0001.tar").read_bytes()
     monkeypatch.setattr(
-        shards_module, "COPY_SIZE", len(other) // 3
+        fetch_module, "COPY_SIZE", len(other) // 3
     )  # a request each; replaced before the first is answered
     endpoint = re.search(r"127.0.0.1:\d+", url)[0]
 
@@ -149,7 +153,7 @@ def test_a_shard_that_is_replaced_while_it_is_read_is_read_again(store, put, sha
             None,
             "127.0.0.1:9 does not answer; look at",
         ),
-        ("bucket/t.tar?{}&retrys=3", None, "unknown option 'retrys'; there are region, endpoint_override, "),
+        ("bucket/t.tar?{}&retrys=3", None, "unknown option 'retrys'; the options are region, endpoint_override, "),
         ("bucket/t.tar?{}&retries=many", None, "option retries is 'many'; it must be a number"),
         ("bucket/t.tar?{}&anonymous=1", None, "option anonymous is '1'; it must be true or false"),
         (
@@ -159,7 +163,7 @@ def test_a_shard_that_is_replaced_while_it_is_read_is_read_again(store, put, sha
         ),
     ],
 )
-def test_what_cannot_be_is_one_line_at_once(store, address, status, message):
+def test_invalid_urls_and_refusals_are_one_line_without_retries(store, address, status, message):
     store.fault = lambda method, path: status and ("status", status)
     with pytest.raises(UapDistError, match=message) as caught:
         expand_patterns([f"s3://{address.format(store.query)}"])
@@ -184,7 +188,7 @@ def test_what_cannot_be_is_one_line_at_once(store, address, status, message):
     [("s3://b/t.tar?region=eu-west-1", "AWS_ENDPOINT_URL"), ("S3://b/t.tar", "AWS_ENDPOINT_URL_S3")]
     + [("gs://b/t.tar", "STORAGE_EMULATOR_HOST")],
 )
-def test_an_endpoint_that_is_none_is_refused_and_no_other_store_is_asked(monkeypatch, text, url, variable):
+def test_an_invalid_endpoint_is_an_error_and_no_other_store_is_contacted(monkeypatch, text, url, variable):
     monkeypatch.setenv(variable, text)
     with pytest.raises(
         ConfigError, match=f"^{variable} is '.*'; it must be HOST:PORT .*, with http:// or https://"
@@ -195,7 +199,7 @@ def test_an_endpoint_that_is_none_is_refused_and_no_other_store_is_asked(monkeyp
 
 @pytest.mark.parametrize("text", ["HTTP://{}", "http://{}/", " http://{} "])
 @pytest.mark.parametrize("variable", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])
-def test_the_store_that_a_variable_names_is_asked(store, put, monkeypatch, variable, text):
+def test_the_endpoint_in_a_variable_is_used(store, put, monkeypatch, variable, text):
     put("t.tar", "train-0000.tar")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv(variable, text.format(re.search(r"127.0.0.1:\d+", store.query)[0]))
@@ -221,12 +225,12 @@ def test_an_endpoint_in_the_url_may_have_its_scheme(store, put, query):
         ("scheme=ftp", "option scheme is 'ftp'; it must be https or http"),
     ],
 )
-def test_an_endpoint_in_the_url_that_is_none_is_refused(query, message):
+def test_an_invalid_endpoint_in_the_url_is_an_error(query, message):
     with pytest.raises(ConfigError, match=message):
         locate(f"s3://bucket/t.tar?{query}")
 
 
-def test_googles_emulator_is_asked_where_a_variable_names_one(monkeypatch):
+def test_the_gcs_emulator_in_a_variable_is_used(monkeypatch):
     asked = []
 
     class Emulator(BaseHTTPRequestHandler):
@@ -246,7 +250,7 @@ def test_googles_emulator_is_asked_where_a_variable_names_one(monkeypatch):
     assert any("/b/bucket" in path for path in asked)
 
 
-def test_a_worker_is_not_refused_twice(store, put):
+def test_a_refusal_is_not_retried(store, put):
     url = put("t.tar", "train-0000.tar")
     store.fault = lambda method, path: ("status", 403)
     with pytest.raises(ShardError, match="access is denied"):
@@ -254,7 +258,7 @@ def test_a_worker_is_not_refused_twice(store, put):
     assert len(store.requests) == 1
 
 
-def test_public_buckets_need_no_credentials_and_others_say_that_there_are_none(store, put, monkeypatch):
+def test_public_buckets_need_no_credentials_and_others_report_missing_ones(store, put, monkeypatch):
     url = put("t.tar", "train-0000.tar")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
@@ -323,7 +327,7 @@ def solve_all(url, **budgets):
     return [worker.solve(task, V, ComputeConfig().solver).digest() for task in tasks], worker.traffic
 
 
-def test_where_decoded_images_are_kept_changes_no_bit_but_what_is_read(put, tmp_path, monkeypatch):
+def test_where_decoded_images_are_cached_changes_what_is_read_but_no_result(put, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     url = put("t.tar", "train-0000.tar")
     size = 20 * 3 * 16 * 16
@@ -337,7 +341,7 @@ def test_where_decoded_images_are_kept_changes_no_bit_but_what_is_read(put, tmp_
     assert not list(tmp_path.iterdir())  # nothing has a name that could be left behind
 
 
-def test_a_disk_that_takes_no_more_costs_time_or_is_one_line(put, shards, caplog):
+def test_a_full_disk_disables_the_disk_cache_and_makes_fetching_an_error(put, shards, caplog):
     url, local = put("t.tar", "train-0000.tar"), str(shards / "train-0000.tar")
     expected, _ = solve_all(local, cache_bytes=1 << 30)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -354,7 +358,7 @@ def test_a_disk_that_takes_no_more_costs_time_or_is_one_line(put, shards, caplog
     assert "decoded images are no longer kept in" in caplog.text
 
 
-def test_weights_lie_in_a_store_as_well(store, put, tmp_path):
+def test_weights_are_read_from_a_store(store, put, tmp_path):
     network = load_classifier(TINY).network
     write_weights(tmp_path / "w.safetensors", network, {})
     torch.save(network.state_dict(), tmp_path / "w.pth")
@@ -367,9 +371,7 @@ def test_weights_lie_in_a_store_as_well(store, put, tmp_path):
         read_weights(f"s3://bucket/no.pth?{store.query}")
 
 
-def test_weights_pools_and_checkpoints_that_cannot_be_read_for_a_moment_are_asked_for_again(
-    store, put, tmp_path, caplog
-):
+def test_reading_weights_pools_and_checkpoints_is_retried(store, put, tmp_path, caplog):
     write_weights(tmp_path / "w.safetensors", load_classifier(TINY).network, {})
     pool = PerturbationPool(
         torch.ones(1, 3, 4, 4),
@@ -406,7 +408,7 @@ def test_weights_pools_and_checkpoints_that_cannot_be_read_for_a_moment_are_aske
     assert len(store.requests) == 1
 
 
-def test_a_worker_that_misses_a_local_shard_says_what_to_give():
+def test_a_missing_local_shard_is_an_error_that_says_what_to_do():
     with pytest.raises(
         ShardError, match="no shard /absent/t.tar on .*; every node must see it: give a path that all of them share"
     ):
@@ -422,13 +424,13 @@ def test_a_worker_that_misses_a_local_shard_says_what_to_give():
         ("absent", "none", "there is no such bucket"),
     ],
 )
-def test_a_storage_without_rights_is_known_before_any_work(store, bucket, denied, message):
+def test_missing_write_permission_is_detected_before_any_work(store, bucket, denied, message):
     store.fault = lambda method, path: ("status", 403) if method == denied else None
     with pytest.raises(ConfigError, match=f"cannot write checkpoints to s3://{bucket}/run.*: {message}"):
         CheckpointStore(f"s3://{bucket}/run?{store.query}").prepare()
 
 
-def test_a_commit_that_is_cut_off_is_none(store):
+def test_an_interrupted_commit_does_not_count(store):
     """Bytes of an object that is not completed are no object."""
     location = f"s3://bucket/cut-off?{store.query}&{ONCE}"
     with CheckpointStore(location) as checkpoints:
@@ -468,7 +470,7 @@ def list_names(location):
 
 
 @pytest.mark.slow
-def test_a_job_lives_on_a_store_that_fails_and_is_resumed_from_it(store, s3, put, shards, tmp_path):
+def test_a_job_survives_a_failing_store_and_is_resumed_from_it(store, s3, put, shards, tmp_path):
     """Shards, network, checkpoints and results on S3; each object is cut once, and every 20th answer an error; killed once."""
     for path in shards.glob("*.tar"):
         put(f"data/{path.name}", path.name)

@@ -1,8 +1,8 @@
 import time
 
-from uap_dist import outbox
-from uap_dist.history import RoundRecord
-from uap_dist.outbox import Outbox
+from uap_dist.tracking import outbox
+from uap_dist.tracking.history import RoundRecord
+from uap_dist.tracking.outbox import Outbox
 
 RECORDS = [RoundRecord(step, step, {}) for step in range(1, 121)]
 
@@ -26,8 +26,8 @@ def test_all_arrive_once_and_in_order():
     assert box.close(10) == 0 and server.taken == RECORDS
 
 
-def test_an_outage_delays_but_loses_nothing_and_nobody_waits_for_it(monkeypatch, caplog):
-    monkeypatch.setattr(outbox, "SECONDS_BETWEEN_TRIES", 0.1)
+def test_an_outage_delays_delivery_but_loses_nothing_and_blocks_nobody(monkeypatch, caplog):
+    monkeypatch.setattr(outbox, "SECONDS_BETWEEN_ATTEMPTS", 0.1)
     server = Server()
     box = Outbox(server.take)
     box.put(RECORDS[0])
@@ -42,7 +42,7 @@ def test_an_outage_delays_but_loses_nothing_and_nobody_waits_for_it(monkeypatch,
         time.sleep(0.01)
     server.away = False
     assert box.close(10) == 0 and server.taken == RECORDS
-    assert caplog.text.count("metrics wait for the tracking server: away") == 1
+    assert caplog.text.count("the tracking server does not accept metrics, which are kept and sent again: away") == 1
 
 
 def test_what_is_undelivered_at_the_end_is_counted():

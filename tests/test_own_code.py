@@ -5,8 +5,8 @@ import sys
 import pytest
 import torch
 
-from uap_dist.classifiers import load_classifier
 from uap_dist.errors import ClassifierError
+from uap_dist.models.loading import load_classifier
 
 NETWORK = """
 import torch
@@ -40,7 +40,7 @@ def test_a_file_of_any_name_may_have_dataclasses_under_postponed_annotations(tmp
 @pytest.mark.parametrize(
     "text", ["from blocks import build\n", "def build():\n    import blocks\n    return blocks.build()\n"]
 )
-def test_what_lies_beside_a_file_can_be_imported_and_is_not_taken_for_that_of_another_folder(tmp_path, neighbour, text):
+def test_modules_beside_a_file_are_importable_and_not_confused_between_folders(tmp_path, neighbour, text):
     digests = []
     for seed in (1, 2, 1):
         write(tmp_path / str(seed) / neighbour, NETWORK.replace("SEED", str(seed)))
@@ -49,14 +49,14 @@ def test_what_lies_beside_a_file_can_be_imported_and_is_not_taken_for_that_of_an
     assert [path for path in sys.path if path.startswith(str(tmp_path))] == [str(tmp_path / "1")]
 
 
-def test_neighbours_do_not_come_before_what_is_installed(tmp_path):
+def test_installed_modules_take_precedence_over_those_beside_a_file(tmp_path):
     write(tmp_path / "json.py", "raise ImportError")
     load_classifier(
         write(tmp_path / "network.py", "import json, decimal\njson.dumps(1)\n" + NETWORK.replace("SEED", "1"))
     )
     write(tmp_path / "colorsys.py", "x = 1")
     with pytest.raises(
-        ClassifierError, match="another module of the name colorsys is found before the one beside it: rename"
+        ClassifierError, match="another module named colorsys takes precedence over the one beside the file: rename"
     ):
         load_classifier(write(tmp_path / "network.py", "from colorsys import x"))
 

@@ -28,9 +28,8 @@ def run(*words, cwd, **environment):
 def wheel(tmp_path_factory):
     """Built from a copy: setuptools leaves its build folder beside the sources."""
     source = tmp_path_factory.mktemp("source")
-    for name in ("uap_dist", "jobs"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "uap_dist_commands.py"):
+    shutil.copytree(ROOT / "uap_dist", source / "uap_dist", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE", "uap_dist_commands.py"):
         shutil.copy(ROOT / name, source)
     run(
         sys.executable,
@@ -52,12 +51,16 @@ def wheel(tmp_path_factory):
 def test_the_wheel_holds_package_and_jobs_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as file:
         names = {name for name in file.namelist() if ".dist-info/" not in name}
-        metadata = Parser().parsestr(file.read(f"uap_dist-{uap_dist.__version__}.dist-info/METADATA").decode())
-    package = {f"uap_dist/{path.name}" for path in (ROOT / "uap_dist").glob("*.py")}
+        about = f"uap_dist-{uap_dist.__version__}.dist-info"
+        metadata = Parser().parsestr(file.read(f"{about}/METADATA").decode())
+        assert file.read(f"{about}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
+    package = {str(path.relative_to(ROOT)) for path in (ROOT / "uap_dist").rglob("*.py")}
     others = {"uap_dist/py.typed", "uap_dist_commands.py"}
-    assert names == package | others | {f"uap_dist/jobs/{name}.py" for name in ("__init__", *JOBS)}
+    assert names == package | others
     assert metadata["Version"] == uap_dist.__version__
-    assert set(metadata.get_all("Provides-Extra")) == {"demo", "bench", "test", "timm"}
+    assert metadata["License-Expression"] == "BSD-3-Clause"
+    assert metadata.get_payload().strip() == (ROOT / "README.md").read_text().strip()
+    assert set(metadata.get_all("Provides-Extra")) == {"demo", "bench", "docs", "test", "timm"}
 
 
 def test_its_commands_start_and_it_claims_no_commit_of_a_checkout_around_it(wheel, tmp_path):
@@ -65,7 +68,7 @@ def test_its_commands_start_and_it_claims_no_commit_of_a_checkout_around_it(whee
     run("git", "-c", "user.name=n", "-c", "user.email=e", "commit", "--quiet", "--allow-empty", "-m", "m", cwd=tmp_path)
     run(sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", "site", wheel, cwd=tmp_path)
     code = (
-        "from importlib.metadata import distribution; from uap_dist.provenance import describe_code; import uap_dist;"
+        "from importlib.metadata import distribution; from uap_dist.versions import describe_code; import uap_dist;"
         "points = distribution('uap-dist').entry_points;"
         "print(uap_dist.__file__, *sorted(point.name for point in points if callable(point.load())));"
         "print(describe_code()['git_commit'], describe_code()['version.uap_dist'])"
@@ -77,16 +80,16 @@ def test_its_commands_start_and_it_claims_no_commit_of_a_checkout_around_it(whee
 
 def test_of_a_checkout_ray_uploads_the_code_and_networks_beside_it(tmp_path):
     for name in (
-        "uap_dist/worker.py",
+        "uap_dist/workers/worker.py",
         "jobs/compute.py",
         "network.py",
         "weights.safetensors",
         "imagenet/train-0000.tar",
         "tests/tiny.py",
     ):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     shutil.copy(ROOT / ".rayignore", tmp_path)
     package = tmp_path.with_suffix(".zip")
     create_package(str(tmp_path), package, include_gitignore=True, excludes=get_runtime_env_default_excludes())
-    assert set(zipfile.ZipFile(package).namelist()) == {"uap_dist/worker.py", "jobs/compute.py", "network.py"}
+    assert set(zipfile.ZipFile(package).namelist()) == {"uap_dist/workers/worker.py", "jobs/compute.py", "network.py"}

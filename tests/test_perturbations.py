@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from scipy.io import savemat
 
 from uap_dist.errors import ConfigError, PerturbationError, UapDistError
-from uap_dist.norms import measure
-from uap_dist.perturbations import PERTURBATION_FILE, Perturbation, load_perturbations, save_perturbation
-from uap_dist.weights import read_weights, write_weights
+from uap_dist.method.norms import measure
+from uap_dist.models.weights import read_weights, write_weights
+from uap_dist.perturbations.files import PERTURBATION_FILE, Perturbation, load_perturbations, save_perturbation
 
 V = 20 * torch.rand(3, 6, 5, generator=torch.Generator().manual_seed(0)) - 10
 
@@ -24,7 +24,7 @@ def save_own(folder, v=V, **changes):
     return str(folder)
 
 
-def test_own_ones_come_back_under_their_folders_name(tmp_path):
+def test_saved_perturbations_are_loaded_under_the_name_of_their_folder(tmp_path):
     folder = save_own(tmp_path / "squeezenet")
     for location, name in (
         (folder, "squeezenet"),
@@ -35,7 +35,7 @@ def test_own_ones_come_back_under_their_folders_name(tmp_path):
         assert found.name == name and torch.equal(found.v, V) and found.provenance["radius"] == 10.0
 
 
-def test_its_file_is_as_open_as_the_umask_lets_it(tmp_path):
+def test_file_permissions_follow_the_umask(tmp_path):
     (tmp_path / "neighbour").touch()
     save_own(tmp_path)
     write_weights(tmp_path / "w.safetensors", torch.nn.Linear(1, 1), {})
@@ -60,7 +60,7 @@ def test_nothing_is_unpickled(tmp_path):
     assert not (tmp_path / "harmed").exists()
 
 
-def test_published_ones_in_any_layout_and_either_unit_are_the_same(tmp_path):
+def test_published_perturbations_are_the_same_in_any_layout_and_unit(tmp_path):
     pixels = V.numpy()
     np.save(tmp_path / "a.npy", pixels / 255)
     np.save(tmp_path / "b.npy", pixels.transpose(1, 2, 0)[None].astype(np.float64))
@@ -71,7 +71,7 @@ def test_published_ones_in_any_layout_and_either_unit_are_the_same(tmp_path):
 
 
 def test_from_s3(tmp_path, s3):
-    from uap_dist.locations import locate
+    from uap_dist.data.locations import locate
 
     filesystem, path = locate(f"s3://bucket/v.npy?{s3}")
     with filesystem.open_output_stream(path) as file:
@@ -81,14 +81,14 @@ def test_from_s3(tmp_path, s3):
     assert found.name == "v" and torch.equal(found.v, V)
 
 
-def test_another_size_keeps_its_pixel_values_and_its_own_size_its_bits():
+def test_resizing_keeps_the_size_of_pixel_values():
     constant = Perturbation("c", torch.full((3, 8, 8), 7.0))
     assert torch.allclose(constant.resized((3, 20, 13)), torch.full((3, 20, 13), 7.0))
     assert measure(Perturbation("v", V).resized((3, 60, 50)), "linf") <= 10
     assert Perturbation("v", V).resized((3, 6, 5)) is V
 
 
-def test_what_is_no_perturbation_gets_one_line(tmp_path):
+def test_invalid_perturbation_files_are_errors_of_one_line(tmp_path):
     np.save(tmp_path / "grey.npy", np.zeros((5, 5)))
     np.save(tmp_path / "cube.npy", np.ones((3, 3, 3)))
     np.save(tmp_path / "unit.npy", 255 * V.numpy())
@@ -100,26 +100,26 @@ def test_what_is_no_perturbation_gets_one_line(tmp_path):
     damaged = save_own(tmp_path / "damaged", perturbation_sha256="0" * 64)
     for location, message in (
         ("absent", r"cannot read .*absent/perturbation.safetensors"),
-        ("grey.npy:255", r"3×H×W or H×W×3, but \[\(5, 5\)\]"),
+        ("grey.npy:255", r"3×H×W or H×W×3, but holds \[\(5, 5\)\]"),
         ("cube.npy:255", r"3×H×W or H×W×3"),
         ("unit.npy:255", r"reaches ±2\d\d\d.* pixels of 255; is its unit right\?"),
         ("small.npy:255", r"reaches ±0.03\d* pixels of 255; is its unit right\?"),
-        ("unit.npy", r"say what its values are in: .*unit.npy:255 for pixels 0..255, or :1 for 0..1"),
-        ("unit.npy:2", r"say what its values are in"),
+        ("unit.npy", r"give the unit of its values: .*unit.npy:255 for pixels of 0..255, or :1 for 0..1"),
+        ("unit.npy:2", r"give the unit of its values"),
         ("nan.npy:1", "reaches ±nan pixels"),
-        ("two.mat:255", r"does not hold one array"),
+        ("two.mat:255", r"must hold one array of shape 3×H×W or H×W×3, but holds"),
         ("text.mat:255", "cannot be read"),
-        ("other.safetensors", "no perturbation that jobs/compute.py has written"),
+        ("other.safetensors", "is not a perturbation written by jobs/compute.py"),
     ):
         with pytest.raises(PerturbationError, match=message):
             load_perturbations([f"{tmp_path}/{location}"])
-    with pytest.raises(PerturbationError, match="is damaged: its values do not have the digest"):
+    with pytest.raises(PerturbationError, match="is damaged: its values do not match its digest"):
         load_perturbations([damaged])
-    with pytest.raises(PerturbationError, match="has linf norm 10, more than the radius 9 that it says"):
+    with pytest.raises(PerturbationError, match="has linf norm 10, more than its radius 9"):
         load_perturbations([save_own(tmp_path / "large", V / V.abs().max() * 10, radius=9.0)])
 
 
-def test_names_are_those_given_else_as_much_of_the_path_as_tells_them_apart(tmp_path):
+def test_names_are_the_given_ones_or_as_much_of_the_path_as_it_takes(tmp_path):
     one, two, three = (save_own(tmp_path / name) for name in ("run-1/seed-0", "run-2/seed-0", "run-2/seed-1"))
     np.save(tmp_path / "run-2/signs.npy", V.numpy())
 
@@ -130,14 +130,14 @@ def test_names_are_those_given_else_as_much_of_the_path_as_tells_them_apart(tmp_
     assert names(one, f"{two}/perturbation.safetensors", three) == ["run-1/seed-0", "run-2/seed-0", "seed-1"]
     assert names(f"seed-0={one}", two) == ["seed-0", "run-2/seed-0"]
     assert names(three, taken=["seed-1"]) == ["run-2/seed-1"]
-    with pytest.raises(ConfigError, match=r"perturbation .*run-1/seed-0 is there twice"):
+    with pytest.raises(ConfigError, match=r"perturbation .*run-1/seed-0 is given twice"):
         names(one, f"again={one}/perturbation.safetensors")
     for twin in ((f"a={one}", f"a={two}"), (f"a={one}",)):
         with pytest.raises(ConfigError, match="two perturbations are named 'a'; give them other names, as NAME="):
             names(*twin, taken=["a"] if len(twin) == 1 else ())
 
 
-def test_the_published_ones_of_the_papers_authors(shared):
+def test_perturbations_published_by_the_authors_of_the_paper(shared):
     folder = shared / "reference"
     files = [f"{path}:255" for path in sorted((folder / "lts4").iterdir())]
     files += [f"{path}:1" for path in sorted((folder / "sgd-uap").iterdir())]

@@ -9,18 +9,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_job import data, finish, job_options, runs, start, write_plan
 
-from uap_dist.checkpoint import Checkpoint, CheckpointStore, JobRecord
-from uap_dist.compute import State, compute
-from uap_dist.config import ComputeConfig
-from uap_dist.dataset import LocalWorkers
+from uap_dist.computing.options import ComputeOptions
+from uap_dist.computing.rounds import compute
+from uap_dist.data.patterns import expand_patterns
+from uap_dist.data.write import write_shards
 from uap_dist.errors import ConfigError, ShardError
-from uap_dist.fleet import FleetConfig
-from uap_dist.plan import Costs, ShardSizes, Span, count_work, plan_fleet
-from uap_dist.plan_report import Plan, Spent, fleet_sizes, read_plan
-from uap_dist.shard_sizes import count_bytes, read_indexes
-from uap_dist.shards import expand_patterns, write_shards
-from uap_dist.trial import try_out
-from uap_dist.update import Iterate
+from uap_dist.fleet.config import FleetConfig
+from uap_dist.method.config import ComputeConfig
+from uap_dist.method.state import State
+from uap_dist.method.update import Iterate
+from uap_dist.planning.comparison import Spent, read_plan
+from uap_dist.planning.cost_model import Costs, plan_fleet
+from uap_dist.planning.profiling import measure_costs
+from uap_dist.planning.report import Plan, fleet_sizes
+from uap_dist.planning.shard_sizes import ShardSizes, count_bytes, read_indexes
+from uap_dist.planning.span import Span
+from uap_dist.planning.work import count_work
+from uap_dist.tracking.checkpoint import Checkpoint, CheckpointStore, JobRecord
+from uap_dist.workers.local import LocalWorkers
+from uap_dist.workers.worker import Worker
 
 CONFIGS = {
     "passes": {"max_passes": 3},
@@ -34,7 +41,7 @@ CONFIGS = {
 
 
 class CountingWorkers(LocalWorkers):
-    """A real worker that remembers what it was asked for: method, and examples of each task."""
+    """A real worker that records its calls: the method, and the number of examples of each task."""
 
     def __init__(self, worker):
         super().__init__(worker)
@@ -45,7 +52,7 @@ class CountingWorkers(LocalWorkers):
         return super().map(method, tasks, *shared)
 
     def examples(self, method):
-        return sum(sum(sizes) for name, sizes in self.calls if name == method)
+        return sum(sum(sizes) for each, sizes in self.calls if each is method)
 
 
 def sizes_of(dataset, num_bytes=1000):
@@ -60,13 +67,13 @@ def test_the_work_that_is_counted_is_the_work_that_is_done(tiny_data, options):
     *_, final = compute(workers, *tiny_data, config)
     assert work.num_evaluations == Span.exactly(final.num_evaluations)
     assert (work.num_rounds, work.num_solves) == (final.round_number + 1, final.num_solves)
-    assert work.rounds == Counter(len(sizes) for name, sizes in workers.calls if name == "solve")
+    assert work.rounds == Counter(len(sizes) for method, sizes in workers.calls if method is Worker.solve)
     labels, random = sum(data.num_examples for data in tiny_data), tiny_data[1].num_examples
-    assert work.num_classified == labels + workers.examples("classify") + random
+    assert work.num_classified == labels + workers.examples(Worker.classify) + random
 
 
 @pytest.mark.parametrize("options", [{"max_passes": 2}, {"max_evaluations": 600}], ids=["passes", "budget"])
-def test_the_papers_rule_costs_what_its_solves_are_said_to(tiny_data, options):
+def test_the_papers_rule_costs_what_its_solves_cost(tiny_data, options):
     config = ComputeConfig(rule="paper", round_size=10, block_size=5, **options)
     workers = CountingWorkers(tiny_worker())
     *_, final = compute(workers, *tiny_data, config)
@@ -74,17 +81,23 @@ def test_the_papers_rule_costs_what_its_solves_are_said_to(tiny_data, options):
     work = count_work(*map(sizes_of, tiny_data), config, evaluations_per_solve=Span(mean, 1, 2 * mean))
     assert work.num_evaluations.expected == pytest.approx(final.num_evaluations, rel=0.1)
     is_budget = "max_evaluations" in options
-    assert (
-        work.num_evaluations.low < work.num_evaluations.expected
-    ) != is_budget  # a budget is spent whatever one costs
+    assert (work.num_evaluations.low < work.num_evaluations.expected) != is_budget  # a budget is spent in any case
     assert work.num_rounds == pytest.approx(final.round_number + 1, abs=is_budget)
 
 
 def free(**seconds):
-    """Costs of which only those given are any."""
+    """Costs that are all zero except those given."""
     nothing = Span.exactly(0.0)
     spans = dict.fromkeys(("start", "decode", "classify", "evaluation", "driver", "report"), nothing) | seconds
-    return Costs(1, **spans, evaluations_per_solve=Span.exactly(2), worker_bytes=0, gpu_bytes=0, image_bytes=768)
+    memory = {"worker_bytes": 0, "gpu_bytes": 0, "image_bytes": 768}
+    return Costs(1, **spans, **memory, evaluations_per_solve=Span.exactly(2), num_cpus=1, shard_images=())
+
+
+def options_of(config, price_per_gpu_hour=None, **fleet):
+    """Options of a job with this config, price and fleet; the report uses nothing else of them but the model."""
+    return ComputeOptions(
+        model="m", compute=config, fleet=FleetConfig(**fleet), plan=True, price_per_gpu_hour=price_per_gpu_hour
+    )
 
 
 def planned(config, costs, num_workers, num_perturbations=1, cache_bytes=1 << 40, images=(60, 60, 60, 60)):
@@ -149,7 +162,7 @@ def test_a_shard_of_which_a_few_images_take_part_is_decoded_whole():
 
 
 @given(num_workers=st.integers(1, 5000))
-def test_sizes_worth_a_line_end_with_the_one_asked_for(num_workers):
+def test_planned_sizes_end_with_the_one_asked_for(num_workers):
     sizes = fleet_sizes(num_workers, num_workers)
     assert sizes[-1] == num_workers and sizes == sorted(set(sizes)) and (sizes[0] == 1)
     assert fleet_sizes(3, 12) == [3, 4, 8, 12]
@@ -161,9 +174,10 @@ def test_a_plan_fits_a_screen_and_says_what_idles_and_what_it_costs():
     sizes = ShardSizes((60,) * 4, (60,) * 4, (1000,) * 4, is_estimated=True)
     work = count_work(sizes, sizes, config)
     fleets = [plan_fleet(work, costs, config, num_workers=n, memory_bytes=1, disk_bytes=0) for n in (1, 16)]
-    plan = Plan({"model": "m"}, config, work, fleets, (1,), 1, 1.0, 1 / 2**30, 0.0, 2.5)
+    options = options_of(config, price_per_gpu_hour=2.5, cache_gib=1 / 2**30, disk_cache_gib=0.0)
+    plan = Plan(options, work, fleets, (1,), 1, 1.0)
     text = plan.summary()
-    assert "240 solves, 720 network evaluations; 1,200 images classified" in text
+    assert "240 solves, 720 network evaluations; 1,600 images classified" in text
     assert "| GPU-hours | price |" in text and "| 16 | 3:01:00 | 3:00:48–3:01:15 | 48.3 (48.2–48.3) | 120.67 (" in text
     assert "at most 4 blocks (--round-size 24, --block-size 6), so 12 of 16 workers have nothing to do" in text
     assert "a pool of 5 (--num-perturbations) would keep all 16 busy" in text
@@ -188,12 +202,12 @@ def test_local_steps_are_proposed_while_they_leave_enough_rounds(num_workers, nu
     sizes = ShardSizes((num_solves,), (num_solves,), (1000,))
     work = count_work(sizes, sizes, config)
     fleet = plan_fleet(work, free(), config, num_workers=num_workers, memory_bytes=1, disk_bytes=0)
-    text = Plan({"model": "m"}, config, work, [fleet], (1,), 1, 0.0, 4.0, 0.0, None).summary()
+    text = Plan(options_of(config), work, [fleet], (1,), 1, 0.0).summary()
     assert f"so {num_workers - 2} of {num_workers} workers have nothing to do" in text
     assert ("or local steps" in text) == bool(options) and options in text
 
 
-def test_shards_are_weighed_and_counted_without_being_read(shards, tmp_path, s3):
+def test_shards_are_sized_in_bytes_and_images_without_being_read(shards, tmp_path, s3):
     urls = expand_patterns([str(shards / "train-*.tar"), str(shards / "val-*.tar")])
     assert count_bytes(urls) == [(shards / name.rpartition("/")[2]).stat().st_size for name in urls]
     assert [read_indexes(urls)[url] for url in urls] == [20, 20, 7, 20]
@@ -212,28 +226,27 @@ def test_shards_are_weighed_and_counted_without_being_read(shards, tmp_path, s3)
 
 
 @pytest.mark.parametrize("rule", ["log-odds", "paper"])
-def test_a_trial_reads_two_shards_and_tells_what_everything_costs(shards, rule):
-    workers, kept = CountingWorkers(tiny_worker()), []
+def test_costs_are_measured_on_two_shards_and_cover_everything(shards, rule):
+    workers, committed = CountingWorkers(tiny_worker()), []
     urls = expand_patterns([str(shards / "train-*.tar")])
-    trial = try_out(
+    costs = measure_costs(
         workers,
         urls,
         ComputeConfig(rule=rule, round_size=10, block_size=5, max_evaluations=1),  # which the whole run would refuse
         start_s=3.0,
-        keep=lambda report, history: kept.append(len(history)),
+        commit=lambda report, history: committed.append(len(history)),
     )
-    costs = trial.costs
-    assert trial.num_images == (20, 20) and costs.image_bytes == 768 and 1 << 20 < costs.worker_bytes < 1 << 34
-    assert kept == list(range(1, len(kept) + 1)) and len(kept) >= 5
+    assert costs.shard_images == (20, 20) and costs.image_bytes == 768 and 1 << 20 < costs.worker_bytes < 1 << 34
+    assert committed == list(range(1, len(committed) + 1)) and len(committed) >= 5
     assert 3.0 <= costs.start.expected < 10 and costs.report.expected > 0
     for span in (costs.decode, costs.classify, costs.evaluation, costs.driver):
         assert 0 < span.low <= span.expected <= span.high < 1
     assert (costs.evaluations_per_solve.expected == 2) == (rule == "log-odds")
 
 
-def test_what_a_trial_commits_goes_away(tmp_path, s3):
+def test_what_profiling_commits_goes_away(tmp_path, s3):
     state = State(Iterate.zero((3, 4, 4)))
-    for location in (str(tmp_path / "trial"), f"s3://bucket/trial?{s3}"):
+    for location in (str(tmp_path / "profiling"), f"s3://bucket/profiling?{s3}"):
         with CheckpointStore(location) as store:
             store.prepare()
             store.commit(Checkpoint(JobRecord("run", {}, {}, {}), state, ()))
@@ -244,12 +257,12 @@ def test_what_a_trial_commits_goes_away(tmp_path, s3):
     assert not list(tmp_path.iterdir())
 
 
-def test_trial_takes_more_shards_where_two_hold_no_block(tmp_path):
+def test_more_shards_are_read_if_two_hold_less_than_a_block(tmp_path):
     write_shards(random_samples(12, seed=1), tmp_path, prefix="small", shard_size=2)
     urls = expand_patterns([str(tmp_path / "small-*.tar")])
     config = ComputeConfig(round_size=5, block_size=5, max_passes=1)
-    trial = try_out(LocalWorkers(tiny_worker()), urls, config, start_s=0.0, keep=lambda report, history: None)
-    assert trial.num_images == (2, 2, 2)
+    costs = measure_costs(LocalWorkers(tiny_worker()), urls, config, start_s=0.0, commit=lambda report, history: None)
+    assert costs.shard_images == (2, 2, 2)
 
 
 @pytest.mark.parametrize(
@@ -270,11 +283,11 @@ def test_options_that_do_not_go_together_are_refused(options, message):
     ("content", "message"),
     [
         (None, "cannot read a plan from --planned .*: No such file"),
-        ("{", "it is none; give the plan.json of --plan"),
-        ('{"fooling": 1}', "it is none; give the plan.json of --plan"),
+        ("{", "it is not a plan; give the plan.json of --plan"),
+        ('{"fooling": 1}', "it is not a plan; give the plan.json of --plan"),
     ],
 )
-def test_what_is_no_plan_is_refused(tmp_path, content, message):
+def test_a_file_that_is_not_a_plan_is_refused(tmp_path, content, message):
     if content is not None:
         (tmp_path / "plan.json").write_text(content)
     with pytest.raises(ConfigError, match=message):
@@ -282,18 +295,18 @@ def test_what_is_no_plan_is_refused(tmp_path, content, message):
 
 
 def test_a_plan_of_another_job_is_refused_and_what_differs_is_named(tmp_path):
-    job = job_options(compute=ComputeConfig(max_evaluations=3000)).costly()
+    job = job_options(compute=ComputeConfig(max_evaluations=3000)).costs()
     write_plan(tmp_path / "plan.json", job)
     assert read_plan(tmp_path / "plan.json", job)["planned/seconds"] == 60
-    other = job_options(compute=ComputeConfig(max_evaluations=8000), num_perturbations=2).costly()
+    other = job_options(compute=ComputeConfig(max_evaluations=8000), num_perturbations=2).costs()
     message = "of another job: max_evaluations was 3000, is 8000; num_perturbations was 1, is 2; plan again"
     with pytest.raises(ConfigError, match=message):
         read_plan(tmp_path / "plan.json", other)
 
 
-def test_a_resumed_run_does_not_pretend_to_know_its_time():
+def test_a_resumed_run_does_not_claim_to_know_its_time():
     spent = Spent.of([{"num_evaluations": 10, "num_solves": 5}] * 2, 4, None)
-    assert spent.metrics() == {"actual/evaluations": 20, "actual/solves": 10} and spent.beside({}) == ""
+    assert spent.metrics() == {"spent/evaluations": 20, "spent/solves": 10} and spent.beside({}) == ""
 
 
 def test_a_plan_is_a_run_in_mlflow_and_a_file_for_the_run_that_is_planned(shards, tmp_path):
@@ -311,5 +324,5 @@ def test_a_plan_is_a_run_in_mlflow_and_a_file_for_the_run_that_is_planned(shards
     train, _, val = data(shards)[1:]
     config = ComputeConfig(round_size=10, block_size=5, max_passes=3)
     planned = {"model": TINY, "train_shards": (train,), "val_shards": (val,), "num_val_images": 15, "compute": config}
-    job = job_options(**planned, fleet=FleetConfig(num_workers=1)).costly()
+    job = job_options(**planned, fleet=FleetConfig(num_workers=1)).costs()
     assert read_plan(tmp_path / "plan/plan.json", job)["planned/solves"] == 141

@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 
 from uap_dist.errors import ConfigError, PerturbationError
-from uap_dist.perturbations import Perturbation
-from uap_dist.pool import POOL_FILE, AddUniversalPerturbation, PerturbationPool, load_members
+from uap_dist.perturbations.files import Perturbation
+from uap_dist.perturbations.pool import POOL_FILE, PerturbationPool, load_members
+from uap_dist.perturbations.transform import AddUniversalPerturbation
 
 SHARED = {"model": "tiny", "weights_digest": "a" * 64, "norm": "linf", "radius": 10.0}
 
@@ -28,7 +29,7 @@ def pool():
     return PerturbationPool.of([member(seed) for seed in range(3)])
 
 
-def test_a_pool_comes_back_and_says_what_it_is(pool, tmp_path):
+def test_a_saved_pool_is_loaded_with_its_provenance(pool, tmp_path):
     pool.save(tmp_path / "p")
     for location in (tmp_path / "p", tmp_path / "p" / POOL_FILE):
         again = PerturbationPool.load(location)
@@ -57,7 +58,7 @@ NAMES_THAT_LEAD_ELSEWHERE = (
 
 
 @pytest.mark.parametrize("name", NAMES_THAT_LEAD_ELSEWHERE)
-def test_a_manifest_cannot_say_where_files_are_written(pool, tmp_path, monkeypatch, name):
+def test_member_names_in_a_manifest_cannot_lead_out_of_the_folder(pool, tmp_path, monkeypatch, name):
     members = [{**pool.members[0], "name": name}, *pool.members[1:]]
     with pytest.raises(PerturbationError, match="is not a plain name for a file"):
         PerturbationPool(pool.perturbations, SHARED, members)
@@ -66,16 +67,16 @@ def test_a_manifest_cannot_say_where_files_are_written(pool, tmp_path, monkeypat
         PerturbationPool(pool.perturbations, SHARED, members).save(tmp_path / "theirs")
     with pytest.raises(PerturbationError) as caught:
         PerturbationPool.load(tmp_path / "theirs")
-    said = f"{tmp_path}/theirs/pool.safetensors is no pool: the member name {name!r} is not a plain name"
+    said = f"{tmp_path}/theirs/pool.safetensors is not a pool: the member name {name!r} is not a plain name"
     assert str(caught.value).startswith(said) and str(caught.value).isprintable()
 
 
-def test_two_members_of_one_name_are_refused_because_one_would_be_written_over_the_other(pool):
+def test_member_names_must_be_unique(pool):
     with pytest.raises(PerturbationError, match="two members are named seed-1"):
         PerturbationPool.of([member(0), member(1), member(1)])
 
 
-def test_an_export_does_not_follow_links_that_lie_there(pool, tmp_path):
+def test_an_export_does_not_follow_existing_links(pool, tmp_path):
     (tmp_path / "mine").write_text("mine")
     (tmp_path / "out").mkdir()
     for extension in ("npy", "png"):
@@ -85,20 +86,20 @@ def test_an_export_does_not_follow_links_that_lie_there(pool, tmp_path):
 
 
 @pytest.mark.parametrize("shared", [{}, SHARED | {"norm": "l7"}, SHARED | {"radius": "wide"}])
-def test_a_manifest_that_does_not_say_all_is_refused_in_words(pool, tmp_path, shared):
+def test_an_incomplete_manifest_is_an_error_without_a_type_name(pool, tmp_path, shared):
     PerturbationPool(pool.perturbations, shared, pool.members).save(tmp_path)
-    with pytest.raises(PerturbationError, match="pool.safetensors is no pool") as caught:
+    with pytest.raises(PerturbationError, match="pool.safetensors is not a pool") as caught:
         PerturbationPool.load(tmp_path)
     assert "Error" not in str(caught.value)
 
 
-def test_its_files_are_as_open_as_the_umask_lets_them(pool, tmp_path):
+def test_file_permissions_follow_the_umask(pool, tmp_path):
     pool.save(tmp_path)
     assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
 
 
 def test_from_s3(pool, tmp_path, s3):
-    from uap_dist.locations import locate
+    from uap_dist.data.locations import locate
 
     pool.save(tmp_path)
     filesystem, path = locate(f"s3://bucket/pool/pool.safetensors?{s3}")
@@ -107,7 +108,7 @@ def test_from_s3(pool, tmp_path, s3):
     assert torch.equal(PerturbationPool.load(f"s3://bucket/pool?{s3}").perturbations, pool.perturbations)
 
 
-def test_a_pool_that_is_damaged_or_too_large_is_refused(pool, tmp_path):
+def test_a_pool_that_is_damaged_or_outside_its_ball_is_rejected(pool, tmp_path):
     pool.save(tmp_path)
     data = bytearray((tmp_path / POOL_FILE).read_bytes())
     data[-1] ^= 1
@@ -121,10 +122,10 @@ def test_a_pool_that_is_damaged_or_too_large_is_refused(pool, tmp_path):
     with pytest.raises(PerturbationError, match="is damaged: its manifest"):
         PerturbationPool.load(tmp_path)
     (tmp_path / POOL_FILE).write_bytes(b"nothing")
-    with pytest.raises(PerturbationError, match="is no pool"):
+    with pytest.raises(PerturbationError, match="is not a pool"):
         PerturbationPool.load(tmp_path)
     PerturbationPool(pool.perturbations, SHARED | {"radius": 5.0}, pool.members).save(tmp_path)
-    with pytest.raises(PerturbationError, match=r"member seed-0, has linf norm 9\.\d+, more than the radius 5"):
+    with pytest.raises(PerturbationError, match=r"member seed-0, has linf norm 9\.\d+, more than its radius 5"):
         PerturbationPool.load(tmp_path)
     with pytest.raises(PerturbationError, match="cannot read .*absent/pool.safetensors"):
         PerturbationPool.load(tmp_path / "absent")
@@ -136,16 +137,16 @@ def test_a_pool_that_is_damaged_or_too_large_is_refused(pool, tmp_path):
         (member(1, weights_digest="b"), "its weights_digest is b, not aaaa"),
         (member(1, norm="l2"), "its norm is l2, not linf"),
         (member(1, radius=8.0), "its radius is 8.0, not 10.0"),
-        (member(1, shape=(3, 4, 4)), r"seed-1 is \(3, 4, 4\), seed-0 \(3, 8, 6\): a pool has one size"),
+        (member(1, shape=(3, 4, 4)), r"seed-1 is \(3, 4, 4\), seed-0 \(3, 8, 6\): members of a pool have one size"),
         (Perturbation("CaffeNet", torch.ones(3, 8, 6)), "CaffeNet does not say its model"),
     ],
 )
-def test_what_does_not_belong_together_is_no_pool(other, message):
+def test_perturbations_that_differ_in_what_a_pool_shares_are_rejected(other, message):
     with pytest.raises(PerturbationError, match=message):
         PerturbationPool.of([member(0), other])
 
 
-def test_a_pool_knows_its_network(pool):
+def test_a_pool_is_rejected_for_another_network(pool):
     pool.check_classifier("a" * 64)
     with pytest.raises(PerturbationError, match="computed for tiny with weights aaaaaaaaaaaa…, this network has cccc"):
         pool.check_classifier("c" * 64)
@@ -237,12 +238,12 @@ def test_data_loaders_workers_draw_for_themselves_and_repeat_with_the_seed(pool)
         (Image.new("RGB", (6, 8)), "images are Image; put v2.PILToTensor"),
     ],
 )
-def test_what_is_no_image_is_refused(pool, images, message):
+def test_invalid_images_are_rejected(pool, images, message):
     with pytest.raises(PerturbationError, match=message):
         AddUniversalPerturbation(pool)(images)
 
 
-def test_options_that_cannot_be_are_refused(pool):
+def test_invalid_options_are_rejected(pool):
     for options in ({"probability": 1.5}, {"float_range": 2.0}):
         with pytest.raises(PerturbationError, match="it must"):
             AddUniversalPerturbation(pool, **options)
@@ -250,7 +251,7 @@ def test_options_that_cannot_be_are_refused(pool):
         PerturbationPool.of([])
 
 
-def test_members_of_several_pools_are_told_apart_by_their_pools(pool, tmp_path):
+def test_members_of_several_pools_get_unique_names(pool, tmp_path):
     other = PerturbationPool.of([member(seed, val_fooling_rate=0.4) for seed in (2, 5)])
     other = replace(other, perturbations=other.perturbations * 0.5)
     third = PerturbationPool.of([member(7)])

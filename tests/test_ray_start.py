@@ -1,4 +1,4 @@
-"""How a job starts a Ray of its own or joins one: who may talk to it, where its files lie, which addresses are refused."""
+"""How a job starts a Ray or joins a cluster: who may connect, where its files are, which addresses are refused."""
 
 import json
 import os
@@ -8,17 +8,18 @@ import subprocess
 import sys
 from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
+from subprocess import PIPE
 from threading import Thread
 
 import pytest
 from processes import environment
 
-from uap_dist import cluster
 from uap_dist.errors import ConfigError
+from uap_dist.fleet import ray_cluster
 
 OWN = """
 import json, sys, tempfile
-from uap_dist.cluster import connect
+from uap_dist.fleet.ray_cluster import connect
 connect()
 import psutil, ray
 
@@ -42,7 +43,7 @@ JOIN = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False); pri
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
-    """A process that has started a Ray, with a TMPDIR as long as schedulers make it; what it says, and its folder."""
+    """What a process reports that has started a Ray, with a TMPDIR as long as those of schedulers; its folder; the process."""
     folder = tmp_path_factory.mktemp("own")
     long = folder / "local_scratch/partition_gpu/job_1234567/node_0042/user"
     (folder / "home").mkdir()
@@ -56,41 +57,43 @@ def own(tmp_path_factory):
         process.stdin.close()
 
 
-def test_a_ray_of_its_own_has_short_sockets_in_a_closed_folder_and_images_in_tmpdir(own):
+def test_a_local_ray_has_its_sockets_in_a_private_folder_of_tmp_and_images_in_tmpdir(own):
     said, folder, _ = own
     assert said["temporary"] == str(folder / "local_scratch/partition_gpu/job_1234567/node_0042/user")
     place = Path(said["session"]).parents[1]
     assert place.parent == Path("/tmp") and stat.S_IMODE(place.stat().st_mode) == 0o700
 
 
-def test_it_listens_on_loopback_and_leaves_no_token_in_files(own):
+def test_a_local_ray_listens_on_loopback_and_writes_no_token_to_files(own):
     said, folder, _ = own
     assert said["listening"] and {ip.removeprefix("::ffff:") for ip in said["listening"]} <= {"127.0.0.1", "::1"}
     assert not any((folder / "home").iterdir())
 
 
-@pytest.mark.parametrize(
-    "token", [{}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "cd" * 32}], ids=["none", "another"]
-)
-def test_it_refuses_callers_without_its_token(own, token):
+def test_a_local_ray_refuses_callers_without_its_token(own):
     said, folder, _ = own
-    env = environment(HOME=str(folder / "home"), RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0", **token)
-    caller = subprocess.run(
-        [sys.executable, "-c", JOIN, said["address"]], env=env, capture_output=True, text=True, timeout=100
-    )
-    assert caller.returncode == 1 and "joined" not in caller.stdout
-    assert "InvalidAuthToken" in caller.stderr or "Unauthenticated" in caller.stderr
+    env = environment(HOME=str(folder / "home"), RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0")
+    callers = [
+        subprocess.Popen(
+            [sys.executable, "-c", JOIN, said["address"]], env=env | token, stdout=PIPE, stderr=PIPE, text=True
+        )
+        for token in ({}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "cd" * 32})
+    ]  # at once: each tries for 20 s
+    for caller in callers:
+        out, err = caller.communicate(timeout=100)
+        assert caller.returncode == 1 and "joined" not in out
+        assert "InvalidAuthToken" in err or "Unauthenticated" in err
 
 
-def test_its_folder_is_gone_when_the_process_ends(own):
-    said, _, process = own  # the last test of these
+def test_the_folder_of_a_local_ray_is_deleted_when_the_process_ends(own):
+    said, _, process = own  # the last test that uses the process
     process.stdin.close()
     process.wait(60)
     assert not Path(said["session"]).parents[1].exists()
 
 
 def test_each_process_has_a_token_of_its_own():
-    code = "import uap_dist.cluster, os; print(os.environ['RAY_AUTH_MODE'], os.environ['RAY_AUTH_TOKEN'])"
+    code = "import uap_dist.fleet.ray_cluster, os; print(os.environ['RAY_AUTH_MODE'], os.environ['RAY_AUTH_TOKEN'])"
     found = {
         subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True).stdout
         for _ in range(2)
@@ -98,17 +101,17 @@ def test_each_process_has_a_token_of_its_own():
     assert len(found) == 2 and all(text.startswith("token ") and len(text.split()[1]) == 64 for text in found)
 
 
-def test_ray_tmpdir_is_kept_to_or_refused_by_name(tmp_path, monkeypatch):
+def test_ray_tmpdir_is_used_or_refused_by_name(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_TMPDIR", "/tmp/short")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    assert cluster._place_for_sockets() == Path("/tmp/short")
+    assert ray_cluster._place_for_sockets() == Path("/tmp/short")
     long = "/tmp/" + "x" * 60
     monkeypatch.setenv("RAY_TMPDIR", long)
     with pytest.raises(
         ConfigError,
-        match=rf"^RAY_TMPDIR is {long}, 65 bytes long: .*107 bytes.*set RAY_TMPDIR to a folder of at most \d+",
+        match=rf"^RAY_TMPDIR is {long}, 65 bytes long: .*107 bytes; set RAY_TMPDIR to a path of at most \d+ bytes",
     ):
-        cluster._place_for_sockets()
+        ray_cluster._place_for_sockets()
 
 
 @pytest.fixture
@@ -138,27 +141,28 @@ def web():
         ("[::1]:1", r"no Ray cluster answers at \[::1\]:1"),
     ],
 )
-def test_an_address_that_is_none_is_one_line_that_says_what_to_do(monkeypatch, address, message):
+def test_an_invalid_address_is_one_line_that_says_what_to_do(monkeypatch, address, message):
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(ConfigError, match=message) as caught:
-        cluster.connect()
+        ray_cluster.connect()
     said = str(caught.value)
     assert "\n" not in said and "RAY_ADDRESS" in said and "unset" in said and "secret" not in said
 
 
-def test_what_is_no_ray_is_known_before_ray_waits_for_it_for_minutes(monkeypatch, web):
+def test_a_server_that_is_no_ray_cluster_is_refused_at_once(monkeypatch, web):
     monkeypatch.setenv("RAY_ADDRESS", web)
     with pytest.raises(
-        ConfigError, match=f"what answers at {web} .RAY_ADDRESS. is no Ray cluster; its head's port is 6379"
+        ConfigError,
+        match=f"the server at {web} .RAY_ADDRESS. is not a Ray cluster; the port of a cluster's head is 6379",
     ):
-        cluster.connect()
-    monkeypatch.setattr(cluster, "ANSWER_TIMEOUT_S", 0.2)
+        ray_cluster.connect()
+    monkeypatch.setattr(ray_cluster, "ANSWER_TIMEOUT_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{silent.getsockname()[1]}")
         with pytest.raises(ConfigError, match="no Ray cluster answers at .*timed out"):
-            cluster.connect()
+            ray_cluster.connect()
 
 
-def test_an_empty_address_is_none(monkeypatch):
+def test_an_empty_address_counts_as_unset(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", " ")
-    assert not cluster.can_grow() and os.environ["RAY_ADDRESS"] == " "
+    assert not ray_cluster.can_grow() and os.environ["RAY_ADDRESS"] == " "

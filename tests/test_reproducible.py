@@ -11,10 +11,11 @@ import pytest
 import torch
 from conftest import TINY, tiny_worker
 
-from uap_dist.config import ComputeConfig
-from uap_dist.dataset import LocalWorkers
-from uap_dist.reproducible import Settings, noticing_kernels, reproducible
-from uap_dist.worker import Examples
+from uap_dist.method.config import ComputeConfig
+from uap_dist.workers.local import LocalWorkers
+from uap_dist.workers.messages import Examples
+from uap_dist.workers.reproducible import Settings, noticing_kernels, reproducible
+from uap_dist.workers.worker import Worker
 
 V = np.random.default_rng(0).normal(0, 5, size=(3, 16, 16)).astype(np.float32)
 OTHERS = (
@@ -28,7 +29,7 @@ OTHERS = (
 )
 SCRIPT = """
 import os, sys, torch
-from uap_dist.reproducible import Settings, reproducible
+from uap_dist.workers.reproducible import Settings, reproducible
 for other in sys.argv[1:]:
     exec(other)
     before = Settings.now()
@@ -41,14 +42,14 @@ for other in sys.argv[1:]:
 """
 
 
-def test_every_setting_is_as_it_was_afterwards():
+def test_every_setting_is_restored():
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", SCRIPT, *OTHERS], capture_output=True, text=True, env=dict(os.environ)
     )
     assert done.returncode == 0, done.stderr
 
 
-def test_settings_are_put_back_after_an_error_as_well():
+def test_settings_are_restored_after_an_error():
     before = Settings.now()
     with pytest.raises(ZeroDivisionError), reproducible(3):
         assert torch.get_num_threads() == 3
@@ -56,24 +57,29 @@ def test_settings_are_put_back_after_an_error_as_well():
     assert Settings.now() == before
 
 
-def test_a_worker_in_a_users_process_changes_nothing_in_it(shards):
+def test_a_worker_leaves_the_settings_of_a_users_process_unchanged(shards):
     before = Settings.now(), dict(os.environ)
     worker = tiny_worker()
     assert (Settings.now(), dict(os.environ)) == before
-    for method, *shared in (("load",), ("classify", V), ("solve", V, ComputeConfig().solver), ("normals",)):
+    for method, *shared in (
+        (Worker.load,),
+        (Worker.classify, V),
+        (Worker.solve, V, ComputeConfig().solver),
+        (Worker.normals,),
+    ):
         listing = worker.load(Examples(str(shards / "train-0000.tar")))
         task = Examples(str(shards / "train-0000.tar"), listing.digest, listing.keys[:4], (0,) * 4, seed=(1,))
         list(LocalWorkers(worker).map(method, [task], *shared))
-        assert (Settings.now(), dict(os.environ)) == before, method
+        assert (Settings.now(), dict(os.environ)) == before, method.__name__
 
 
 BITS = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
 from conftest import compute_here
-from uap_dist.config import ComputeConfig
+from uap_dist.method.config import ComputeConfig
 if sys.argv[2] == "ours":
-    from uap_dist.reproducible import set_up_torch
+    from uap_dist.workers.reproducible import set_up_torch
     set_up_torch(1)
 else:
     torch.set_num_threads(2)
@@ -83,7 +89,7 @@ print(compute_here(sys.argv[3], None, sys.argv[4:6], sys.argv[6:], config)[0].pr
 """
 
 
-def test_the_bits_are_those_of_a_process_that_was_set_up(shards):
+def test_results_have_the_bits_of_a_process_set_up_by_set_up_torch(shards):
     here = str(Path(__file__).parent)
     urls = [str(shards / name) for name in ("train-0000.tar", "train-0001.tar", "val-0000.tar")]
     found = [
@@ -95,7 +101,7 @@ def test_the_bits_are_those_of_a_process_that_was_set_up(shards):
     assert found[0].stdout == found[1].stdout and len(found[0].stdout) == 65, found[0].stderr + found[1].stderr
 
 
-def test_kernels_that_do_not_repeat_their_bits_are_named_once_and_other_warnings_go_on():
+def test_nondeterministic_operations_are_collected_and_other_warnings_pass():
     with reproducible(1), pytest.warns(UserWarning, match="^another$"), noticing_kernels() as kernels:
         for _ in range(2):
             torch.zeros(4).put_(torch.tensor([0, 1]), torch.ones(2))

@@ -1,4 +1,4 @@
-"""What --resume refuses: each in one line that says what it is and what to do, and nothing is left behind."""
+"""What --resume refuses, each in one line that says what it is and what to do, leaving nothing behind."""
 
 import sys
 import time
@@ -8,11 +8,13 @@ import mlflow
 import pytest
 from test_checkpoint import JOB, checkpoint
 
-from uap_dist.checkpoint import CheckpointStore
 from uap_dist.errors import ResumeError, TrackingError
-from uap_dist.history import RoundRecord
-from uap_dist.resume import find_resumed
-from uap_dist.tracking import CHECKPOINTS_TAG, Tracker
+from uap_dist.finetuning.options import FinetuneOptions
+from uap_dist.tracking.checkpoint import CheckpointStore
+from uap_dist.tracking.history import RoundRecord
+from uap_dist.tracking.mlflow_run import Tracker
+from uap_dist.tracking.mlflow_server import CHECKPOINTS_TAG
+from uap_dist.tracking.resume import find_resumed
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +24,7 @@ def runs_uri(tmp_path_factory):
 
 @pytest.fixture
 def resume(runs_uri, monkeypatch):
-    """What a job makes of --resume TARGET."""
+    """Parse --resume TARGET as a job does."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", runs_uri)
     mlflow.set_tracking_uri(runs_uri)
 
@@ -34,7 +36,7 @@ def resume(runs_uri, monkeypatch):
 
 
 def track(status="FAILED", **options):
-    """A run of a job that ended so; its id."""
+    """The tracker of a run that ended with this status."""
     tracker = Tracker(experiment="resume", run_name="a run", **options)
     tracker._end(status, None)
     return tracker
@@ -67,12 +69,12 @@ def test_another_job_is_named(resume, tmp_path, given_to, belongs_to):
     assert resume(folder, belongs_to).storage == str(folder)
 
 
-def test_a_part_of_a_run_names_the_whole(resume, tmp_path):
+def test_a_child_run_names_the_run_to_resume(resume, tmp_path):
     whole = Tracker(job="finetune", experiment="resume", run_name="fine-tuning")
     pool = track(parent=whole)
     member, folder = track(parent=pool), commit(tmp_path, program="finetune", part_of=whole.run_id)
     for target in (pool.run_id, member.run_id, folder):
-        advice = f"is a part of run {whole.run_id}, a fine-tuning; resume that: python jobs/finetune.py --resume {whole.run_id}$"
+        advice = f"is part of run {whole.run_id}, a fine-tuning; resume that: python jobs/finetune.py --resume {whole.run_id}$"
         with pytest.raises(ResumeError, match=advice):
             resume(target)
     whole._end("FAILED", None)
@@ -82,7 +84,7 @@ def test_a_run_of_another_program(resume):
     client = mlflow.MlflowClient()
     run = client.create_run(client.create_experiment("others"), run_name="grand-hen-1").info.run_id
     with pytest.raises(
-        ResumeError, match=rf"^run {run} \(grand-hen-1\) is of another program, or of an earlier version"
+        ResumeError, match=rf"^run {run} \(grand-hen-1\) was started by another program, or by an earlier version"
     ):
         resume(run)
 
@@ -111,33 +113,32 @@ def test_a_file_and_a_folder_of_other_things(resume, tmp_path):
         resume(tmp_path / "result.json")
 
 
-def test_looking_for_a_run_where_nothing_was_computed_makes_no_database(resume, tmp_path, monkeypatch):
+def test_looking_for_a_run_creates_no_database(resume, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'mlflow.db'}")
-    with pytest.raises(TrackingError, match=f"there is no {tmp_path / 'mlflow.db'}"):
+    with pytest.raises(TrackingError, match=f"^{tmp_path / 'mlflow.db'}, where MLflow keeps runs, does not exist"):
         resume("0" * 32)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_that_may_still_be_computed_elsewhere_is_said_so(resume, tmp_path, caplog):
+def test_a_run_that_may_still_be_computed_elsewhere_gives_a_warning(resume, tmp_path, caplog):
     resume(commit(tmp_path / "old"))
     assert not caplog.text
     fresh = RoundRecord(1, time.time_ns() // 1_000_000, {})
     with CheckpointStore(str(tmp_path / "fresh")) as store:
         store.start(replace(checkpoint(1), history=[fresh]))
     resume(tmp_path / "fresh")
-    assert f"run {JOB.run_id} ended a round 0 s ago; if another process still computes it, end one" in caplog.text
+    assert (
+        f"run {JOB.run_id} finished a round 0 s ago; if another process is still computing it, stop one" in caplog.text
+    )
 
 
 def test_options_of_another_version(resume, tmp_path):
-    def read(values):
-        return values["finetune"]
-
     found = resume(commit(tmp_path))
     with pytest.raises(
-        ResumeError, match=f"options in {tmp_path} are of another version of uap_dist .*go on with that"
+        ResumeError, match=f"options in {tmp_path} are of another version of uap_dist .*resume with that"
     ):
-        found.options(read)
+        found.options(FinetuneOptions)
 
 
 def test_a_run_that_was_deleted_or_is_in_another_database(resume, tmp_path):

@@ -16,8 +16,8 @@ import rules
 import rules_at_once
 from networks import Network
 
-from uap_dist.classifiers import load_classifier
-from uap_dist.deepfool import add_perturbation
+from uap_dist.method.norms import add_perturbation
+from uap_dist.models.loading import load_classifier
 
 BUDGET = 400
 
@@ -111,6 +111,18 @@ def test_sgd_uap_climbs_the_clamped_cross_entropy(norm):
     assert loss(first) > loss(-first)
 
 
+def test_entropy_takes_the_place_of_our_increments(options):
+    bench = rules.Bench("tiny", options.data)
+    (task, *_) = bench.shards[0].blocks(6)
+    solver, v = rules.ComputeConfig(augment="none").solver, np.zeros(bench.shards[0].shape, np.float32)
+    (found,) = opponents.EntropyWorkers(bench.worker, clamp=np.inf).map(rules.Worker.solve, [task], v, solver)
+    x = torch.tensor(bench.worker.pixels(task)).float().requires_grad_()
+    loss = torch.nn.functional.cross_entropy(bench.worker.classifier(x), torch.tensor(task.labels), reduction="sum")
+    (slopes,) = torch.autograd.grad(loss, x)
+    expected = slopes.sum(0) / slopes.sum(0).abs().mean()
+    torch.testing.assert_close(torch.tensor(found.total), expected, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_runs_that_go_through_the_network_together_are_the_runs_of_the_rule(options, norm):
     bench = rules.Bench("tiny", options.data)
@@ -137,5 +149,6 @@ def test_starts_have_the_first_steps_of_one_run_and_what_goes_on_the_others(opti
     together = rules_at_once.Together(bench, rules_at_once.Pictures(bench), [config], [change])
     found = [together.size(number, 40, change) for number in range(40)]
     # of 40 rounds eight are those of other starts, and 18 images once forward pay for one and a half
-    run = [rules_at_once.step_sizes(number, 31, together.train[0].shape, config)[0] for number in range(31)]
+    steps = config.steps(31, together.train[0].shape)
+    run = [steps.sizes(number)[0] for number in range(31)]
     assert found == run[:4] * 3 + run[4:] + [0.0]

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from uap_dist.errors import ConfigError
-from uap_dist.schedule import plan_rounds
+from uap_dist.method.schedule import plan_rounds
 
 SIZES = st.lists(st.integers(0, 40), min_size=1, max_size=6).filter(lambda sizes: sum(sizes) >= 8)
 
@@ -43,11 +43,11 @@ def test_order_is_a_function_of_the_seed():
 
 
 @pytest.mark.parametrize(("round_size", "block_size"), [(0, 1), (10, 0), (10, 3), (5, 10)])
-def test_a_round_that_is_no_multiple_of_a_block_is_refused(round_size, block_size):
+def test_a_round_size_that_is_not_a_multiple_of_the_block_size_is_rejected(round_size, block_size):
     with pytest.raises(ConfigError, match="not a positive multiple"):
         next(plan_rounds([100], seed=0, round_size=round_size, block_size=block_size))
 
 
-def test_fewer_images_than_a_block_are_refused():
+def test_fewer_images_than_a_block_are_an_error():
     with pytest.raises(ConfigError, match="7 training images are fewer than one block of 8"):
         next(plan_rounds([3, 4], seed=0, round_size=8, block_size=8))

@@ -11,10 +11,11 @@ import pytest
 from conftest import encode, random_samples
 from PIL import Image
 
-from uap_dist.classifiers import Geometry
+from uap_dist.data.decode import UNKNOWN_CLASS, Geometry, load_shard
+from uap_dist.data.locations import locate, set_name
+from uap_dist.data.patterns import expand_patterns
+from uap_dist.data.write import write_shards
 from uap_dist.errors import ShardError, UapDistError
-from uap_dist.locations import locate, set_name
-from uap_dist.shards import UNKNOWN_CLASS, expand_patterns, load_shard, write_shards
 
 AS_IS = Geometry()
 
@@ -57,6 +58,16 @@ def test_shards_come_back_as_written_and_bytes_repeat(tmp_path):
     assert np.array_equal(shard.images, np.stack(expected))
 
 
+def test_samples_that_fail_at_once_leave_no_shard(tmp_path):
+    def fail():
+        raise ShardError("no samples")
+        yield
+
+    with pytest.raises(ShardError, match="no samples"):
+        write_shards(fail(), tmp_path / "out", prefix="t", shard_size=10)
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_only_the_wanted_keys_are_decoded(shards):
     whole = load_shard(str(shards / "train-0000.tar"), AS_IS)
     part = load_shard(str(shards / "train-0000.tar"), AS_IS, keys=set(whole.keys[3:5]))
@@ -96,7 +107,7 @@ def test_exif_rotation_is_applied(tmp_path):
         (34665, 4, b"\xff" * 4),
     ],
 )
-def test_exif_rotation_is_applied_where_another_field_is_odd(tmp_path, tag, kind, value):
+def test_exif_rotation_is_applied_although_another_field_is_malformed(tmp_path, tag, kind, value):
     """Width or resolution as BYTE, a description as RATIONAL, a type that is none, a directory beyond the end."""
     pixels = np.zeros((16, 16, 3), np.uint8)
     pixels[:8] = 255
@@ -111,12 +122,12 @@ def test_exif_rotation_is_applied_where_another_field_is_odd(tmp_path, tag, kind
     assert image[:, :, 9:].mean() > 240 and image[:, :, :7].mean() < 15
 
 
-def test_an_image_whose_exif_cannot_be_read_is_an_image(tmp_path):
+def test_unreadable_exif_does_not_prevent_decoding(tmp_path):
     pixels = np.full((16, 16, 3), 200, np.uint8)
     assert (one_image(tmp_path, encode(pixels, exif=b"Exif\0\0MM\0*\xff\xff"), "png") == 200).all()
 
 
-def test_whatever_decoding_raises_is_said_of_one_image(tmp_path):
+def test_any_decoding_error_is_reported_for_its_image_only(tmp_path):
     whole = encode(np.zeros((16, 16, 3), np.uint8), "JPEG")
     at = whole.index(b"\xff\xc0")  # the frame's header: length, bits, height, width
     damaged = {
@@ -136,7 +147,7 @@ def test_whatever_decoding_raises_is_said_of_one_image(tmp_path):
 
 
 @pytest.mark.parametrize("label", [b"cat", b"", b"1.0", b"-2", b"9" * 30, b"\xff"])
-def test_a_label_that_is_no_class_index_is_said_of_its_image(tmp_path, label):
+def test_an_invalid_label_is_reported_for_its_image_only(tmp_path, label):
     good, bad = (encode(np.full((16, 16, 3), value, np.uint8)) for value in (1, 2))
     files = [("a.png", good), ("a.cls", b" 7\n"), ("b.png", bad), ("b.cls", label)]
     shard = load_shard(pack(tmp_path / "t.tar", files), AS_IS)
@@ -185,7 +196,7 @@ def test_links_keep_the_names_that_were_given(shards, tmp_path):
         expand_patterns([f"{tmp_path}/train-*.tar"])
 
 
-def test_what_is_there_by_the_name_that_was_given_is_meant(tmp_path):
+def test_existing_files_with_pattern_characters_are_taken_literally(tmp_path):
     for folder in ("[old]", "{a,b}", "x?"):
         (tmp_path / folder).mkdir()
         for name in ("t-0.tar", "t-1.tar", "t[0].tar", "u-{0..1}.tar"):
@@ -213,12 +224,12 @@ def test_original_photographs_all_decode(shared):
         ("absent-{0..1}.tar", "no shard absent-0.tar"),
         ("absent-*.tar", "matches nothing in the working directory"),
         ("*/a.tar", "wildcards may stand in the file name only"),
-        ("a-{0..1.tar", "a-{0..1.tar is no pattern of shards: Unbalanced braces"),
-        ("${SCRATCH}/a.tar", "is no pattern of shards: missing environment variable"),
+        ("a-{0..1.tar", "a-{0..1.tar is not a valid pattern of shards: Unbalanced braces"),
+        ("${SCRATCH}/a.tar", "is not a valid pattern of shards: missing environment variable"),
         ("nowhere://bucket/a.tar", "cannot reach nowhere://bucket/a.tar"),
     ],
 )
-def test_patterns_that_name_nothing(pattern, message, tmp_path, monkeypatch):
+def test_patterns_without_a_match_are_errors(pattern, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UapDistError, match=message):
         expand_patterns([pattern])
@@ -238,7 +249,7 @@ def test_patterns_that_name_nothing(pattern, message, tmp_path, monkeypatch):
         "val/{000..123}.tar",
     ],
 )
-def test_the_name_of_a_set_is_what_its_shards_have_in_common(pattern):
+def test_a_set_is_named_after_what_its_shards_have_in_common(pattern):
     assert set_name(pattern) == "val"
     assert set_name(pattern.replace("val", "imagenet-val")) == "imagenet-val"
 
@@ -248,7 +259,7 @@ def test_a_shard_named_twice_is_refused(shards):
         expand_patterns([str(shards / "train-*.tar"), str(shards / "train-0000.tar")])
 
 
-def test_empty_cut_and_foreign_files_are_told_apart(shards, tmp_path):
+def test_empty_truncated_and_foreign_files_have_different_errors(shards, tmp_path):
     whole = (shards / "train-0000.tar").read_bytes()
     for name, data in {"empty": b"", "cut": whole[: len(whole) // 2 + 100], "text": b"no tar at all" * 100}.items():
         (tmp_path / f"{name}.tar").write_bytes(data)
@@ -257,14 +268,14 @@ def test_empty_cut_and_foreign_files_are_told_apart(shards, tmp_path):
     for name, message in {
         "empty": "is empty",
         "cut": "is cut short",
-        "text": "is no tar, nor one compressed with gzip, bzip2 or xz: it begins with b'no tar at all",
+        "text": "is not a tar, nor one compressed with gzip, bzip2 or xz: it begins with b'no tar at all",
         "nothing": "is empty: no sample",
     }.items():
         with pytest.raises(ShardError, match=message):
             load_shard(str(tmp_path / f"{name}.tar"), AS_IS)
 
 
-def test_what_is_no_image_is_listed_and_left_out(tmp_path):
+def test_undecodable_images_are_listed_and_left_out(tmp_path):
     samples = list(random_samples(3, seed=0))
     samples[1]["png"] = b"not an image"
     samples[2] = {"__key__": "text", "txt": b"no image at all"}
@@ -304,7 +315,7 @@ COMPRESSIONS = {"as it is": bytes, "gzip": gzip.compress, "bzip2": bz2.compress,
 
 
 @pytest.mark.parametrize("compress", COMPRESSIONS.values(), ids=COMPRESSIONS)
-def test_a_cut_tar_is_found_whatever_it_is_called(shards, tmp_path, compress):
+def test_a_truncated_tar_is_detected_whatever_its_name(shards, tmp_path, compress):
     """Between members, in a header, in an image, before and in the end mark; and the compressed file itself."""
     path = shards / "train-0000.tar"
     whole = path.read_bytes()
@@ -324,7 +335,7 @@ def test_a_cut_tar_is_found_whatever_it_is_called(shards, tmp_path, compress):
             load_shard(str(blob), AS_IS)
 
 
-def test_what_follows_a_tar_or_a_damaged_header_is_not_passed_over(shards, tmp_path):
+def test_data_after_a_tar_or_a_damaged_header_are_errors(shards, tmp_path):
     first, second = ((shards / f"train-000{i}.tar").read_bytes() for i in range(2))
     with tarfile.open(shards / "train-0000.tar") as tar:
         place = tar.getmembers()[10].offset
@@ -335,7 +346,7 @@ def test_what_follows_a_tar_or_a_damaged_header_is_not_passed_over(shards, tmp_p
             first[:place] + b"#" * 512 + first[place + 512 :],
             "damaged.tar is damaged: invalid header",
         ),
-        ("page", b"<!DOCTYPE html><p>log in" * 50, "is no tar, nor .*: it begins with b'<!DOCTYPE html>"),
+        ("page", b"<!DOCTYPE html><p>log in" * 50, "is not a tar, nor .*: it begins with b'<!DOCTYPE html>"),
         ("gzip", gzip.compress(first)[:900] + b"#" * 100 + gzip.compress(first)[1000:], "gzip.tar is damaged"),
     ):
         (tmp_path / f"{name}.tar").write_bytes(data)
@@ -359,7 +370,7 @@ def test_what_follows_a_tar_or_a_damaged_header_is_not_passed_over(shards, tmp_p
         ([*pictures("a.png"), ("b.png", "a.png")], "b.png is a link to a.png; pack the files themselves"),
     ],
 )
-def test_names_that_make_no_samples_of_one_picture_are_refused(tmp_path, files, message):
+def test_file_names_that_do_not_form_samples_of_one_picture_are_errors(tmp_path, files, message):
     with pytest.raises(ShardError, match=message):
         load_shard(pack(tmp_path / "t.tar", pictures("zero.png") + files), AS_IS)
 

@@ -9,10 +9,9 @@ from conftest import encode
 from processes import run_job
 from torchvision.datasets import ImageFolder
 
-from uap_dist.classifiers import Geometry
+from uap_dist.data.decode import Geometry, load_shard
+from uap_dist.data.imagenet import list_folder, list_ilsvrc_train, list_ilsvrc_val, shuffled_samples
 from uap_dist.errors import ShardError
-from uap_dist.shards import load_shard
-from uap_dist.sources import list_folder, list_ilsvrc_train, list_ilsvrc_val, shuffled_samples
 
 JOB = Path(__file__).parents[1] / "jobs/shard.py"
 WNIDS = ("n01440764", "n01443537", "n02096051")
@@ -73,7 +72,7 @@ def test_val_tar_takes_its_labels_from_a_file(val_tar, tmp_path, lines):
     assert values(images) == {"val_0": (0, 0), "val_1": (2, 10), "val_2": (1, 20)}
 
 
-def test_labels_that_do_not_fit_are_refused(val_tar, tmp_path):
+def test_labels_that_do_not_match_the_images_are_errors(val_tar, tmp_path):
     labels = tmp_path / "labels.txt"
     for text, message in {
         "0\n1\n": "has 2 labels for the 3 images",
@@ -84,7 +83,7 @@ def test_labels_that_do_not_fit_are_refused(val_tar, tmp_path):
             list_ilsvrc_val(val_tar, labels)
 
 
-def test_the_devkits_numbers_are_refused(tmp_path):
+def test_the_class_numbers_of_the_devkit_are_rejected(tmp_path):
     with tarfile.open(tmp_path / "v.tar", "w") as tar:
         for i in range(1000):
             add(tar, f"{i:04d}.png", b"x")
@@ -126,7 +125,18 @@ def test_job_makes_shards_of_a_folder_and_refuses_to_mix(tmp_path):
     assert again.returncode == 1 and "already holds train-*.tar" in again.stderr and "Traceback" not in again.stderr
 
 
-def test_what_the_shard_job_cannot_do_is_said_before_anything_is_listed(tmp_path):
+def test_job_makes_shards_of_the_tars_of_ilsvrc(train_tar, val_tar, tmp_path):
+    (tmp_path / "val.txt").write_text("".join(f"val_{i}.png {wnid}\n" for i, wnid in enumerate(WNIDS)))
+    done = run_job([str(JOB), "--source", str(train_tar), "--output", "shards"], tmp_path)
+    assert "12 images of 3 classes in 1 shards" in done.stdout, done.stderr
+    labelled = ("--labels", "val.txt", "--output", "shards", "--prefix", "val")
+    done = run_job([str(JOB), "--source", str(val_tar), *labelled], tmp_path)
+    assert "3 images of 3 classes in 1 shards" in done.stdout, done.stderr
+    shard = load_shard(str(tmp_path / "shards/val-0000.tar"), Geometry())
+    assert [image[0, 0, 0] == 10 * truth for image, truth in zip(shard.images, shard.truths, strict=True)] == [True] * 3
+
+
+def test_the_shard_job_reports_invalid_options_before_listing_images(tmp_path):
     (tmp_path / "labels.txt").write_text("a 0\n")
     given = [str(JOB), "--source", str(tmp_path)]
     for more, message in (
@@ -152,7 +162,7 @@ def write(root, *names):
         (root / name).write_bytes(picture(1))
 
 
-def test_hidden_files_are_no_classes_and_no_images_and_are_counted(tmp_path, caplog):
+def test_hidden_files_and_folders_are_ignored_and_counted(tmp_path, caplog):
     write(tmp_path, "ants/1.png", "bees/1.png", "bees/sub/2.JPG")
     assert not caplog.text and list_folder(tmp_path)
     write(tmp_path, ".ipynb_checkpoints/0.png", "bees/.ipynb_checkpoints/1-checkpoint.png", "ants/._1.png", ".DS_Store")
@@ -163,7 +173,7 @@ def test_hidden_files_are_no_classes_and_no_images_and_are_counted(tmp_path, cap
     assert [record.getMessage().removeprefix(f"{tmp_path}: left out ") for record in caplog.records] == [
         "4 hidden files (names or folders that begin with a dot), the first .DS_Store",
         "3 files without extension jpg, jpeg, png, webp, the first ants/Thumbs.db",
-        "1 images that lie in no class folder",
+        "1 images that are in no class folder",
     ]
 
 
@@ -176,34 +186,34 @@ def test_the_labels_are_those_of_imagefolder(tmp_path):
     assert sorted((str(i.path), i.label) for i in images) == sorted(theirs.samples)
 
 
-def test_a_class_folder_without_an_image_is_refused_as_by_imagefolder(tmp_path):
+def test_a_class_folder_without_an_image_is_an_error_as_in_imagefolder(tmp_path):
     write(tmp_path, "ants/1.png", "__MACOSX/._1.png", "bees/1.png")
     with pytest.raises(
-        ShardError, match="1 of 3 class folders hold no image, the first __MACOSX; each folder is a class"
+        ShardError, match="1 of 3 class folders hold no image, the first __MACOSX; each folder is a numbered class"
     ):
         list_folder(tmp_path)
 
 
-def test_what_is_an_image_by_its_name_alone_is_left_out_and_said(tmp_path, caplog):
+def test_files_that_are_images_by_name_alone_are_left_out_with_a_warning(tmp_path, caplog):
     write(tmp_path, "a/1.png", "a/2.png")
     for name, data in {"a/2.png": b"\0\x05\x16\x07", "a/3.png": b"", "a/4.png": b"<html>"}.items():
         (tmp_path / name).write_bytes(data)
     images, _ = list_folder(tmp_path)
     assert [sample["__key__"] for sample in shuffled_samples(images, 0)] == ["a_1"]
-    assert f"left out 3 files that are no images that Pillow reads, the first {tmp_path}/a/2.png" in caplog.text
-    with pytest.raises(ShardError, match="there is no image among them"):
+    assert f"left out 3 files that Pillow cannot read as images, the first {tmp_path}/a/2.png" in caplog.text
+    with pytest.raises(ShardError, match="none of the 3 files is an image that Pillow can read"):
         list(shuffled_samples(images[1:], 0))
     images[0].path.unlink()
     with pytest.raises(ShardError, match="cannot read .*a/1.png: No such file or directory"):
         list(shuffled_samples(images, 0))
 
 
-def test_tars_of_ilsvrc_that_are_cut_short_are_refused(train_tar, val_tar, tmp_path):
+def test_truncated_tars_of_ilsvrc_are_errors(train_tar, val_tar, tmp_path):
     (tmp_path / "labels.txt").write_text("0\n0\n0\n")
     whole = val_tar.read_bytes()
     for size in (1024, 512 * 5, 100):
         val_tar.write_bytes(whole[:size])
-        with pytest.raises(ShardError, match="val.tar is (cut short|no tar)"):
+        with pytest.raises(ShardError, match="val.tar is (cut short|not a tar)"):
             list_ilsvrc_val(val_tar, tmp_path / "labels.txt")
     with tarfile.open(train_tar) as tar:
         first, second = tar.getmembers()[:2]
@@ -226,17 +236,17 @@ def test_hidden_files_in_tars_of_ilsvrc_are_left_out_and_counted(val_tar, tmp_pa
     assert "left out 1 hidden files" in caplog.text and "left out 1 files without extension jpg" in caplog.text
 
 
-def test_keys_hold_no_dots_and_stand_for_one_image_each(tmp_path):
+def test_keys_have_no_dots_and_are_unique(tmp_path):
     for path in ("001.Albatross/a.v2.png", "001.Albatross/x/1.png", "001.Albatross/y/1.png"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_bytes(picture(1))
     images, _ = list_folder(tmp_path)
     assert [i.key for i in images] == ["001_Albatross_a_v2", "001_Albatross_x_1", "001_Albatross_y_1"]
-    with pytest.raises(ShardError, match="1 keys stand for two images each, the first 001_Albatross_a_v2"):
+    with pytest.raises(ShardError, match="1 keys belong to two or more images each, the first 001_Albatross_a_v2"):
         next(shuffled_samples([*images, images[0]], seed=0))
 
 
-def test_label_lines_of_mixed_length_are_refused(val_tar, tmp_path):
+def test_label_lines_of_mixed_length_are_errors(val_tar, tmp_path):
     (tmp_path / "labels.txt").write_text("val_0.png 1\n2\n3\n")
     with pytest.raises(ShardError, match="line '2' is not"):
         list_ilsvrc_val(val_tar, tmp_path / "labels.txt")

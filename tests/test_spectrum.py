@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
+from uap_dist.analysis.spectrum import Sketch, count_rows
 from uap_dist.errors import ConfigError
-from uap_dist.spectrum import Sketch, count_rows
 
 ROOMY = 1 << 26
 

@@ -1,5 +1,6 @@
-"""mlflow.db where several jobs start at once, and where an earlier one was killed while it made it."""
+"""mlflow.db when several jobs start at once, and when an earlier one was killed while creating it."""
 
+import json
 import os
 import re
 import shutil
@@ -15,10 +16,10 @@ import mlflow
 import pytest
 
 from uap_dist.errors import TrackingError
-from uap_dist.sqlite_store import prepare_store, sqlite_path
+from uap_dist.tracking.sqlite_store import prepare_store, sqlite_path
 
 START = """
-from uap_dist.tracking import Tracker
+from uap_dist.tracking.mlflow_run import Tracker
 print("imported", flush=True)
 input()
 with Tracker(run_name="run", experiment="sweep") as tracker:
@@ -67,7 +68,7 @@ def harm(path, *statements):
         connection.commit()
 
 
-def test_jobs_that_start_at_once_wait_for_whoever_makes_the_file_even_if_it_is_killed(tmp_path):
+def test_jobs_that_start_at_once_wait_for_the_one_that_creates_the_file_even_if_it_is_killed(tmp_path):
     killed, *others = start_trackers(tmp_path, 3)
     tell(killed)
     draft = tmp_path / "mlflow.db.unfinished"
@@ -88,19 +89,23 @@ def test_jobs_that_start_at_once_wait_for_whoever_makes_the_file_even_if_it_is_k
     experiment = mlflow.MlflowClient(uri).get_experiment_by_name("sweep")
     assert Path(experiment.artifact_location.removeprefix("file://")) == tmp_path / "mlruns"
     assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    view = json.loads(json.loads(experiment.tags["mlflow.sharedViewState.uap_dist"])["state"])
+    assert view["columnOrder"][0] == "metrics.`fooling_rate/val`"
 
 
 @pytest.mark.parametrize("num_runs", [0, 2])
-def test_a_file_that_is_half_made_is_named_with_what_to_do_and_left_alone(whole, tmp_path, num_runs):
+def test_an_incomplete_file_is_named_with_what_to_do_and_left_alone(whole, tmp_path, num_runs):
     with_runs = shutil.copy(whole, tmp_path / "with-runs.db")
     for _ in range(num_runs):
         mlflow.MlflowClient(f"sqlite:///{with_runs}").create_run("0")
     path = shutil.copy(with_runs, tmp_path / "mlflow.db")
     harm(path, "UPDATE alembic_version SET version_num = '451aebb31d03'", "DROP TABLE webhook_events")
     advice = (
-        "no runs, so delete it and start again" if num_runs == 0 else "2 runs: keep a copy, then try `mlflow db upg"
+        "no runs, so delete it and start again" if num_runs == 0 else "2 runs: make a backup, then try `mlflow db upg"
     )
-    with pytest.raises(TrackingError, match=f"the tables in {path} are half made.*already exists.*it holds {advice}"):
+    with pytest.raises(
+        TrackingError, match=f"the tables in {path} are incomplete, or.*already exists.*it holds {advice}"
+    ):
         prepare_store(path, open_store)
     with closing(sqlite3.connect(path)) as connection:
         assert connection.execute("SELECT count(*) FROM runs").fetchone() == (num_runs,)
@@ -121,7 +126,7 @@ def test_a_file_of_something_else_is_left_alone(tmp_path):
     assert path.read_text() == "no database " * 200
 
 
-def test_a_newer_mlflow_is_said_so(whole, tmp_path):
+def test_a_file_of_a_newer_mlflow_is_recognised(whole, tmp_path):
     path = shutil.copy(whole, tmp_path / "mlflow.db")
     harm(path, "UPDATE alembic_version SET version_num = 'ffffffffffff'")
     with pytest.raises(TrackingError, match=re.escape(str(path))) as error:
@@ -131,7 +136,7 @@ def test_a_newer_mlflow_is_said_so(whole, tmp_path):
 
 def test_a_folder_that_cannot_be_written_to_is_one_line():
     with pytest.raises(
-        TrackingError, match="cannot lock /proc/mlflow.db.lock: .*give MLFLOW_TRACKING_URI a file in a "
+        TrackingError, match="cannot lock /proc/mlflow.db.lock: .*set MLFLOW_TRACKING_URI to a file in a "
     ):
         prepare_store(Path("/proc/mlflow.db"), open_store)
 

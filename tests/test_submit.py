@@ -11,7 +11,7 @@ import pytest
 from clusters import ray_cluster
 from conftest import compute_here
 
-from uap_dist.config import ComputeConfig
+from uap_dist.method.config import ComputeConfig
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))

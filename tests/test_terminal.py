@@ -1,4 +1,4 @@
-"""How a job ends when it is interrupted, at any moment, and when its disk is full: in one line, never with a traceback."""
+"""A job that is interrupted, at any moment, or whose disk is full, ends in one line, never with a traceback."""
 
 import os
 import signal
@@ -11,14 +11,15 @@ import pytest
 from clusters import can_hide_folders
 
 from uap_dist.errors import OutputError
-from uap_dist.report import resumable, writes_files
+from uap_dist.tracking.outputs import resumable, writes_files
 
 ROOT = Path(__file__).parents[1]
 
 SLOW_END = """
 import atexit, time
 atexit.register(lambda: (print("closing", flush=True), time.sleep(60)))  # as Ray does
-from uap_dist.terminal import one_line_errors, raise_on_sigterm
+from uap_dist.tracking.console import one_line_errors
+from uap_dist.tracking.process import raise_on_sigterm
 with one_line_errors(debug=False):
     raise_on_sigterm()
     print("ready", flush=True)
@@ -27,9 +28,9 @@ with one_line_errors(debug=False):
 
 FULL_DISK = """
 from pathlib import Path
-from uap_dist.checkpoint import CheckpointStore
+from uap_dist.tracking.checkpoint import CheckpointStore
 from uap_dist.errors import ConfigError
-from uap_dist.report import output_folder
+from uap_dist.tracking.outputs import output_folder
 for ask in (lambda: output_folder(Path("full/out"), ""), lambda: CheckpointStore("full/runs").prepare()):
     try:
         ask()
@@ -44,13 +45,13 @@ def start(*command, **options):
 
 
 @pytest.mark.parametrize("kinds", [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGINT)])
-def test_a_second_interrupt_ends_what_is_ending(kinds):
+def test_a_second_interrupt_ends_the_process_at_once(kinds):
     process = start("-c", SLOW_END.format(seconds=60))
     for line, kind in zip(("ready\n", "closing\n"), kinds, strict=True):
         assert process.stdout.readline() == line, process.stderr.read()
         process.send_signal(kind)
     _, err = process.communicate(timeout=20)
-    assert process.returncode == 130 and err == "ending; once more ends it at once\ninterrupted\n"
+    assert process.returncode == 130 and err == "stopping; interrupt again to stop at once\ninterrupted\n"
 
 
 def test_an_interrupt_after_all_is_done_is_quiet():
@@ -90,13 +91,13 @@ def test_a_full_disk_is_known_at_the_start(tmp_path):
     assert storage.startswith("cannot write checkpoints to full/runs: ") and "No space left on device" in storage
 
 
-def test_results_that_do_not_fit_are_named_with_the_way_on(tmp_path):
+def test_results_that_do_not_fit_on_the_disk_say_how_to_continue(tmp_path):
     @writes_files
     def save(folder):
         (folder / "result.json").write_text("x" * 100_000)
 
     (tmp_path / "result.json").symlink_to("/dev/full")
-    advice = "what is computed is committed: make room, then .* --resume s3://bucket/run$"
+    advice = "everything computed is committed: free some space, then run .* --resume s3://bucket/run$"
     with (
         pytest.raises(OutputError, match=f"cannot write results to {tmp_path}: no space is left on its disk; {advice}"),
         resumable("s3://bucket/run"),

@@ -1,4 +1,4 @@
-"""What is said where MLflow cannot be used: which part of it, why, and never that of a mistake in the program."""
+"""Errors when MLflow cannot be used: they name which part of it and why, and never hide a bug of the program."""
 
 import errno
 import sqlite3
@@ -12,8 +12,9 @@ from mlflow.exceptions import MlflowException, RestException
 
 from uap_dist.errors import ConfigError, TrackingError
 from uap_dist.foreign_text import in_one_line
-from uap_dist.history import RoundRecord
-from uap_dist.tracking import Tracker, _answering
+from uap_dist.tracking.history import RoundRecord
+from uap_dist.tracking.mlflow_run import Tracker
+from uap_dist.tracking.mlflow_server import tracking_errors
 
 SERVER, FILE = "http://127.0.0.1:9", "sqlite:////runs/mlflow.db"
 
@@ -39,7 +40,7 @@ def tracker(tmp_path, monkeypatch):
         (
             SERVER,
             RestException({"error_code": "INVALID_PARAMETER_VALUE", "message": "too long"}),
-            "refuses: .*too long",
+            "refuses the request: .*too long",
         ),
         (FILE, OSError(errno.ENOSPC, "No space left on device", "/a/b"), "/runs/mlflow.db .*no space is left.*/a/b"),
         (FILE, MlflowException("(sqlite3.OperationalError) database or disk is full"), "no space is left on the disk"),
@@ -47,21 +48,21 @@ def tracker(tmp_path, monkeypatch):
         (FILE, ModuleNotFoundError("No module named 'boto3'"), "cannot be used: No module named 'boto3'"),
     ],
 )
-def test_what_fails_is_named_with_its_reason(uri, error, message):
-    with pytest.raises(TrackingError, match=message) as raised, _answering(uri):
+def test_a_failure_is_named_with_its_reason(uri, error, message):
+    with pytest.raises(TrackingError, match=message) as raised, tracking_errors(uri):
         raise error
     assert "\n" not in str(raised.value)
     assert "server" not in str(raised.value) or uri == SERVER
 
 
 @pytest.mark.parametrize("error", [KeyError("compute"), TypeError("no"), AssertionError(), ConfigError("radius")])
-def test_other_errors_stay_what_they_are(error):
-    with pytest.raises(type(error)) as raised, _answering(SERVER):
+def test_other_errors_pass_unchanged(error):
+    with pytest.raises(type(error)) as raised, tracking_errors(SERVER):
         raise error
     assert raised.value is error
 
 
-def test_a_mistake_in_what_is_sent_is_no_fault_of_the_server(tracker):
+def test_a_bug_in_what_is_sent_is_not_blamed_on_the_server(tracker):
     tracker.log_round(RoundRecord(1, 1, None))
     with pytest.raises(AttributeError):
         tracker.wait_for_delivery(0.5)
@@ -78,7 +79,7 @@ def test_artifacts_that_cannot_be_written_are_named(tracker, tmp_path):
 
 
 @pytest.mark.slow  # MLflow's patience with a locked database is 20 s
-def test_a_job_waits_for_others_that_write_for_long(tracker, tmp_path):
+def test_a_job_waits_for_others_that_hold_the_lock_for_long(tracker, tmp_path):
     with closing(sqlite3.connect(tmp_path / "mlflow.db", check_same_thread=False)) as other:
         other.execute("BEGIN EXCLUSIVE")
         Timer(25, other.rollback).start()
@@ -90,5 +91,5 @@ def test_an_error_is_one_line_without_codes_of_a_terminal():
     assert in_one_line(ConfigError("do \x1b[1mthis\x1b[0m\nor that")) == "do this or that"
     assert in_one_line(OSError(errno.ENOSPC, "No space left on device", "/a/b")) == "No space left on device: /a/b"
     assert in_one_line(KeyError("compute")) == (
-        "unexpected KeyError: 'compute'; run it again with --debug, which shows where, and report that"
+        "unexpected KeyError: 'compute'; run it again with --debug to see where, and report it"
     )

@@ -7,14 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from uap_dist.config import ComputeConfig
-from uap_dist.norms import measure
-from uap_dist.update import (
+from uap_dist.method.config import ComputeConfig
+from uap_dist.method.norms import measure
+from uap_dist.method.update import (
     MOMENTUM,
     REMEMBERED,
     WIDTH,
     Iterate,
-    StepRule,
+    Steps,
     average_update,
     cosine,
     finish,
@@ -24,6 +24,10 @@ from uap_dist.update import (
     repeat_mean,
     weigh,
 )
+
+
+def steps(norm, radius, period):
+    return Steps(norm, radius, period, first_size=0.5, num_rounds=1)
 
 
 def random(seed, scale=1.0):
@@ -37,7 +41,7 @@ def test_paper_rule_adds_and_projects():
 
 def test_log_odds_rule_takes_a_sign_step_of_the_momentum_for_linf():
     before = Iterate(random(0, 0.1), random(1))
-    after = log_odds_update(before, random(2), 0.5, StepRule("linf", 10.0, period=4))
+    after = log_odds_update(before, random(2), 0.5, steps("linf", 10.0, period=4))
     momentum = MOMENTUM * random(1) + random(2)
     assert_close(after.momentum, momentum)
     assert_close(after.v, before.v + 0.5 * momentum.sign())
@@ -45,15 +49,15 @@ def test_log_odds_rule_takes_a_sign_step_of_the_momentum_for_linf():
 
 def test_log_odds_rule_does_not_depend_on_the_size_of_all_sums():
     start = Iterate.zero((3, 4, 4))
-    rule = StepRule("l2", 10.0, period=4)
-    small, large = (log_odds_update(start, scale * random(2), 0.5, rule) for scale in (1e-6, 1e6))
+    of_run = steps("l2", 10.0, period=4)
+    small, large = (log_odds_update(start, scale * random(2), 0.5, of_run) for scale in (1e-6, 1e6))
     assert_close(small.v, large.v)
     assert small.v.square().mean().sqrt().item() == pytest.approx(0.5)
 
 
 def test_a_round_without_increments_changes_nothing_but_the_momentum():
     before = Iterate(random(0), torch.zeros(3, 4, 4, dtype=torch.float64))
-    after = log_odds_update(before, torch.zeros(3, 4, 4, dtype=torch.float64), 1.0, StepRule("l2", 100.0, period=4))
+    after = log_odds_update(before, torch.zeros(3, 4, 4, dtype=torch.float64), 1.0, steps("l2", 100.0, period=4))
     assert torch.equal(after.v, before.v) and after.v.isfinite().all()
 
 
@@ -69,7 +73,7 @@ def test_weights_are_the_slope_of_the_smoothed_fooling_rate():
 
 
 @given(sizes=st.lists(st.floats(0, 1e6), min_size=1, max_size=20), at_once=st.integers(1, 5))
-def test_the_scale_is_a_mean_of_what_was_seen_that_forgets(sizes, at_once):
+def test_the_scale_is_an_exponential_moving_average(sizes, at_once):
     iterate = Iterate.zero((1,))
     assert iterate.scale == inf and remember(iterate, 0.0, 0) == iterate
     for start in range(0, len(sizes), at_once):
@@ -80,22 +84,24 @@ def test_the_scale_is_a_mean_of_what_was_seen_that_forgets(sizes, at_once):
     assert after.scale == pytest.approx(exp(-1))
 
 
-def test_blocks_that_moved_v_are_averaged_and_the_ball_is_kept():
+def test_local_steps_of_blocks_are_averaged_and_projected():
     start = Iterate(random(0), random(1))
-    after = average_update(start, torch.stack([random(2), random(3)]), StepRule("linf", 1.0, period=4))
+    after = average_update(start, torch.stack([random(2), random(3)]), steps("linf", 1.0, period=4))
     assert_close(after.v, (random(0) + random(2)).clamp(-1, 1))
     assert_close(after.momentum, random(3))
 
 
-def test_under_l2_the_period_grows_with_the_images_of_the_run_unless_it_is_given():
+def test_the_default_period_grows_with_the_length_of_the_run_under_l2():
     config = ComputeConfig(norm="l2", round_size=10, block_size=5)
-    assert [config.step_rule(rounds).period for rounds in (1, 149, 150, 599, 600, 10**6)] == [32, 32, 64, 64, 128, 128]
-    assert ComputeConfig(norm="linf").step_rule(10**6).period == 32
-    assert replace(config, period=96).step_rule(600).period == 96
+    shape = (3, 4, 4)
+    periods = [config.steps(rounds, shape).period for rounds in (1, 149, 150, 599, 600, 10**6)]
+    assert periods == [32, 32, 64, 64, 128, 128]
+    assert ComputeConfig(norm="linf").steps(10**6, shape).period == 32
+    assert replace(config, period=96).steps(600, shape).period == 96
 
 
 @given(height=st.integers(1, 12), width=st.integers(1, 12), period=st.integers(1, 13))
-def test_a_mean_over_periods_is_the_nearest_that_repeats_itself(height, width, period):
+def test_the_mean_over_periods_is_the_nearest_periodic_tensor(height, width, period):
     values = torch.randn(2, height, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     found = repeat_mean(values, period)
     if period >= max(height, width):
@@ -108,15 +114,18 @@ def test_a_mean_over_periods_is_the_nearest_that_repeats_itself(height, width, p
 
 
 def test_steps_repeat_themselves():
-    after = log_odds_update(Iterate.zero((3, 4, 4)), random(2), 0.5, StepRule("linf", 10.0, period=2))
+    after = log_odds_update(Iterate.zero((3, 4, 4)), random(2), 0.5, steps("linf", 10.0, period=2))
     tile = random(2).reshape(3, 2, 2, 2, 2).mean((1, 3)).sign() / 2
     assert_close(after.v, tile.repeat(1, 2, 2))
 
 
-def test_cosine_falls_from_start_to_nearly_zero():
-    steps = [cosine(8.0, n, 60) for n in range(60)]
-    assert steps[0] == 8 and steps == sorted(steps, reverse=True) and 0 < steps[-1] < 0.01
-    assert sum(steps) == pytest.approx(8 * 60 / 2 + 4)
+def test_step_sizes_follow_a_cosine_however_they_are_divided_into_rounds():
+    sizes = [cosine(8.0, n, 60) for n in range(60)]
+    assert sizes[0] == 8 and sizes == sorted(sizes, reverse=True) and 0 < sizes[-1] < 0.01
+    assert sum(sizes) == pytest.approx(8 * 60 / 2 + 4)
+    for per_round in (1, 3):
+        of_run = Steps("linf", 10.0, 32, first_size=8.0, num_rounds=60 // per_round, per_round=per_round)
+        assert [size for number in range(60 // per_round) for size in of_run.sizes(number)] == sizes
 
 
 def test_finish_moves_linf_into_the_corner_and_leaves_l2():

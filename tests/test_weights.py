@@ -8,8 +8,8 @@ import torch
 from conftest import TINY
 from safetensors.torch import save_file
 
-from uap_dist.classifiers import load_classifier
 from uap_dist.errors import ClassifierError
+from uap_dist.models.loading import load_classifier
 
 NETWORK = load_classifier(TINY).network
 for _, parameter in NETWORK.named_parameters():
@@ -41,14 +41,14 @@ def under(prefix):
     ],
 )
 @pytest.mark.parametrize("is_new", [True, False])
-def test_what_training_scripts_save_gives_the_weights_alone(tmp_path, saved, is_new):
+def test_weights_are_found_in_what_training_scripts_save(tmp_path, saved, is_new):
     torch.save(STATE, tmp_path / "alone.pth")
     torch.save(saved, tmp_path / "saved.pth", _use_new_zipfile_serialization=is_new)
     alone, found = (load_classifier(TINY, str(tmp_path / name)) for name in ("alone.pth", "saved.pth"))
     assert found.weights_digest == alone.weights_digest != load_classifier(TINY).weights_digest
 
 
-def test_the_content_of_a_file_counts_and_not_its_name(tmp_path):
+def test_the_format_is_recognised_by_the_content_and_not_the_name(tmp_path):
     save_file(STATE, tmp_path / "w.pth")
     torch.save(STATE, tmp_path / "w.safetensors")
     assert len({load_classifier(TINY, str(tmp_path / n)).weights_digest for n in ("w.pth", "w.safetensors")}) == 1
@@ -86,7 +86,7 @@ class Own:
         (torch.nn.Linear(2, 2), "holds a whole pickled network, .* save its tensors alone"),
     ],
 )
-def test_what_holds_no_single_state_is_refused_in_one_line(tmp_path, capsys, saved, message, is_new):
+def test_files_without_a_single_state_are_rejected_in_one_line(tmp_path, capsys, saved, message, is_new):
     torch.save(saved, tmp_path / "saved.pth", _use_new_zipfile_serialization=is_new)
     with pytest.raises(ClassifierError, match=f"saved.pth {message}") as refusal:
         load_classifier(TINY, str(tmp_path / "saved.pth"))
@@ -102,15 +102,15 @@ def saved_bytes(tmp_path, save):
     ("make", "message"),
     [
         (lambda folder: b"", "is empty"),
-        (lambda folder: b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a pointer of Git LFS"),
+        (lambda folder: b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a Git LFS pointer"),
         (lambda folder: b"\n<!DOCTYPE html><html>", "is a web page"),
         (lambda folder: gzip.compress(saved_bytes(folder, torch.save)), "is compressed"),
-        (lambda folder: saved_bytes(folder, torch.save)[:2000], "is cut short or damaged; fetch it again"),
-        (lambda folder: saved_bytes(folder, save_file)[:2000], "is a safetensors file that is cut short or damaged"),
+        (lambda folder: saved_bytes(folder, torch.save)[:2000], "is truncated or damaged; fetch it again"),
+        (lambda folder: saved_bytes(folder, save_file)[:2000], "is a truncated or damaged safetensors file"),
         (lambda folder: b"no weights", "is not a readable .safetensors or weights-only .pth file"),
     ],
 )
-def test_what_is_no_weights_file_is_named(tmp_path, make, message):
+def test_other_kinds_of_files_are_named_in_the_error(tmp_path, make, message):
     (tmp_path / "w.pth").write_bytes(make(tmp_path))
     with pytest.raises(ClassifierError, match=f"w.pth {message}") as refusal:
         load_classifier(TINY, str(tmp_path / "w.pth"))
@@ -118,7 +118,7 @@ def test_what_is_no_weights_file_is_named(tmp_path, make, message):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
-def test_a_torchscript_archive_is_named(tmp_path):
+def test_a_torchscript_archive_is_named_in_the_error(tmp_path):
     torch.jit.save(torch.jit.trace(NETWORK, torch.rand(1, 3, 16, 16)), tmp_path / "w.pth")
     with pytest.raises(ClassifierError, match="is a TorchScript archive"):
         load_classifier(TINY, str(tmp_path / "w.pth"))

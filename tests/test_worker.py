@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from conftest import tiny_worker
 
-from uap_dist.config import ComputeConfig
 from uap_dist.errors import ShardError
-from uap_dist.worker import Examples
+from uap_dist.method.config import ComputeConfig
+from uap_dist.workers.messages import Examples
 
 V = np.random.default_rng(0).normal(0, 5, size=(3, 16, 16)).astype(np.float32)
 
@@ -48,6 +48,19 @@ def test_classify_agrees_with_the_network(shards):
     found = worker.classify(task, V)
     assert found.labels.tolist() == probabilities.argmax(1).tolist()
     np.testing.assert_allclose(found.confidences, probabilities.max(1).values.numpy(), rtol=1e-5)
+
+
+def test_the_classifier_is_replaced_by_the_first_task_that_uses_it_and_not_by_reading_images(shards):
+    task = examples(str(shards / "train-0000.tar"), tiny_worker())
+    for use in (lambda worker: worker.classify(task, V), lambda worker: worker.normals(task)):
+        worker = tiny_worker()
+        loaded = worker.classifier
+        worker.pixels(task)
+        assert worker.classifier is loaded
+        use(worker)
+        accelerated = worker.classifier
+        use(worker)
+        assert worker.classifier is accelerated is not loaded
 
 
 def test_a_shard_that_changes_during_the_run_is_detected(shards, tmp_path):

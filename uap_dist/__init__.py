@@ -3,21 +3,25 @@
 The names here need neither Ray nor MLflow.
 """
 
-__version__ = "0.1.0"  # the one place; above the imports, because provenance.py reads it
-
-from uap_dist.accelerate import accelerate
-from uap_dist.classifiers import Classifier, load_classifier
-from uap_dist.compute import RoundReport, compute
-from uap_dist.config import ComputeConfig
-from uap_dist.dataset import LocalWorkers, load_dataset
-from uap_dist.deepfool import Increments, deepfool, log_odds_sum
+from uap_dist.computing.rounds import compute
+from uap_dist.data.patterns import expand_patterns
 from uap_dist.errors import UapDistError
-from uap_dist.fooling import Rate
-from uap_dist.norms import measure, project
-from uap_dist.perturbations import load_perturbations
-from uap_dist.pool import AddUniversalPerturbation, PerturbationPool
-from uap_dist.shards import expand_patterns
-from uap_dist.worker import Worker
+from uap_dist.method.config import ComputeConfig
+from uap_dist.method.deepfool import Increments, deepfool
+from uap_dist.method.log_odds import log_odds_sum
+from uap_dist.method.norms import measure, project
+from uap_dist.method.rates import Rate
+from uap_dist.method.state import RoundReport
+from uap_dist.models.accelerate import accelerate
+from uap_dist.models.classifier import Classifier
+from uap_dist.models.loading import load_classifier
+from uap_dist.perturbations.files import load_perturbations
+from uap_dist.perturbations.pool import PerturbationPool
+from uap_dist.perturbations.transform import AddUniversalPerturbation
+from uap_dist.versions import __version__ as __version__
+from uap_dist.workers.dataset import load_dataset
+from uap_dist.workers.local import LocalWorkers
+from uap_dist.workers.worker import Worker
 
 __all__ = [
     "AddUniversalPerturbation",

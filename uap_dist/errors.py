@@ -1,43 +1,43 @@
-"""What can go wrong, as one tree: each message says what was wrong, where, and what to do.
+"""The exceptions of this package. Each message says what was wrong, where, and what to do.
 
 UapDistError
-├── ConfigError                     an option or argument that cannot be
-├── ClassifierError                 a network or weights file that cannot be used
-├── ShardError                      a shard or image that cannot be read
-├── PerturbationError               a perturbation's file that cannot be used
-├── WorkerLostError                 the fleet cannot be placed, or a block kills its workers
+├── ConfigError                     an option or argument is invalid
+├── ClassifierError                 a network or weights file cannot be used
+├── ShardError                      a shard or image cannot be read
+├── PerturbationError               a perturbation file cannot be used
+├── WorkerLostError                 workers cannot be placed, or a block kills them
 ├── DeterminismError                two workers gave different bits for one block
-├── ResumeError                     no checkpoint, or one of another computation
-├── OutputError                     results that cannot be written, as on a full disk
+├── ResumeError                     there is no checkpoint, or it belongs to another computation
+├── OutputError                     results cannot be written, for example to a full disk
 └── TrackingError                   MLflow's server or files cannot be used
 """
 
 
 class UapDistError(Exception):
-    """Base of everything that the package raises on purpose."""
+    """Base class of the exceptions that this package raises on purpose."""
 
 
 class ConfigError(UapDistError):
-    """An option or argument has a value that it cannot have.
+    """An option or argument has an invalid value.
 
-    No ValueError: tyro would take that for a parsing error, and no run would be marked FAILED.
+    It is no ValueError because tyro would report one as a parsing error, and the MLflow run would not be marked FAILED.
     """
 
 
 class ClassifierError(UapDistError):
-    """A network or its weights cannot be found, do not match, or are not a classifier."""
+    """A network or its weights cannot be found, do not match, or do not form a classifier of images."""
 
 
 class ShardError(UapDistError):
-    """A shard is missing, empty, cut short, or holds too many images that are none."""
+    """A shard is missing, empty or truncated, or too many of its images cannot be decoded."""
 
 
 class PerturbationError(UapDistError):
-    """A perturbation cannot be read, is not what it says of itself, or does not fit."""
+    """A perturbation cannot be read, contradicts its own metadata, or does not fit the classifier."""
 
 
 class WorkerLostError(UapDistError):
-    """Workers cannot be placed, or a block was given up after killing several."""
+    """Workers cannot be placed, or a block was given up because several workers were lost over it."""
 
 
 class DeterminismError(UapDistError):
@@ -45,17 +45,17 @@ class DeterminismError(UapDistError):
 
 
 class ResumeError(UapDistError):
-    """There is no checkpoint to go on from, or going on from it would give another result."""
+    """There is no checkpoint to resume from, or resuming from it would change the result."""
 
 
 class OutputError(UapDistError):
-    """Results cannot be written: no space is left, or no permission."""
+    """Results cannot be written, because no space or no permission is left."""
 
 
 class TrackingError(UapDistError):
-    """MLflow's server does not answer or refuses, or its files cannot be read or written."""
+    """MLflow's server does not answer or refuses a request, or its files cannot be read or written."""
 
 
 def is_mistake(error: Exception) -> bool:
-    """Whether a program's mistake raises such an error, as KeyError, and not a service, a library or the system that it asks."""
+    """Whether an error such as KeyError comes from a bug, and not from a service, a library or the operating system."""
     return type(error).__module__ == "builtins" and not isinstance(error, OSError | ImportError)

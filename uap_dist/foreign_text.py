@@ -1,4 +1,4 @@
-"""Text from elsewhere (a command line, a file, a library's error), made fit for where it is shown or kept."""
+"""Text from outside (command lines, files, errors of libraries), made safe to print, store or embed: no credentials, no markup."""
 
 import errno
 import re
@@ -6,9 +6,9 @@ from urllib.parse import unquote_plus
 
 from uap_dist.errors import UapDistError
 
-REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)  # by the system: nobody's mistake
+REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)  # the system refuses; this is no bug
 HIDDEN = "…"
-# of URLs; what other options say is hidden, for any of them may be a secret
+# query options of URLs whose values are shown; the value of any other option may be a secret
 SHOWN_OPTIONS = frozenset(
     (
         *("region", "endpoint_override", "scheme", "anonymous", "retries", "connect_timeout", "request_timeout"),
@@ -19,9 +19,9 @@ _NAME = (
     r"[\w.-]*(?:secret|token(?!iz)|passw|passphrase|pwd|signature|credential|access[_-]?key|account[_-]?key|api[_-]?key|"
     r"private[_-]?key)[\w.-]*"
 )
-_SHORT_NAME = r"key|sig|pass|auth|authorization|jwt|code"  # of a URL's option; elsewhere they mean other things as well
+_SHORT_NAME = r"key|sig|pass|auth|authorization|jwt|code"  # of query options only; elsewhere these words are common
 _VALUE = r"""(?:"[^"]*"|'[^']*'|[^\s&#"'<>]+)"""
-# what follows the name may be hidden already
+# a value that is hidden already stays as it is
 _CREDENTIALS = [
     (re.compile(pattern, re.IGNORECASE | re.DOTALL), replacement)
     for pattern, replacement in (
@@ -29,7 +29,7 @@ _CREDENTIALS = [
         (r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", HIDDEN),
         (r"""\b(authorization['"]?\s*[:=]\s*['"]?)[^'"\r\n]+""", rf"\1{HIDDEN}"),
         (r"\b(bearer|basic)(?:\s+|%20|\+)[\w.~+/=%-]{6,}", rf"\1 {HIDDEN}"),
-        # before the @ of a URL; passwords hold / and @ as well, ports are digits, and stores have none
+        # user and password before the @ of a URL; a password may hold / and @, a port has digits only, object stores have no port
         (rf"\b((?:s3a?|gs|gcs):/{{1,3}})(?!{HIDDEN})[^\s/?#:@]*:\S*@", rf"\1{HIDDEN}@"),
         (r"(\w:/{1,3})(?:[^\s/?#:@]*:(?!\d+(?:[/?#]|$))\S*|[^\s/?#]*)@", rf"\1{HIDDEN}@"),
         (r"""(?<![\w/:@.-])[^\s/:@'"=]+:(?!/)[^\s:@'"]+@(?=[\w.-]+(?::\d+)?(?:\W|$))""", f"{HIDDEN}@"),
@@ -38,25 +38,25 @@ _CREDENTIALS = [
         (rf"(?<![\w.-])(?=\w+[_-])({_NAME})(:\s*)(?!{HIDDEN}){_VALUE}", rf"\1\2{HIDDEN}"),
     )
 ]
-# known by their form: keys of AWS, Google, GitHub, GitLab, Hugging Face, Slack, Databricks, and JSON web tokens
+# tokens that are known by their form: AWS, Google, GitHub, GitLab, Hugging Face, Slack, Databricks, and JSON web tokens
 _TOKEN = re.compile(
     r"(?<![A-Za-z0-9])(?:(?:AKIA|ASIA)[A-Z0-9]{16}|AIza[\w-]{30,}|ya29\.[\w.-]+|gh[pousr]_\w{20,}|github_pat_\w{20,}|"
     r"glpat-[\w-]{16,}|hf_[A-Za-z0-9]{30,}|xox[a-z]-[\w-]{10,}|dapi[0-9a-f]{32}|eyJ[\w-]{8,}\.[\w-]+(?:\.[\w-]*)?)"
 )
 _URL_OPTION = re.compile(r"(?<=[?&;])([^\s&;=#?]+)=([^\s&#]+)")
 _TERMINAL_CODE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|.)?", re.DOTALL)
-_JOINERS = "\u00a0\u200c\u200d"  # which names in many scripts have
+_JOINERS = "\u00a0\u200c\u200d"  # part of names in many scripts
 
 
 def hide_credentials(text: str) -> str:
-    """The text with … for each credential in it: of URLs (user:password@, ?token=…), headers, commands after pipe:, known tokens."""
+    """Replace each credential by …: in URLs (user:password@, ?token=…), headers, commands after pipe:, and known tokens."""
     for pattern, replacement in _CREDENTIALS:
         text = pattern.sub(replacement, text)
     return _URL_OPTION.sub(lambda match: _hide_option(match, hides_unknown=False), _TOKEN.sub(HIDDEN, text))
 
 
 def redact(text: str) -> str:
-    """The text as it may be printed or stored: without credentials, and without what unknown options of URLs say."""
+    """Make a text fit to be printed or stored: hide credentials, and the values of unknown query options of URLs."""
     return _URL_OPTION.sub(lambda match: _hide_option(match, hides_unknown=True), hide_credentials(text))
 
 
@@ -67,34 +67,34 @@ def _hide_option(match: re.Match[str], *, hides_unknown: bool) -> str:
 
 
 def printable(text: str) -> str:
-    """The text in one line without what a terminal would obey: its codes are left out, line ends are spaces, other such characters �."""
+    """One line without control characters: escape sequences are left out, line ends become spaces, the rest becomes �."""
     plain = re.sub(r"[\r\n\t\v\f\x85\u2028\u2029]+", " ", _TERMINAL_CODE.sub("", text))
     return "".join(character if character.isprintable() or character in _JOINERS else "�" for character in plain)
 
 
 def in_one_line(error: BaseException) -> str:
-    """What the terminal and MLflow say of an error, credentials hidden; one that was not foreseen is said to be so, with its type."""
+    """An error as the terminal and MLflow show it, without credentials; an unexpected one with its type and what to do."""
     if isinstance(error, UapDistError):
         said = str(error)
     elif isinstance(error, OSError) and error.errno in REFUSED:
         said = f"{error.strerror}{f': {error.filename}' if error.filename else ' (--debug shows where)'}"
     else:
-        last = (str(error).strip().splitlines() or ["no more is known"])[-1]
-        said = (
-            f"unexpected {type(error).__name__}: {last}; run it again with --debug, which shows where, and report that"
-        )
+        last = (str(error).strip().splitlines() or ["no message"])[-1]
+        said = f"unexpected {type(error).__name__}: {last}; run it again with --debug to see where, and report it"
     return printable(redact(said.strip()))
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error of another library says, fit for a message of ours; its kind where it says nothing."""
+    """The first line of another library's error, to quote in a message; its type if it has no text."""
     said = f"there is no {error}" if isinstance(error, KeyError) else str(error)
     lines = [line.strip() for line in map(printable, said.splitlines()) if line.strip()]
     return lines[0] if lines else type(error).__name__
 
 
 def escape_markdown(text: object) -> str:
-    """A name or value within a line or table cell of Markdown, which shows it as it is: no markup, no HTML, no second line."""
+    """Escape a value for a line or table cell of Markdown: it is shown literally, in one line, without markup or HTML."""
     line = re.sub(r"([\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", printable(str(text)).strip())
-    line = re.sub(r"^(\d+(?=[.)](?:\s|$))|(?=[#>+=-]))", r"\1\\", line)  # which begins a heading, a quotation or a list
+    line = re.sub(
+        r"^(\d+(?=[.)](?:\s|$))|(?=[#>+=-]))", r"\1\\", line
+    )  # at the start of a line: heading, quotation or list
     return re.sub(r"&(?=#?\w+;)", "&amp;", line).replace("<", "&lt;")

@@ -1,1 +1,0 @@
-"""The jobs: parse, run, report. In an installed package they are `uap_dist.jobs`, and the commands uap-compute, uap-evaluate, …."""

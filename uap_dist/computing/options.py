@@ -1,0 +1,112 @@
+"""Options of jobs/compute.py."""
+
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from uap_dist.computing.rounds import check_budget
+from uap_dist.errors import ConfigError
+from uap_dist.fleet.config import FleetConfig
+from uap_dist.job_options import DataOptions, ResumableRecordOptions, to_json
+from uap_dist.method.config import POOL_RANDOM_START, ComputeConfig
+
+FLEET_COSTS = ("num_workers", "gpus_per_worker", "threads_per_worker", "cache_gib", "disk_cache_gib")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeOptions:
+    """Compute a universal adversarial perturbation, or a pool of them.
+
+    Pixels are RGB values 0..255 at the classifier's input size; every norm, radius and step is in these units.
+    """
+
+    model: str = "efficientnet_lite0"
+    """torchvision/NAME, timm/NAME, efficientnet_lite0|1|2, or your own path/to/file.py:factory or package.module:factory."""
+    weights: str | None = None
+    """File with its weights (.safetensors, or a .pth of tensors). Default: the published ones."""
+    num_perturbations: int = 1
+    """Perturbations to compute, with seeds from --seed on; several make a pool, and share the workers and the decoded images."""
+    register_as: str | None = None
+    """Model in MLflow's registry that the finished pool becomes a version of. Default: it is not registered."""
+    plan: bool = False
+    """Compute nothing: time a few blocks on one worker (on CPUs, on as many as share its machine), and print what the
+    run takes in network evaluations, time, worker-hours, data and memory, by size of the fleet; plan.json has it all."""
+    price_per_gpu_hour: float | None = None
+    """With --plan: what an hour of one GPU costs, in any currency."""
+    planned: str | None = None
+    """plan.json of this run: MLflow and the last lines then compare what was planned with what it took."""
+    data: DataOptions = field(default_factory=DataOptions)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    fleet: FleetConfig = field(default_factory=FleetConfig)
+    record: ResumableRecordOptions = field(default_factory=ResumableRecordOptions)
+
+    def __post_init__(self) -> None:
+        """Validate the options."""
+        if self.data.num_train_images is not None:
+            check_budget(self.data.num_train_images, self.compute)
+        if bool(self.data.train_shards) != bool(self.data.val_shards):
+            raise ConfigError("give both --train-shards and --val-shards, or neither for the demonstration")
+        if self.num_perturbations < 1:
+            raise ConfigError(f"num perturbations is {self.num_perturbations}; it must be positive")
+        if self.register_as is not None and self.num_perturbations == 1:
+            raise ConfigError("only a pool is registered (--register-as); give --num-perturbations 2 or more")
+        if self.register_as is not None and not re.fullmatch("[^/:'\"]+", self.register_as):
+            raise ConfigError(
+                f"--register-as {self.register_as!r} is no name for a model: it must not hold / : ' or \""
+            )
+        if self.plan and self.record.resume is not None:
+            raise ConfigError("--plan plans a run from its beginning; leave out --resume")
+        if self.plan and self.fleet.verify_determinism:
+            raise ConfigError("--plan does not count what --verify-determinism solves twice; leave it out")
+        if self.plan and self.planned is not None:
+            raise ConfigError("--plan makes what --planned takes; give one of them")
+        if self.price_per_gpu_hour is not None and not self.plan:
+            raise ConfigError("--price-per-gpu-hour belongs to --plan")
+        if self.price_per_gpu_hour is not None and not self.price_per_gpu_hour > 0:
+            raise ConfigError(f"price per gpu hour is {self.price_per_gpu_hour}; it must be positive")
+
+    @property
+    def config(self) -> ComputeConfig:
+        """Of all perturbations, with the random start that members of a pool have by default."""
+        is_default = self.num_perturbations > 1 and self.compute.random_start is None
+        return replace(self.compute, random_start=POOL_RANDOM_START) if is_default else self.compute
+
+    @property
+    def job(self) -> str:
+        """Kind of job, which the MLflow run is tagged with."""
+        return "plan" if self.plan else "compute"
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether the images are those of the demo extra."""
+        return not self.data.train_shards
+
+    @property
+    def name(self) -> str:
+        """Name of the MLflow run and, with the time, of the output folder."""
+        model = "-".join(Path(self.model).parts[-2:]) if ".py:" not in self.model else Path(self.model).name
+        seed = self.compute.seed
+        which = f"seed{seed}" if self.num_perturbations == 1 else f"pool{self.num_perturbations}-seed{seed}"
+        return f"{model.replace(':', '-')}-{self.compute.norm}-{which}{'-plan' * self.plan}"
+
+    def costs(self) -> dict[str, Any]:
+        """The options that time and money depend on, as plain values; a plan that differs in one is of another run."""
+        values = to_json(self)
+        data, fleet = values["data"], values["fleet"]
+        return {
+            **{name: values[name] for name in ("model", "weights", "num_perturbations")},
+            **{name: data[name] for name in ("train_shards", "val_shards", "num_train_images", "num_val_images")},
+            **values["compute"],
+            **{name: fleet[name] for name in FLEET_COSTS},
+        }
+
+    def alone(self, seed: int, output: Path) -> "ComputeOptions":
+        """The options with which one member of the pool would be computed alone."""
+        return replace(
+            self,
+            num_perturbations=1,
+            register_as=None,
+            compute=replace(self.config, seed=seed),
+            record=replace(self.record, output=output),
+        )

@@ -1,0 +1,145 @@
+"""The files of a pool, beside those of its members: the perturbations, their fooling rates and how diverse they are."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from uap_dist.computing import plots
+from uap_dist.computing.report import ROUNDS_FILE, name_random_rates
+from uap_dist.evaluation.plots import save_matrix
+from uap_dist.foreign_text import escape_markdown
+from uap_dist.method.rates import Rate
+from uap_dist.perturbations.files import load_perturbations
+from uap_dist.perturbations.pool import DIVERSE, PerturbationPool
+from uap_dist.tracking.outputs import RESULT_FILE, markdown_table, writes_files
+
+POOL_FOLDER = "pool"
+MEMBERS_FOLDER = "members"
+NUM_PAIRS_NAMED = 3
+
+
+@dataclass(frozen=True)
+class FinishedPool:
+    """A pool whose members have been computed, each in a folder of its own.
+
+    Attributes:
+        pool: of all members.
+        results: of each member, what its result.json says.
+        rounds: metrics of each member's rounds.
+        mlflow_run_id: where the pool is logged.
+    """
+
+    pool: PerturbationPool
+    results: Mapping[str, Mapping[str, Any]]
+    rounds: Mapping[str, Sequence[Mapping[str, float]]]
+    mlflow_run_id: str
+
+    @classmethod
+    def of(cls, folders: Mapping[str, Path], mlflow_run_id: str) -> "FinishedPool":
+        """Load the members from their folders, by name."""
+        pool = PerturbationPool.of(load_perturbations([f"{name}={folder}" for name, folder in folders.items()]))
+        results = {name: json.loads((folder / RESULT_FILE).read_text()) for name, folder in folders.items()}
+        rounds = {name: pq.read_table(folder / "tables" / ROUNDS_FILE).to_pylist() for name, folder in folders.items()}
+        return cls(pool, results, rounds, mlflow_run_id)
+
+    @property
+    def mean_rate(self) -> float:
+        """Mean held-out fooling rate of the members."""
+        return sum(result["val_fooling_rate"] for result in self.results.values()) / len(self.results)
+
+    @property
+    def random_rates(self) -> dict[str, Rate]:
+        """Held-out fooling rates of random perturbations, by the norms that they share with the first member."""
+        first = next(iter(self.results.values()))
+        by_norm = first["val_fooling_rate_random_by_norm"]
+        rates = {norm: _rate(share, first["num_val_images"]) for norm, share in by_norm.items()}
+        return name_random_rates(self.pool.shared["norm"], rates)
+
+    def result(self) -> dict[str, Any]:
+        """The contents of result.json."""
+        value, pair = self.pool.nearest_pairs()[0]
+        first = next(iter(self.results.values()))
+        return {
+            "num_perturbations": len(self.results),
+            "mean_val_fooling_rate": self.mean_rate,
+            "val_fooling_rate_random": first["val_fooling_rate_random"],
+            "val_fooling_rate_random_by_norm": first["val_fooling_rate_random_by_norm"],
+            "num_val_images": first["num_val_images"],
+            "largest_inner_product": value,
+            "nearest_pair": pair,
+            "is_diverse": value <= DIVERSE,
+            "pool": POOL_FOLDER,
+            "members": self.results,
+            "mlflow_run_id": self.mlflow_run_id,
+        }
+
+    def metrics(self) -> dict[str, float]:
+        """The pool's metrics by their names in MLflow."""
+        return {
+            "pool/mean_val_fooling_rate": self.mean_rate,
+            "pool/largest_inner_product": self.pool.nearest_pairs()[0][0],
+            "pool/num_perturbations": float(len(self.results)),
+        }
+
+    def summary(self) -> str:
+        """A summary in Markdown: what was computed, its fooling rates, and whether it is diverse."""
+        p = self.pool.shared
+        model = escape_markdown(p["model"])
+        pairs = self.pool.nearest_pairs()[:NUM_PAIRS_NAMED]
+        value = pairs[0][0]
+        named = ", ".join(f"{escape_markdown(a)} and {escape_markdown(b)} ({product:.2f})" for product, (a, b) in pairs)
+        random = ", of the ".join(f"{name}: {rate}" for name, rate in self.random_rates.items())
+        verdict = "diverse" if value <= DIVERSE else "**not diverse**"
+        return (
+            f"Pool of {len(self.results)} universal perturbations of **{model}**, {p['norm']} ≤ {p['radius']:g} pixels. "
+            f"Mean held-out fooling rate **{self.mean_rate:.3f}**; a random perturbation of the {random}. "
+            f"By the paper's criterion (normalised inner products of at most {DIVERSE:g}) the pool is {verdict}: "
+            f"the largest is {value:.2f}. Nearest: {named}.\n\n"
+            f"{self.markdown()}\n\n"
+            "Look at the pictures in the order of their names (curves, inner products, the members); each member's run lies below this one."
+        )
+
+    def markdown(self) -> str:
+        """A table of the members."""
+        rows = []
+        for name, result in self.results.items():
+            rates = [_rate(result[f"{part}_fooling_rate"], result[f"num_{part}_images"]) for part in ("val", "train")]
+            label, count = result["dominant_labels"][0] if result["dominant_labels"] else ("–", 0)
+            size, taken = f"{result['norm_l2']:.0f}", f"{escape_markdown(label)} ({count})"
+            rows.append([escape_markdown(name), *map(str, rates), size, taken])
+        heads = ["member", "held-out fooling rate", "training", "norm ℓ2", "label of most fooled images"]
+        return markdown_table(heads, rows)
+
+
+def _rate(share: float, num_examples: int) -> Rate:
+    """The rate that result.json stores as a share and a number of images."""
+    return Rate(round(share * num_examples), num_examples)
+
+
+@writes_files
+def save_pool(folder: Path, finished: FinishedPool) -> None:
+    """Write all files of a finished pool, except those of its members; result.json last."""
+    for name in ("pictures", "tables"):
+        (folder / name).mkdir(exist_ok=True)
+    pool = finished.pool
+    pool.save(folder / POOL_FOLDER)
+    names = [member["name"] for member in pool.members]
+    products = pool.inner_products().numpy()
+    plots.save_curves(folder / "pictures/1-fooling-rates.png", finished.rounds, finished.random_rates)
+    title = "normalised inner products of members"
+    save_matrix(folder / "pictures/2-inner-products.png", products, names, names, title=title, limits=(0, 1))
+    plots.save_perturbations(folder / "pictures/3-members.png", pool.perturbations, names)
+    table = pa.table({"member": names, **dict(zip(names, products.T, strict=True))})
+    pyarrow.csv.write_csv(table, folder / "tables/inner-products.csv")
+    members: list[dict[str, Any]] = [
+        {"member": name} | {key: value for key, value in result.items() if isinstance(value, str | int | float)}
+        for name, result in finished.results.items()
+    ]
+    pyarrow.csv.write_csv(pa.Table.from_pylist(members), folder / "tables/members.csv")
+    (folder / RESULT_FILE).write_text(json.dumps(finished.result(), indent=2) + "\n")

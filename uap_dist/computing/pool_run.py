@@ -1,0 +1,187 @@
+"""All computations of a job on one fleet: one perturbation, or the members of a pool at the same time."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from uap_dist.computing.concurrent import compute_concurrently, concurrency_limit, keep_last_arrays
+from uap_dist.computing.options import ComputeOptions
+from uap_dist.computing.pool_report import MEMBERS_FOLDER, POOL_FOLDER, FinishedPool, save_pool
+from uap_dist.computing.provenance import Setting, describe_member
+from uap_dist.computing.run import TrackedRun
+from uap_dist.data.locations import join
+from uap_dist.errors import TrackingError
+from uap_dist.job_options import to_json
+from uap_dist.method.config import ComputeConfig
+from uap_dist.method.state import State
+from uap_dist.tracking.checkpoint import Checkpoint, CheckpointStore, JobRecord, check_identity
+from uap_dist.tracking.console import RoundProgress
+from uap_dist.tracking.mlflow_run import Tracker, register
+from uap_dist.tracking.mlflow_server import CHECKPOINTS_TAG, is_finished
+from uap_dist.tracking.outputs import RESULT_FILE, deliverable, publish, resumable
+
+DELIVERY_TIMEOUT_S, LAST_DELIVERY_TIMEOUT_S = 1.0, 20.0  # while other members compute; at the end
+
+
+@dataclass(frozen=True)
+class MemberPlan:
+    """A member of a pool before it is computed.
+
+    Attributes:
+        config: of its computation.
+        folder: folder of its results.
+        run_name: name of its MLflow run.
+        options: options of a job that resumes it alone.
+    """
+
+    config: ComputeConfig
+    folder: Path
+    run_name: str
+    options: Mapping[str, Any]
+
+
+def compute_all(
+    setting: Setting, options: ComputeOptions, checkpoint: Checkpoint, tracker: Tracker, output: Path, storage: str
+) -> tuple[str, list[Mapping[str, Any]]]:
+    """Compute, save and deliver the perturbation or the pool that the options ask for.
+
+    Args:
+        setting: network, workers and data.
+        options: of the job.
+        checkpoint: where the job continues.
+        tracker: of its MLflow run.
+        output: folder of the results.
+        storage: folder or URL of its checkpoints.
+
+    Returns:
+        A summary in Markdown, and the numbers of each perturbation (see `FinishedRun.result`).
+
+    Raises:
+        OutputError: results cannot be written; all rounds are committed.
+        TrackingError: everything is computed and saved, but MLflow does not accept it.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(resumable(storage))
+        store = stack.enter_context(CheckpointStore(storage))
+        if options.num_perturbations == 1:
+            run = TrackedRun(options.config, checkpoint, store=store, folder=output, tracker=tracker)
+            members, pool = {"": run}, None
+            compute_members(setting, members)
+        else:
+            store.start(checkpoint)  # identifies the pool; the members have checkpoints of their own
+            tracker.set_tag(CHECKPOINTS_TAG, storage)
+            plans = plan_members(options, output)
+            members = open_members(setting, plans, storage, checkpoint.job, tracker, stack)
+            compute_members(setting, members)
+            pool = FinishedPool.of({name: plan.folder for name, plan in plans.items()}, tracker.run_id)
+            save_pool(output, pool)
+        publish(output, storage)
+        with deliverable(output, storage):
+            deliver_members(setting, members)
+            if pool is not None:
+                deliver_pool(tracker, setting, pool, output)
+                if options.register_as is not None:
+                    setting.console.print(f"registered as {register(tracker, POOL_FOLDER, options.register_as)}")
+    if pool is not None:
+        return pool.summary(), list(pool.results.values())
+    assert run.finished is not None
+    return run.finished.summary(), [run.finished.result()]
+
+
+def plan_members(options: ComputeOptions, output: Path) -> dict[str, MemberPlan]:
+    """The members of a pool, by name."""
+    plans = {}
+    for seed in range(options.config.seed, options.config.seed + options.num_perturbations):
+        folder = member_folder(output, seed)
+        alone = options.alone(seed, folder)
+        plans[folder.name] = MemberPlan(alone.config, folder, alone.name, to_json(alone))
+    return plans
+
+
+def member_folder(output: Path, seed: int) -> Path:
+    """Folder of the member with that seed. Its name is the name of the member."""
+    return output / MEMBERS_FOLDER / f"seed-{seed}"
+
+
+def open_members(
+    setting: Setting, plans: Mapping[str, MemberPlan], storage: str, job: JobRecord, tracker: Tracker, stack: ExitStack
+) -> dict[str, TrackedRun]:
+    """Start or resume the members of a pool that are not finished, each in a child of the pool's MLflow run.
+
+    Args:
+        setting: network, workers and data.
+        plans: all members of the pool, by name.
+        storage: folder or URL with a folder of checkpoints for each member.
+        job: of the pool, from which those of the members are derived.
+        tracker: of the pool.
+        stack: closes the members' stores and MLflow runs.
+    """
+    members = {}
+    for name, plan in plans.items():
+        store = stack.enter_context(CheckpointStore(join(storage, name)))
+        found = store.find_newest()
+        if found is not None and (plan.folder / RESULT_FILE).exists() and is_finished(found.job.run_id):
+            setting.console.print(f"{name} is finished")
+            continue
+        run_id = found.job.run_id if found else None
+        own = stack.enter_context(Tracker(run_name=plan.run_name, run_id=run_id, parent=tracker))
+        identity = dict(job.identity) | describe_member(plan.config)
+        own_job = replace(job, run_id=own.run_id, options=plan.options, identity=identity, part_of=job.run_id)
+        if found is None:
+            own.log_params(dict(setting.provenance) | describe_member(plan.config))
+            found = Checkpoint(own_job, State.start(setting.train.shape, setting.train.num_examples, plan.config), ())
+        else:
+            check_identity(found.job, own_job)
+        members[name] = TrackedRun(plan.config, found, store=store, folder=plan.folder, tracker=own)
+    return members
+
+
+def compute_members(setting: Setting, members: Mapping[str, TrackedRun]) -> None:
+    """Compute all remaining rounds. The results of a member are saved and sent to MLflow as soon as it is done."""
+    if not members:
+        return
+    fleet = setting.fleet
+    for name, member in members.items():
+        if member.state.num_rounds:
+            setting.console.print(f"{name} resuming after round {member.state.num_rounds}".strip())
+    config = next(iter(members.values())).config
+    rounds = {
+        name: keep_last_arrays(member.rounds(fleet, setting.train, setting.val)) for name, member in members.items()
+    }
+    with RoundProgress(setting.console, config.max_evaluations, len(members)) as progress:
+        for name, report in compute_concurrently(rounds, limit=concurrency_limit(fleet, config)):
+            progress.show(report, name)
+            if report.is_last:
+                provenance = dict(setting.provenance) | fleet.describe()
+                members[name].finish(report, fleet, setting.val, provenance, setting.classifier.class_names)
+                with suppress(TrackingError):  # `deliver_members` tries again
+                    members[name].deliver(DELIVERY_TIMEOUT_S, fleet.describe())
+
+
+def deliver_members(setting: Setting, members: Mapping[str, TrackedRun]) -> None:
+    """Complete the MLflow runs of the members that are not delivered yet.
+
+    Raises:
+        TrackingError: the server does not answer.
+    """
+    for member in members.values():
+        if not member.is_delivered:
+            member.deliver(LAST_DELIVERY_TIMEOUT_S, setting.fleet.describe())
+
+
+def deliver_pool(tracker: Tracker, setting: Setting, pool: FinishedPool, folder: Path) -> None:
+    """Complete the MLflow run of the pool itself.
+
+    Raises:
+        TrackingError: the server does not answer.
+    """
+    tracker.complete(
+        tags=setting.fleet.describe(),
+        metrics=pool.metrics(),
+        step=0,
+        markdown=pool.summary(),
+        folder=folder,
+        leave_out=(MEMBERS_FOLDER,),
+    )

@@ -1,0 +1,120 @@
+"""Where a perturbation comes from: one dictionary, whose views are MLflow's parameters, the file's metadata and a run's identity."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from hashlib import sha256
+from typing import Any
+
+from rich.console import Console
+
+from uap_dist.fleet.config import FleetConfig
+from uap_dist.fleet.fleet import Fleet
+from uap_dist.method.config import ComputeConfig
+from uap_dist.models.classifier import Classifier
+from uap_dist.models.loading import describe_weights
+from uap_dist.tracking.checkpoint import JobRecord
+from uap_dist.versions import describe_code
+from uap_dist.workers.accuracy import top1
+from uap_dist.workers.dataset import Dataset
+
+DECISIVE = ("weights_digest", "train_digest", "val_digest", "fleet.threads_per_worker", "num_perturbations")
+DECISIVE_VERSIONS = ("torch", "torchvision", "uap_dist")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all perturbations of a job share.
+
+    Attributes:
+        classifier: the network, for its names.
+        fleet: workers with that network.
+        train, val: computed from, and held out.
+        provenance: network, data, config, versions.
+        console: for progress.
+    """
+
+    classifier: Classifier
+    fleet: Fleet
+    train: Dataset
+    val: Dataset
+    provenance: Mapping[str, Any]
+    console: Console
+
+
+def describe_setup(classifier: Classifier, weights: str | None, fleet: FleetConfig) -> dict[str, Any]:
+    """Network, fleet and versions."""
+    return {
+        "model": classifier.name,
+        "weights": describe_weights(classifier.name, weights),
+        "weights_digest": classifier.weights_digest,
+        **{f"geometry.{key}": value for key, value in asdict(classifier.geometry).items()},
+        **{f"fleet.{key}": value for key, value in asdict(fleet).items()},
+        **describe_code(),
+    }
+
+
+def describe_config(config: ComputeConfig) -> dict[str, Any]:
+    """What decides the perturbation beside network and data, defaults filled in."""
+    solver = {
+        f"solver.{key}": value for key, value in asdict(config.solver).items() if key != "scale"
+    }  # of a run's state
+    return asdict(config) | {"radius": config.ball_radius} | solver
+
+
+def describe_data(train: Dataset, val: Dataset) -> dict[str, Any]:
+    """Digests, sizes and, where labels are known, clean top-1."""
+    rates = {name: top1(dataset, dataset.clean.labels) for name, dataset in (("train", train), ("val", val))}
+    return {
+        "train_digest": train.digest,
+        "val_digest": val.digest,
+        "train_shards": len(train.shards),
+        "val_shards": len(val.shards),
+        "num_bad_images": len(train.bad) + len(val.bad),
+        "num_shared_images": len(val.shared),
+        **{f"top1.clean_{name}": rate.rate for name, rate in rates.items() if rate is not None},
+    }
+
+
+def describe_member(config: ComputeConfig) -> dict[str, Any]:
+    """What the provenance of a member of a pool has instead of the pool's."""
+    return {"seed": config.seed, "random_start": config.random_start, "num_perturbations": 1}
+
+
+def identity(provenance: Mapping[str, Any], train: Dataset) -> dict[str, Any]:
+    """What decides the bits. The clean labels stand for the network's code, which no digest of weights covers."""
+    config = {field.name for field in fields(ComputeConfig)}
+    names = [key for key in provenance if key in DECISIVE or key in config or key.startswith("solver.")]
+    labels = sha256(train.clean.labels.tobytes()).hexdigest()
+    return {key: provenance[key] for key in names} | {"clean labels": labels}
+
+
+def environment(provenance: Mapping[str, Any], machines: set[str]) -> dict[str, Any]:
+    """What the bits may depend on beside it."""
+    versions = {name: provenance[f"version.{name}"] for name in DECISIVE_VERSIONS}
+    return versions | {"git_commit": provenance["git_commit"], "machines": sorted(machines)}
+
+
+def job_record(
+    program: str,
+    setting: Setting,
+    *,
+    run_id: str,
+    options: Mapping[str, Any],
+    decisive: Mapping[str, Any] | None = None,
+) -> JobRecord:
+    """What a resumed run is compared with.
+
+    Args:
+        program: kind of job.
+        setting: of the job.
+        run_id: of MLflow.
+        options: of the job, as plain values.
+        decisive: what decides the bits of this kind of job beside what decides a perturbation's.
+    """
+    return JobRecord(
+        run_id=run_id,
+        options=options,
+        identity=identity(setting.provenance, setting.train) | dict(decisive or {}),
+        environment=environment(setting.provenance, setting.fleet.machines),
+        program=program,
+    )

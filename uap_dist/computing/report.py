@@ -1,0 +1,221 @@
+"""The files of a computation: the perturbation, result.json, pictures/ and tables/."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from uap_dist.computing import plots
+from uap_dist.data.decode import UNKNOWN_CLASS
+from uap_dist.evaluation.label_graph import dominant_labels, label_graph, save_label_graph
+from uap_dist.evaluation.plots import save_label_graph as draw_label_graph
+from uap_dist.foreign_text import escape_markdown
+from uap_dist.method.norms import SYMBOLS, Norm, measure
+from uap_dist.method.rates import Predictions, Rate
+from uap_dist.method.state import RoundReport
+from uap_dist.perturbations.files import PERTURBATION_FILE, save_perturbation
+from uap_dist.tracking.history import RoundRecord
+from uap_dist.tracking.outputs import RESULT_FILE, writes_files
+from uap_dist.workers.dataset import Dataset
+from uap_dist.workers.local import Workers
+from uap_dist.workers.worker import Worker
+
+ROUNDS_FILE = "rounds.parquet"
+NUM_PICTURED = 8
+NUM_CSV_ROWS = 100
+NUM_DOMINANT_LABELS = 5
+
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """Results of the computation of one perturbation.
+
+    Attributes:
+        final: report of the last round, with its evaluation.
+        history: of every round.
+        random_rates: held-out fooling rate of a random perturbation that is as large in each norm (see `random_of_same_norms`).
+        val: the held-out examples.
+        provenance: network, data, config, seed, versions.
+        class_names: of the network's labels; empty where not known.
+        mlflow_run_id: where it is logged.
+    """
+
+    final: RoundReport
+    history: Sequence[RoundRecord]
+    random_rates: Mapping[Norm, Rate]
+    val: Dataset
+    provenance: Mapping[str, Any]
+    class_names: Sequence[str]
+    mlflow_run_id: str
+
+    @property
+    def train_rate(self) -> Rate:
+        """Fooling rate of the final perturbation on all training images."""
+        assert self.final.evaluation is not None and self.final.evaluation.train is not None
+        return self.final.evaluation.train
+
+    @property
+    def val_rate(self) -> Rate:
+        """Fooling rate of the final perturbation on all held-out images."""
+        assert self.final.evaluation is not None
+        return self.final.evaluation.val
+
+    @property
+    def perturbed(self) -> Predictions:
+        """Predictions for the held-out images under the final perturbation."""
+        assert self.final.evaluation is not None
+        return self.final.evaluation.val_predictions
+
+    @property
+    def random_rate(self) -> Rate:
+        """Held-out fooling rate of a random perturbation with the same norm, in the norm of the ball."""
+        return self.random_rates[self.provenance["norm"]]
+
+    def random_metrics(self) -> dict[str, float]:
+        """Held-out fooling rates of random perturbations, by their names in MLflow."""
+        by_norm = {f"fooling_rate/random_{norm}": rate.rate for norm, rate in self.random_rates.items()}
+        return self.random_rate.metrics("random") | by_norm
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in rounds, without the measurements of fooling rates."""
+        return sum(record.metrics["round/seconds"] for record in self.history)
+
+    @property
+    def dominant_labels(self) -> list[tuple[str, int]]:
+        """The most frequent labels of fooled held-out images: names and numbers of images."""
+        found = dominant_labels(self.perturbed.labels, self.val.clean.labels)[:NUM_DOMINANT_LABELS]
+        return [(label_name(label, self.class_names), count) for label, count in found]
+
+    def result(self) -> dict[str, Any]:
+        """The contents of result.json, apart from the provenance."""
+        final = self.final
+        return {
+            "val_fooling_rate": self.val_rate.rate,
+            "val_fooling_rate_interval": self.val_rate.interval,
+            "num_val_images": self.val_rate.num_examples,
+            "val_fooling_rate_random": self.random_rate.rate,
+            "val_fooling_rate_random_by_norm": {norm: rate.rate for norm, rate in self.random_rates.items()},
+            "train_fooling_rate": self.train_rate.rate,
+            "train_fooling_rate_interval": self.train_rate.interval,
+            "num_train_images": self.train_rate.num_examples,
+            "num_solves": final.num_solves,
+            "num_evaluations": final.num_evaluations,
+            "num_rounds": final.round_number + 1,
+            "norm_linf": measure(final.perturbation, "linf"),
+            "norm_l2": measure(final.perturbation, "l2"),
+            "dominant_labels": self.dominant_labels,
+            "perturbation": PERTURBATION_FILE,
+            "perturbation_sha256": sha256(final.perturbation.numpy().tobytes()).hexdigest(),
+            "seconds": round(self.seconds, 1),
+            "mlflow_run_id": self.mlflow_run_id,
+        }
+
+    def summary(self) -> str:
+        """A summary in Markdown: what was computed, its fooling rates and the random baseline."""
+        p, final = self.provenance, self.final
+        model = escape_markdown(p["model"])
+        demo = (
+            "\n\nThe images are crops of a few photographs from Python packages: a demonstration, not a measurement."
+            if p["demo"]
+            else ""
+        )
+        random = ", of the ".join(
+            f"{name}: {rate}" for name, rate in name_random_rates(p["norm"], self.random_rates).items()
+        )
+        taken = ", ".join(f"{escape_markdown(name)} ({count})" for name, count in self.dominant_labels)
+        return (
+            f"Universal perturbation of **{model}**, {p['norm']} ≤ {p['radius']:g} pixels, rule {p['rule']}, seed {p['seed']}.\n\n"
+            f"Fooling rate on held-out images: **{self.val_rate}** (95 % interval); "
+            f"a random perturbation of the {random}; on training images: {self.train_rate}.\n\n"
+            f"Most of the {self.val_rate.num_hits} fooled held-out images get the labels: {taken or 'nothing'}.\n\n"
+            f"{final.num_evaluations} network evaluations in {final.round_number + 1} rounds of {self.seconds:.0f} s together.{demo}\n\n"
+            "Look at the pictures in the order of their names (curve, held-out images clean and perturbed, the perturbation stretched "
+            "and at true scale, where labels go) and at `tables/held-out-examples.parquet` (one row an image; the first rows as .csv)."
+        )
+
+
+def name_random_rates(norm: Norm, rates: Mapping[Norm, Rate]) -> dict[str, Rate]:
+    """Fooling rates of random perturbations by the norms that they share with v, in words; the norm of the ball first."""
+    other: Norm = "l2" if norm == "linf" else "linf"
+    if rates[norm] == rates[other]:
+        return {"same ℓ∞ and ℓ2 norm": rates[norm]}
+    return {f"same {SYMBOLS[each]} norm": rates[each] for each in (norm, other)}
+
+
+@writes_files
+def save_run(folder: Path, run: FinishedRun, workers: Workers) -> None:
+    """Write all files of a finished run, result.json last."""
+    for name in ("pictures", "tables"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    result = run.result()
+    save_perturbation(folder / PERTURBATION_FILE, run.final.perturbation, dict(run.provenance) | result)
+    graph = label_graph(run.val.clean.labels, run.perturbed.labels, run.class_names)
+    _save_tables(folder / "tables", run)
+    save_label_graph(folder / "tables", graph)
+    _save_pictures(folder / "pictures", run, workers)
+    draw_label_graph(folder / "pictures/5-label-graph.png", graph)
+    (folder / RESULT_FILE).write_text(json.dumps(result | {"provenance": run.provenance}, indent=2) + "\n")
+
+
+def label_name(label: int, class_names: Sequence[str]) -> str:
+    """Name of a class, or its index if names are unknown."""
+    return class_names[label] if class_names else str(label)
+
+
+def _save_pictures(folder: Path, run: FinishedRun, workers: Workers) -> None:
+    """Draw the pictures. Their names sort in the order in which to look at them."""
+    val, v = run.val, run.final.perturbation
+    random_rates = name_random_rates(run.provenance["norm"], run.random_rates)
+    plots.save_curve(folder / "1-fooling-rate.png", run.history, random_rates)
+    chosen = np.unique(
+        np.linspace(0, val.num_examples - 1, NUM_PICTURED).astype(int)
+    )  # evenly spread: nobody chose them
+    places = [(shard, i) for shard, size in enumerate(val.sizes) for i in range(size)]
+    pixels = np.concatenate(
+        list(workers.map(Worker.pixels, [val.examples(places[n][0], [places[n][1]]) for n in chosen]))
+    )
+    names = [[label_name(p.labels[i], run.class_names) for i in chosen] for p in (val.clean, run.perturbed)]
+    plots.save_grid(folder / "2-examples.png", pixels, v, *names)
+    plots.save_perturbation(folder / "3-perturbation-stretched.png", v, stretch=True)
+    plots.save_perturbation(folder / "4-perturbation-true-scale.png", v, stretch=False)
+
+
+def _save_tables(folder: Path, run: FinishedRun) -> None:
+    """Write a table of held-out examples and one of rounds."""
+    examples = _table_of_examples(run)
+    pq.write_table(examples, folder / "held-out-examples.parquet")
+    # MLflow's page shows CSV but not Parquet
+    pyarrow.csv.write_csv(examples.slice(0, NUM_CSV_ROWS), folder / "held-out-examples-first-rows.csv")
+    names = list(dict.fromkeys(name for record in run.history for name in record.metrics))
+    rounds = [{"round": record.step} | {name: record.metrics.get(name) for name in names} for record in run.history]
+    pq.write_table(pa.Table.from_pylist(rounds), folder / ROUNDS_FILE)
+
+
+def _table_of_examples(run: FinishedRun) -> pa.Table:
+    """Key, true class, and predicted labels and confidences of each held-out example, clean and perturbed."""
+    clean, perturbed = run.val.clean, run.perturbed
+    truths = [None if truth == UNKNOWN_CLASS else int(truth) for truth in run.val.truths]
+    return pa.table(
+        {
+            "key": run.val.keys,
+            "truth": pa.array(truths, pa.int64()),
+            "clean_label": clean.labels,
+            "perturbed_label": perturbed.labels,
+            "clean_confidence": clean.confidences,
+            "perturbed_confidence": perturbed.confidences,
+            "is_fooled": clean.labels != perturbed.labels,
+            "clean_name": [label_name(label, run.class_names) for label in clean.labels],
+            "perturbed_name": [label_name(label, run.class_names) for label in perturbed.labels],
+        }
+    )

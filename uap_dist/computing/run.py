@@ -1,0 +1,120 @@
+"""The run of one perturbation: its rounds are committed and tracked, its results are saved and uploaded to MLflow."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from uap_dist.computing.provenance import describe_member
+from uap_dist.computing.report import FinishedRun, save_run
+from uap_dist.computing.rounds import compute, describe_steps
+from uap_dist.evaluation.evaluate import measure_noise
+from uap_dist.method.config import ComputeConfig
+from uap_dist.method.norms import random_of_same_norms
+from uap_dist.method.state import RoundReport
+from uap_dist.tracking.checkpoint import Checkpoint, CheckpointStore
+from uap_dist.tracking.history import RoundRecord
+from uap_dist.tracking.mlflow_run import Tracker
+from uap_dist.tracking.mlflow_server import CHECKPOINTS_TAG
+from uap_dist.workers.dataset import Dataset
+from uap_dist.workers.local import Workers
+
+
+class TrackedRun:
+    """The computation of one perturbation with its checkpoints and its MLflow run.
+
+    Attributes:
+        config: of the computation.
+        state: state from which the computation continues.
+        folder: folder of the results.
+        finished: what the computation measured; None until `finish`.
+        is_delivered: whether MLflow has everything.
+    """
+
+    def __init__(
+        self, config: ComputeConfig, checkpoint: Checkpoint, *, store: CheckpointStore, folder: Path, tracker: Tracker
+    ) -> None:
+        """Commit the checkpoint, so that the run can be resumed from now on, and send MLflow the rounds that it may lack.
+
+        Args:
+            config: of the computation.
+            checkpoint: where the computation continues.
+            store: of its checkpoints.
+            folder: folder of the results.
+            tracker: of its MLflow run.
+
+        Raises:
+            ConfigError: the storage cannot be written to.
+        """
+        self.config, self.state, self.folder, self.is_delivered = config, checkpoint.state, folder, False
+        self._job, self._history = checkpoint.job, list(checkpoint.history)
+        self._store, self._tracker = store, tracker
+        self.finished: FinishedRun | None = None
+        store.start(checkpoint)
+        tracker.set_tag(CHECKPOINTS_TAG, store.location)
+        for record in self._history:
+            tracker.log_round(record)
+
+    def rounds(self, workers: Workers, train: Dataset, val: Dataset) -> Iterator[RoundReport]:
+        """Compute the remaining rounds. Each is committed and tracked before the next one; of the last one, the results are saved."""
+        for report in compute(workers, train, val, self.config, self.state):
+            self._history.append(RoundRecord.of(report, workers.metrics(), self._history))
+            if not report.is_last:
+                self._store.commit(Checkpoint(self._job, report.state, tuple(self._history)))
+            self._tracker.log_round(self._history[-1])
+            yield report
+
+    def finish(
+        self,
+        report: RoundReport,
+        workers: Workers,
+        val: Dataset,
+        provenance: Mapping[str, Any],
+        class_names: Sequence[str],
+    ) -> None:
+        """Measure the random baseline and write the results.
+
+        Args:
+            report: of the last round.
+            workers: classify the images.
+            val: held-out images.
+            provenance: of the job: network, data, config, versions. What differs for this run is replaced.
+            class_names: names of the network's labels; empty if unknown.
+        """
+        config = self.config
+        steps = describe_steps(report.num_rounds, val.shape, config)
+        noise = random_of_same_norms(report.perturbation, seed=config.seed)
+        self.finished = FinishedRun(
+            final=report,
+            history=self._history,
+            random_rates=measure_noise(workers, val, noise),
+            val=val,
+            provenance=dict(provenance) | describe_member(config) | steps,
+            class_names=class_names,
+            mlflow_run_id=self._tracker.run_id,
+        )
+        save_run(self.folder, self.finished, workers)
+
+    def deliver(self, timeout_s: float, tags: Mapping[str, Any]) -> None:
+        """Send the remaining metrics, the description and the files to MLflow, and end the MLflow run.
+
+        Args:
+            timeout_s: how long to wait for a server that does not answer.
+            tags: tags of the run that are known only now.
+
+        Raises:
+            TrackingError: the server does not answer; call it again later.
+        """
+        assert self.finished is not None
+        self._tracker.wait_for_delivery(timeout_s)
+        final = self.finished.final
+        # logged only now, because counting the rounds of a very long run takes seconds, which would delay the first commit
+        self._tracker.log_params(describe_steps(final.num_rounds, final.perturbation.shape, self.config))
+        self._tracker.complete(
+            tags=tags,
+            metrics=self.finished.random_metrics(),
+            step=final.state.num_rounds,
+            markdown=self.finished.summary(),
+            folder=self.folder,
+        )
+        self._tracker.finish()
+        self.is_delivered = True

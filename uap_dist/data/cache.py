@@ -1,0 +1,161 @@
+"""A worker's cache: decoded shards in memory and on disk, and the next shard being fetched in the background."""
+
+import logging
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import astuple, dataclass, replace
+from shutil import disk_usage
+from tempfile import TemporaryFile, gettempdir
+
+import numpy as np
+
+from uap_dist.data.decode import DecodedShard, Geometry, decode_shard
+from uap_dist.data.fetch import ShardFile, fetch
+from uap_dist.data.locations import is_url
+from uap_dist.errors import UapDistError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Counters of what a worker has read; they can be added and subtracted.
+
+    Attributes:
+        bytes_read: of shards, from stores and local files.
+        seconds_reading: that the worker waited for these bytes.
+        shards_read: number of reads of a shard, whole or for some of its images.
+        cache_hits: tasks whose images were in the cache.
+        cache_misses: shards read again because their decoded images had fitted neither into memory nor on disk.
+        retries: attempts at fetching a shard beyond the first.
+    """
+
+    bytes_read: int = 0
+    seconds_reading: float = 0.0
+    shards_read: int = 0
+    cache_hits: int = 0
+    cache_misses: int = 0
+    retries: int = 0
+
+    def __add__(self, other: "Traffic") -> "Traffic":
+        return Traffic(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def __sub__(self, other: "Traffic") -> "Traffic":
+        return Traffic(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+
+class ShardCache:
+    """Decoded shards, all of the same geometry; none is ever evicted.
+
+    Attributes:
+        geometry: that images are decoded to.
+        traffic: what was read so far.
+    """
+
+    def __init__(self, geometry: Geometry, *, memory_bytes: int, disk_bytes: int) -> None:
+        """Create an empty cache.
+
+        Args:
+            geometry: that images are decoded to.
+            memory_bytes: decoded images kept in memory at most.
+            disk_bytes: decoded images kept at most in the folder for temporary files once memory is full; half of the space that
+                is free there now stays free.
+        """
+        self.geometry, self.traffic = geometry, Traffic()
+        self._memory_bytes, self._disk_bytes = self._memory_room, self._disk_room = memory_bytes, disk_bytes
+        self._left_free = disk_usage(gettempdir()).free // 2
+        self._kept: dict[str, DecodedShard] = {}
+        self._seen: set[str] = set()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+        self._ahead: tuple[str, Future[ShardFile]] | None = None
+
+    def at(self, geometry: Geometry) -> "ShardCache":
+        """The cache itself, emptied of decoded images if they have another geometry; its counters and its prefetch are kept."""
+        if geometry != self.geometry:
+            self.geometry, self._kept, self._seen = geometry, {}, set()
+            self._memory_room, self._disk_room = self._memory_bytes, self._disk_bytes
+        return self
+
+    @property
+    def memory_bytes(self) -> int:
+        """Size of the decoded images in memory."""
+        return self._memory_bytes - self._memory_room
+
+    def whole(self, url: str) -> DecodedShard:
+        """A whole decoded shard; kept if there is room.
+
+        Raises:
+            ShardError: see `fetch` and `decode_shard`.
+        """
+        return self._find(url) or self._keep(url, self._read(url))
+
+    def some(self, url: str, keys: set[str]) -> DecodedShard:
+        """A decoded shard with at least the images of these keys; with all images if it is cached or read for the first time.
+
+        Raises:
+            ShardError: see `fetch` and `decode_shard`.
+        """
+        if url not in self._seen:
+            return self.whole(url)
+        return self._find(url) or self._read(url, keys)
+
+    def prefetch(self, url: str) -> None:
+        """Fetch a shard that will soon be needed in a background thread, one at a time; local files need no fetching.
+
+        A failure is ignored until the shard is requested, and fetching is then tried again.
+        """
+        if is_url(url) and url not in self._kept and (self._ahead is None or self._ahead[0] != url):
+            if self._ahead is not None:
+                self._ahead[1].cancel()  # unless it has begun
+            self._ahead = url, self._thread.submit(fetch, url)
+
+    def _find(self, url: str) -> DecodedShard | None:
+        shard = self._kept.get(url)
+        self.traffic += Traffic(cache_hits=int(shard is not None))
+        return shard
+
+    def _read(self, url: str, keys: set[str] | None = None) -> DecodedShard:
+        started = time.perf_counter()
+        file = self._fetch(url)
+        waited = time.perf_counter() - started
+        shard = decode_shard(file, self.geometry, keys)
+        self.traffic += Traffic(
+            bytes_read=file.num_bytes,
+            seconds_reading=waited + file.seconds,
+            shards_read=1,
+            cache_misses=int(url in self._seen),
+            retries=file.num_retries,
+        )
+        self._seen.add(url)
+        return shard
+
+    def _fetch(self, url: str) -> ShardFile:
+        if self._ahead is not None and self._ahead[0] == url:
+            (_, coming), self._ahead = self._ahead, None
+            try:
+                return coming.result()
+            except UapDistError as error:
+                logger.warning("%s; trying once more", error)
+        return fetch(url)
+
+    def _keep(self, url: str, shard: DecodedShard) -> DecodedShard:
+        size = shard.images.nbytes
+        if size <= self._memory_room:
+            self._memory_room -= size
+            self._kept[url] = shard
+        elif size <= self._disk_room and disk_usage(gettempdir()).free - size >= self._left_free:
+            try:
+                self._kept[url] = replace(shard, images=_on_disk(shard.images))
+                self._disk_room -= size
+            except OSError as error:
+                self._disk_room = 0
+                logger.warning("decoded images are no longer kept in %s (TMPDIR): %s", gettempdir(), error)
+        return shard
+
+
+def _on_disk(array: np.ndarray) -> np.ndarray:
+    """The array in a memory-mapped temporary file without a name, which disappears with its last reference or the process."""
+    with TemporaryFile() as file:
+        array.tofile(file)
+        file.flush()
+        return np.asarray(np.memmap(file, array.dtype, "r", shape=array.shape))

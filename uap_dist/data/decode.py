@@ -1,0 +1,258 @@
+"""Decoding shards: the images of a WebDataset tar at a network's input size."""
+
+import hashlib
+import io
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from operator import itemgetter
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as F
+from webdataset.tariterators import base_plus_ext
+
+from uap_dist.data.fetch import ShardFile, fetch
+from uap_dist.data.tars import read_tar
+from uap_dist.errors import ShardError
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+UNKNOWN_CLASS = -1
+HASH_SIZE = 16  # bytes
+META = re.compile("__[^/]*__($|/)")  # names that WebDataset reserves
+TO_UPRIGHT = {  # by EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How an image is brought to the classifier's input size: short side resized to `resize`, then the centre `crop`×`crop` cut out.
+
+    Attributes:
+        resize: pixels; None keeps the images as they are in the shards, where all must then have one size.
+        crop: pixels; None as above.
+        interpolation: "bilinear" or "bicubic", antialiased.
+    """
+
+    resize: int | None = None
+    crop: int | None = None
+    interpolation: str = "bilinear"
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """C×H×W of the classifier's input; None if it is that of the images in the shards."""
+        return None if self.crop is None else (3, self.crop, self.crop)
+
+    def __str__(self) -> str:
+        """A description for messages."""
+        return f"resize {self.resize}, crop {self.crop}, {self.interpolation}"
+
+
+@dataclass(frozen=True)
+class DecodedShard:
+    """The examples of one shard at the classifier's input size.
+
+    Attributes:
+        images: N×3×H×W uint8, RGB.
+        keys: N sample keys, in the order of the tar.
+        truths: N class indices from the samples' .cls files, UNKNOWN_CLASS for those without one.
+        bad: samples left out because they cannot be decoded, as "key: reason".
+        digest: SHA-256 (hex) of the shard's file.
+        hashes: N BLAKE2b hashes (16 bytes) of the images' pixels.
+        unused: names of files that may be pictures but are not used: they have no extension, their names begin with a dot or
+            are reserved by WebDataset (as __meta__), or their sample has another picture.
+    """
+
+    images: np.ndarray
+    keys: tuple[str, ...]
+    truths: np.ndarray
+    bad: tuple[str, ...]
+    digest: str
+    hashes: tuple[bytes, ...]
+    unused: tuple[str, ...]
+
+    @cached_property
+    def rows(self) -> dict[str, int]:
+        """Row of each key in `images`."""
+        return {key: row for row, key in enumerate(self.keys)}
+
+
+def load_shard(url: str, geometry: Geometry, keys: Collection[str] | None = None) -> DecodedShard:
+    """Fetch and decode a shard, see `fetch` and `decode_shard`."""
+    return decode_shard(fetch(url), geometry, keys)
+
+
+def decode_shard(file: ShardFile, geometry: Geometry, keys: Collection[str] | None = None) -> DecodedShard:
+    """Read a shard once and decode its images, or only those with the given keys.
+
+    Grey, CMYK, palette and EXIF-rotated images become the RGB that a viewer shows, transparency being shown on white.
+
+    Raises:
+        ShardError: the shard is truncated, damaged or not a tar; its file names do not form samples of one picture each; or its
+            images differ in size and `geometry` does not resize them.
+    """
+    samples = _Samples(file)
+    images: list[np.ndarray] = []
+    good: list[str] = []
+    truths: list[int] = []
+    bad: list[str] = []
+    for key, files in samples:
+        if keys is not None and key not in keys:
+            continue
+        try:
+            image, truth = _decode(files, geometry), _truth(files)
+        except MemoryError:
+            raise
+        except Exception as error:  # on damaged files Pillow's decoders raise errors of many types
+            bad.append(f"{key}: {_reason(error)}")
+            continue
+        if images and image.shape != images[0].shape:
+            raise ShardError(
+                f"{file.url}: {key} is {image.shape[2]}×{image.shape[1]} where {good[0]} is {images[0].shape[2]}×{images[0].shape[1]}; "
+                "give the network an attribute `input_size`, or shards with images of one size"
+            )
+        images.append(image)
+        good.append(key)
+        truths.append(truth)
+    digest = file.digest()
+    if not images and not bad and keys is None:
+        raise ShardError(f"{file.url} is empty: no sample with an image")
+    return DecodedShard(
+        images=np.stack(images) if images else np.zeros((0, 3, 0, 0), np.uint8),
+        keys=tuple(good),
+        truths=np.array(truths, dtype=np.int64),
+        bad=tuple(bad),
+        digest=digest,
+        hashes=tuple(hashlib.blake2b(image.data, digest_size=HASH_SIZE).digest() for image in images),
+        unused=tuple(samples.unused),
+    )
+
+
+class _Samples:
+    """Samples of a shard as WebDataset groups them: the key, and the files by extension; files of one key must be adjacent.
+
+    Attributes:
+        unused: see `DecodedShard`; complete after iteration.
+    """
+
+    def __init__(self, file: ShardFile) -> None:
+        self._file = file
+        self.unused: list[str] = []
+
+    def __iter__(self) -> Iterator[tuple[str, dict[str, bytes]]]:
+        shard = f"shard {self._file.url}"
+        seen: dict[str, Collection[str]] = {}
+        for key, group in groupby(self._named_files(shard), key=itemgetter(0)):
+            files: dict[str, bytes] = {}
+            before = seen.get(key, ())
+            for _, extension, data in group:
+                if extension in files or extension in before:
+                    raise ShardError(f"{shard} holds {key}.{extension} twice")
+                files[extension] = data
+            if before:
+                raise ShardError(
+                    f"{shard}: the files of sample {key} do not follow each other ({key}.{min(files)} stands apart from "
+                    f"{key}.{min(before)}); make the tar with tar --sort=name"
+                )
+            self._check_pictures(shard, key, files)
+            seen[key] = tuple(files)
+            yield key, files
+
+    def _named_files(self, shard: str) -> Iterator[tuple[str, str, bytes]]:
+        """Key, extension and content of each file that belongs to a sample."""
+        for member in read_tar(self._file, self._file.head, shard):
+            path = PurePosixPath(member.name)
+            is_hidden = any(part[0] == "." and part != ".." for part in path.parts) or META.match(member.name)
+            key, extension = (None, None) if is_hidden else base_plus_ext(member.name)
+            if key is None or extension is None:
+                if is_picture(member.name) or not (is_hidden or path.suffix):
+                    self.unused.append(member.name)
+                continue
+            if not member.link_to:
+                yield key, extension.lower(), member.data
+            elif is_picture(member.name) or extension.lower() == "cls":
+                raise ShardError(
+                    f"{shard}: {member.name} is a link to {member.link_to}; pack the files themselves, with tar --dereference "
+                    "--hard-dereference"
+                )
+
+    def _check_pictures(self, shard: str, key: str, files: Collection[str]) -> None:
+        """Record the pictures of a sample that are not used; raise if dots in file names have merged several samples into one."""
+        pictures = [extension for extension in files if is_picture(f".{extension}")]
+        taken = next((extension for extension in IMAGE_EXTENSIONS if extension in files), None)
+        if pictures and taken is None:
+            raise ShardError(
+                f"{shard}: sample {key} has no picture, but {key}.{pictures[0]}: what follows the first dot of a name is its "
+                "extension; leave no other dots in names"
+            )
+        self.unused += [f"{key}.{extension}" for extension in pictures if extension != taken]
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file name has the extension of an image."""
+    return name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
+
+
+def _decode(files: Mapping[str, bytes], geometry: Geometry) -> np.ndarray:
+    data = next((files[extension] for extension in IMAGE_EXTENSIONS if extension in files), None)
+    if data is None:
+        raise ShardError(f"no image with extension {', '.join(IMAGE_EXTENSIONS)}, only {', '.join(files)}")
+    image = _to_rgb(Image.open(io.BytesIO(data)))
+    if geometry.resize is not None:
+        image = F.center_crop(
+            F.resize(image, geometry.resize, InterpolationMode(geometry.interpolation)), geometry.crop
+        )
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    turn = TO_UPRIGHT.get(_orientation(image))
+    if turn is not None:
+        image = image.transpose(turn)
+    if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return image.convert("RGB")
+
+
+def _orientation(image: Image.Image) -> Any:
+    """EXIF orientation, or None. ImageOps.exif_transpose also rewrites EXIF, which fails if any other field is malformed."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # the EXIF data are damaged; the image itself may be intact
+        return None
+
+
+def _truth(files: Mapping[str, bytes]) -> int:
+    try:
+        truth = int(files.get("cls", UNKNOWN_CLASS))
+    except ValueError:
+        truth = None
+    if truth is None or not UNKNOWN_CLASS <= truth <= np.iinfo(np.int64).max:
+        raise ShardError(f"its label (cls) is {files['cls'][:20].decode(errors='replace')!r}; it must be a class index")
+    return truth
+
+
+def _reason(error: Exception) -> str:
+    """Why an image cannot be decoded."""
+    if isinstance(error, UnidentifiedImageError):
+        return "no image in a format that Pillow reads"
+    text = (str(error).splitlines() or [""])[0]
+    if isinstance(error, (ShardError, OSError, ValueError, SyntaxError, Image.DecompressionBombError)) and text:
+        return text
+    return f"it is damaged ({text})" if text else "it is damaged"

@@ -1,0 +1,105 @@
+"""Fetching shards: one in a store is copied to a temporary file before anything reads it."""
+
+import hashlib
+import platform
+import time
+from contextlib import ExitStack
+from functools import partial
+from shutil import copyfileobj
+from tempfile import TemporaryFile, gettempdir
+from typing import BinaryIO
+
+from uap_dist.data.locations import NO_ROOM, is_url, locate, persist
+from uap_dist.data.tars import READ_SIZE
+from uap_dist.errors import ShardError
+
+COPY_SIZE = 8 << 20  # bytes per request to the store
+HEAD_SIZE = 512  # bytes of a tar's first header
+
+
+class ShardFile:
+    """A shard's bytes on this machine, read once from start to end; they are hashed, counted and timed on the way.
+
+    Attributes:
+        url: of the shard.
+        num_retries: attempts at fetching it beyond the first.
+        num_bytes: read so far.
+        seconds: spent reading them.
+        head: the first `HEAD_SIZE` bytes.
+    """
+
+    def __init__(self, url: str, file: BinaryIO, num_retries: int = 0) -> None:
+        self.url, self.num_retries = url, num_retries
+        self._file = file
+        self._hash = hashlib.sha256()
+        self.num_bytes, self.seconds = 0, 0.0
+        self.head = file.read(HEAD_SIZE)
+        file.seek(0)
+
+    def read(self, size: int = -1) -> bytes:
+        """Read up to `size` bytes, like a binary file."""
+        started = time.perf_counter()
+        data = self._file.read(size)
+        self.seconds += time.perf_counter() - started
+        self._hash.update(data)
+        self.num_bytes += len(data)
+        return data
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of the whole file; reads it to its end and closes it."""
+        while self.read(READ_SIZE):  # whatever follows a compressed tar
+            pass
+        self.close()
+        return self._hash.hexdigest()
+
+
+def fetch(url: str) -> ShardFile:
+    """Open a local shard, or copy one from a store to a temporary file without a name, which no killed process leaves behind.
+
+    Shards are fetched first, so network errors are retried here and a truncated tar means a truncated tar.
+
+    Raises:
+        ShardError: there is no such shard, the store refuses or keeps failing, or this machine has no room for the copy.
+    """
+    if not is_url(url):
+        try:
+            return ShardFile(url, open(url, "rb", READ_SIZE))
+        except FileNotFoundError as error:
+            raise ShardError(
+                f"no shard {url} on {platform.node()}; every node must see it: give a path that all of them share, or s3://, gs://"
+            ) from error
+        except OSError as error:
+            raise ShardError(f"cannot open shard {url}: {error}") from error
+    try:
+        copy, num_retries = persist(url, partial(_copy, url), "shard")
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            raise ShardError(f"cannot keep shard {url} in {gettempdir()} (TMPDIR): {error.strerror}") from error
+        raise ShardError(f"cannot read shard {error}") from error
+    return ShardFile(url, copy, num_retries)
+
+
+def _copy(url: str) -> BinaryIO:
+    """A copy of an object in a temporary file, open at its start.
+
+    Raises:
+        OSError: the copy is incomplete, or the object was replaced meanwhile, so that the copy may mix two objects.
+    """
+    filesystem, path = locate(url)
+    with ExitStack() as failing:
+        file = failing.enter_context(TemporaryFile())
+        with filesystem.open_input_file(path) as stream:
+            size, before = stream.size(), stream.metadata()
+            copyfileobj(stream, file, COPY_SIZE)
+        if file.tell() != size:
+            raise OSError(f"received {file.tell()} of {size} bytes")
+        with filesystem.open_input_file(path) as stream:
+            if stream.metadata() != before:
+                raise OSError("it was replaced while it was read")
+        file.seek(0)
+        failing.pop_all()
+    return file

@@ -1,0 +1,115 @@
+"""Shard patterns: expanding braces, wildcards and `::` to lists of URLs."""
+
+import os
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+
+from pyarrow import fs
+from webdataset.shardlists import expand_urls
+
+from uap_dist.data.locations import explain, is_url, locate, split_query
+from uap_dist.errors import ShardError
+
+
+def expand_patterns(patterns: Sequence[str]) -> list[str]:
+    """URLs of the shards that match the patterns, in order.
+
+    Patterns have {0000..0009} for ranges, `::` between alternatives, and * ? [] in file names. A local file or folder that exists
+    under a name with such characters is taken literally. Local paths become absolute; symbolic links are not resolved.
+
+    Raises:
+        ShardError: a pattern matches nothing, or a shard is named twice.
+    """
+    urls = [url for pattern in patterns for url in _expand(pattern)]
+    names: dict[str, str] = {}
+    for url in urls:
+        place = url if is_url(url) else os.path.realpath(url)
+        if place in names:
+            raise ShardError(
+                f"shard {url} is named twice" + f", the first time as {names[place]}" * (names[place] != url)
+            )
+        names[place] = url
+    if not urls:
+        raise ShardError("no shards given")
+    return urls
+
+
+def expand_apart(train: Sequence[str], val: Sequence[str]) -> tuple[list[str], list[str]]:
+    """URLs of the training and of the held-out shards.
+
+    Raises:
+        ShardError: see `expand_patterns`; or a shard is in both sets.
+    """
+    train_urls, val_urls = expand_patterns(train), expand_patterns(val)
+    both = set(train_urls) & set(val_urls)
+    if both:
+        raise ShardError(f"shard {min(both)} is both a training and a held-out shard; hold out other shards")
+    return train_urls, val_urls
+
+
+def _expand(pattern: str) -> list[str]:
+    if _is_local_file(pattern):
+        return [_existing(pattern)]
+    folder, slash, name = pattern.rpartition("/")
+    has_own_name = not is_url(pattern) and "::" not in pattern and Path(folder).is_dir()
+    try:
+        found = [folder + slash + each for each in expand_urls(name)] if has_own_name else expand_urls(pattern)
+    except (ValueError, AssertionError) as error:  # unbalanced braces; ${…}, which WebDataset reads as a variable WDS_…
+        raise ShardError(f"{pattern} is not a valid pattern of shards: {error}") from error
+    return [
+        url
+        for each in found
+        for url in (_glob(each) if _has_wildcard(each) and not _is_local_file(each) else [_existing(each)])
+    ]
+
+
+def _is_local_file(location: str) -> bool:
+    return not is_url(location) and Path(location).is_file()
+
+
+def _existing(url: str) -> str:
+    filesystem, path = locate(url)
+    try:
+        info = filesystem.get_file_info(path)
+        bucket = info if info.type == fs.FileType.File else filesystem.get_file_info(path.partition("/")[0])
+    except OSError as error:
+        raise ShardError(f"cannot read shard {explain(url, error)}") from error
+    if is_url(url) and bucket.type == fs.FileType.NotFound:
+        raise ShardError(f"no shard {url}: there is no bucket {bucket.path}")
+    if info.type != fs.FileType.File:
+        reason = ""
+        if not is_url(url) and Path(url).is_symlink():
+            reason = f": it is a link to {os.readlink(url)}, which is no file"
+        elif info.type == fs.FileType.Directory:
+            reason = ": it is a folder; jobs/shard.py makes shards of a folder of images, and FOLDER/*.tar names all shards in one"
+        raise ShardError(f"no shard {url}{reason}")
+    return url if is_url(url) else str(Path(url).absolute())
+
+
+def _has_wildcard(url: str) -> bool:
+    return any(c in split_query(url)[0] for c in "*?[")
+
+
+def _glob(url: str) -> list[str]:
+    location, query = split_query(url)
+    folder, slash, pattern = location.rpartition("/")
+    try:
+        there = _names_in(folder + slash + query)
+    except OSError as error:
+        if _has_wildcard(folder):
+            raise ShardError(f"{url}: wildcards may stand in the file name only") from error
+        raise ShardError(f"{url} matches nothing: {explain(folder + query, error)}") from error
+    names = [pattern] if pattern in there else sorted(name for name in there if fnmatch(name, pattern))
+    if not names:
+        raise ShardError(f"{url} matches nothing in {folder or 'the working directory'}")
+    return [_existing(folder + slash + name + query) for name in names]
+
+
+def _names_in(folder: str) -> list[str]:
+    """Names of the files in a folder, broken symbolic links included, which pyarrow omits."""
+    if not is_url(folder):
+        return [path.name for path in Path(folder).iterdir() if not path.is_dir()]
+    filesystem, path = locate(folder)
+    infos = filesystem.get_file_info(fs.FileSelector(path))
+    return [info.base_name for info in infos if info.type == fs.FileType.File]

@@ -1,0 +1,1 @@
+"""Evaluation of any perturbations on any networks and images."""

@@ -1,0 +1,53 @@
+"""Options of jobs/evaluate.py."""
+
+from dataclasses import dataclass, field
+from math import isfinite
+
+from uap_dist.errors import ConfigError
+from uap_dist.fleet.config import FleetConfig
+from uap_dist.job_options import RecordOptions, check_limits
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """Measure perturbations on classifiers and images."""
+
+    perturbations: tuple[str, ...] = ()
+    """Folders or files of jobs/compute.py; .npy and .mat of others with their unit, as FILE.mat:255 (pixels 0..255) or
+    FILE.npy:1 (scale 0..1). NAME=FILE names one in the tables. One of another size than a network's input is resized (bilinear)."""
+    pools: tuple[str, ...] = ()
+    """Folders of pools; all members are measured. NAME=FOLDER puts NAME before the members' names."""
+    models: tuple[str, ...] = ()
+    """Classifiers as [NAME=]MODEL[=WEIGHTS]: MODEL as `--model` of jobs/compute.py has it, WEIGHTS a file, NAME for the tables,
+    as in before=torchvision/resnet50 after=torchvision/resnet50=tuned.safetensors. NAME has no / \\ or :, so a path with = in it
+    begins with ./ or /. Without names, networks and their weights are told apart by as much of their paths as it takes."""
+    shards: tuple[str, ...] = ()
+    """Sets of images: each value is one, NAME=PATTERN or PATTERN; `::` joins patterns within one."""
+    num_images: int | None = None
+    """Images of each set, the first of its shards. Default: all."""
+    scales: tuple[float, ...] = (1.0,)
+    """What each perturbation and baseline is multiplied with; several give fooling rate against norm."""
+    quantize: bool = False
+    """Round perturbed images to whole pixel values, as saving them does."""
+    seed: int = 0
+    """Of the random baselines."""
+    max_bad_fraction: float = 0.01
+    """Share of images (0..1) that may fail to decode before the job fails."""
+    fleet: FleetConfig = field(default_factory=FleetConfig)
+    record: RecordOptions = field(default_factory=RecordOptions)
+
+    def __post_init__(self) -> None:
+        """Validate the options."""
+        for name in ("models", "shards", "scales"):
+            if not getattr(self, name):
+                raise ConfigError(f"no {name} given (--{name})")
+        if not self.perturbations and not self.pools:
+            raise ConfigError("no perturbations given (--perturbations, --pools)")
+        check_limits(self.max_bad_fraction, self.num_images)
+        for scale in self.scales:
+            if not isfinite(scale) or self.scales.count(scale) > 1:
+                raise ConfigError(f"scale {scale:g} is not finite, or given twice (--scales)")
+        if self.seed < 0:
+            raise ConfigError(f"seed is {self.seed}; it must not be negative")
+
+    job, name = "evaluate", "evaluation"

@@ -1,0 +1,112 @@
+"""The files of an evaluation: a table of all measurements, the transfer matrix, and fooling rate against norm."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+
+from uap_dist.evaluation import plots
+from uap_dist.evaluation.evaluate import Measurement
+from uap_dist.foreign_text import escape_markdown
+from uap_dist.method.rates import Rate, rate_columns
+from uap_dist.tracking.outputs import markdown_table, save_table, writes_files
+
+MAX_ROWS_IN_SUMMARY = 40  # MLflow cuts a description at 8,000 characters
+
+
+@writes_files
+def save_evaluation(folder: Path, measurements: Sequence[Measurement]) -> None:
+    """Write tables/ and pictures/ of an evaluation."""
+    for name in ("pictures", "tables"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    save_table(folder / "tables/evaluation", [_columns(measurement) for measurement in measurements])
+    (folder / "tables/evaluation.md").write_text(markdown(measurements) + "\n")
+    for dataset in dict.fromkeys(m.dataset for m in measurements):
+        own = [m for m in measurements if m.dataset == dataset]
+        full = [m for m in own if m.scale == 1]
+        if full:
+            _save_transfer(folder, dataset, full)
+        if len({m.scale for m in own}) > 1:
+            plots.save_rates_by_norm(folder / f"pictures/2-fooling-rate-by-norm-{dataset}.png", own)
+
+
+def summary(measurements: Sequence[Measurement]) -> str:
+    """Markdown for the run's page: the best perturbation of each classifier, and a matrix of all fooling rates."""
+    lines = []
+    for dataset in dict.fromkeys(m.dataset for m in measurements):
+        own = [m for m in measurements if m.dataset == dataset]
+        half = max((high - low) / 2 for low, high in (m.fooling.interval for m in own))
+        count = own[0].fooling.num_examples
+        lines += [
+            f"Fooling rates on {count:,} images of {escape_markdown(dataset)} (95 % intervals up to ±{half:.3f}).",
+            "",
+        ]
+        lines += [_best(classifier, own) for classifier in dict.fromkeys(m.classifier for m in own)]
+        lines += ["", _matrix(own), ""]
+    return "\n".join(
+        [*lines, "See `pictures/1-transfer-….png`; `tables/evaluation.csv` also has norms, and top-1 before and after."]
+    )
+
+
+def _matrix(measurements: Sequence[Measurement]) -> str:
+    """Perturbations down, classifiers across. A dash: classifiers of that input size have other baselines."""
+    classifiers = list(dict.fromkeys(m.classifier for m in measurements))
+    rates = {(m.perturbation, m.scale, m.classifier): f"{m.fooling.rate:.3f}" for m in measurements}
+    named = list(dict.fromkeys((m.perturbation, m.scale) for m in measurements))
+    rows = [
+        [
+            escape_markdown(name) + (f" × {scale:g}" if scale != 1 else ""),
+            *(rates.get((name, scale, classifier), "–") for classifier in classifiers),
+        ]
+        for name, scale in named[:MAX_ROWS_IN_SUMMARY]
+    ]
+    table = markdown_table(["perturbation", *map(escape_markdown, classifiers)], rows)
+    num_left_out = len(named) - len(rows)
+    return table + (f"\n\n{num_left_out} more rows in `tables/evaluation.md`." if num_left_out else "")
+
+
+def _best(classifier: str, measurements: Sequence[Measurement]) -> str:
+    """One line: the perturbation that fools a classifier most often, beside the noise that does."""
+    own = [m for m in measurements if m.classifier == classifier]
+    best, noise = (max((m for m in own if m.is_baseline == b), key=lambda m: m.fooling.rate) for b in (False, True))
+    names = [escape_markdown(name) for name in (classifier, best.perturbation, noise.perturbation)]
+    return f"* {names[0]}: **{names[1]}** fools {best.fooling}; {names[2]}: {noise.fooling}"
+
+
+def markdown(measurements: Sequence[Measurement]) -> str:
+    """A Markdown table with a row for each measurement."""
+    heads = ["classifier", "images", "perturbation", "scale", "ℓ2", "ℓ∞", "fooling rate", "top-1 before", "top-1 after"]
+    rows = [
+        [
+            *map(escape_markdown, (m.classifier, m.dataset, m.perturbation)),
+            f"{m.scale:g}",
+            f"{m.norm_l2:.0f}",
+            f"{m.norm_linf:.1f}",
+            *(str(rate or "–") for rate in (m.fooling, m.top1_clean, m.top1)),
+        ]
+        for m in measurements
+    ]
+    return markdown_table(heads, rows)
+
+
+def _columns(m: Measurement) -> dict[str, Any]:
+    columns = {name: value for name, value in vars(m).items() if not isinstance(value, Rate | None)}
+    for name, rate in (("fooling_rate", m.fooling), ("top1_clean", m.top1_clean), ("top1", m.top1)):
+        columns |= rate_columns(name, rate)
+    return columns
+
+
+def _save_transfer(folder: Path, dataset: str, measurements: Sequence[Measurement]) -> None:
+    """Fooling rates as heat map and CSV: perturbations down, classifiers across, as in table 2 of the paper."""
+    rows = list(dict.fromkeys(m.perturbation for m in measurements))
+    columns = list(dict.fromkeys(m.classifier for m in measurements))
+    rates = np.full((len(rows), len(columns)), np.nan)
+    for m in measurements:
+        rates[rows.index(m.perturbation), columns.index(m.classifier)] = m.fooling.rate
+    title = f"fooling rate on {measurements[0].fooling.num_examples} images"
+    plots.save_matrix(folder / f"pictures/1-transfer-{dataset}.png", rates, rows, columns, title=title, limits=(0, 1))
+    table = pa.table({"perturbation": rows, **dict(zip(columns, rates.T, strict=True))})
+    pyarrow.csv.write_csv(table, folder / f"tables/transfer-{dataset}.csv")

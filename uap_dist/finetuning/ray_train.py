@@ -1,0 +1,170 @@
+"""Fine-tuning on Ray Train, which places the training workers and restarts them from their last checkpoint.
+
+Beside fleet/ this is the only module that imports Ray.
+"""
+
+import os
+
+os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")  # otherwise each worker runs a Prometheus exporter
+os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # keeps relative paths of networks and weights valid
+
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+from ray.actor import ActorHandle
+from ray.exceptions import RayError
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig, TrainingFailedError
+from torch import Tensor
+
+from uap_dist.data.locations import locate
+from uap_dist.errors import UapDistError, WorkerLostError
+from uap_dist.finetuning.trainer import HELD_OUT, NETWORK_FILE, Learner, Task
+from uap_dist.models.weights import read_weights
+from uap_dist.tracking.history import RoundRecord
+from uap_dist.workers.reproducible import set_up_torch
+
+MAX_RESTARTS = 10  # after the loss of a worker, which restarts all of them
+MAX_FAILED_STARTS = 20  # attempts of half a minute each to place the workers
+SECONDS_BETWEEN_LOOKS = 0.3
+SCORE = f"top1/{HELD_OUT}"  # the checkpoint with the best score is kept beside the last one
+
+
+class _Mailbox:
+    """An actor through which workers send records and errors to the driver. It survives restarts, and logs less than Ray's Queue."""
+
+    def __init__(self) -> None:
+        self._messages: list[RoundRecord | UapDistError] = []
+
+    def put(self, message: RoundRecord | UapDistError) -> None:
+        self._messages.append(message)
+
+    def take(self) -> list[RoundRecord | UapDistError]:
+        messages, self._messages = self._messages, []
+        return messages
+
+
+class Training:
+    """A fine-tuning on Ray Train. It resumes one of the same name and storage that was stopped."""
+
+    def __init__(self, task: Task, *, name: str, storage: str, num_workers: int, uses_gpu: bool) -> None:
+        """Prepare the training; `epochs` starts it.
+
+        Args:
+            task: network, data and options.
+            name: of the training's folder in the storage.
+            storage: local folder or URL that all workers can write to.
+            num_workers: workers among which each batch is split.
+            uses_gpu: whether each worker takes a GPU.
+        """
+        mailbox_class: Any = ray.remote(num_cpus=0)(_Mailbox)
+        self._mailbox: ActorHandle[Any] = mailbox_class.remote()
+        self._outcome: SimpleQueue[Result | Exception] = SimpleQueue()
+        filesystem, path = locate(storage)
+        resources = {"CPU": float(task.num_threads)} | ({"GPU": 1.0} if uses_gpu else {})
+        self._trainer = ray.train.torch.TorchTrainer(
+            _train,
+            train_loop_config={"task": task, "mailbox": self._mailbox},
+            scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=uses_gpu, resources_per_worker=resources),
+            run_config=RunConfig(
+                name=name,
+                storage_path=path,
+                storage_filesystem=filesystem,
+                failure_config=FailureConfig(MAX_RESTARTS, controller_failure_limit=MAX_FAILED_STARTS),  # type: ignore[call-arg]
+                checkpoint_config=CheckpointConfig(1, SCORE, "max"),  # Ray Train keeps the last one as well
+            ),
+        )
+        self._result: Result | None = None
+
+    def epochs(self) -> Iterator[RoundRecord]:
+        """Train, and yield a record of each epoch once its checkpoint is stored; epoch 0 is the network before training.
+
+        A training that resumes yields the records of its earlier epochs first.
+
+        Raises:
+            UapDistError: what a worker raised.
+            WorkerLostError: workers were lost, or could not be placed, too many times.
+        """
+        Thread(target=self._fit, name="training", daemon=True).start()
+        num_seen, is_over = 0, False
+        while not is_over:
+            is_over = not self._outcome.empty()  # before the mailbox is emptied, so that no message is missed
+            messages: list[RoundRecord | UapDistError] = ray.get(self._mailbox.take.remote())
+            for message in messages:
+                if isinstance(message, UapDistError):
+                    raise message
+                if message.step == num_seen:  # restarted workers send the earlier records again
+                    num_seen += 1
+                    yield message
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        ray.kill(self._mailbox)
+        outcome = self._outcome.get()
+        if isinstance(outcome, Exception):
+            raise WorkerLostError(f"the training was given up: {_last_line(outcome)}") from outcome
+        self._result = outcome
+
+    def weights(self) -> dict[str, Tensor]:
+        """Tensors of the trained network, by name. To be called after the last epoch."""
+        assert self._result is not None and self._result.checkpoint is not None
+        with self._result.checkpoint.as_directory() as folder:
+            return read_weights(f"{folder}/{NETWORK_FILE}")
+
+    def _fit(self) -> None:
+        try:
+            self._outcome.put(self._trainer.fit())
+        except (TrainingFailedError, RayError) as error:
+            self._outcome.put(error)
+
+
+def _train(config: dict[str, Any]) -> None:
+    """Run on each worker. An error of this package goes to the driver, which ends the training instead of retrying."""
+    try:
+        _train_to_the_end(config["task"], config["mailbox"])
+    except UapDistError as error:
+        _post(config["mailbox"], error)
+
+
+def _train_to_the_end(task: Task, mailbox: ActorHandle[Any]) -> None:
+    set_up_torch(task.num_threads)
+    context = ray.train.get_context()
+    learner = Learner(
+        task,
+        number=context.get_world_rank(),
+        num_workers=context.get_world_size(),
+        device=ray.train.torch.get_device(),
+        prepare=ray.train.torch.prepare_model,
+    )
+    is_first = context.get_world_rank() == 0
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is not None:
+        with checkpoint.as_directory() as folder:
+            learner.load(Path(folder))
+    if is_first:
+        for record in learner.history:
+            _post(mailbox, record)
+    while not learner.is_done:
+        record = learner.run_epoch()
+        with tempfile.TemporaryDirectory() as folder:
+            if is_first:
+                learner.save(Path(folder))
+            ray.train.report(dict(record.metrics), checkpoint=Checkpoint(folder) if is_first else None)
+        if is_first:
+            # report returns before Ray has recorded the checkpoint as the last one: an epoch sent now might be trained again
+            ray.train.get_all_reported_checkpoints(ray.train.CheckpointConsistencyMode.COMMITTED)
+            _post(mailbox, record)
+
+
+def _post(mailbox: ActorHandle[Any], message: RoundRecord | UapDistError) -> None:
+    ray.get(mailbox.put.remote(message))
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__

@@ -1,0 +1,180 @@
+"""Adversarial fine-tuning on a pool of perturbations: what one training worker does, independent of Ray.
+
+Source: Moosavi-Dezfooli et al., "Universal adversarial perturbations", CVPR 2017, section 3.2.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from math import isfinite
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from uap_dist.errors import ConfigError
+from uap_dist.finetuning.batches import AdversarialImages, WorkerGroup, WorkerImages
+from uap_dist.finetuning.config import FinetuneConfig
+from uap_dist.finetuning.network import batch_norms, make_trainable, set_training_mode
+from uap_dist.finetuning.validation import Validation
+from uap_dist.method.augment import augment
+from uap_dist.models.loading import load_classifier
+from uap_dist.models.weights import check_same_weights, fill, read_weights, write_weights
+from uap_dist.perturbations.pool import PerturbationPool
+from uap_dist.tracking.history import RoundRecord
+from uap_dist.workers.dataset import Dataset
+
+NETWORK_FILE, OPTIMISER_FILE = "network.safetensors", "optimiser.pt"
+TRAINED_ON, HELD_OUT = "trained_on_members", "held_out_members"
+
+
+@dataclass(frozen=True)
+class Task:
+    """The training that every worker takes part in.
+
+    Attributes:
+        model, weights: the network before training, as `load_classifier` takes it.
+        train, val: training and held-out images.
+        pool: perturbations of the network.
+        config: of the training.
+        num_threads: CPU threads of each worker.
+        weights_digest: digest of the weights that the driver loaded; if empty, the worker's are not compared with it.
+    """
+
+    model: str
+    weights: str | None
+    train: Dataset
+    val: Dataset
+    pool: PerturbationPool
+    config: FinetuneConfig
+    num_threads: int
+    weights_digest: str = ""
+
+
+class Learner:
+    """One of the workers that train a network together. Each has its own part of the images; gradients are averaged in every step."""
+
+    def __init__(
+        self,
+        task: Task,
+        *,
+        number: int = 0,
+        num_workers: int = 1,
+        device: torch.device | None = None,
+        prepare: Callable[[nn.Module], nn.Module] = lambda module: module,
+    ) -> None:
+        """Load the network.
+
+        Args:
+            task: the training.
+            number: number of this worker, from 0.
+            num_workers: workers that train together; with more than one, torch.distributed must be initialised.
+            device: device to train on; the CPU by default.
+            prepare: wraps the network so that gradients are averaged over the workers.
+
+        Raises:
+            ClassifierError: the weights are not those that the driver loaded.
+            ConfigError: the network has no trainable parameters.
+        """
+        config = self._config = task.config
+        group = self._group = WorkerGroup(number, num_workers, device or torch.device("cpu"))
+        self.classifier = load_classifier(task.model, task.weights).to(group.device)
+        digest, who = self.classifier.weights_digest, f"training worker {number}"
+        check_same_weights(task.model, task.weights, digest, task.weights_digest or digest, who)
+        make_trainable(self.classifier, task.train.shape)
+        self._model = prepare(self.classifier)
+        part = task.train.part(number, num_workers)
+        self._images = WorkerImages(part, self.classifier.geometry, config.shuffle_shards)
+        trained_on, held_out = config.split(task.pool)
+        self._adversarial = AdversarialImages(self.classifier, trained_on, config)
+        pools = {TRAINED_ON: trained_on, HELD_OUT: held_out}
+        self._validation = Validation(self.classifier, task.val, pools, config, group)
+        self._batch_size = config.batch_size // num_workers
+        self._num_steps = task.train.num_examples // num_workers // self._batch_size
+        self._optimiser = torch.optim.SGD(
+            [parameter for parameter in self.classifier.parameters() if parameter.requires_grad],
+            lr=config.learning_rate or (0.01 if any(batch_norms(self.classifier)) else 0.0001),
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+        )
+        self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimiser, config.epochs * self._num_steps)
+        self._num_evaluations = 0
+        self.history: list[RoundRecord] = []
+
+    def run_epoch(self) -> RoundRecord:
+        """Train one epoch and measure the network after it; the first call only measures the network before training.
+
+        Raises:
+            ConfigError: the loss is no longer finite.
+        """
+        started = time.perf_counter()
+        metrics = self._train_epoch(len(self.history)) if self.history else {}
+        seconds = time.perf_counter() - started
+        if metrics:
+            num_images = self._num_steps * self._config.batch_size
+            metrics |= {"epoch/seconds": seconds, "epoch/images_per_second": num_images / seconds}
+        metrics |= self._validation.measure() | {"total/evaluations": float(self._num_evaluations)}
+        record = RoundRecord(len(self.history), time.time_ns() // 1_000_000, metrics)
+        self.history.append(record)
+        return record
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all epochs are done."""
+        return len(self.history) > self._config.epochs
+
+    def save(self, folder: Path) -> None:
+        """Write weights, optimiser and history, from which `load` continues."""
+        write_weights(folder / NETWORK_FILE, self.classifier.network, {"epoch": len(self.history) - 1})
+        state = {
+            "optimiser": self._optimiser.state_dict(),
+            "schedule": self._schedule.state_dict(),
+            "num_evaluations": self._num_evaluations,
+            "history": [record.json for record in self.history],
+        }
+        torch.save(state, folder / OPTIMISER_FILE)
+
+    def load(self, folder: Path) -> None:
+        """Continue from what `save` wrote."""
+        path = str(folder / NETWORK_FILE)
+        fill(self.classifier.network, read_weights(path), path)
+        state = torch.load(folder / OPTIMISER_FILE, map_location=self._group.device, weights_only=True)
+        self._optimiser.load_state_dict(state["optimiser"])
+        self._schedule.load_state_dict(state["schedule"])
+        self._num_evaluations = state["num_evaluations"]
+        self.history = [RoundRecord.from_json(line) for line in state["history"]]
+
+    def _train_epoch(self, epoch: int) -> dict[str, float]:
+        rng = np.random.default_rng([self._config.seed, epoch, self._group.rank])
+        torch.manual_seed(int(rng.integers(2**62)))  # of the drawn pool members, and of dropout
+        learning_rate = float(self._schedule.get_last_lr()[0])
+        loss_sum, num_evaluations = 0.0, 0
+        set_training_mode(self.classifier, True, self._config.batch_norm)
+        for images, truths in islice(self._images.shuffled(rng, self._batch_size), self._num_steps):
+            pixels, labels = self._group.to_tensors((augment(images, self._config.augment, rng), truths))
+            perturbed, num_extra = self._adversarial.perturb(pixels)
+            loss_sum += self._step(perturbed, labels)
+            num_evaluations += num_extra + 2 * len(pixels)
+        self._num_evaluations += int(self._group.sum([num_evaluations])[0])
+        (total,) = self._group.sum([loss_sum])
+        mean = total / self._num_steps / self._group.size
+        if not isfinite(mean):
+            raise ConfigError(
+                f"the training of epoch {epoch} diverged (loss {mean}); give a --learning-rate below {learning_rate:g}"
+            )
+        return {"train/loss": mean, "train/learning_rate": learning_rate}
+
+    def _step(self, pixels: Tensor, labels: Tensor) -> float:
+        """One step of the optimiser; returns this worker's loss."""
+        device = self._group.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            output = self._model(pixels)
+            loss = cross_entropy(getattr(output, "logits", output), labels)  # Inception also returns auxiliary logits
+        self._optimiser.zero_grad()
+        loss.backward()
+        self._optimiser.step()
+        self._schedule.step()
+        return float(loss.detach())

@@ -1,0 +1,168 @@
+"""A worker as a Ray actor: what its process does around each task, and how the driver sees it."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from uap_dist.fleet import ray_cluster as ray_cluster  # first: it sets variables that Ray reads when it is imported
+
+# isort: split
+import ray
+from ray.actor import ActorHandle
+from ray.util import get_node_ip_address
+
+from uap_dist.data.cache import Traffic
+from uap_dist.errors import ConfigError
+from uap_dist.versions import machine, versions
+from uap_dist.workers.messages import Examples
+from uap_dist.workers.reproducible import noticing_kernels, set_up_torch
+from uap_dist.workers.worker import Worker, make_worker
+
+DECISIVE_VERSIONS = ("python", "uap_dist", "torch", "torchvision", "pillow")  # the bits of a result may depend on them
+
+logger = logging.getLogger("uap_dist")
+
+
+def decisive_versions() -> dict[str, str]:
+    """Versions that must be the same on all nodes."""
+    found = versions()
+    return {name: found[name] for name in DECISIVE_VERSIONS}
+
+
+@dataclass(eq=False)
+class RemoteWorker:
+    """A worker as the driver sees it.
+
+    Attributes:
+        actor: handle of its Ray actor, a `UapWorker`.
+        name: of the actor.
+        node: Ray's id of its node, once the worker has loaded the classifier.
+        shards: URLs of the shards that it has read or is about to read, in order.
+    """
+
+    actor: ActorHandle[Any]
+    name: str
+    node: str = ""
+    shards: dict[str, None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Introduction:
+    """What a worker reports when it has loaded the classifier.
+
+    Attributes:
+        machine: kind of its machine, see `versions.machine`.
+        node: Ray's id of its node.
+        weights_digest: of the classifier.
+    """
+
+    machine: str
+    node: str
+    weights_digest: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a worker returns for a task.
+
+    Attributes:
+        result: of the method.
+        traffic: what was read for the task.
+        seconds: time that the task took.
+        warnings: that the package logged meanwhile.
+        kernels: names of nondeterministic torch kernels that the task used.
+    """
+
+    result: Any
+    traffic: Traffic
+    seconds: float
+    warnings: tuple[str, ...]
+    kernels: frozenset[str] = frozenset()
+
+
+class UapWorker:
+    """The Ray actor. It loads its classifier in `start`, not in `__init__`, so that errors reach the driver unchanged."""
+
+    _worker: Worker | None = None
+
+    def __init__(self, name: str, run: str) -> None:
+        """Write logs of this process with the names of the worker and of the MLflow run."""
+        self._name, self._node = name, get_node_ip_address()
+        logging.basicConfig(format=f"%(asctime)s run {run} {name} %(levelname)s %(message)s")
+        logger.setLevel(logging.INFO)
+
+    def __repr__(self) -> str:
+        """The name that Ray's dashboard and logs show."""
+        return self._name
+
+    def start(self, expected: Mapping[str, str], **options: Any) -> Introduction:
+        """Load the classifier. It can be called again, for another classifier or after an error.
+
+        Args:
+            expected: `decisive_versions` of the driver.
+            options: of `make_worker`.
+
+        Raises:
+            ConfigError: this node has other versions.
+        """
+        own = decisive_versions()
+        others = [f"{name} {own[name]} instead of {expected[name]}" for name in own if own[name] != expected[name]]
+        if others:
+            raise ConfigError(
+                f"node {self._node} has {', '.join(others)}; the bits of a result depend on them: install the driver's versions"
+            )
+        set_up_torch(options["num_threads"])
+        worker = make_worker(**options)
+        if self._worker is not None:
+            worker.adopt(self._worker)
+        self._worker = worker
+        return Introduction(machine(), ray.get_runtime_context().get_node_id(), worker.classifier.weights_digest)
+
+    def call(self, method: Callable[..., Any], task: Examples, upcoming: str, *shared: Any) -> Answer:
+        """Run a method of `Worker` on a task, while the shard `upcoming` (empty: none) is fetched in the background."""
+        assert self._worker is not None
+        logger.info("%s %s", method.__name__, task.title)
+        started, before = time.perf_counter(), self._worker.traffic
+        with _recorded_warnings() as warnings, noticing_kernels() as kernels:
+            if upcoming:
+                self._worker.prefetch(upcoming)
+            result = method(self._worker, task, *shared)
+        traffic, seconds = self._worker.traffic - before, time.perf_counter() - started
+        named = tuple(f"{self._name} on {self._node}: {text}" for text in warnings)
+        return Answer(result, traffic, seconds, named, frozenset(kernels))
+
+
+@contextmanager
+def _recorded_warnings() -> Iterator[list[str]]:
+    """Collect the warnings that the package logs."""
+    handler = _WarningRecorder(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield handler.messages
+    finally:
+        logger.removeHandler(handler)
+
+
+class _WarningRecorder(logging.Handler):
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+def start_actor(name: str, run: str, *, cpus: int, gpus: float) -> RemoteWorker:
+    """Ask Ray for a worker's actor; its `start` must be called before any task.
+
+    Args:
+        name: unique in this process.
+        run: id of the MLflow run, for the worker's log.
+        cpus: number that the worker takes.
+        gpus: number that the worker takes, or its share of one.
+    """
+    actor: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0)(UapWorker)
+    return RemoteWorker(actor.options(name=name).remote(name, run), name)

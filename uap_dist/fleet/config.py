@@ -1,0 +1,72 @@
+"""Options of a fleet."""
+
+from dataclasses import dataclass
+
+from uap_dist.errors import ConfigError
+from uap_dist.fleet import ray_cluster
+from uap_dist.fleet.ray_cluster import Need
+
+
+@dataclass(frozen=True, kw_only=True)
+class FleetConfig:
+    """Number and size of the workers. Only `threads_per_worker` can change the result."""
+
+    num_workers: int | str | None = None
+    """Number of workers, or a range such as 1:64: begin with one, ask the cluster for 64, and use those that it starts.
+    Default: as many as fit on the nodes of the cluster, and on those that join it later."""
+    gpus_per_worker: float | None = None
+    """GPUs of each worker: 0, a fraction such as 0.5, or a whole number. Default: 1 if the cluster has any, else 0. Must be given
+    if GPU nodes start on demand."""
+    threads_per_worker: int = 1
+    """CPU threads of each worker, and CPUs that it takes from the cluster. The bits of the result may depend on it."""
+    cache_gib: float = 4.0
+    """Limit of the decoded images that each worker keeps in memory, in GiB."""
+    disk_cache_gib: float = 8.0
+    """Limit of the further decoded images that each worker keeps in the folder for temporary files (TMPDIR), in GiB; half of the
+    free space there is left free. 0 keeps none. What does not fit is read again for each block."""
+    placement_timeout_s: float = 600.0
+    """Seconds to wait for the first workers, and later while no worker is left, before the job fails."""
+    task_timeout_s: float = 900.0
+    """Seconds after which a worker that does not answer counts as lost, and its block is given to another one."""
+    verify_determinism: bool = False
+    """Have two workers solve one block of each round, and fail if a bit differs. Needs two workers."""
+
+    def __post_init__(self) -> None:
+        """Validate the options."""
+        for name in ("threads_per_worker", "cache_gib", "placement_timeout_s", "task_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name.replace('_', ' ')} is {getattr(self, name)}; it must be positive")
+        if not self.disk_cache_gib >= 0:
+            raise ConfigError(f"disk cache gib is {self.disk_cache_gib}; it must not be negative")
+        gpus = self.gpus_per_worker or 0
+        if gpus < 0 or (gpus > 1 and gpus != int(gpus)):
+            raise ConfigError(f"gpus per worker is {gpus:g}; it must be 0, a fraction of one GPU or a whole number")
+        _, most = self.bounds
+        if self.verify_determinism and most == 1:
+            raise ConfigError("verify determinism compares workers; give --num-workers 2 or more")
+
+    @property
+    def bounds(self) -> tuple[int, int | None]:
+        """Number of workers to begin with, and number to ask for; None: as many as fit."""
+        if self.num_workers is None:
+            return 1, None
+        first, colon, last = str(self.num_workers).partition(":")
+        try:
+            low, high = int(first), int(last if colon else first)
+        except ValueError:
+            raise ConfigError(
+                f"num workers is {self.num_workers!r}; it must be a number such as 8, or a range such as 1:64"
+            ) from None
+        if low < 1:
+            raise ConfigError(f"num workers is {self.num_workers}; it must be positive")
+        if high < low:
+            raise ConfigError(
+                f"num workers is {self.num_workers}; a range begins with the smaller number: give {high}:{low}"
+            )
+        return low, high
+
+
+def need_of(config: FleetConfig) -> Need:
+    """What each worker takes of a node of the cluster; without `gpus_per_worker` that depends on the cluster as it is now."""
+    gpus = config.gpus_per_worker if config.gpus_per_worker is not None else float(ray_cluster.has_gpus())
+    return Need(config.threads_per_worker, gpus)

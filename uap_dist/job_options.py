@@ -1,0 +1,109 @@
+"""Options that several jobs share, and any job's options as plain values for its checkpoints."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from cattrs.preconf.json import make_converter
+
+from uap_dist.errors import ConfigError
+
+Options = TypeVar("Options")
+
+_converter = make_converter(forbid_extra_keys=True, detailed_validation=False)
+_converter.register_unstructure_hook(Path, str)
+_converter.register_structure_hook(Path, lambda value, _: Path(value))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Images to compute from, and held-out images."""
+
+    train_shards: tuple[str, ...] = ()
+    """WebDataset tars to compute from: paths or s3://, gs:// URLs; {0000..0009}, * in file names and `::` work."""
+    val_shards: tuple[str, ...] = ()
+    """Held-out tars that fooling rates are measured on; none of them may be among the training ones."""
+    num_train_images: int | None = None
+    """Images to compute from, the first of the shards. Default: all."""
+    num_val_images: int | None = None
+    """Held-out images, the first of the shards. Default: all."""
+    max_bad_fraction: float = 0.01
+    """Share of images (0..1) that may fail to decode, and of held-out images that may be training images too, before the job
+    fails; both are left out."""
+
+    def __post_init__(self) -> None:
+        """Validate the options."""
+        check_limits(self.max_bad_fraction, self.num_train_images, self.num_val_images)
+
+    def require(self) -> None:
+        """Raise ConfigError where training or held-out shards are missing."""
+        for name, shards in (("train", self.train_shards), ("val", self.val_shards)):
+            if not shards:
+                raise ConfigError(f"no {name} shards given (--{name}-shards)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordOptions:
+    """Where results go."""
+
+    output: Path | None = None
+    """Folder for the results. Default: outputs/<name of the run>-<time>."""
+    experiment: str = "uap_dist"
+    """MLflow experiment; the server is taken from MLFLOW_TRACKING_URI, else mlflow.db in the working directory."""
+    debug: bool = False
+    """Show tracebacks of errors."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumableRecordOptions(RecordOptions):
+    """Where results and checkpoints go."""
+
+    storage: str | None = None
+    """Folder that every node sees, or s3://, gs:// URL, under which the job is committed as it goes on, in a folder named after
+    the MLflow run. At a URL `results` there becomes a copy of the output folder. Default: checkpoints beside the output folder."""
+    resume: str | None = None
+    """MLflow run, or its folder of checkpoints, to go on with. All other options are then those of that run; of those given
+    anew, only such that do not change the result are accepted."""
+
+
+class JobOptions(Protocol):
+    """Options of a job that MLflow records; they are validated when they are made."""
+
+    @property
+    def record(self) -> RecordOptions:
+        """Where results go."""
+        ...
+
+    @property
+    def job(self) -> str:
+        """Kind of job, which the MLflow run is tagged with."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """Name of the MLflow run."""
+        ...
+
+
+def to_json(options: Any) -> dict[str, Any]:
+    """A job's options as plain values."""
+    plain: dict[str, Any] = _converter.unstructure(options)
+    return plain
+
+
+def from_json(kind: type[Options], values: Any) -> Options:
+    """The options that `to_json` was given.
+
+    Raises:
+        Exception: the values are not those of such options, as those of another version.
+    """
+    return _converter.structure(values, kind)
+
+
+def check_limits(max_bad_fraction: float, *num_images: int | None) -> None:
+    """Raise ConfigError for options of a data set that cannot be; None takes all images."""
+    for number in num_images:
+        if number is not None and number < 1:
+            raise ConfigError(f"number of images is {number}; it must be positive")
+    if not 0 <= max_bad_fraction <= 1:
+        raise ConfigError(f"max bad fraction is {max_bad_fraction}; it must lie in [0, 1]")

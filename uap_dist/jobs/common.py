@@ -1,0 +1,117 @@
+"""What all jobs share: parse, run inside an MLflow run, start the workers, load the images."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import tyro
+from rich.console import Console
+
+from uap_dist.data.locations import absolute, join
+from uap_dist.errors import ConfigError
+from uap_dist.fleet.config import FleetConfig
+from uap_dist.fleet.fleet import Fleet
+from uap_dist.fleet.ray_cluster import connect
+from uap_dist.job_options import DataOptions, JobOptions, ResumableRecordOptions
+from uap_dist.models.classifier import Classifier
+from uap_dist.tracking.console import one_line_errors, set_up_logging
+from uap_dist.tracking.mlflow_run import Tracker
+from uap_dist.tracking.process import raise_on_sigterm, refuse_credentials
+from uap_dist.tracking.resume import Resumed, find_resumed
+from uap_dist.workers.accuracy import check_accuracy
+from uap_dist.workers.dataset import Dataset, check_disjoint, list_dataset, predict
+
+console = Console(soft_wrap=True, highlight=False, markup=False)
+
+
+Options = TypeVar("Options", bound=JobOptions)
+
+
+@contextmanager
+def command_line() -> Iterator[None]:
+    """A command that ends with one line for an error, obeys signals, logs to the console, and was given no credentials."""
+    with one_line_errors(debug="--debug" in sys.argv):
+        raise_on_sigterm()
+        set_up_logging(console, debug="--debug" in sys.argv)
+        refuse_credentials(sys.argv[1:])
+        yield
+
+
+def run_job(
+    job: str,
+    options_type: type[Options],
+    run: Callable[[Options, Tracker, Resumed | None], None],
+    *,
+    can_resume: bool = False,
+) -> None:
+    """Parse the command line, then run inside an MLflow run that ends as the job does.
+
+    Args:
+        job: kind of job.
+        options_type: dataclass of its options.
+        run: the job.
+        can_resume: whether it goes on with a run that --resume names.
+    """
+    with command_line():
+        resumed = find_resumed(job) if can_resume else None
+        run_id = resumed.checkpoint.job.run_id if resumed else None
+        try:
+            default = resumed.options(options_type) if resumed else tyro.MISSING_NONPROP
+            options = tyro.cli(options_type, default=default, config=(tyro.conf.OmitArgPrefixes,))
+        except ConfigError as error:  # whoever watches scheduled jobs expects a run that failed
+            words = sys.argv
+            experiment = words[words.index("--experiment") + 1] if "--experiment" in words[:-1] else "uap_dist"
+            with Tracker(job=job, experiment=experiment, run_name="refused", run_id=run_id):
+                raise error
+        experiment = options.record.experiment
+        with Tracker(job=options.job, experiment=experiment, run_name=options.name, run_id=run_id) as tracker:
+            run(options, tracker, resumed)
+
+
+def storage_of(record: ResumableRecordOptions, output: Path, tracker: Tracker, resumed: Resumed | None) -> str:
+    """Where the job is committed.
+
+    Raises:
+        ConfigError: a resumed job is given another one.
+    """
+    if resumed is not None:
+        if record.storage != resumed.checkpoint.job.options["record"]["storage"]:
+            raise ConfigError(f"a resumed run is committed where it was, in {resumed.storage}; leave out --storage")
+        return resumed.storage
+    return join(absolute(record.storage or str(output.parent / "checkpoints")), tracker.run_id)
+
+
+def connect_to_ray() -> None:
+    """Join the cluster of RAY_ADDRESS, or start a Ray of the job's own."""
+    connect()
+    raise_on_sigterm()  # again: ray.init installs a handler of its own
+
+
+def start_fleet(classifier: Classifier, weights: str | None, config: FleetConfig, tracker: Tracker) -> Fleet:
+    """Workers with that network, as many as the job begins with."""
+    connect_to_ray()
+    fleet = Fleet(classifier.name, weights, config, tracker.run_id, weights_digest=classifier.weights_digest)
+    console.print(f"MLflow run {tracker.run_id}; waiting for {fleet.describe_request()}")
+    fleet.wait()
+    return fleet
+
+
+def list_images(
+    fleet: Fleet, options: DataOptions, train_urls: list[str], val_urls: list[str]
+) -> tuple[Dataset, Dataset]:
+    """The training and held-out images, without those that are in both; not yet classified."""
+    console.print(f"decoding {len(train_urls)} training and {len(val_urls)} held-out shards")
+    bad = options.max_bad_fraction
+    train = list_dataset(fleet, train_urls, num_images=options.num_train_images, max_bad_fraction=bad)
+    val = list_dataset(fleet, val_urls, num_images=options.num_val_images, max_bad_fraction=bad)
+    return train, check_disjoint(train, val, max_shared_fraction=bad)
+
+
+def classify_images(fleet: Fleet, model: str, train: Dataset, val: Dataset) -> tuple[Dataset, Dataset]:
+    """The same with their clean labels, and what the network knows of them where the shards say what they show."""
+    train, val = predict(fleet, train), predict(fleet, val)
+    for what, dataset in (("training", train), ("held-out", val)):
+        console.print(f"clean top-1 of {what} images: {check_accuracy(fleet, dataset, model) or 'no labels'}")
+    return train, val

@@ -1,0 +1,97 @@
+"""Compute universal adversarial perturbations of a classifier from WebDataset shards, on Ray, logged to MLflow: one, or a pool.
+
+Without arguments: EfficientNet-Lite0 on the photographs that packages of the `demo` extra carry.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from uap_dist.computing.options import ComputeOptions
+from uap_dist.computing.pool_run import compute_all
+from uap_dist.computing.provenance import Setting, describe_config, describe_data, describe_setup, job_record
+from uap_dist.errors import TrackingError
+from uap_dist.job_options import to_json
+from uap_dist.jobs.common import (
+    classify_images,
+    console,
+    list_images,
+    run_job,
+    start_fleet,
+    storage_of,
+)
+from uap_dist.jobs.demo import check_demo, list_shards
+from uap_dist.jobs.plan import plan
+from uap_dist.method.config import warn_of_default_radius
+from uap_dist.method.state import State
+from uap_dist.models.loading import load_usable_classifier
+from uap_dist.planning.comparison import PLAN_FILE, Spent, read_plan
+from uap_dist.tracking.checkpoint import Checkpoint, CheckpointStore, check_identity
+from uap_dist.tracking.mlflow_run import Tracker
+from uap_dist.tracking.outputs import output_folder
+from uap_dist.tracking.resume import Resumed
+from uap_dist.versions import seconds_since_start
+
+
+def main() -> None:
+    """The command."""
+    run_job("compute", ComputeOptions, run, can_resume=True)
+
+
+def run(options: ComputeOptions, tracker: Tracker, resumed: Resumed | None) -> None:
+    """The whole job, or a plan of it. Its workers end with its process."""
+    record = options.record
+    output = output_folder(record.output, options.name, may_hold_files=resumed is not None, besides=(PLAN_FILE,))
+    if options.plan:
+        plan(options, tracker, output)
+    else:
+        compute(options, tracker, resumed, output)
+
+
+def compute(options: ComputeOptions, tracker: Tracker, resumed: Resumed | None, output: Path) -> None:
+    """Connect, load, compute, save, and say what came of it."""
+    storage = storage_of(options.record, output, tracker, resumed)
+    planned = {}
+    if options.planned is not None and resumed is None:
+        planned = read_plan(Path(options.planned), options.costs())
+        tracker.log_metrics(planned)
+    options = replace(options, record=replace(options.record, output=output))
+    setting, checkpoint = _set_up(options, storage, tracker, resumed, output)
+    text, results = compute_all(setting, options, checkpoint, tracker, output, storage)
+    # how long the earlier processes of a resumed run took is not known
+    seconds = None if resumed else seconds_since_start()
+    spent = Spent.of(results, setting.fleet.num_workers, seconds)
+    summary = f"{text}\n\n{spent.beside(planned)}".rstrip()
+    try:
+        tracker.log_metrics(spent.metrics())
+        tracker.describe(summary)
+    except TrackingError as error:  # all else is delivered, and the run is finished
+        console.print(f"what the run took is not in MLflow: {error}")
+    console.print(f"\n{summary}\n\nFiles: {output}\nMLflow: {tracker.how_to_open()}")
+
+
+def _set_up(
+    options: ComputeOptions, storage: str, tracker: Tracker, resumed: Resumed | None, output: Path
+) -> tuple[Setting, Checkpoint]:
+    """Network, fleet and data, recorded by the run, and what the computation goes on from."""
+    classifier = load_usable_classifier(options.model, options.weights)
+    settings = describe_setup(classifier, options.weights, options.fleet) | describe_config(options.config)
+    settings |= {"demo": options.is_demo, "num_perturbations": options.num_perturbations}
+    if resumed is None:
+        tracker.log_params(settings)
+    urls = list_shards(options, output)
+    CheckpointStore(storage).prepare()  # before any work is done
+    fleet = start_fleet(classifier, options.weights, options.fleet, tracker)
+    check_demo(options, urls[0], fleet.need)
+    train, val = list_images(fleet, options.data, *urls)
+    warn_of_default_radius(options.config, train.shape)
+    train, val = classify_images(fleet, options.model, train, val)
+    data = describe_data(train, val)
+    setting = Setting(classifier, fleet, train, val, settings | data, console)
+    record = job_record("compute", setting, run_id=tracker.run_id, options=to_json(options))
+    if resumed is not None:
+        check_identity(resumed.checkpoint.job, record)
+        return setting, resumed.checkpoint
+    tracker.log_params(data)
+    tracker.log_dataset(train, "training")
+    tracker.log_dataset(val, "held-out")
+    return setting, Checkpoint(record, State.start(train.shape, train.num_examples, options.config), ())

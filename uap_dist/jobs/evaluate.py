@@ -1,0 +1,87 @@
+"""Measure perturbations on classifiers and images: fooling rates, top-1, transfer between networks, beside random baselines."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+
+from uap_dist.data.patterns import expand_patterns
+from uap_dist.errors import ConfigError
+from uap_dist.evaluation.evaluate import NOTHING, Measurement, baselines, measure_perturbations
+from uap_dist.evaluation.options import EvaluateOptions
+from uap_dist.evaluation.report import save_evaluation, summary
+from uap_dist.fleet.fleet import Fleet
+from uap_dist.jobs.common import console, run_job, start_fleet
+from uap_dist.models.loading import load_usable_classifier
+from uap_dist.perturbations.files import Perturbation, load_perturbations, split_name
+from uap_dist.perturbations.names import ModelChoice, name_models, name_sets, plain_key
+from uap_dist.perturbations.pool import load_members
+from uap_dist.tracking.mlflow_run import Tracker
+from uap_dist.tracking.outputs import output_folder
+from uap_dist.versions import describe_code
+from uap_dist.workers.accuracy import check_accuracy
+from uap_dist.workers.dataset import load_dataset
+
+
+def main() -> None:
+    """The command."""
+    run_job("evaluate", EvaluateOptions, lambda options, tracker, _: run(options, tracker))
+
+
+def run(options: EvaluateOptions, tracker: Tracker) -> None:
+    """Measure every perturbation on every classifier and set of images. The workers end with the process."""
+    choices = [ModelChoice.parse(text) for text in options.models]
+    models = {name: (c.model, c.weights) for name, c in zip(name_models(choices), choices, strict=True)}
+    urls = _list_sets(options.shards)
+    perturbations = load_perturbations(options.perturbations, taken=[NOTHING])
+    perturbations += load_members(options.pools, taken=[NOTHING, *(each.name for each in perturbations)])
+    output = output_folder(options.record.output, options.name)
+    classifiers = {name: load_usable_classifier(*model) for name, model in models.items()}
+    settings = {key: value for key, value in asdict(options).items() if key not in ("fleet", "record")}
+    for name, classifier in classifiers.items():
+        settings[f"weights_digest.{plain_key(name)}"] = classifier.weights_digest
+        settings[f"geometry.{plain_key(name)}"] = classifier.geometry
+    tracker.log_params(settings | {"fleet": options.fleet} | describe_code())
+    # networks that see images alike follow each other, so that each image is decoded once for all of them
+    first, *others = sorted(models, key=lambda name: repr(classifiers[name].geometry))
+    fleet = start_fleet(classifiers[first], models[first][1], options.fleet, tracker)
+    found: dict[str, list[Measurement]] = {}
+    for name in (first, *others):
+        if name != first:
+            fleet.use(*models[name], weights_digest=classifiers[name].weights_digest)
+            fleet.wait()
+        found[name] = [m for each in urls.items() for m in _measure(options, fleet, name, each, perturbations, tracker)]
+    measurements = [measurement for name in models for measurement in found[name]]
+    save_evaluation(output, measurements)
+    text = summary(measurements)
+    tracker.complete(tags=fleet.describe(), metrics={}, step=0, markdown=text, folder=output)
+    console.print(f"\nFiles: {output}\nMLflow: {tracker.how_to_open()}")
+
+
+def _measure(
+    options: EvaluateOptions,
+    fleet: Fleet,
+    model: str,
+    images: tuple[str, list[str]],
+    perturbations: list[Perturbation],
+    tracker: Tracker,
+) -> Iterator[Measurement]:
+    """All perturbations, and the baselines, on one classifier and one set of images."""
+    set_name, urls = images
+    dataset = load_dataset(fleet, urls, num_images=options.num_images, max_bad_fraction=options.max_bad_fraction)
+    check_accuracy(fleet, dataset, model)
+    tracker.log_dataset(dataset, set_name)
+    everything = [*perturbations, *baselines(perturbations, dataset.shape, options.seed)]
+    for measurement in measure_perturbations(
+        fleet, model, set_name, dataset, everything, scales=options.scales, quantize=options.quantize
+    ):
+        console.print(f"{model}, {set_name}, {measurement.perturbation} × {measurement.scale:g}: {measurement.fooling}")
+        yield measurement
+
+
+def _list_sets(specifications: Sequence[str]) -> dict[str, list[str]]:
+    """URLs of the shards of each set of images."""
+    given, patterns = zip(*map(split_name, specifications), strict=True)
+    urls = [expand_patterns([pattern]) for pattern in patterns]
+    for number, own in enumerate(urls):
+        if own in urls[:number]:
+            raise ConfigError(f"--shards has the same images twice: {patterns[urls.index(own)]} and {patterns[number]}")
+    return dict(zip(name_sets(given, patterns), urls, strict=True))

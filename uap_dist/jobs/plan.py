@@ -1,0 +1,29 @@
+"""What jobs/compute.py does with --plan: time a little of the job, and say what all of it costs."""
+
+from pathlib import Path
+
+from uap_dist.computing.options import ComputeOptions
+from uap_dist.computing.provenance import describe_config, describe_setup
+from uap_dist.fleet.config import need_of
+from uap_dist.jobs.common import connect_to_ray, console
+from uap_dist.jobs.demo import check_demo, list_shards
+from uap_dist.models.loading import load_usable_classifier
+from uap_dist.planning.comparison import save_plan
+from uap_dist.planning.estimate import Profiler, make_plan
+from uap_dist.tracking.mlflow_run import Tracker
+from uap_dist.versions import describe_code
+
+
+def plan(options: ComputeOptions, tracker: Tracker, output: Path) -> None:
+    """Time a little of the job, and say what all of it costs."""
+    classifier = load_usable_classifier(options.model, options.weights)
+    settings = describe_setup(classifier, options.weights, options.fleet) | describe_config(options.config)
+    tracker.log_params(settings)
+    train_urls, val_urls = list_shards(options, output)
+    connect_to_ray()
+    check_demo(options, train_urls, need_of(options.fleet))
+    storage = options.record.storage or str(output.parent / "checkpoints")
+    made = make_plan(Profiler(options, classifier, train_urls, storage, tracker, console), val_urls)
+    save_plan(output, made.result() | {"code": describe_code()})
+    tracker.complete(tags={}, metrics=made.metrics(), step=0, markdown=made.summary(), folder=output)
+    console.print(f"\n{made.summary()}\n\nFiles: {output}\nMLflow: {tracker.how_to_open()}")

@@ -1,0 +1,135 @@
+"""The state that one round hands to the next, and what a round reports."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from uap_dist.method.config import ComputeConfig
+from uap_dist.method.norms import measure, random_perturbation
+from uap_dist.method.rates import Predictions, Rate
+from uap_dist.method.update import Iterate
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Fooling rates of a perturbation as it would be delivered.
+
+    Attributes:
+        train: on all training images; None for an intermediate measurement on some of the held-out images.
+        val: on held-out images.
+        val_predictions: of the classifier for these held-out images under the perturbation.
+    """
+
+    train: Rate | None
+    val: Rate
+    val_predictions: Predictions
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """One committed round.
+
+    Attributes:
+        round_number: of this round, from 0.
+        pass_number: that the round belongs to, from 0.
+        num_rounds: planned for the run; None if the paper's rule is limited by evaluations alone.
+        fooling: rate on the round's images under the v that they were solved against.
+        perturbation: C×H×W float32, pixels, as it would be delivered after this round.
+        state: what the next round starts from.
+        step: size of the round's first step in pixels (root mean square); paper's rule: the gain.
+        means: over the round's images. Log-odds rule: of the log-odds of the clean labels, and of their absolute values. Paper's
+            rule: of the increments' ℓ2 norms in pixels, over images with an increment (0 if none has one), and the share of images
+            that are fooled after theirs.
+        seconds: wall-clock time of the round without its evaluation.
+        evaluation: on all images at the end of the run, on some or all of them at places before (see `plan_measurements`); None
+            after the other rounds.
+        is_last: whether the run ends with this round.
+    """
+
+    round_number: int
+    pass_number: int
+    num_rounds: int | None
+    fooling: Rate
+    perturbation: Tensor
+    state: "State"
+    step: float
+    means: dict[str, float]
+    seconds: float
+    evaluation: Evaluation | None = None
+    is_last: bool = False
+
+    @property
+    def num_solves(self) -> int:
+        """Increments computed since the start of the run."""
+        return self.state.num_solves
+
+    @property
+    def num_evaluations(self) -> int:
+        """Network evaluations since the start of the run, those for the training images' clean labels included."""
+        return self.state.num_evaluations
+
+    def without_arrays(self) -> "RoundReport":
+        """The report with empty arrays for perturbation, iterate and predictions, which take 3 MB at 224×224."""
+        nothing = torch.empty(0)
+        state = replace(self.state, iterate=replace(self.state.iterate, v=nothing, momentum=nothing))
+        evaluation = self.evaluation
+        if evaluation is not None:
+            evaluation = replace(
+                evaluation, val_predictions=Predictions(np.empty(0, np.int64), np.empty(0, np.float32))
+            )
+        return replace(self, perturbation=nothing, state=state, evaluation=evaluation)
+
+    def metrics(self) -> dict[str, float]:
+        """The round in numbers, by the names that MLflow and the plots use."""
+        metrics = {
+            "fooling_rate/round": self.fooling.rate,
+            "num_images/round": float(self.fooling.num_examples),
+            "round/step": self.step,
+            **{f"round/{name}": value for name, value in self.means.items()},
+            "round/seconds": self.seconds,
+            "round/images_per_second": self.fooling.num_examples / self.seconds,
+            "iterate/norm_l2": measure(self.state.iterate.v, "l2"),
+            "iterate/norm_linf": measure(self.state.iterate.v, "linf"),
+            "total/solves": float(self.num_solves),
+            "total/evaluations": float(self.num_evaluations),
+        }
+        if self.evaluation is not None:
+            metrics |= self.evaluation.val.metrics("val")
+            if self.evaluation.train is not None:
+                metrics |= self.evaluation.train.metrics("train")
+        return metrics
+
+
+@dataclass(frozen=True)
+class State:
+    """Everything that one round hands to the next.
+
+    Attributes:
+        iterate: v, momentum and scale.
+        num_rounds: done so far.
+        num_solves: increments computed so far.
+        num_evaluations: network evaluations so far, those for the training images' clean labels included.
+    """
+
+    iterate: Iterate
+    num_rounds: int = 0
+    num_solves: int = 0
+    num_evaluations: int = 0
+
+    @classmethod
+    def start(cls, shape: tuple[int, ...], num_train_images: int, config: ComputeConfig) -> "State":
+        """The state before the first round.
+
+        Args:
+            shape: C×H×W of an image.
+            num_train_images: size of the training set, whose clean labels cost one network evaluation each.
+            config: gives norm, radius, random start and seed.
+        """
+        iterate = Iterate.zero(shape)
+        if config.random_start:
+            radius = config.random_start * config.ball_radius
+            noise = random_perturbation(shape, norm=config.norm, radius=radius, seed=config.seed)
+            iterate = replace(iterate, v=noise.double())
+        return cls(iterate, num_evaluations=num_train_images)

@@ -1,0 +1,187 @@
+"""From a round's summed increments to the next perturbation: one pure function for each of the two rules.
+
+The paper's rule adds the sum and projects. The log-odds rule, the default, takes steps along a momentum of the sums. Its
+constants are all defined here; benchmarks/rules_tried.md says how they were chosen.
+"""
+
+from dataclasses import dataclass, replace
+from math import cos, exp, inf, pi
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from uap_dist.method.norms import Norm, project, root_mean_square, spread
+
+WIDTH = 0.5  # width of the boundary that `weigh` smooths, in units of the mean |log-odds|
+REMEMBERED = 60  # images over which that mean runs
+MOMENTUM = 0.9
+FIRST_STEP = {"linf": 0.8, "l2": 1.2}  # root mean square, relative to that of a perturbation that fills the ball
+FULL_STEPS = 125  # in longer runs the first step shrinks as 1/√steps: a random walk of all steps then goes equally far
+AVERAGED = 2.0  # factor on the first step if blocks are averaged: a mean of signs is shorter than a sign
+PERIOD = 32  # pixels; the total stride of most networks for photographs
+DOUBLED_AT: dict[Norm, tuple[int, ...]] = {"linf": (), "l2": (1_500, 6_000)}  # images, see `default_period`
+CORNER = 4.0  # for ℓ∞, P(4 v) is delivered instead of v: a perturbation in the corner of the ball fools more images
+
+
+@dataclass(frozen=True)
+class Iterate:
+    """What a round starts from.
+
+    Attributes:
+        v: perturbation, C×H×W float64, pixels.
+        momentum: C×H×W float64.
+        scale: running mean of |f| over the images seen, f being the log-odds of the clean label; infinite before the first image.
+    """
+
+    v: Tensor
+    momentum: Tensor
+    scale: float = inf
+
+    @classmethod
+    def zero(cls, shape: tuple[int, ...]) -> "Iterate":
+        """The start of a run: v = 0, no momentum, no statistics."""
+        return cls(torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64))
+
+
+@dataclass(frozen=True)
+class Steps:
+    """All steps of a run under the log-odds rule.
+
+    Attributes:
+        norm: of the ball that v is projected onto.
+        radius: of the ball, pixels.
+        period: pixels after which each step repeats itself, see `repeat_mean`.
+        first_size: size of the first step: its root mean square in pixels.
+        num_rounds: in the whole run.
+        per_round: steps in each round: 1, or the local steps of a block.
+    """
+
+    norm: Norm
+    radius: float
+    period: int
+    first_size: float
+    num_rounds: int
+    per_round: int = 1
+
+    def sizes(self, round_number: int) -> tuple[float, ...]:
+        """Sizes of the steps in a round (from 0), in pixels: over the run, half a cosine from `first_size` to zero."""
+        first = self.per_round * round_number
+        count = self.per_round * self.num_rounds
+        return tuple(cosine(self.first_size, step, count) for step in range(first, first + self.per_round))
+
+
+def paper_update(iterate: Iterate, total: Tensor, *, gain: float, norm: Norm, radius: float) -> Iterate:
+    """The paper's rule: v ← P(v + gain · Σ Δv_i).
+
+    Args:
+        iterate: before the round; its momentum is kept as it is.
+        total: Σ Δv_i, C×H×W float64, the sum of the round's increments in pixels.
+        gain: factor on the sum; 1 in the paper.
+        norm: of the ball.
+        radius: of the ball, pixels.
+
+    Source: Moosavi-Dezfooli et al., "Universal adversarial perturbations", CVPR 2017, algorithm 1, except that it projects after
+    each image and this projects after each round.
+    """
+    return replace(iterate, v=project(iterate.v + gain * total, norm=norm, radius=radius))
+
+
+def log_odds_update(iterate: Iterate, total: Tensor, step_size: float, steps: Steps) -> Iterate:
+    """The log-odds rule: m ← 0.9 m + R(total), v ← P(v + step_size · d), with R the mean over periods (`repeat_mean`).
+
+    The direction d is sign(m) for ℓ∞, and m scaled to root mean square 1 for ℓ2.
+
+    Args:
+        iterate: before the step.
+        total: C×H×W float64, weighted sum of increments (see `log_odds_sum` and `weigh`).
+        step_size: pixels, one of `steps.sizes`.
+        steps: gives the ball and the period.
+    """
+    momentum = MOMENTUM * iterate.momentum + repeat_mean(total, steps.period)
+    direction = momentum.sign() if steps.norm == "linf" else momentum / max(root_mean_square(momentum), 1e-300)
+    return replace(
+        iterate, v=project(iterate.v + step_size * direction, norm=steps.norm, radius=steps.radius), momentum=momentum
+    )
+
+
+def weigh(log_odds: Tensor, scale: float) -> Tensor:
+    """Weights of images in the sum, from the log-odds f of their clean labels (N): w = σ(f/s) σ(−f/s) with s = WIDTH · scale.
+
+    This is, up to a constant, the derivative of σ(−f/s), a smoothed indicator of an image being fooled. So images near the
+    boundary weigh most, on either side of it, while those far beyond it need nothing more, and those that nothing moves do not
+    pull v toward them. Before any statistics exist (infinite scale), all weights are equal.
+    """
+    widths = log_odds / (WIDTH * scale)
+    return widths.sigmoid() * (-widths).sigmoid()
+
+
+def remember(iterate: Iterate, total_size: float, num_images: int) -> Iterate:
+    """The iterate after some more images, the sum of whose |f| is `total_size`, have entered its scale.
+
+    The scale is an exponential moving average: after REMEMBERED more images an image's weight has fallen to 1/e.
+    """
+    if num_images == 0:
+        return iterate
+    mean = total_size / num_images
+    kept = exp(-num_images / REMEMBERED)
+    return replace(iterate, scale=mean if iterate.scale == inf else mean + kept * (iterate.scale - mean))
+
+
+def average_update(iterate: Iterate, mean: Tensor, steps: Steps) -> Iterate:
+    """The log-odds rule with local steps: v and momentum become the means of those that the blocks ended with.
+
+    Args:
+        iterate: that all blocks started from.
+        mean: 2×C×H×W float64, means over the blocks: how far they moved v, and the momentum at their end.
+        steps: gives the ball.
+
+    Source: Stich, "Local SGD converges fast and communicates little", ICLR 2019; Yu, Jin and Yang, "On the linear speedup
+    analysis of communication efficient momentum SGD for distributed non-convex optimization", ICML 2019, average the momentum too.
+    """
+    moved, momentum = mean
+    return replace(iterate, v=project(iterate.v + moved, norm=steps.norm, radius=steps.radius), momentum=momentum)
+
+
+def repeat_mean(total: Tensor, period: int) -> Tensor:
+    """Each pixel of C×H×W replaced by the mean of all pixels that are whole periods away from it, down and across.
+
+    The result repeats itself with that period; a period of at least both sides changes nothing. Steps of this kind give v a
+    texture that acts alike everywhere in every image, which is what the increments of few images agree on; benchmarks/rules.md,
+    "Why", measures the effect.
+    """
+    _, height, width = total.shape
+    if period >= max(height, width):
+        return total
+    rows, columns = -(-height // period), -(-width // period)
+
+    def fold(values: np.ndarray) -> np.ndarray:
+        whole = np.pad(values, ((0, 0), (0, -height % period), (0, -width % period)))
+        return whole.reshape(-1, rows, period, columns, period).sum((1, 3))
+
+    tile = fold(total.numpy()) / np.maximum(fold(np.ones((1, height, width))), 1)
+    return torch.from_numpy(np.tile(tile, (rows, columns))[:, :height, :width].copy())
+
+
+def cosine(start: float, step: int, num_steps: int) -> float:
+    """Half a cosine over steps 0, 1, …, from `start` at step 0 to zero at `num_steps`."""
+    return start * (1 + cos(pi * step / num_steps)) / 2
+
+
+def finish(v: Tensor, *, norm: Norm, radius: float) -> Tensor:
+    """The perturbation that the log-odds rule delivers: P(4 v) for ℓ∞, v itself for ℓ2 (C×H×W, pixels)."""
+    return project(CORNER * v, norm=norm, radius=radius) if norm == "linf" else v
+
+
+def default_period(*, norm: Norm, num_images: int) -> int:
+    """Period of the steps in pixels, from the length of the run; benchmarks/rules_tried.md, "The period".
+
+    For ℓ2 it doubles at 1,500 images (rounds times round size) and again at 6,000: the more gradients a run averages, the larger a
+    tile they can determine. For ℓ∞ a longer period is no better, with 500 evaluations or with 16,000.
+    """
+    return PERIOD * 2 ** sum(num_images >= least for least in DOUBLED_AT[norm])
+
+
+def default_step_size(*, norm: Norm, radius: float, num_values: int, num_steps: int) -> float:
+    """Size of the first step (root mean square, pixels), from the ball, the number of entries of v and the length of the run."""
+    return FIRST_STEP[norm] * min(1.0, (FULL_STEPS / num_steps) ** 0.5) * spread(norm, radius, num_values)

@@ -1,0 +1,1 @@
+"""Classifiers: loading networks and their weights, checking them, and accelerating them."""

@@ -1,0 +1,88 @@
+"""Classifiers: networks together with the preprocessing that their weights were trained with. Pixels in, logits out."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from uap_dist.data.decode import Geometry
+from uap_dist.models.weights import digest_weights
+
+
+class Classifier(nn.Module):
+    """Maps pixels (N×3×H×W, RGB 0..255) to logits (N×K). It is in evaluation mode, and no parameter requires a gradient.
+
+    Attributes:
+        name: as given to `load_classifier`.
+        geometry: how images are brought to the input size.
+        class_names: K names; empty if they are not known.
+        weights_digest: of the network as it was loaded, see `digest_weights`.
+        trainable: names of the parameters that required a gradient when the network was passed in.
+        first_layer: name of the convolution through which alone the network sees the pixels; None unless `accelerate` found one.
+    """
+
+    mean: Tensor
+    std: Tensor
+    first_layer: str | None = None
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        name: str,
+        geometry: Geometry,
+        mean: Sequence[float] = (0.0, 0.0, 0.0),
+        std: Sequence[float] = (1 / 255, 1 / 255, 1 / 255),
+        class_names: Sequence[str] = (),
+    ) -> None:
+        """Wrap a network whose input is (pixels / 255 − mean) / std; with the defaults this is the pixels themselves."""
+        super().__init__()
+        self.trainable = frozenset(name for name, parameter in network.named_parameters() if parameter.requires_grad)
+        self.network = network.eval().requires_grad_(False)
+        self.name = name
+        self.geometry = geometry
+        self.class_names = tuple(class_names)
+        self.weights_digest = digest_weights(network)
+        self.register_buffer("mean", 255 * torch.tensor(mean, dtype=torch.float32).view(3, 1, 1))
+        self.register_buffer("std", 255 * torch.tensor(std, dtype=torch.float32).view(3, 1, 1))
+        self.eval()
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Logits (N×K) of pixels (N×3×H×W)."""
+        return self.network(self.normalise(pixels))
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """The network's own input: (pixels / 255 − mean) / std."""
+        return (pixels - self.mean) / self.std
+
+    def linearise(self, pixels: Tensor) -> tuple[Tensor, Sequence[Tensor] | Sequence[GradientEdge]]:
+        """A forward pass for gradients that are summed over images.
+
+        The gradient of a sum over images, with respect to a perturbation that all of them share, is the sum of the images'
+        gradients. Since the backward pass of a convolution is linear, gradients can be summed at the output of the first layer,
+        and that layer passed backward once by `pull_back` instead of once per image.
+
+        Returns:
+            Logits (N×K), and a list with the one input to give to `torch.autograd.grad`: the output of the first layer if it is
+            known, otherwise the pixels.
+        """
+        x = pixels.detach().requires_grad_()
+        if self.first_layer is None:
+            return self(x), [x]
+        edges: list[GradientEdge] = []
+        layer = self.get_submodule(self.first_layer)
+        hook = layer.register_forward_hook(lambda _, __, output: edges.append(get_gradient_edge(output)))
+        try:
+            return self(x), edges
+        finally:
+            hook.remove()
+
+    def pull_back(self, slope: Tensor, shape: Sequence[int]) -> Tensor:
+        """The gradient with respect to the pixels (C×H×W, `shape`) from a sum of gradients (1×…) at the place `linearise` returned."""
+        if self.first_layer is None:
+            return slope[0]
+        x = torch.zeros(1, *shape, device=slope.device, requires_grad=True)
+        with torch.enable_grad():
+            output = self.get_submodule(self.first_layer)(self.normalise(x))
+        return torch.autograd.grad(output, x, slope)[0][0]

@@ -1,0 +1,171 @@
+"""The cost of a job on a fleet, worked out from its work and the measured costs of its parts. Pure arithmetic."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+
+from uap_dist.computing.concurrent import num_concurrent
+from uap_dist.method.config import ComputeConfig
+from uap_dist.planning.span import Span
+from uap_dist.planning.work import Work
+from uap_dist.workers.dataset import CLASSIFY_SIZE
+
+DISPATCH_S = 0.002  # of the driver for each block, from benchmarks/overhead.md
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Costs of the parts of a job, measured on some workers at once, which share a machine. Times are in seconds.
+
+    Attributes:
+        num_workers: number of these workers.
+        start: from the start of the process until all workers are ready.
+        decode: one image, on one worker.
+        classify: one image, on one worker.
+        evaluation: one network evaluation of a solve, on one worker.
+        driver: one round without its solves: reduction, update, projection, commit and MLflow.
+        report: the files of one perturbation, without its measurements.
+        evaluations_per_solve: network evaluations.
+        worker_bytes: memory of a worker without decoded images.
+        gpu_bytes: GPU memory of a worker; 0 without a GPU.
+        image_bytes: size of a decoded image.
+        num_cpus: of the workers' machine.
+        shard_images: number of images in each of the first training shards, which were read.
+    """
+
+    num_workers: int
+    start: Span
+    decode: Span
+    classify: Span
+    evaluation: Span
+    driver: Span
+    report: Span
+    evaluations_per_solve: Span
+    worker_bytes: int
+    gpu_bytes: int
+    image_bytes: int
+    num_cpus: int
+    shard_images: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class FleetPlan:
+    """The cost of a job on a fleet of some size.
+
+    Attributes:
+        num_workers: size of the fleet.
+        parts: seconds by part of the job.
+        read_bytes: bytes of shards read by all workers together. Its range covers images that may be read again.
+        worker_bytes: memory of a worker.
+        gpu_bytes: GPU memory of a worker.
+        cached_bytes: decoded images that a worker would keep if it had room for all of them.
+        idle: fraction (0..1) of the rounds' time in which a worker has no block to solve.
+    """
+
+    num_workers: int
+    parts: Mapping[str, Span]
+    read_bytes: Span
+    worker_bytes: int
+    gpu_bytes: int
+    cached_bytes: int
+    idle: float
+
+    @property
+    def seconds(self) -> Span:
+        """From the start of the process until all results are written."""
+        return sum(self.parts.values(), Span.exactly(0.0))
+
+    @property
+    def worker_hours(self) -> Span:
+        """Hours of all workers together."""
+        return self.seconds * (self.num_workers / 3600)
+
+
+def plan_fleet(
+    work: Work, costs: Costs, config: ComputeConfig, *, num_workers: int, memory_bytes: int, disk_bytes: int
+) -> FleetPlan:
+    """Work out the cost of a job on `num_workers` workers.
+
+    Args:
+        work: of the job.
+        costs: measured with as many workers on a machine as the fleet will have there.
+        config: of the computations.
+        num_workers: size of the fleet.
+        memory_bytes: decoded images that each worker keeps in memory.
+        disk_bytes: decoded images that each worker keeps on disk beyond these.
+    """
+    num_shards, count = len(work.train.num_images), work.num_perturbations
+    mean_images, mean_bytes = (sum(sizes) / num_shards for sizes in (work.train.num_held, work.train.num_bytes))
+    extra_shards = _extra_shards(work, config, num_workers)
+    num_cached = (num_shards / num_workers + extra_shards.expected) * mean_images + sum(work.val.num_held) / num_workers
+    cached_bytes = round(costs.image_bytes * num_cached)
+    missing = max(0.0, 1 - (memory_bytes + disk_bytes) / cached_bytes)  # fraction of the images that caches do not hold
+    block_images = work.num_solves / work.num_blocks
+    # for a block of a shard that is not cached, all of the shard is read, and at least the block's images are decoded
+    decoded_again = Span((block_images + mean_images) / 2, block_images, mean_images) * missing
+    block = costs.evaluation * work.evaluations_per_solve * block_images + costs.decode * decoded_again
+    classify = costs.classify + costs.decode * missing
+    labels = sum(_classified_in_a_row(sizes.num_images, num_workers) for sizes in (work.train, work.val))
+    measurements = sum(times * _classified_in_a_row(sizes, num_workers) for sizes, times in work.measurements.items())
+    first_reads = sum(_decoded_in_a_row(sizes.num_held, num_workers) for sizes in (work.train, work.val))
+    rounds = _rounds_s(work, block, costs.driver, config, num_workers)
+    read_again = count * work.num_blocks * missing  # shards
+    return FleetPlan(
+        num_workers=num_workers,
+        parts={
+            "start": costs.start,
+            "decoding": costs.decode * (extra_shards * mean_images + first_reads),
+            "clean labels": classify * labels,
+            "rounds": rounds,
+            "measurements": classify * (count * measurements),
+            "report": costs.report * count,
+        },
+        read_bytes=extra_shards * (num_workers * mean_bytes)
+        + (sum(work.train.num_bytes) + sum(work.val.num_bytes) + read_again * mean_bytes),
+        worker_bytes=costs.worker_bytes + min(cached_bytes, memory_bytes),
+        gpu_bytes=costs.gpu_bytes,
+        cached_bytes=cached_bytes,
+        idle=1 - count * work.num_blocks * block.expected / num_workers / rounds.expected,
+    )
+
+
+def _rounds_s(work: Work, block: Span, driver: Span, config: ComputeConfig, num_workers: int) -> Span:
+    """Seconds of all rounds, given those of a block and of the driver in a round.
+
+    The blocks of a round are solved in waves of one for each worker, and the next round begins when it is reduced. The
+    computations of a pool fill each other's gaps, until the workers, the rounds of one computation or the driver have no
+    time left.
+    """
+    count = work.num_perturbations
+    waves = sum(ceil(num_blocks / num_workers) * times for num_blocks, times in work.rounds.items())
+    of_driver = (driver * work.num_rounds).at_least(Span.exactly(DISPATCH_S * work.num_blocks))
+    of_computation = block * waves + of_driver
+    of_workers = block * (count * work.num_blocks / num_workers)
+    num_batches = ceil(count / num_concurrent(num_workers, config))
+    return (of_computation * num_batches).at_least(of_workers).at_least(of_driver * count)
+
+
+def _extra_shards(work: Work, config: ComputeConfig, num_workers: int) -> Span:
+    """Training shards that a worker decodes in addition to those it read first, because it is given blocks of them.
+
+    An idle worker that holds the shard is preferred, and with more workers than blocks there mostly is one.
+    """
+    num_shards = len(work.train.num_images)
+    num_blocks = work.num_perturbations * work.num_blocks / num_workers  # of a worker
+    at_most = min(num_blocks, num_shards * (1 - 1 / num_workers))
+    in_flight = max(work.rounds) * min(work.num_perturbations, num_concurrent(num_workers, config))
+    if num_workers > in_flight:
+        return Span(0.0, 0.0, at_most)
+    touched = num_shards * (1 - (1 - 1 / num_shards) ** num_blocks)  # if each block is of a shard drawn at random
+    return Span(touched * (1 - 1 / num_workers), 0.0, at_most)
+
+
+def _decoded_in_a_row(sizes: Sequence[int], num_workers: int) -> int:
+    """Images that are decoded one after another, at most, if each worker takes the next shard when it is done with one."""
+    return sum(max(sizes[start : start + num_workers]) for start in range(0, len(sizes), num_workers))
+
+
+def _classified_in_a_row(sizes: Sequence[int], num_workers: int) -> float:
+    """Images that the busiest worker classifies, in blocks of one shard."""
+    num_blocks = sum(ceil(size / CLASSIFY_SIZE) for size in sizes)
+    return ceil(num_blocks / num_workers) * sum(sizes) / max(1, num_blocks)

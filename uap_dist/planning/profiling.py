@@ -1,0 +1,191 @@
+"""The costs of the parts of a computation, measured by doing a little of it on real workers."""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import ceil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from uap_dist.computing.report import FinishedRun, save_run
+from uap_dist.computing.rounds import compute, evaluate
+from uap_dist.method.config import ComputeConfig
+from uap_dist.method.state import RoundReport
+from uap_dist.planning.cost_model import Costs
+from uap_dist.planning.span import Span
+from uap_dist.planning.work import OF_LOG_ODDS
+from uap_dist.tracking.history import RoundRecord
+from uap_dist.workers.dataset import CLASSIFY_SIZE, Dataset, list_dataset, predict
+from uap_dist.workers.local import R, Shared, Workers
+from uap_dist.workers.messages import Examples
+from uap_dist.workers.worker import Worker
+
+NUM_WARM_UPS = 2  # rounds that are not counted
+MIN_ROUNDS, MAX_ROUNDS, ROUNDS_S = 3, 30, 8.0  # counted: at least, at most, and for how long
+CLASSIFY_BLOCKS = 2  # blocks that each worker classifies in one measurement
+NUM_MEASUREMENTS = 4  # of the time to classify, after one that is not counted
+MAX_FOOLED = (
+    0.5  # fraction of the images that are fooled already, over a run of the paper's rule; those take one evaluation
+)
+
+Commit = Callable[[RoundReport, Sequence[RoundRecord]], None]  # of a round, given the records of all rounds so far
+
+
+class _TimedWorkers:
+    """Workers whose calls are timed.
+
+    Attributes:
+        num_workers: of them.
+        seconds: spent in all calls.
+        per_example: for each method the seconds per example on one worker, of each call in turn.
+    """
+
+    def __init__(self, workers: Workers) -> None:
+        self._workers = workers
+        self.num_workers = workers.num_workers
+        self.seconds = 0.0
+        self.per_example: defaultdict[Callable[..., Any], list[float]] = defaultdict(list)
+
+    def map(
+        self, method: Callable[[Worker, Examples, *Shared], R], tasks: Sequence[Examples], *shared: *Shared
+    ) -> Iterator[R]:
+        """See Workers."""
+        started = time.perf_counter()
+        results = list(self._workers.map(method, tasks, *shared))
+        seconds = time.perf_counter() - started
+        self.seconds += seconds
+        num_examples, num_waves = sum(len(task.keys) for task in tasks), ceil(len(tasks) / self.num_workers)
+        self.per_example[method].append(seconds / num_waves * len(tasks) / num_examples)
+        return iter(results)
+
+    def metrics(self) -> dict[str, float]:
+        """See Workers."""
+        return self._workers.metrics()
+
+
+def measure_costs(
+    workers: Workers,
+    urls: Sequence[str],
+    config: ComputeConfig,
+    *,
+    start_s: float,
+    commit: Commit,
+    class_names: Sequence[str] = (),
+    max_bad_fraction: float = 0.01,
+) -> Costs:
+    """Decode the first shards, classify some images, solve some rounds, and write a report that is discarded.
+
+    Args:
+        workers: all workers that will share a machine.
+        urls: training shards. Two for each worker are read, and more only if those hold less than a block.
+        config: of the computation.
+        start_s: seconds until the workers were ready.
+        commit: commits and tracks a round, as the job does.
+        class_names: names of the network's labels; empty if unknown.
+        max_bad_fraction: see `list_dataset`.
+
+    Raises:
+        ShardError, ConfigError: see `list_dataset`.
+    """
+    timed = _TimedWorkers(workers)
+    listed, decode_s, preparation_s = _measure_decoding(workers, urls, config.block_size, max_bad_fraction)
+    num_images = max(config.round_size, CLASSIFY_BLOCKS * CLASSIFY_SIZE * timed.num_workers)
+    images = predict(timed, listed.thin(min(num_images, listed.num_examples)))
+    rounds = _measure_rounds(timed, images, config, commit)
+    report_s = _measure_report(timed, images, rounds, class_names)
+    used = next(workers.map(Worker.resources, [Examples(urls[0])]))
+    evaluations_per_solve = Span.of(rounds.evaluations_per_solve[NUM_WARM_UPS:])
+    solve_s = zip(timed.per_example[Worker.solve], rounds.evaluations_per_solve, strict=True)
+    evaluation_s = [seconds / num_evaluations for seconds, num_evaluations in solve_s]
+    return Costs(
+        num_workers=timed.num_workers,
+        start=Span.once(start_s + preparation_s),
+        decode=Span.once(decode_s),
+        classify=Span.of(timed.per_example[Worker.classify][-NUM_MEASUREMENTS:]),
+        evaluation=Span.of(evaluation_s[NUM_WARM_UPS:]),
+        driver=Span.of(rounds.driver_s[NUM_WARM_UPS:]),
+        report=Span.once(report_s),
+        evaluations_per_solve=OF_LOG_ODDS
+        if config.rule == "log-odds"
+        else replace(evaluations_per_solve, low=MAX_FOOLED + (1 - MAX_FOOLED) * evaluations_per_solve.low),
+        worker_bytes=used.process_bytes - used.decoded_bytes,
+        gpu_bytes=used.gpu_bytes,
+        image_bytes=images.shape[0] * images.shape[1] * images.shape[2],
+        num_cpus=used.num_cpus,
+        shard_images=tuple(listed.sizes),
+    )
+
+
+def _measure_decoding(
+    workers: Workers, urls: Sequence[str], min_images: int, max_bad_fraction: float
+) -> tuple[Dataset, float, float]:
+    """The images that were decoded, seconds to decode one, and seconds in which workers prepared their networks before."""
+    waves: list[tuple[float, int]] = []  # seconds, and images of the largest shard
+    num_images = 0
+    for start in range(0, len(urls), workers.num_workers):
+        if len(waves) > 1 and num_images >= min_images:
+            break
+        end, started = start + workers.num_workers, time.perf_counter()
+        wave = list_dataset(workers, urls[start:end], max_bad_fraction=max_bad_fraction)
+        waves.append((time.perf_counter() - started, max(wave.sizes)))
+        num_images += wave.num_examples
+    (first_s, first_images), (last_s, last_images) = waves[0], waves[-1]
+    decode_s = last_s / last_images
+    listed = list_dataset(workers, urls[:end], max_bad_fraction=max_bad_fraction)
+    return listed, decode_s, max(0.0, first_s - first_images * decode_s)
+
+
+@dataclass(frozen=True)
+class _Rounds:
+    """The last report of some rounds, and of every round its record, the driver's seconds and evaluations per solve."""
+
+    final: RoundReport
+    history: list[RoundRecord]
+    driver_s: list[float]
+    evaluations_per_solve: list[float]
+
+
+def _measure_rounds(timed: _TimedWorkers, images: Dataset, config: ComputeConfig, commit: Commit) -> _Rounds:
+    passes = 1 + ceil((NUM_WARM_UPS + MAX_ROUNDS) * config.round_size / images.num_examples)
+    endless = replace(config, max_passes=passes, max_evaluations=None, evaluate_every=passes, target_fooling_rate=1.0)
+    history: list[RoundRecord] = []
+    driver_s: list[float] = []
+    per_solve: list[float] = []
+    num_evaluations, num_solves = images.num_examples, 0
+    begun = started = time.perf_counter()
+    in_calls = timed.seconds
+    for report in compute(timed, images, images, endless):
+        history.append(RoundRecord.of(report, {}))
+        commit(report, history)
+        now = time.perf_counter()
+        driver_s.append(now - started - (timed.seconds - in_calls))
+        per_solve.append((report.num_evaluations - num_evaluations) / (report.num_solves - num_solves))
+        num_evaluations, num_solves = report.num_evaluations, report.num_solves
+        started, in_calls = now, timed.seconds
+        if len(history) == NUM_WARM_UPS:
+            begun = now
+        num_counted = len(history) - NUM_WARM_UPS
+        if num_counted >= MAX_ROUNDS or (num_counted >= MIN_ROUNDS and now > begun + ROUNDS_S):
+            break
+    return _Rounds(report, history, driver_s, per_solve)
+
+
+def _measure_report(timed: _TimedWorkers, images: Dataset, rounds: _Rounds, class_names: Sequence[str]) -> float:
+    """Seconds to write the files of a perturbation, without the time of the workers."""
+    for _ in range(NUM_MEASUREMENTS // 2):  # each classifies training and held-out images
+        evaluation = evaluate(timed, images, images, rounds.final.perturbation)
+    finished = FinishedRun(
+        final=replace(rounds.final, evaluation=evaluation),
+        history=rounds.history,
+        random_rates={"linf": evaluation.val, "l2": evaluation.val},
+        val=images,
+        provenance={"norm": "linf"},
+        class_names=class_names,
+        mlflow_run_id="",
+    )
+    started, in_calls = time.perf_counter(), timed.seconds
+    with TemporaryDirectory() as folder:
+        save_run(Path(folder), finished, timed)
+    return time.perf_counter() - started - (timed.seconds - in_calls)

@@ -1,0 +1,119 @@
+"""What a job has to do, counted from its schedule: rounds, blocks, solves, network evaluations and measurements."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import inf
+
+import numpy as np
+
+from uap_dist.computing.rounds import EVALUATIONS_PER_LOG_ODDS_SOLVE, count_rounds, plan_measurements
+from uap_dist.method.config import ComputeConfig
+from uap_dist.method.schedule import plan_rounds
+from uap_dist.planning.shard_sizes import ShardSizes
+from uap_dist.planning.span import Span
+
+OF_LOG_ODDS = Span.exactly(EVALUATIONS_PER_LOG_ODDS_SOLVE)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a job has to do.
+
+    Attributes:
+        train, val: sizes of the training and the held-out shards.
+        num_perturbations: number of computations, which all have the same work.
+        rounds: number of rounds of one computation by their number of blocks.
+        num_solves: solves of one computation.
+        evaluations_per_solve: network evaluations.
+        measurements: how often one computation classifies images for fooling rates, by the number of them in each shard.
+    """
+
+    train: ShardSizes
+    val: ShardSizes
+    num_perturbations: int
+    rounds: Mapping[int, int]
+    num_solves: int
+    evaluations_per_solve: Span
+    measurements: Mapping[tuple[int, ...], int]
+
+    @property
+    def num_rounds(self) -> int:
+        """Rounds of one computation."""
+        return sum(self.rounds.values())
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of one computation."""
+        return sum(num_blocks * times for num_blocks, times in self.rounds.items())
+
+    @property
+    def num_evaluations(self) -> Span:
+        """Network evaluations of all computations, each with the clean labels of its training images, as runs report them."""
+        of_one = self.evaluations_per_solve * self.num_solves + self.train.total_images
+        return of_one * self.num_perturbations
+
+    @property
+    def num_classified(self) -> int:
+        """Images classified: once for clean labels, and for the measurements of each computation."""
+        of_one = sum(times * sum(sizes) for sizes, times in self.measurements.items())
+        return self.train.total_images + self.val.total_images + self.num_perturbations * of_one
+
+
+def count_work(
+    train: ShardSizes,
+    val: ShardSizes,
+    config: ComputeConfig,
+    *,
+    num_perturbations: int = 1,
+    evaluations_per_solve: Span = OF_LOG_ODDS,
+) -> Work:
+    """Count all work that the config allows; a run that reaches its target fooling rate before does less.
+
+    The count is exact for the log-odds rule. For the paper's rule it is as good as `evaluations_per_solve`.
+
+    Args:
+        train: training shards.
+        val: held-out shards.
+        config: of each computation; all are counted with the seed of the first.
+        num_perturbations: number of computations.
+        evaluations_per_solve: network evaluations.
+
+    Raises:
+        ConfigError: the config allows no round.
+    """
+    num_train, num_val = train.total_images, val.total_images
+    planned = count_rounds(train.num_images, config)
+    plan = plan_measurements(train.num_images, num_val, config, planned)
+    rounds: Counter[int] = Counter()
+    num_solves = num_measurements = 0
+    spent = float(num_train)
+    for round_ in plan_rounds(
+        train.num_images, seed=config.seed, round_size=config.round_size, block_size=config.block_size
+    ):
+        rounds[len(round_.blocks)] += 1
+        num_solves += round_.num_examples
+        spent_before, spent = spent, num_train + evaluations_per_solve.expected * num_solves
+        is_spent = spent >= (config.max_evaluations or inf)
+        if round_.number + 1 == planned or is_spent:
+            break
+        num_measurements += plan.is_due(round_, spent_before, spent)
+    all_images = [train.num_images, val.num_images]
+    during = all_images if plan.num_images is None else [_thin(val.num_images, plan.num_images)]
+    at_end = [*all_images, val.num_images]  # the last under a random perturbation
+    return Work(
+        train=train,
+        val=val,
+        num_perturbations=num_perturbations,
+        rounds=rounds,
+        num_solves=num_solves,
+        # cheaper solves leave more of the budget for others
+        evaluations_per_solve=Span.exactly(evaluations_per_solve.expected) if is_spent else evaluations_per_solve,
+        measurements=Counter(during * num_measurements + at_end),
+    )
+
+
+def _thin(sizes: Sequence[int], num_images: int) -> tuple[int, ...]:
+    """How many images of each shard are among `num_images` that are evenly spread over all, as `Dataset.thin` takes them."""
+    chosen = np.arange(num_images) * sum(sizes) // num_images
+    return tuple(int(n) for n in np.histogram(chosen, np.cumsum([0, *sizes]))[0])

@@ -1,0 +1,76 @@
+"""A job as a process: the command line that started it, without credentials, and the signals that end it."""
+
+import atexit
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from uap_dist.errors import ConfigError
+from uap_dist.foreign_text import hide_credentials, printable, redact
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+INTERRUPTED = 130  # exit code
+WHERE_CREDENTIALS_BELONG = (
+    "credentials belong in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS), "
+    "in a profile, or in the machine's role"
+)
+
+
+def command(job: str | None = None) -> str:
+    """How this job was started, for messages that tell how to continue: `python jobs/compute.py`, or `uap-compute` if installed.
+
+    Args:
+        job: name of another job, such as finetune, to give the command of that one instead.
+    """
+    script = Path(sys.argv[0])
+    if script.suffix == ".py":
+        return f"python {script if job is None else script.with_name(f'{job}.py')}"
+    return script.name if job is None else f"uap-{job}"
+
+
+def refuse_credentials(words: Sequence[str]) -> None:
+    """Check the words of a command line for credentials, before anything parses, prints or stores them.
+
+    Raises:
+        ConfigError: a word seems to hold a credential. The message names the option, not the credential.
+    """
+    option = ""
+    for word in words:
+        value = word
+        if word.startswith("-"):
+            name, _, value = word.partition("=")
+            option = redact(name)
+            if hide_credentials(f"{name}=value") != f"{name}=value":
+                raise ConfigError(f"{option}: no option takes a credential; {WHERE_CREDENTIALS_BELONG}")
+        if hide_credentials(value) != value:
+            problem = (
+                "is a command, which is not run and may hold a credential; give a path, or an s3:// or gs:// URL"
+                if "pipe:" in value
+                else "seems to hold a credential, which runs, checkpoints and logs would keep"
+            )
+            raise ConfigError(f"{option} {printable(redact(value))} {problem}; {WHERE_CREDENTIALS_BELONG}".strip())
+
+
+def raise_on_sigterm() -> None:
+    """Make SIGTERM raise KeyboardInterrupt, as Ctrl-C does.
+
+    A second signal of either kind ends the process at once, and so does one that arrives when the job is done and only
+    exit handlers run.
+    """
+    for number in SIGNALS:
+        signal.signal(number, _interrupt)
+    atexit.register(_exit_on_signals)  # runs before Ray's exit handler, which takes seconds
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    _exit_on_signals()
+    os.write(sys.stderr.fileno(), b"stopping; interrupt again to stop at once\n")
+    raise KeyboardInterrupt
+
+
+def _exit_on_signals() -> None:
+    for number in SIGNALS:
+        signal.signal(number, lambda number, frame: os._exit(INTERRUPTED))

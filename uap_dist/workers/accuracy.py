@@ -1,0 +1,56 @@
+"""Clean accuracy on images with known classes: a low one may mean that the network expects other units or other class numbers."""
+
+import logging
+
+import numpy as np
+
+from uap_dist.data.decode import UNKNOWN_CLASS
+from uap_dist.errors import ClassifierError
+from uap_dist.method.rates import Rate
+from uap_dist.workers.dataset import Dataset, classify
+from uap_dist.workers.local import Workers
+
+SUSPICIOUS = 0.5  # a clean top-1 accuracy below this is investigated
+NUM_TRIED = 100  # images
+
+logger = logging.getLogger(__name__)
+
+
+def top1(dataset: Dataset, labels: np.ndarray) -> Rate | None:
+    """Top-1 accuracy of the labels (N) on the images with a known class; None if no class is known."""
+    known = dataset.truths != UNKNOWN_CLASS
+    return Rate(int((labels == dataset.truths)[known].sum()), int(known.sum())) if known.any() else None
+
+
+def check_accuracy(workers: Workers, dataset: Dataset, model: str) -> Rate | None:
+    """Clean top-1 accuracy of a data set; None if no class is known. A low accuracy is logged as a warning.
+
+    Args:
+        workers: with the classifier.
+        dataset: with its clean labels.
+        model: name of the classifier, for messages.
+
+    Raises:
+        ClassifierError: the classifier is more accurate on pixels of 0..1 than on 0..255, which it has to accept.
+    """
+    clean = top1(dataset, dataset.clean.labels)
+    if clean is None or clean.rate >= SUSPICIOUS:
+        return clean
+    some = dataset.thin(min(NUM_TRIED, dataset.num_examples))
+    divided = classify(workers, some, np.zeros(some.shape, np.float32), divisor=255.0)
+    as_shown, scaled = top1(some, some.clean.labels), top1(some, divided.labels)
+    if as_shown is not None and scaled is not None:
+        counts = np.unique(some.truths[some.truths != UNKNOWN_CLASS], return_counts=True)[1]
+        guess = counts.max() / counts.sum()  # accuracy of a network that gives every image the same label
+        if scaled.interval[0] > max(as_shown.interval[1], guess):
+            raise ClassifierError(
+                f"{model} classifies {as_shown.rate:.3f} of the labelled images correctly, but {scaled.rate:.3f} if their pixels are "
+                "divided by 255: it expects 0..1 but is given 0..255. Let its forward begin with pixels / 255 (then subtract the mean "
+                "and divide by the standard deviation that it was trained with)"
+            )
+    logger.warning(
+        "%s classifies only %s labelled images correctly; are its classes numbered in the same way as the labels (.cls)?",
+        model,
+        clean,
+    )
+    return clean

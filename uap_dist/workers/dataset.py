@@ -1,0 +1,331 @@
+"""Data sets as the driver sees them: keys, known classes and clean predictions of the examples, never their images."""
+
+import hashlib
+import logging
+from bisect import bisect_right
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
+
+import numpy as np
+
+from uap_dist.errors import ConfigError, ShardError
+from uap_dist.job_options import check_limits
+from uap_dist.method.rates import Predictions, Rate
+from uap_dist.workers.local import Workers
+from uap_dist.workers.messages import Examples, ShardListing
+from uap_dist.workers.worker import Worker
+
+NUM_BAD_SHOWN = 5
+CLASSIFY_SIZE = 50  # examples per forward pass; fixed because the bits of a logit depend on the batch size
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The examples of one shard that belong to a data set.
+
+    Attributes:
+        url: of the shard.
+        digest: SHA-256 (hex) of its file.
+        keys: N sample keys.
+        truths: N class indices, see `DecodedShard`.
+        hashes: N hashes of the decoded pixels, see `DecodedShard`.
+    """
+
+    url: str
+    digest: str
+    keys: tuple[str, ...]
+    truths: np.ndarray
+    hashes: tuple[bytes, ...]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Examples with their clean predictions. They are numbered from 0 in the order of shards and of samples in them.
+
+    Attributes:
+        shards: in the order given.
+        shape: C×H×W of an image.
+        bad: images left out because they cannot be decoded, as "url: key: reason".
+        clean: the classifier's predictions for the unperturbed images.
+        shared: held-out images left out because they are training images too, as "url: key = url: key".
+    """
+
+    shards: tuple[Shard, ...]
+    shape: tuple[int, ...]
+    bad: tuple[str, ...]
+    clean: Predictions
+    shared: tuple[str, ...] = ()
+
+    @property
+    def num_examples(self) -> int:
+        """Number of examples in all shards."""
+        return len(self.clean.labels)
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Number of examples in each shard."""
+        return [len(shard.keys) for shard in self.shards]
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """Number of each shard's first example, and of the end."""
+        return list(accumulate(self.sizes, initial=0))
+
+    @property
+    def keys(self) -> list[str]:
+        """Keys of all examples."""
+        return [key for shard in self.shards for key in shard.keys]
+
+    @property
+    def hashes(self) -> list[bytes]:
+        """Hashes of all examples' decoded pixels."""
+        return [each for shard in self.shards for each in shard.hashes]
+
+    def place(self, example: int) -> str:
+        """Where the example with this number is, as "url: key"."""
+        shard = bisect_right(self.starts, example) - 1
+        return f"{self.shards[shard].url}: {self.shards[shard].keys[example - self.starts[shard]]}"
+
+    @property
+    def truths(self) -> np.ndarray:
+        """Class indices of all examples, UNKNOWN_CLASS where not known."""
+        return np.concatenate([shard.truths for shard in self.shards])
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) over the shards' digests and the examples' keys."""
+        digest = hashlib.sha256()
+        for shard in self.shards:
+            digest.update(f"{shard.digest} {' '.join(shard.keys)}\n".encode())
+        return digest.hexdigest()
+
+    def thin(self, num_examples: int) -> "Dataset":
+        """A subset of this many examples, evenly spaced."""
+        return self._take(np.arange(num_examples) * self.num_examples // num_examples)
+
+    def thin_by_blocks(self, num_examples: int, block_size: int) -> "Dataset":
+        """A subset of this many examples that can be cut into whole blocks: evenly spaced runs of `block_size` within one shard.
+
+        If there are not enough such runs, evenly spaced single examples are added.
+        """
+        runs = [
+            start + i
+            for start, n in zip(self.starts, self.sizes, strict=False)
+            for i in range(0, n - block_size + 1, block_size)
+        ]
+        count = min(len(runs), -(-num_examples // block_size))
+        chosen = np.array(runs, np.int64)[np.arange(count) * len(runs) // max(1, count), None] + np.arange(block_size)
+        chosen = chosen.ravel()[:num_examples]
+        others = np.setdiff1d(np.arange(self.num_examples), chosen)
+        missing = num_examples - len(chosen)
+        more = others[np.arange(missing) * len(others) // max(1, missing)]
+        return self._take(np.sort(np.concatenate([chosen, more])))
+
+    def part(self, number: int, num_parts: int) -> "Dataset":
+        """Part `number` (from 0) of `num_parts` consecutive parts of nearly equal size."""
+        first, last = (n * self.num_examples // num_parts for n in (number, number + 1))
+        return self._take(np.arange(first, last))
+
+    def _take(self, chosen: np.ndarray) -> "Dataset":
+        """The subset of the examples with these numbers, which must be ascending."""
+        shards = []
+        for start, shard in zip(self.starts, self.shards, strict=False):
+            rows = chosen[(chosen >= start) & (chosen < start + len(shard.keys))] - start
+            if len(rows):
+                keys, hashes = (tuple(values[i] for i in rows) for values in (shard.keys, shard.hashes))
+                shards.append(replace(shard, keys=keys, truths=shard.truths[rows], hashes=hashes))
+        clean = Predictions(self.clean.labels[chosen], self.clean.confidences[chosen])
+        return replace(self, shards=tuple(shards), clean=clean)
+
+    def examples(self, shard: int, indices: Sequence[int], seed: tuple[int, ...] = ()) -> Examples:
+        """A task for examples of a shard (both by index), with their clean labels."""
+        start, chosen = self.starts[shard], self.shards[shard]
+        return Examples(
+            shard=chosen.url,
+            digest=chosen.digest,
+            keys=tuple(chosen.keys[i] for i in indices),
+            labels=tuple(int(self.clean.labels[start + i]) for i in indices),
+            seed=seed,
+        )
+
+    def blocks(self, size: int) -> list[Examples]:
+        """All examples in order, as tasks of at most `size` examples of one shard each."""
+        return [
+            self.examples(shard, range(count)[start : start + size])
+            for shard, count in enumerate(self.sizes)
+            for start in range(0, count, size)
+        ]
+
+
+def load_dataset(
+    workers: Workers, urls: Sequence[str], *, num_images: int | None = None, max_bad_fraction: float = 0.01
+) -> Dataset:
+    """Let the workers decode shards until there are enough images, and classify these; arguments and errors as for `list_dataset`."""
+    return predict(workers, list_dataset(workers, urls, num_images=num_images, max_bad_fraction=max_bad_fraction))
+
+
+def list_dataset(
+    workers: Workers, urls: Sequence[str], *, num_images: int | None = None, max_bad_fraction: float = 0.01
+) -> Dataset:
+    """Let the workers decode shards until there are enough images. The result has no clean predictions yet, see `predict`.
+
+    Args:
+        workers: read the shards.
+        urls: of the shards, as returned by `expand_patterns`.
+        num_images: use only the first this many; None uses all.
+        max_bad_fraction: fraction of samples allowed to be undecodable (0..1).
+
+    Raises:
+        ShardError: a shard cannot be used, too many images are bad, or images differ in size.
+        ConfigError: there are fewer images than `num_images`, or an option is outside its range.
+    """
+    check_limits(max_bad_fraction, num_images)
+    listings = list(_list_shards(workers, urls, num_images))
+    bad = tuple(f"{url}: {complaint}" for url, listing in listings for complaint in listing.bad)
+    num_samples = len(bad) + sum(len(listing.keys) for _, listing in listings)
+    if len(bad) > max_bad_fraction * num_samples:
+        raise ShardError(
+            f"{len(bad)} of {num_samples} images cannot be decoded, more than the allowed share {max_bad_fraction} "
+            f"(--max-bad-fraction); the first: {bad[0]}"
+        )
+    if bad:
+        logger.warning("left out %d images that cannot be decoded: %s", len(bad), _first(bad))
+    unused = [f"{url}: {name}" for url, listing in listings for name in listing.unused]
+    if unused:
+        logger.warning(
+            "left out %d files that may be pictures: their names begin with a dot or have no extension, or their sample has "
+            "another picture: %s",
+            len(unused),
+            _first(unused),
+        )
+    shards = tuple(_take(listings, num_images))
+    found = sum(len(shard.keys) for shard in shards)
+    if found < (num_images or 1):
+        raise ConfigError(f"asked for {num_images or 1} images, but the {len(urls)} shards from {urls[0]} hold {found}")
+    shapes = {listing.shape for _, listing in listings if listing.keys}
+    if len(shapes) > 1:
+        raise ShardError(f"shards hold images of different sizes {sorted(shapes)}; give shards with images of one size")
+    dataset = Dataset(shards, shapes.pop(), bad, Predictions(np.full(found, -1), np.zeros(found, np.float32)))
+    _warn_of_twins(dataset)
+    return dataset
+
+
+def reload_dataset(workers: Workers, dataset: Dataset) -> Dataset:
+    """The same examples with the clean predictions of workers that have another classifier.
+
+    Raises:
+        ShardError: a shard has changed.
+    """
+    tasks = [Examples(shard.url) for shard in dataset.shards]
+    for _ in workers.map(Worker.load, tasks):  # so that each shard is decoded once
+        pass
+    return predict(workers, dataset)
+
+
+def predict(workers: Workers, dataset: Dataset) -> Dataset:
+    """The dataset with the clean predictions of its examples."""
+    return replace(dataset, clean=classify(workers, dataset, np.zeros(dataset.shape, np.float32)))
+
+
+def classify(
+    workers: Workers, dataset: Dataset, perturbation: np.ndarray, *, quantize: bool = False, divisor: float = 1.0
+) -> Predictions:
+    """Predictions for all examples perturbed by v (C×H×W float32, pixels); options as for `Worker.classify`."""
+    tasks = dataset.blocks(CLASSIFY_SIZE)
+    parts = list(workers.map(Worker.classify, tasks, perturbation, quantize, divisor))
+    return Predictions(np.concatenate([p.labels for p in parts]), np.concatenate([p.confidences for p in parts]))
+
+
+def fooling_rate(dataset: Dataset, perturbed: Predictions) -> Rate:
+    """Fooling rate: the proportion of examples whose perturbed label differs from the clean one."""
+    return Rate(int((perturbed.labels != dataset.clean.labels).sum()), dataset.num_examples)
+
+
+def check_disjoint(train: Dataset, val: Dataset, *, max_shared_fraction: float = 0.01) -> Dataset:
+    """The held-out set without the images whose decoded pixels equal those of a training image.
+
+    Args:
+        train: the training set.
+        val: the held-out set.
+        max_shared_fraction: fraction of the held-out images that may be left out in this way (0..1).
+
+    Raises:
+        ShardError: a shard with the same content is in both sets, or more images are shared.
+    """
+    held_out = {shard.digest: shard.url for shard in val.shards}
+    for shard in train.shards:
+        if shard.digest in held_out:
+            raise ShardError(
+                f"training shard {shard.url} is also a held-out shard ({held_out[shard.digest]}); hold out other shards"
+            )
+    trained_on = {image: example for example, image in enumerate(train.hashes)}
+    twins = {i: trained_on[image] for i, image in enumerate(val.hashes) if image in trained_on}
+    _warn_of_keys(train, val, twins)
+    if not twins:
+        return val
+    shared = tuple(f"{val.place(ours)} = {train.place(theirs)}" for ours, theirs in twins.items())
+    count = f"{len(shared)} of {val.num_examples} held-out images"
+    if len(shared) > max_shared_fraction * val.num_examples or len(shared) == val.num_examples:
+        raise ShardError(
+            f"{count} are training images too, more than the allowed share {max_shared_fraction} (--max-bad-fraction); the "
+            f"first: {shared[0]}; hold out shards of images that are in no training shard"
+        )
+    logger.warning("left out %s that are training images too: %s", count, _first(shared))
+    return replace(val._take(np.delete(np.arange(val.num_examples), list(twins))), shared=shared)
+
+
+def _warn_of_keys(train: Dataset, val: Dataset, twins: Collection[int]) -> None:
+    """Warn of held-out images that have the key of a training image but other pixels (are not among `twins`)."""
+    trained_on = set(train.keys)
+    same = [key for i, key in enumerate(val.keys) if key in trained_on and i not in twins]
+    if same:
+        logger.warning(
+            "%d of %d held-out images have the key of a training image but other pixels, the first %s; this is fine if keys are "
+            "running numbers, but if these are the same photographs in another encoding, the held-out rate is meaningless",
+            len(same),
+            val.num_examples,
+            same[0],
+        )
+
+
+def _warn_of_twins(dataset: Dataset) -> None:
+    """Warn of images that are in a set more than once, by their decoded pixels."""
+    seen: dict[bytes, int] = {}
+    twins = [(i, first) for i, image in enumerate(dataset.hashes) if (first := seen.setdefault(image, i)) != i]
+    if twins:
+        logger.warning(
+            "%d of %d images duplicate an earlier one pixel for pixel and are counted again; the first: %s = %s",
+            len(twins),
+            dataset.num_examples,
+            *map(dataset.place, twins[0]),
+        )
+
+
+def _first(complaints: Sequence[str]) -> str:
+    return "; ".join(complaints[:NUM_BAD_SHOWN]) + "; …" * (len(complaints) > NUM_BAD_SHOWN)
+
+
+def _list_shards(workers: Workers, urls: Sequence[str], num_images: int | None) -> Iterator[tuple[str, ShardListing]]:
+    """Load all shards at once or, for a limited number of images, two per worker at a time until there are enough images."""
+    found, start = 0, 0
+    while start < len(urls) and (num_images is None or found < num_images):
+        size = len(urls) if num_images is None else 2 * workers.num_workers
+        wave = urls[start : start + size]
+        start += size
+        for url, listing in zip(wave, workers.map(Worker.load, [Examples(url) for url in wave]), strict=True):
+            if num_images is None or found < num_images:
+                yield url, listing
+            found += len(listing.keys)
+
+
+def _take(listings: Sequence[tuple[str, ShardListing]], num_images: int | None) -> Iterator[Shard]:
+    room = num_images if num_images is not None else sum(len(listing.keys) for _, listing in listings)
+    for url, listing in listings:
+        keys = listing.keys[:room]
+        room -= len(keys)
+        if keys:
+            yield Shard(url, listing.digest, keys, listing.truths[: len(keys)], listing.hashes[: len(keys)])

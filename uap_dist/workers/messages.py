@@ -1,0 +1,76 @@
+"""Messages between the driver and its workers."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A task: some examples of one shard.
+
+    Attributes:
+        shard: its URL.
+        digest: of the shard when it was first read, to detect a change; empty before that.
+        keys: of the examples, in the order of computation.
+        labels: their clean labels, if known.
+        seed: of the augmentation: the run's seed, the round and the block.
+    """
+
+    shard: str
+    digest: str = ""
+    keys: tuple[str, ...] = ()
+    labels: tuple[int, ...] = ()
+    seed: tuple[int, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """A title for logs: the shard and, for a block that is solved, its seed, round and block number."""
+        place = "seed {}, round {}, block {}: ".format(*self.seed) if self.seed else ""
+        return place + self.shard
+
+
+@dataclass(frozen=True)
+class ShardListing:
+    """The contents of a shard without its images, see `DecodedShard`; `shape` is C×H×W of an image."""
+
+    keys: tuple[str, ...]
+    truths: np.ndarray
+    bad: tuple[str, ...]
+    digest: str
+    hashes: tuple[bytes, ...]
+    unused: tuple[str, ...]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Normals:
+    """DeepFool's perturbations r(x) of the images of a block, for those M that it takes across a boundary.
+
+    Attributes:
+        directions: M×C×H×W float32, unit normals of the boundaries at the points nearest to the images. A normal is r(x)/‖r(x)‖2 if
+            no pixel of r(x) is held back by 0 or 255.
+        total: C×H×W float64, pixels, the sum of the r(x).
+        num_left_out: images that DeepFool did not take across a boundary within its iterations, or whose gradient is zero.
+    """
+
+    directions: np.ndarray
+    total: np.ndarray
+    num_left_out: int
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a worker uses.
+
+    Attributes:
+        process_bytes: resident memory of its process.
+        decoded_bytes: of decoded images, part of that.
+        gpu_bytes: largest amount of GPU memory reserved so far.
+        num_cpus: of its machine.
+    """
+
+    process_bytes: int
+    decoded_bytes: int
+    gpu_bytes: int
+    num_cpus: int

@@ -1,0 +1,194 @@
+"""A worker: a classifier and a cache of decoded shards. A plain class that knows nothing of Ray.
+
+Everything it returns is a function of its arguments, its classifier and the shards; it keeps nothing but caches.
+"""
+
+import os
+from collections.abc import Callable
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+from uap_dist.data.cache import ShardCache, Traffic
+from uap_dist.errors import ShardError
+from uap_dist.method.augment import augment
+from uap_dist.method.deepfool import deepfool
+from uap_dist.method.norms import add_perturbation
+from uap_dist.method.rates import Predictions
+from uap_dist.method.solver import BlockResult, LocalSteps, Solver, solve_block, take_local_steps
+from uap_dist.models.accelerate import accelerate
+from uap_dist.models.check import check_classifier
+from uap_dist.models.classifier import Classifier
+from uap_dist.models.loading import load_classifier
+from uap_dist.workers.messages import Examples, Normals, Resources, ShardListing
+from uap_dist.workers.reproducible import reproducible
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _reproducibly(method: Callable[Concatenate["Worker", P], T]) -> Callable[Concatenate["Worker", P], T]:
+    """Run a method of Worker with the torch settings that all workers share, and restore the old ones afterwards."""
+
+    @wraps(method)
+    def call(self: "Worker", /, *args: P.args, **options: P.kwargs) -> T:
+        with reproducible(self._num_threads):
+            return method(self, *args, **options)
+
+    return call
+
+
+class Worker:
+    """Computes results for examples of shards: clean labels, increments, boundary normals.
+
+    Each task runs with torch settings that make its bits repeatable: number of threads, deterministic kernels, full float32
+    precision (no TF32), and cuBLAS's workspace. They are settings of the whole process, the same in a notebook as in a Ray actor,
+    and are restored after the task. Only cuBLAS keeps the workspace it was first used with: where GPU results have to repeat bit
+    for bit, set CUBLAS_WORKSPACE_CONFIG=:4096:8 before Python starts.
+    """
+
+    def __init__(
+        self, classifier: Classifier, *, cache_bytes: int, disk_cache_bytes: int = 0, num_threads: int
+    ) -> None:
+        """Move a classifier to the GPU if there is one.
+
+        Args:
+            classifier: as returned by `load_classifier`.
+            cache_bytes: decoded images kept in memory at most.
+            disk_cache_bytes: decoded images kept on disk at most, once memory is full. Shards that fit in neither are read and
+                decoded again for each block.
+            num_threads: of torch on the CPU; results may depend on it.
+        """
+        self._num_threads = num_threads
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.classifier = classifier.to(self.device)
+        self._cache = ShardCache(classifier.geometry, memory_bytes=cache_bytes, disk_bytes=disk_cache_bytes)
+        self._is_prepared = False
+
+    @property
+    def traffic(self) -> Traffic:
+        """What was read so far, by this worker and by those that it adopted the cache of."""
+        return self._cache.traffic
+
+    def adopt(self, predecessor: "Worker") -> None:
+        """Take over another worker's cache: its counts, the shard it is fetching and, for the same geometry, its decoded images."""
+        self._cache = predecessor._cache.at(self.classifier.geometry)
+
+    def prefetch(self, url: str) -> None:
+        """Start fetching a shard in the background, one at a time; a task that needs it waits only for the rest."""
+        self._cache.prefetch(url)
+
+    @_reproducibly
+    def load(self, examples: Examples) -> ShardListing:
+        """Read and decode a whole shard, keep it if there is room, and list its examples.
+
+        Raises:
+            ShardError: see `fetch` and `decode_shard`.
+            ClassifierError: the classifier cannot be used on these images, see `check_classifier`.
+        """
+        shard = self._cache.whole(examples.shard)
+        if shard.keys:
+            self._prepare_classifier(shard.images)
+        return ShardListing(
+            keys=shard.keys,
+            truths=shard.truths,
+            bad=shard.bad,
+            digest=shard.digest,
+            hashes=shard.hashes,
+            unused=shard.unused,
+            shape=shard.images.shape[1:],
+        )
+
+    @_reproducibly
+    def pixels(self, examples: Examples) -> np.ndarray:
+        """The examples' images, N×3×H×W uint8.
+
+        Raises:
+            ShardError: the shard has changed since its digest was taken.
+        """
+        shard = self._cache.some(examples.shard, set(examples.keys))
+        if shard.digest != examples.digest:
+            raise ShardError(
+                f"shard {examples.shard} changed during the run; start again with shards that stay as they are"
+            )
+        return shard.images[[shard.rows[key] for key in examples.keys]]
+
+    @_reproducibly
+    def classify(
+        self, examples: Examples, perturbation: np.ndarray, quantize: bool = False, divisor: float = 1.0
+    ) -> Predictions:
+        """Labels and confidences of clip(x + v, 0, 255) / divisor.
+
+        Args:
+            examples: x.
+            perturbation: v, C×H×W float32, pixels.
+            quantize: whether to round clip(x + v, 0, 255) to whole pixel values.
+            divisor: 255 shows the network values of 0..1 instead of pixels.
+        """
+        images = self.pixels(examples)
+        self._prepare_classifier(images)
+        shown = add_perturbation(self._tensor(images), self._tensor(perturbation))
+        with torch.no_grad():
+            logits = self.classifier((shown.round() if quantize else shown) / divisor)
+        top = logits.softmax(1).max(1)
+        return Predictions(top.indices.cpu().numpy(), top.values.cpu().numpy())
+
+    @_reproducibly
+    def solve(
+        self, examples: Examples, perturbation: np.ndarray, solver: Solver, local: LocalSteps | None = None
+    ) -> BlockResult:
+        """Increments of a block against v (C×H×W float32, pixels), summed; or with `local`, what local steps make of v."""
+        images = self.pixels(examples)
+        self._prepare_classifier(images)
+        x = self._tensor(augment(images, solver.augmentation, np.random.default_rng(examples.seed)))
+        v, labels = self._tensor(perturbation), torch.tensor(examples.labels, device=self.device)
+        if local is not None:
+            return take_local_steps(self.classifier, x, v, labels, solver, local)
+        return solve_block(self.classifier, x, v, labels, solver)
+
+    @_reproducibly
+    def normals(self, examples: Examples) -> Normals:
+        """Unit normals of the boundaries nearest to the unperturbed examples, found by DeepFool with its default options."""
+        images = self.pixels(examples)
+        self._prepare_classifier(images)
+        x, labels = self._tensor(images), torch.tensor(examples.labels, device=self.device)
+        found = deepfool(self.classifier, x, torch.zeros_like(x[0]), labels)
+        is_found = found.is_solved & found.normals.flatten(1).any(1)
+        total = found.steps[is_found].double().sum(0)
+        return Normals(found.normals[is_found].cpu().numpy(), total.cpu().numpy(), int((~is_found).sum()))
+
+    def sum_pixels(self, examples: Examples) -> np.ndarray:
+        """Sum of the examples' images, C×H×W int64."""
+        total: np.ndarray = self.pixels(examples).sum(0, dtype=np.int64)
+        return total
+
+    def resources(self, examples: Examples) -> Resources:
+        """Memory used so far, and the CPUs of the worker's machine."""
+        return Resources(
+            process_bytes=psutil.Process().memory_info().rss,
+            decoded_bytes=self._cache.memory_bytes,
+            gpu_bytes=torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0,
+            num_cpus=os.cpu_count() or 1,
+        )
+
+    def _prepare_classifier(self, images: np.ndarray) -> None:
+        """Check the classifier and replace it by an accelerated one, once: before it sees the first image, on every worker."""
+        if not self._is_prepared:
+            check_classifier(self.classifier, images.shape[1:])
+            self.classifier = accelerate(self.classifier, images.shape[1:])
+            self._is_prepared = True
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.tensor(array, dtype=torch.float32, device=self.device)
+
+
+def make_worker(
+    model: str, weights: str | None, *, cache_bytes: int, disk_cache_bytes: int, num_threads: int
+) -> Worker:
+    """A worker with the classifier that `load_classifier` returns for this model and weights."""
+    classifier = load_classifier(model, weights)
+    return Worker(classifier, cache_bytes=cache_bytes, disk_cache_bytes=disk_cache_bytes, num_threads=num_threads)
