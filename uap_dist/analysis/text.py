@@ -164,8 +164,9 @@ def boundaries_section(boundaries: Boundaries) -> Iterator[str]:
     num_draws = len(select(boundaries.points, kind=SUBSPACE))
     yield "## 2. Correlated boundaries: why does one perturbation fool so many images?"
     yield (
-        f"For each of {num_images:,} training images x, DeepFool's smallest step r(x) is at right angles to the decision "
-        f"boundary that is nearest to x: r(x)/‖r(x)‖2 is its unit normal. Of these images {found['num_left_out']:,} are "
+        f"For each of {num_images:,} training images x, DeepFool finds the nearest decision boundary and its unit normal, "
+        "which is r(x)/‖r(x)‖2 for the smallest step r(x) across it if no pixel of the step is held back by 0 or 255. Of these "
+        f"images {found['num_left_out']:,} are "
         f"left out, because DeepFool did not reach a boundary. The {found['num_normals']:,} normals are the rows of a "
         "matrix. If the normals at different images had nothing to do with each other, its singular values would be "
         "those of random unit vectors; if they share few directions, few singular values are large."

@@ -255,7 +255,7 @@ def _load_own(name: str, weights: str | None) -> Classifier:
         module = import_file(Path(location)) if is_file else import_module(location)
         factory = getattr(module, attribute, None)
         if not callable(factory):
-            near = difflib.get_close_matches(attribute, dir(module), n=3, cutoff=0.4)
+            near = difflib.get_close_matches(attribute, dir(module), n=5, cutoff=0.4)
             raise ClassifierError(
                 f"{location} has no factory {attribute!r}; nearest names: {', '.join(near) or 'none'}"
             )
