@@ -37,6 +37,7 @@ from networks import NETWORKS
 from PIL import Image
 from victim import BUG, FLAGS, PAUSE, SECONDS_PER_BLOCK
 
+from uap_dist.data import write
 from uap_dist.versions import git_commit
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -776,7 +777,7 @@ def write_shards(folder: Path, *, broken_image: bool = False) -> None:
             samples.append({"__key__": f"{prefix}-{i:03d}", "png": file.getvalue(), "cls": int(colour.argmax())})
         if broken_image and prefix == "train":
             samples.append({"__key__": "broken", "png": b"no image", "cls": 0})
-        write_shards(samples, folder, prefix=prefix, shard_size=20)
+        write.write_shards(samples, folder, prefix=prefix, shard_size=20)
 
 
 if __name__ == "__main__":
