@@ -73,6 +73,7 @@ def test_lite0_has_the_published_accuracy(shared):
 @pytest.mark.parametrize(
     ("name", "weights", "message"),
     [
+        ("tiny.py", None, "tiny.py is a file; name the factory in it that makes the network, as tiny.py:factory"),
         ("resnet50", None, "unknown network 'resnet50'; nearest names: .*torchvision/resnet50"),
         ("torchvision/resnet5", None, "torchvision has no classifier 'resnet5'; nearest names: resnet50"),
         ("timm/resnet5000", None, "timm has no network 'resnet5000'; nearest names: "),

@@ -10,7 +10,7 @@ from PIL import Image
 from uap_dist.computing.rounds import NUM_PLACES, compute, count_rounds, describe_steps, plan_measurements, run_round
 from uap_dist.data.write import write_shards
 from uap_dist.errors import ConfigError, PerturbationError, ShardError
-from uap_dist.method.config import ComputeConfig
+from uap_dist.method.config import ComputeConfig, warn_of_default_radius
 from uap_dist.method.norms import measure
 from uap_dist.method.schedule import Block, Round
 from uap_dist.method.state import State
@@ -411,3 +411,12 @@ def test_the_record_of_a_run_says_its_period_and_first_step():
         "steps.first_size": 2.0,
     }
     assert describe_steps(None, (1, 30, 30), ComputeConfig(rule="paper")) == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "side", "is_warned"),
+    [({}, 32, True), ({}, 260, False), ({"radius": 2000.0}, 32, False), ({"norm": "linf"}, 32, False)],
+)
+def test_the_default_l2_radius_is_questioned_on_images_of_another_size(options, side, is_warned, caplog):
+    warn_of_default_radius(ComputeConfig(**{"norm": "l2"} | options), (3, side, side))
+    assert ("the same root mean square is 286 (--radius 286)" in caplog.text) == is_warned

@@ -130,6 +130,7 @@ def test_names_are_the_given_ones_or_as_much_of_the_path_as_it_takes(tmp_path):
     assert names(one, f"{two}/perturbation.safetensors", three) == ["run-1/seed-0", "run-2/seed-0", "seed-1"]
     assert names(f"seed-0={one}", two) == ["seed-0", "run-2/seed-0"]
     assert names(three, taken=["seed-1"]) == ["run-2/seed-1"]
+    assert [perturbation.name for perturbation in load_perturbations(str(one))] == ["seed-0"]
     with pytest.raises(ConfigError, match=r"perturbation .*run-1/seed-0 is given twice"):
         names(one, f"again={one}/perturbation.safetensors")
     for twin in ((f"a={one}", f"a={two}"), (f"a={one}",)):

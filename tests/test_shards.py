@@ -192,6 +192,10 @@ def test_links_keep_the_names_that_were_given(shards, tmp_path):
     with pytest.raises(ShardError, match="train-0001.tar is named twice, the first time as .*/train-0001.tar"):
         expand_patterns([str(shards / "train-0001.tar"), names[1]])
     (tmp_path / "train-0002.tar").symlink_to("gone")
+    with pytest.raises(
+        ShardError, match="no shard .*: it is a folder; jobs/shard.py makes shards of a folder of images"
+    ):
+        expand_patterns([str(tmp_path)])
     with pytest.raises(ShardError, match="no shard .*train-0002.tar: it is a link to gone, which is no file"):
         expand_patterns([f"{tmp_path}/train-*.tar"])
 

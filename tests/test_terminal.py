@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from clusters import can_hide_folders
 
-from uap_dist.errors import OutputError
-from uap_dist.tracking.outputs import resumable, writes_files
+from uap_dist.errors import ConfigError, OutputError
+from uap_dist.tracking.outputs import output_folder, resumable, writes_files
 
 ROOT = Path(__file__).parents[1]
 
@@ -103,3 +103,11 @@ def test_results_that_do_not_fit_on_the_disk_say_how_to_continue(tmp_path):
         resumable("s3://bucket/run"),
     ):
         save(tmp_path)
+
+
+def test_a_folder_that_holds_a_plan_takes_the_run_that_was_planned(tmp_path):
+    (tmp_path / "plan.json").write_text("{}")
+    assert output_folder(tmp_path, "run", besides=("plan.json",)) == tmp_path
+    (tmp_path / "result.json").write_text("{}")
+    with pytest.raises(ConfigError, match="is not empty; give another --output"):
+        output_folder(tmp_path, "run", besides=("plan.json",))
