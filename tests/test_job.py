@@ -173,7 +173,7 @@ def test_sigterm_ends_the_run_killed(shards, tmp_path):
     code, _, err = finish(process, timeout=30)
     assert code == 130 and err.endswith("interrupted\n") and "Traceback" not in err
     _, (run,) = runs(tmp_path)
-    assert run.info.status == "KILLED"
+    assert run.info.status == "KILLED" and run.info.run_name == "tiny.py-Tiny-linf-seed0"  # it can be resumed
     assert run.info.end_time / 1000 - stopped < 3
     assert list(tmp_path.glob("checkpoints/*/round-*"))
 
@@ -248,6 +248,7 @@ def test_bad_input_is_one_line_and_a_failed_run(shards, tmp_path, options, messa
     assert code == 1 and err.startswith("error: ") and message in err and err.count("\n") == 1
     _, (run,) = runs(tmp_path)
     assert run.info.status == "FAILED" and message in run.data.tags["reason"]
+    assert run.info.run_name.endswith(" (failed)")
     assert {path.name for path in tmp_path.iterdir()} <= {"mlflow.db", "mlflow.db.lock"}  # no empty folders
 
 

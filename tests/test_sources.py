@@ -121,8 +121,22 @@ def test_job_makes_shards_of_a_folder_and_refuses_to_mix(tmp_path):
     loaded = [load_shard(str(tmp_path / f"out/train-000{i}.tar"), Geometry()) for i in range(2)]
     for shard in loaded:
         assert [(image[0, 0, 0] >= 100) for image in shard.images] == [truth == 1 for truth in shard.truths]
+    assert (tmp_path / "out/classes.txt").read_text() == "cat\ndog\n"
     again = run_job(command, tmp_path)
     assert again.returncode == 1 and "already holds train-*.tar" in again.stderr and "Traceback" not in again.stderr
+
+
+def test_held_out_images_of_other_classes_are_refused_before_any_shard_is_written(tmp_path):
+    for folder, names in (("train", ("ant", "bee", "cat")), ("val", ("ant", "cat"))):
+        for value, name in enumerate(names):
+            (tmp_path / folder / name).mkdir(parents=True)
+            (tmp_path / folder / name / "0.png").write_bytes(picture(value))
+    given = [str(JOB), "--output", ".", "--source"]
+    assert run_job([*given, "train"], tmp_path).returncode == 0
+    done = run_job([*given, "val", "--prefix", "val"], tmp_path)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "classes.txt has 3 classes, these images have 2: class 1 is 'bee' there and 'cat' here" in done.stderr
+    assert not list(tmp_path.glob("val-*"))
 
 
 def test_job_makes_shards_of_the_tars_of_ilsvrc(train_tar, val_tar, tmp_path):

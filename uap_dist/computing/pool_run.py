@@ -155,7 +155,7 @@ def compute_members(setting: Setting, members: Mapping[str, TrackedRun]) -> None
             progress.show(report, name)
             if report.is_last:
                 provenance = dict(setting.provenance) | fleet.describe()
-                members[name].finish(report, fleet, setting.val, provenance, setting.classifier.class_names)
+                members[name].finish(report, fleet, setting.val, provenance, setting.class_names)
                 with suppress(TrackingError):  # `deliver_members` tries again
                     members[name].deliver(DELIVERY_TIMEOUT_S, fleet.describe())
 

@@ -1,12 +1,17 @@
 """Where a perturbation comes from: one dictionary, whose views are MLflow's parameters, the file's metadata and a run's identity."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from hashlib import sha256
 from typing import Any
 
+import torch
 from rich.console import Console
 
+from uap_dist.data.write import read_classes
+from uap_dist.errors import ConfigError
 from uap_dist.fleet.config import FleetConfig
 from uap_dist.fleet.fleet import Fleet
 from uap_dist.method.config import ComputeConfig
@@ -19,6 +24,8 @@ from uap_dist.workers.dataset import Dataset
 
 DECISIVE = ("weights_digest", "train_digest", "val_digest", "fleet.threads_per_worker", "num_perturbations")
 DECISIVE_VERSIONS = ("torch", "torchvision", "uap_dist")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,27 @@ class Setting:
     val: Dataset
     provenance: Mapping[str, Any]
     console: Console
+
+    @cached_property
+    def class_names(self) -> Sequence[str]:
+        """Names of the network's labels: its own, else those of the training images' classes if there are as many; else none."""
+        url = self.train.shards[0].url
+        try:
+            names = self.classifier.class_names or read_classes(url)
+        except (OSError, ConfigError) as error:  # names are not worth a failed run
+            logger.warning("labels are shown as numbers: %s", error)
+            return ()
+        with torch.no_grad():
+            num_labels = self.classifier(torch.zeros(1, *self.train.shape)).shape[1]
+        if names and len(names) != num_labels:
+            logger.warning(
+                "labels are shown as numbers: the network has %d, classes.txt beside %s has %d",
+                num_labels,
+                url,
+                len(names),
+            )
+            return ()
+        return names
 
 
 def describe_setup(classifier: Classifier, weights: str | None, fleet: FleetConfig) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from uap_dist.evaluation.label_graph import dominant_labels, label_graph, save_l
 from uap_dist.evaluation.plots import save_label_graph as draw_label_graph
 from uap_dist.foreign_text import escape_markdown
 from uap_dist.method.norms import SYMBOLS, Norm, measure
-from uap_dist.method.rates import Predictions, Rate
+from uap_dist.method.rates import Predictions, Rate, rate_columns
 from uap_dist.method.state import RoundReport
 from uap_dist.perturbations.files import PERTURBATION_FILE, save_perturbation
 from uap_dist.tracking.history import RoundRecord
@@ -82,9 +82,12 @@ class FinishedRun:
         return self.random_rates[self.provenance["norm"]]
 
     def random_metrics(self) -> dict[str, float]:
-        """Held-out fooling rates of random perturbations, by their names in MLflow."""
-        by_norm = {f"fooling_rate/random_{norm}": rate.rate for norm, rate in self.random_rates.items()}
-        return self.random_rate.metrics("random") | by_norm
+        """Held-out fooling rates of random perturbations, by their names in MLflow.
+
+        They have a group of their own: each is a single point, and MLflow shows the charts of a group in alphabetical order.
+        """
+        by_norm = {f"random/fooling_rate_{norm}": rate.rate for norm, rate in self.random_rates.items()}
+        return rate_columns("random/fooling_rate", self.random_rate) | by_norm
 
     @property
     def seconds(self) -> float:

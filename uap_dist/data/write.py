@@ -1,12 +1,18 @@
-"""Writing shards."""
+"""Writing shards, and beside them the names of their classes."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import webdataset as wds
+
+from uap_dist.data.locations import exists, join, read_file, split_query
+from uap_dist.errors import ConfigError
+from uap_dist.foreign_text import printable
+
+CLASSES_FILE = "classes.txt"
 
 
 def write_shards(samples: Iterable[dict[str, Any]], folder: Path, *, prefix: str, shard_size: int) -> dict[str, int]:
@@ -36,3 +42,36 @@ def write_shards(samples: Iterable[dict[str, Any]], folder: Path, *, prefix: str
     index = {"num_examples": sum(counts.values()), "shards": counts}
     (folder / f"{prefix}-index.json").write_text(json.dumps(index, indent=2) + "\n")
     return counts
+
+
+def write_classes(folder: Path, names: Sequence[str]) -> None:
+    """Write the names of classes 0, 1, … to classes.txt in a folder, one a line, for all shards in it; numbers name nothing.
+
+    Raises:
+        ConfigError: the folder has other classes, so that the same number would mean two things.
+    """
+    path, names = folder / CLASSES_FILE, list(map(printable, names))
+    if names == [str(number) for number in range(len(names))]:
+        return
+    if path.exists() and (known := read_classes(str(path.absolute()))) != names:
+        same = (number for number, pair in enumerate(zip(known, names, strict=False)) if pair[0] != pair[1])
+        number = next(same, min(len(known), len(names)))
+        before, after = (repr(each[number]) if number < len(each) else "missing" for each in (known, names))
+        raise ConfigError(
+            f"{path} has {len(known)} classes, these images have {len(names)}: class {number} is {before} there and {after} here; training "
+            "and held-out images need the same classes. Shards of other classes need another --output"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+
+
+def read_classes(url: str) -> list[str]:
+    """Names of the classes of a shard (absolute path or URL), which stand in classes.txt in its folder; none without that file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ConfigError: see `locate`.
+    """
+    path, query = split_query(url)
+    place = join(path.rpartition("/")[0] + query, CLASSES_FILE)
+    return read_file(place).decode(errors="replace").splitlines() if exists(place) else []

@@ -63,7 +63,7 @@ def run_job(
         except ConfigError as error:  # whoever watches scheduled jobs expects a run that failed
             words = sys.argv
             experiment = words[words.index("--experiment") + 1] if "--experiment" in words[:-1] else "uap_dist"
-            with Tracker(job=job, experiment=experiment, run_name="refused", run_id=run_id):
+            with Tracker(job=job, experiment=experiment, run_name=job, run_id=run_id):
                 raise error
         experiment = options.record.experiment
         with Tracker(job=options.job, experiment=experiment, run_name=options.name, run_id=run_id) as tracker:

@@ -9,7 +9,7 @@ import tyro
 from rich.progress import track
 
 from uap_dist.data.imagenet import list_folder, list_ilsvrc_train, list_ilsvrc_val, shuffled_samples
-from uap_dist.data.write import write_shards
+from uap_dist.data.write import write_classes, write_shards
 from uap_dist.errors import ConfigError
 from uap_dist.jobs.common import command_line, console
 from uap_dist.tracking.outputs import output_folder
@@ -22,7 +22,7 @@ class ShardOptions:
     source: Path
     """ImageFolder tree (ROOT/CLASS/NAME.jpg), ILSVRC2012_img_train.tar (a tar of tars), or ILSVRC2012_img_val.tar (with --labels)."""
     output: Path
-    """Folder for PREFIX-0000.tar … and PREFIX-index.json."""
+    """Folder for PREFIX-0000.tar …, PREFIX-index.json with the counts, and classes.txt with the names of the classes."""
     prefix: str = "train"
     """First part of the shards' names."""
     labels: Path | None = None
@@ -56,6 +56,7 @@ def main() -> None:
             images, classes = list_ilsvrc_val(options.source, options.labels)
         else:
             images, classes = list_ilsvrc_train(options.source)
+        write_classes(options.output, classes)
         samples = _with_progress(shuffled_samples(images, options.seed), len(images))
         counts = write_shards(samples, options.output, prefix=options.prefix, shard_size=options.shard_size)
         console.print(

@@ -25,6 +25,7 @@ from uap_dist.foreign_text import HIDDEN, first_line, hide_credentials, in_one_l
 from uap_dist.models.classifier import Classifier
 from uap_dist.tracking.history import RoundRecord
 from uap_dist.tracking.mlflow_server import (
+    CHECKPOINTS_TAG,
     JOB_TAG,
     PARENT_TAG,
     calls_mlflow,
@@ -100,7 +101,10 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End the run as its block ended: FINISHED, FAILED with the error in the tag `reason`, or KILLED when interrupted."""
+        """End the run as its block ended: FINISHED, FAILED with the error in the tag `reason`, or KILLED when interrupted.
+
+        A run that ends so before it can be resumed says so in its name, because nothing in it is of use.
+        """
         if self._is_ended:
             return
         self._outbox.close(0.5 if error else 0)
@@ -121,10 +125,14 @@ class Tracker:
         try:
             if reason is not None:
                 self.set_tag("reason", printable(redact(reason))[:MAX_REASON_LENGTH])
-            if self._is_child:
+            if self._is_child:  # it keeps its name, by which it is found again
                 self._client.set_terminated(self.run_id, status)
-            else:
-                mlflow.end_run(status)
+                return
+            mlflow.end_run(status)
+            if status != "FINISHED":
+                run = self._client.get_run(self.run_id)
+                if CHECKPOINTS_TAG not in run.data.tags:
+                    self._client.update_run(self.run_id, name=f"{run.info.run_name} ({status.lower()})")
         except Exception as error:  # of MLflow, its server or its store
             if status == "FINISHED":
                 raise

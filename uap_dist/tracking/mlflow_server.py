@@ -33,7 +33,7 @@ EXPERIMENT_KIND = {"mlflow.experimentKind": "custom_model_development"}  # other
 # shows the columns that matter first; the table itself shows no metrics, and orders those that are added by name.
 RUNS_COLUMNS = (
     "metrics.`fooling_rate/val`",
-    "metrics.`fooling_rate/random`",
+    "metrics.`random/fooling_rate`",
     "metrics.`fooling_rate/train`",
     "metrics.`total/evaluations`",
     *(f"params.`{name}`" for name in ("model", "norm", "radius", "rule", "seed")),
