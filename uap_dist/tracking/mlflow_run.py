@@ -101,10 +101,7 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End the run as its block ended: FINISHED, FAILED with the error in the tag `reason`, or KILLED when interrupted.
-
-        A run that ends so before it can be resumed says so in its name, because nothing in it is of use.
-        """
+        """End the run as its block ended: FINISHED, FAILED with the error in the tag `reason`, or KILLED when interrupted."""
         if self._is_ended:
             return
         self._outbox.close(0.5 if error else 0)
@@ -125,14 +122,11 @@ class Tracker:
         try:
             if reason is not None:
                 self.set_tag("reason", printable(redact(reason))[:MAX_REASON_LENGTH])
-            if self._is_child:  # it keeps its name, by which it is found again
+            if self._is_child:
                 self._client.set_terminated(self.run_id, status)
-                return
-            mlflow.end_run(status)
-            if status != "FINISHED":
-                run = self._client.get_run(self.run_id)
-                if CHECKPOINTS_TAG not in run.data.tags:
-                    self._client.update_run(self.run_id, name=f"{run.info.run_name} ({status.lower()})")
+            else:
+                mlflow.end_run(status)
+                _mark_useless(self.run_id, status)
         except Exception as error:  # of MLflow, its server or its store
             if status == "FINISHED":
                 raise
@@ -311,6 +305,13 @@ def _reopen(run_id: str, uri: str) -> Run:
         raise ResumeError(f"run {run_id} was deleted; restore it with `mlflow.MlflowClient().restore_run` first")
     mlflow.set_experiment(experiment_id=info.experiment_id)
     return mlflow.start_run(run_id=run_id, log_system_metrics=True)
+
+
+def _mark_useless(run_id: str, status: str) -> None:
+    """Add how the run ended to its name if it holds neither results nor commits, from which it could be resumed."""
+    run = mlflow.get_run(run_id)
+    if status != "FINISHED" and CHECKPOINTS_TAG not in run.data.tags:
+        mlflow.MlflowClient().update_run(run_id, name=f"{run.info.run_name} ({status.lower()})")
 
 
 def _open_child(parent: Tracker, run_name: str, run_id: str | None, tags: Mapping[str, str]) -> Run:
