@@ -1,18 +1,24 @@
-"""Images a second from JPEG bytes to the classifier's 224×224 pixels, by decoder, and whether the pixels are Pillow's.
+"""Images a second from the bytes of shards to the classifier's 224×224 pixels: by number of threads, and by decoder.
 
+    python benchmarks/decoding.py                      # threads; a minute
     pip install -e '.[bench]'
-    python benchmarks/decoding.py        # a minute; benchmarks/overhead.md has the table
+    python benchmarks/decoding.py --compare decoders   # a minute; benchmarks/overhead.md has the table
 
-One thread, the photographs of the data as ImageNet has them (about 500×400). Every decoder's picture is resized and cropped by the same
-Pillow code, as shards.py does it. A decoder that is not installed is left out.
+*Threads*: whole shards as a worker decodes them (`decode_shard`), read from the page cache. *Decoders*: one thread, and whether
+the pixels are Pillow's; every decoder's picture is resized and cropped by the same Pillow code, as decode.py does it. A decoder
+that is not installed is left out.
 """
 
 import io
+import os
 import tarfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,8 +26,13 @@ import tyro
 from PIL import Image
 from torchvision.transforms import functional as F
 
+from uap_dist.data.decode import Geometry, decode_shard
+from uap_dist.data.fetch import fetch
+
 RESIZE, CROP = 256, 224
+GEOMETRY = Geometry(RESIZE, CROP)
 EXIF_ORIENTATION = 274
+NUM_COPIES = 16  # of 62 photographs
 Decoder = Callable[[bytes], np.ndarray]  # H×W×3 uint8
 
 
@@ -29,14 +40,61 @@ Decoder = Callable[[bytes], np.ndarray]  # H×W×3 uint8
 class Options:
     """Measure."""
 
+    compare: Literal["threads", "decoders"] = "threads"
+    """What is compared."""
     repeats: int = 3
     """Of which the best counts."""
-    tar: Path = Path("../shared/data/imagenet-original/original-0000.tar")
-    """Shard of JPEGs."""
+    data: Path = Path("../shared/data")
+    """Folder with the shards of photographs."""
+
+
+def main() -> None:
+    """A line for each number of threads or each decoder."""
+    options = tyro.cli(Options)
+    compare_threads(options) if options.compare == "threads" else compare_decoders(options)
+
+
+def compare_threads(options: Options) -> None:
+    """A table for photographs as ImageNet has them, and one for small ones."""
+    with TemporaryDirectory() as folder:
+        many = Path(folder) / "many.tar"
+        repeat(options.data / "imagenet-original/original-0000.tar", many)
+        for what, paths in (
+            ("photographs of ImageNet's size", [many]),
+            ("photographs of 224×224", sorted(options.data.glob("imagenette/train-000[0-2].tar"))),
+        ):
+            print(f"{what}, {os.cpu_count()} CPUs\n\n| threads | images/s | times one thread |\n| --- | --- | --- |")
+            speeds = measure_speeds(paths, options.repeats)
+            for count, speed in speeds.items():
+                print(f"| {count} | {speed:.0f} | {speed / speeds[1]:.2f} |")
+            print(flush=True)
+
+
+def repeat(path: Path, target: Path) -> None:
+    """Write a shard whose samples are those of another one, under new keys, until they are as many as a shard commonly has."""
+    with tarfile.open(path) as tar, tarfile.open(target, "w") as out:
+        members = [(member, tar.extractfile(member).read()) for member in tar if member.isfile()]  # type: ignore[union-attr]
+        for copy in range(NUM_COPIES):
+            for member, data in members:
+                info = tarfile.TarInfo(f"{copy}-{Path(member.name).name}")
+                info.size = len(data)
+                out.addfile(info, io.BytesIO(data))
+
+
+def measure_speeds(paths: list[Path], repeats: int) -> dict[int, float]:
+    """Images a second by number of threads, from 1 to twice the CPUs, in turn because other load comes and goes."""
+
+    def decode(num_threads: int) -> int:
+        return sum(len(decode_shard(fetch(str(path)), GEOMETRY, num_threads=num_threads).keys) for path in paths)
+
+    num_cpus, num_images = os.cpu_count() or 1, decode(1)
+    counts = sorted({1, 2, num_cpus, 2 * num_cpus})
+    rounds = [[timed(partial(decode, count)) for count in counts] for _ in range(repeats)]
+    return {count: num_images / min(seconds) for count, seconds in zip(counts, zip(*rounds, strict=True), strict=True)}
 
 
 def pillow(data: bytes) -> np.ndarray:
-    """As shards.py."""
+    """As decode.py."""
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
@@ -62,11 +120,10 @@ def torchcodec(data: bytes) -> np.ndarray:
     return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8)).permute(1, 2, 0).numpy()
 
 
-def main() -> None:
-    """A line for each decoder."""
-    options = tyro.cli(Options)
+def compare_decoders(options: Options) -> None:
+    """A line for each decoder, of the upright RGB photographs of ImageNet's size."""
     torch.set_num_threads(1)
-    with tarfile.open(options.tar) as tar:
+    with tarfile.open(options.data / "imagenet-original/original-0000.tar") as tar:
         files = [tar.extractfile(member).read() for member in tar if member.name.endswith(".jpg")]  # type: ignore[union-attr]
     opened = [Image.open(io.BytesIO(data)) for data in files]  # some decoders turn pictures as EXIF says, some do not
     files = [

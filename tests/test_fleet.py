@@ -167,6 +167,14 @@ def test_workers_that_can_never_fit_are_refused_at_once(local_ray):
     assert [need_of(FleetConfig(gpus_per_worker=gpus)).room() for gpus in (0, 0.5, 0.6, 1, 2)] == [4, 4, 2, 2, 1]
 
 
+def test_workers_share_the_cpus_of_a_node_for_decoding(local_ray):
+    needs = [
+        need_of(FleetConfig(gpus_per_worker=gpus, threads_per_worker=cpus)) for gpus, cpus in ((0, 1), (0, 3), (1, 1))
+    ]
+    assert [need.share_of_cpus(None) for need in needs] == [1, 4, 2]
+    assert [need.share_of_cpus(1) for need in needs] == [4, 4, 4]
+
+
 def test_one_worker_per_gpu_by_default(local_ray):
     fleet = Fleet(TINY, None, FleetConfig())
     assert fleet.num_asked == 2
@@ -222,6 +230,8 @@ def test_invalid_options_are_refused():
         FleetConfig(gpus_per_worker=1.5)
     with pytest.raises(ConfigError, match="verify determinism compares workers; give --num-workers 2"):
         FleetConfig(num_workers=1, verify_determinism=True)
+    with pytest.raises(ConfigError, match="decode threads is 0; it must be positive"):
+        FleetConfig(decode_threads=0)
 
 
 def test_prometheus_reads_what_the_fleet_does(local_ray, shards):

@@ -11,7 +11,8 @@ import pytest
 from conftest import encode, random_samples
 from PIL import Image
 
-from uap_dist.data.decode import UNKNOWN_CLASS, Geometry, load_shard
+from uap_dist.data.decode import UNKNOWN_CLASS, Geometry, decode_shard, load_shard
+from uap_dist.data.fetch import fetch
 from uap_dist.data.locations import locate, set_name
 from uap_dist.data.patterns import expand_patterns
 from uap_dist.data.write import write_shards
@@ -144,6 +145,24 @@ def test_any_decoding_error_is_reported_for_its_image_only(tmp_path):
     assert [line.partition(":")[0] for line in shard.bad] == list(damaged)
     assert not any("Error" in line or "\n" in line or "object at" in line for line in shard.bad)
     assert "exceeds limit" in shard.bad[2]
+
+
+def test_a_shard_is_the_same_for_any_number_of_threads(tmp_path):
+    """Bad images, bad labels and images that take longer than those after them stay where they are."""
+    rng = np.random.default_rng(3)
+    files = []
+    for i in range(60):
+        side = 600 if i % 7 == 0 else 20
+        data = encode(rng.integers(0, 256, (side, side, 3), np.uint8), ("PNG", "WEBP", "JPEG")[i % 3])
+        files.append((f"{i:02d}.jpg", data[: len(data) // 2] if i % 5 == 1 else data))
+        files.append((f"{i:02d}.cls", b"cat" if i % 11 == 5 else b"%d" % i))
+    path = pack(tmp_path / "t.tar", files)
+    one, *others = (decode_shard(fetch(path), Geometry(20, 16), num_threads=n) for n in (1, 2, 4))
+    assert len(one.keys) == 44 and len(one.bad) == 16 and list(one.keys) == sorted(one.keys)
+    for other in others:
+        assert np.array_equal(other.images, one.images) and np.array_equal(other.truths, one.truths)
+        for name in ("keys", "bad", "digest", "hashes", "unused"):
+            assert getattr(other, name) == getattr(one, name)
 
 
 @pytest.mark.parametrize("label", [b"cat", b"", b"1.0", b"-2", b"9" * 30, b"\xff"])

@@ -52,7 +52,7 @@ class ShardCache:
         traffic: what was read so far.
     """
 
-    def __init__(self, geometry: Geometry, *, memory_bytes: int, disk_bytes: int) -> None:
+    def __init__(self, geometry: Geometry, *, memory_bytes: int, disk_bytes: int, num_threads: int) -> None:
         """Create an empty cache.
 
         Args:
@@ -60,8 +60,9 @@ class ShardCache:
             memory_bytes: decoded images kept in memory at most.
             disk_bytes: decoded images kept at most in the folder for temporary files once memory is full; half of the space that
                 is free there now stays free.
+            num_threads: that decode.
         """
-        self.geometry, self.traffic = geometry, Traffic()
+        self.geometry, self.traffic, self._num_threads = geometry, Traffic(), num_threads
         self._memory_bytes, self._disk_bytes = self._memory_room, self._disk_room = memory_bytes, disk_bytes
         self._left_free = disk_usage(gettempdir()).free // 2
         self._kept: dict[str, DecodedShard] = {}
@@ -118,7 +119,7 @@ class ShardCache:
         started = time.perf_counter()
         file = self._fetch(url)
         waited = time.perf_counter() - started
-        shard = decode_shard(file, self.geometry, keys)
+        shard = decode_shard(file, self.geometry, keys, num_threads=self._num_threads)
         self.traffic += Traffic(
             bytes_read=file.num_bytes,
             seconds_reading=waited + file.seconds,

@@ -98,12 +98,16 @@ class UapWorker:
         """The name that Ray's dashboard and logs show."""
         return self._name
 
-    def start(self, expected: Mapping[str, str], **options: Any) -> Introduction:
+    def start(
+        self, expected: Mapping[str, str], need: ray_cluster.Need, max_workers: int | None, **options: Any
+    ) -> Introduction:
         """Load the classifier. It can be called again, for another classifier or after an error.
 
         Args:
             expected: `decisive_versions` of the driver.
-            options: of `make_worker`.
+            need: what each worker takes of a node.
+            max_workers: of the fleet; None: as many as fit.
+            options: of `make_worker`; without a number of threads that decode, this worker's share of the node's CPUs.
 
         Raises:
             ConfigError: this node has other versions.
@@ -115,6 +119,7 @@ class UapWorker:
                 f"node {self._node} has {', '.join(others)}; the bits of a result depend on them: install the driver's versions"
             )
         set_up_torch(options["num_threads"])
+        options["decode_threads"] = options["decode_threads"] or need.share_of_cpus(max_workers)
         worker = make_worker(**options)
         if self._worker is not None:
             worker.adopt(self._worker)

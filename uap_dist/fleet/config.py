@@ -19,6 +19,8 @@ class FleetConfig:
     if GPU nodes start on demand."""
     threads_per_worker: int = 1
     """CPU threads of each worker, and CPUs that it takes from the cluster. The bits of the result may depend on it."""
+    decode_threads: int | None = None
+    """Threads of each worker that decode images. Default: the CPUs of its node, divided by the workers that share it."""
     cache_gib: float = 4.0
     """Limit of the decoded images that each worker keeps in memory, in GiB."""
     disk_cache_gib: float = 8.0
@@ -33,9 +35,10 @@ class FleetConfig:
 
     def __post_init__(self) -> None:
         """Validate the options."""
-        for name in ("threads_per_worker", "cache_gib", "placement_timeout_s", "task_timeout_s"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name.replace('_', ' ')} is {getattr(self, name)}; it must be positive")
+        for name in ("threads_per_worker", "decode_threads", "cache_gib", "placement_timeout_s", "task_timeout_s"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name.replace('_', ' ')} is {value}; it must be positive")
         if not self.disk_cache_gib >= 0:
             raise ConfigError(f"disk cache gib is {self.disk_cache_gib}; it must not be negative")
         gpus = self.gpus_per_worker or 0

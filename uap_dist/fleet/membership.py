@@ -226,11 +226,14 @@ class Membership:
     def _load_classifier(self, worker: RemoteWorker) -> None:
         ref: ray.ObjectRef = worker.actor.start.options(name=f"{worker.name}: load {self._model}").remote(
             decisive_versions(),
+            self.placement.need,
+            self._config.bounds[1],
             model=self._model,
             weights=self._weights,
             cache_bytes=int(self._config.cache_gib * 2**30),
             disk_cache_bytes=int(self._config.disk_cache_gib * 2**30),
             num_threads=self._config.threads_per_worker,
+            decode_threads=self._config.decode_threads,
         )
         self.starting[ref] = worker
 

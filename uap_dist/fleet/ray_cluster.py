@@ -72,6 +72,13 @@ class Need:
             return min(by_cpu, num_gpus * int(1 / self.gpus))
         return min(by_cpu, num_gpus // int(self.gpus))
 
+    def share_of_cpus(self, max_workers: int | None) -> int:
+        """CPUs of this process's node for each of the workers that fit there, of which there are at most `max_workers`; at least 1."""
+        node = ray.get_runtime_context().get_node_id()
+        resources = next(each["Resources"] for each in ray.nodes() if each["NodeID"] == node)
+        room = self.room_on(resources)
+        return max(1, int(resources.get("CPU", 0)) // max(1, min(room, max_workers or room)))
+
 
 def connect() -> None:
     """Join the cluster at RAY_ADDRESS (which submitted jobs have set); if it is unset, start a Ray on loopback.

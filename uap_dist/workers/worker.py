@@ -52,7 +52,13 @@ class Worker:
     """
 
     def __init__(
-        self, classifier: Classifier, *, cache_bytes: int, disk_cache_bytes: int = 0, num_threads: int
+        self,
+        classifier: Classifier,
+        *,
+        cache_bytes: int,
+        disk_cache_bytes: int = 0,
+        num_threads: int,
+        decode_threads: int | None = None,
     ) -> None:
         """Move a classifier to the GPU if there is one.
 
@@ -62,11 +68,17 @@ class Worker:
             disk_cache_bytes: decoded images kept on disk at most, once memory is full. Shards that fit in neither are read and
                 decoded again for each block.
             num_threads: of torch on the CPU; results may depend on it.
+            decode_threads: that decode images; None for as many as the machine has CPUs. Results do not depend on it.
         """
         self._num_threads = num_threads
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.classifier = classifier.to(self.device)
-        self._cache = ShardCache(classifier.geometry, memory_bytes=cache_bytes, disk_bytes=disk_cache_bytes)
+        self._cache = ShardCache(
+            classifier.geometry,
+            memory_bytes=cache_bytes,
+            disk_bytes=disk_cache_bytes,
+            num_threads=decode_threads or os.cpu_count() or 1,
+        )
         self._is_prepared = False
 
     @property
@@ -186,9 +198,6 @@ class Worker:
         return torch.tensor(array, dtype=torch.float32, device=self.device)
 
 
-def make_worker(
-    model: str, weights: str | None, *, cache_bytes: int, disk_cache_bytes: int, num_threads: int
-) -> Worker:
-    """A worker with the classifier that `load_classifier` returns for this model and weights."""
-    classifier = load_classifier(model, weights)
-    return Worker(classifier, cache_bytes=cache_bytes, disk_cache_bytes=disk_cache_bytes, num_threads=num_threads)
+def make_worker(model: str, weights: str | None, **options: int) -> Worker:
+    """A worker with the classifier that `load_classifier` returns for this model and weights; options as for `Worker`."""
+    return Worker(load_classifier(model, weights), **options)
