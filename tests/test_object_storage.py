@@ -5,7 +5,7 @@ import resource
 import tempfile
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from threading import Thread
+from threading import Barrier, Thread
 from urllib.request import Request, urlopen
 
 import numpy as np
@@ -282,6 +282,26 @@ def test_a_public_bucket_of_google_is_opened_without_credentials():
     assert (filesystem.type_name, path) == ("gcs", "bucket/a/t.tar")
     with pytest.raises(ConfigError, match="unknown option 'region'"):
         locate("gs://bucket/t.tar?region=x")
+
+
+def test_shards_are_looked_up_at_the_same_time_and_those_of_a_listing_not_again(store, put):
+    urls = [put(f"many/{i}.tar", b"tar") for i in range(4)]
+    all_four = Barrier(4)
+
+    def wait(method, path):
+        if method == "HEAD" and "many/" in path:
+            all_four.wait(timeout=10)  # an error if they came one after another
+
+    store.fault = wait
+    assert expand_patterns([urls[0].replace("0.tar", "{0..3}.tar")]) == expand_patterns(urls) == urls
+    store.requests.clear()
+    assert expand_patterns([urls[0].replace("0.tar", "*.tar")]) == urls
+    assert store.count("HEAD") == 0
+    store.fault = lambda method, path: ("wait", 0.3) if path.endswith("/8.tar") else None
+    with pytest.raises(
+        ShardError, match="no shard s3://bucket/many/8.tar"
+    ):  # the first one, though not the first answer
+        expand_patterns([urls[0].replace("0.tar", "{0,8,9}.tar")])
 
 
 def test_a_prefetched_shard_is_not_waited_for_and_read_once(store, put):
