@@ -12,6 +12,7 @@ from uap_dist.analysis.options import AnalyzeOptions
 from uap_dist.computing.options import ComputeOptions
 from uap_dist.evaluation.options import EvaluateOptions
 from uap_dist.finetuning.options import FinetuneOptions
+from uap_dist.jobs.common import PARSER
 from uap_dist.jobs.shard import ShardOptions
 
 JOBS = {
@@ -29,7 +30,7 @@ def parser(job: str) -> argparse.ArgumentParser:
     """The parser of jobs/JOB.py."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # tyro has no other way to list options
-        return tyro.extras.get_parser(JOBS[job], config=(tyro.conf.OmitArgPrefixes,))
+        return tyro.extras.get_parser(JOBS[job], config=PARSER)
 
 
 def options(job: str) -> set[str]:
@@ -62,12 +63,13 @@ def _row(action: argparse.Action) -> str:
     meaning = _cell(DEFAULT.sub("", text))
     names = "<br>".join(f"`{name}`" for name in action.option_strings)
     values = f"`{_values(action.metavar)}`" if action.metavar else ""
-    return f"| {names} | {values} | {'' if default in ('', 'None') else _cell(f'`{default}`')} | {meaning} |"
+    shown = _cell(f"`{default}`") if default not in ("", "''", "None") else ""
+    return f"| {names} | {values} | {shown} | {meaning} |"
 
 
 def _values(metavar: object) -> str:
-    """Without None, which the default says, and without the bar, which ends a cell."""
-    return str(metavar).removeprefix("{None}|").replace("|", " or ")
+    """Without the bar, which ends a cell."""
+    return str(metavar).replace("|", " or ")
 
 
 def _cell(text: str) -> str:

@@ -20,7 +20,7 @@ from uap_dist.models.loading import load_classifier
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "docs"))
-from option_tables import JOBS, markdown, options
+from option_tables import JOBS, markdown, options, parser
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
 MANUAL = [page for page in PAGES if page.parent.name != "benchmarks"]
@@ -104,6 +104,13 @@ def test_options_in_the_text_exist(page):
     known = set().union(*map(options, JOBS)) | OF_OTHERS
     for code in re.findall(r"`([^`\n]+)`", prose(page)):
         assert set(OPTION.findall(code)) <= known, code
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_help_says_in_a_line_what_an_option_is(job):
+    for action in parser(job)._actions:
+        meaning, _, _ = (action.help or "").partition(" (default: ")
+        assert 0 < len(meaning) <= 120 and "\n" not in meaning, action.option_strings
 
 
 @pytest.mark.parametrize("page", MANUAL, ids=name)

@@ -20,16 +20,15 @@ class DataOptions:
     """Images to compute from, and held-out images."""
 
     train_shards: tuple[str, ...] = ()
-    """WebDataset tars to compute from: paths or s3://, gs:// URLs; {0000..0009}, * in file names and `::` work."""
+    """WebDataset tars to compute from: paths or s3://, gs:// URLs, with {0000..0009}, * and `::`."""
     val_shards: tuple[str, ...] = ()
-    """Held-out tars that fooling rates are measured on; none of them may be among the training ones."""
+    """Held-out tars, on which fooling rates are measured; none of them may be among the training ones."""
     num_train_images: int | None = None
-    """Images to compute from, the first of the shards. Default: all."""
+    """How many images to compute from, the first of the shards; if not given, all."""
     num_val_images: int | None = None
-    """Held-out images, the first of the shards. Default: all."""
+    """How many held-out images, the first of the shards; if not given, all."""
     max_bad_fraction: float = 0.01
-    """Share of images (0..1) that may fail to decode, and of held-out images that may be training images too, before the job
-    fails; both are left out."""
+    """Share of images (0..1) that may be left out: damaged ones, and held-out ones that are training images too."""
 
     def __post_init__(self) -> None:
         """Validate the options."""
@@ -47,9 +46,9 @@ class RecordOptions:
     """Where results go."""
 
     output: Path | None = None
-    """Folder for the results. Default: outputs/<name of the run>-<time>."""
+    """Folder for the results; if not given, outputs/<name of the run>-<time>."""
     experiment: str = "uap_dist"
-    """MLflow experiment; the server is taken from MLFLOW_TRACKING_URI, else mlflow.db in the working directory."""
+    """MLflow experiment, at MLFLOW_TRACKING_URI or else in mlflow.db of the working directory."""
     debug: bool = False
     """Show tracebacks of errors."""
 
@@ -59,11 +58,9 @@ class ResumableRecordOptions(RecordOptions):
     """Where results and checkpoints go."""
 
     storage: str | None = None
-    """Folder that every node sees, or s3://, gs:// URL, under which the job is committed as it goes on, in a folder named after
-    the MLflow run. At a URL `results` there becomes a copy of the output folder. Default: checkpoints beside the output folder."""
+    """Where every round is committed: a folder that all nodes see, or a URL; if not given, beside the output folder."""
     resume: str | None = None
-    """MLflow run, or its folder of checkpoints, to go on with. All other options are then those of that run; of those given
-    anew, only such that do not change the result are accepted."""
+    """MLflow run, or its folder of commits, to go on with. All other options are those of that run."""
 
 
 class JobOptions(Protocol):

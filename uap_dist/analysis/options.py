@@ -20,35 +20,32 @@ class AnalyzeOptions:
     model: str
     """Classifier, as `--model` of jobs/compute.py has it."""
     weights: str | None = None
-    """File with its weights. Default: the published ones."""
+    """File with its weights; if not given, the published ones."""
     perturbation: str
-    """Folder or file of jobs/compute.py; .npy and .mat of others with their unit, as FILE.mat:255 or FILE.npy:1 (which leaves
-    `images` out, for they do not say how they were computed). NAME=FILE names it."""
+    """Folder or file of jobs/compute.py; FILE.mat:255 or FILE.npy:1 of others. NAME=FILE names it."""
     analyses: tuple[Analysis, ...] = ("phase", "boundaries", "images")
-    """Fooling rate against norm; singular values of the boundaries' normals, and their subspace; fooling rate against the number
-    of training images."""
+    """Fooling rate against norm; boundaries' normals and their subspace; fooling rate against number of images."""
     num_normals: int | None = None
-    """Training images, evenly spread, whose DeepFool perturbations are computed: for their sum (phase) and the matrix of
-    normals (boundaries). Default: all."""
+    """phase, boundaries: training images, evenly spread, that DeepFool solves; if not given, all."""
     num_draws: int = 3
     """Random vectors of each kind, and images whose DeepFool perturbation is shown to others."""
     scales: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
-    """phase: the grid of norms, ℓ2 and ℓ∞, in multiples of the perturbation's own; 1 is always among them."""
+    """phase: norms, in multiples of the perturbation's own; 1 is always among them."""
     num_singular: int = 100
     """boundaries: singular vectors that span the subspace."""
     norm_l2: float | None = None
-    """boundaries: length of the vectors of the subspace. Default: as strong a value as the paper's 2000 for 3×224×224."""
+    """boundaries: length of vectors of the subspace; if not given, as strong as the paper's 2000 for 3×224×224."""
     memory_gib: float = 2.0
-    """Memory of the driver for normals, GiB. Where they do not fit, their matrix is reduced to its leading directions on the way."""
+    """boundaries: memory of the driver for the matrix of normals, in GiB; a larger one is reduced on the way."""
     numbers: tuple[int, ...] = ()
-    """images: how many training images. Default: all, a quarter of them, a sixteenth, a 64th, a 256th, where those make a round."""
+    """images: how many training images; if not given, all, a quarter, a sixteenth, … of them."""
     num_seeds: int = 3
     """images: perturbations from each number, with seeds from the perturbation's own on."""
     seed: int = 0
-    """Of random vectors and of images at random."""
+    """Seed of random vectors and of images drawn at random."""
     data: DataOptions = field(default_factory=DataOptions)
-    fleet: FleetConfig = field(default_factory=FleetConfig)
     record: RecordOptions = field(default_factory=RecordOptions)
+    fleet: FleetConfig = field(default_factory=FleetConfig)
 
     def __post_init__(self) -> None:
         """Validate the options."""

@@ -22,24 +22,23 @@ class ComputeOptions:
     """
 
     model: str = "efficientnet_lite0"
-    """torchvision/NAME, timm/NAME, efficientnet_lite0|1|2, or your own path/to/file.py:factory or package.module:factory."""
+    """torchvision/NAME, timm/NAME, efficientnet_lite0|1|2, or your own: path/to/file.py:factory, package.module:factory."""
     weights: str | None = None
-    """File with its weights (.safetensors, or a .pth of tensors). Default: the published ones."""
+    """File with its weights (.safetensors, or a .pth of tensors); if not given, the published ones."""
     num_perturbations: int = 1
-    """Perturbations to compute, with seeds from --seed on; several make a pool, and share the workers and the decoded images."""
+    """How many perturbations to compute, with seeds from --seed on; several make a pool."""
     register_as: str | None = None
-    """Model in MLflow's registry that the finished pool becomes a version of. Default: it is not registered."""
+    """Model in MLflow's registry that the finished pool becomes a version of."""
     plan: bool = False
-    """Compute nothing: time a few blocks on one worker (on CPUs, on as many as share its machine), and print what the
-    run takes in network evaluations, time, worker-hours, data and memory, by size of the fleet; plan.json has it all."""
+    """Compute nothing: time a few blocks, and print what the run takes in time, worker-hours, data and memory."""
     price_per_gpu_hour: float | None = None
     """With --plan: what an hour of one GPU costs, in any currency."""
     planned: str | None = None
-    """plan.json of this run: MLflow and the last lines then compare what was planned with what it took."""
+    """plan.json of this run, to compare at the end what was planned with what it took."""
     data: DataOptions = field(default_factory=DataOptions)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
-    fleet: FleetConfig = field(default_factory=FleetConfig)
     record: ResumableRecordOptions = field(default_factory=ResumableRecordOptions)
+    fleet: FleetConfig = field(default_factory=FleetConfig)
 
     def __post_init__(self) -> None:
         """Validate the options."""

@@ -13,28 +13,25 @@ class EvaluateOptions:
     """Measure perturbations on classifiers and images."""
 
     perturbations: tuple[str, ...] = ()
-    """Folders or files of jobs/compute.py; .npy and .mat of others with their unit, as FILE.mat:255 (pixels 0..255) or
-    FILE.npy:1 (scale 0..1). NAME=FILE names one in the tables. One of another size than a network's input is resized (bilinear)."""
+    """Folders or files of jobs/compute.py; FILE.mat:255, FILE.npy:1 of others. NAME=FILE names one."""
     pools: tuple[str, ...] = ()
-    """Folders of pools; all members are measured. NAME=FOLDER puts NAME before the members' names."""
+    """Folders of pools, of which all members are measured. NAME=FOLDER puts NAME before the members' names."""
     models: tuple[str, ...] = ()
-    """Classifiers as [NAME=]MODEL[=WEIGHTS]: MODEL as `--model` of jobs/compute.py has it, WEIGHTS a file, NAME for the tables,
-    as in before=torchvision/resnet50 after=torchvision/resnet50=tuned.safetensors. NAME has no / \\ or :, so a path with = in it
-    begins with ./ or /. Without names, networks and their weights are told apart by as much of their paths as it takes."""
+    """Classifiers as [NAME=]MODEL[=WEIGHTS], as in tuned=torchvision/resnet50=tuned.safetensors."""
     shards: tuple[str, ...] = ()
-    """Sets of images: each value is one, NAME=PATTERN or PATTERN; `::` joins patterns within one."""
+    """Sets of images, each as [NAME=]PATTERN; `::` joins patterns within one."""
     num_images: int | None = None
-    """Images of each set, the first of its shards. Default: all."""
+    """How many images of each set, the first of its shards; if not given, all."""
     scales: tuple[float, ...] = (1.0,)
-    """What each perturbation and baseline is multiplied with; several give fooling rate against norm."""
+    """Factors for each perturbation and baseline; several give fooling rate against norm."""
     quantize: bool = False
     """Round perturbed images to whole pixel values, as saving them does."""
     seed: int = 0
     """Of the random baselines."""
     max_bad_fraction: float = 0.01
     """Share of images (0..1) that may fail to decode before the job fails."""
-    fleet: FleetConfig = field(default_factory=FleetConfig)
     record: RecordOptions = field(default_factory=RecordOptions)
+    fleet: FleetConfig = field(default_factory=FleetConfig)
 
     def __post_init__(self) -> None:
         """Validate the options."""

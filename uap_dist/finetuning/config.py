@@ -17,27 +17,25 @@ class FinetuneConfig:
     probability: float = 0.5
     """Probability (0..1) that a random member of the pool is added to a training image."""
     adaptive: bool = False
-    """Add α v instead of v: for each image the smallest α of --ladder that fools the current network, otherwise the largest."""
+    """Add α v instead of v, with the smallest α of --ladder that fools the current network, else the largest."""
     ladder: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
     """Values of α for --adaptive, in ascending order; 1 is the perturbation as it was computed."""
     held_out_members: int | None = None
-    """Number of members, the last ones of the pool, that are not used for training. Default: a fifth of the pool, at least one."""
+    """Members, the last ones of the pool, that are not trained on; if not given, a fifth of it, at least one."""
     batch_size: int = 64
     """Images per step, over all workers."""
     learning_rate: float | None = None
-    """Initial learning rate, which falls to zero on a cosine. Default: 0.01 for networks with batch norm, 0.0001 for others,
-    whose gradients may be much larger."""
+    """Initial learning rate; it falls to zero on a cosine. If not given, 0.01 with batch norm, else 0.0001."""
     momentum: float = 0.9
     """Momentum of SGD."""
     weight_decay: float = 1e-4
     """Weight decay of SGD."""
     batch_norm: Literal["train", "frozen"] = "train"
-    """train: batch norm uses the statistics of each worker's batches, which include perturbed images. frozen: batch norm keeps its
-    running statistics and only its scale and shift are trained; use it for batches of a few images per worker."""
+    """train: statistics of each worker's batches. frozen: running ones, and only scale and shift are trained."""
     augment: Augmentation = "flip"
     """Random augmentation of each training image."""
     shuffle_shards: int = 16
-    """Shards whose images a worker keeps decoded and shuffles together; the order of shards is random too."""
+    """Shards whose images a worker keeps decoded and shuffles together."""
     seed: int = 0
     """Seed of the order of images, augmentation, pool members and dropout."""
 

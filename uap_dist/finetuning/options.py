@@ -16,17 +16,17 @@ class FinetuneOptions:
     model: str = ""
     """The network, as jobs/compute.py takes it."""
     weights: str | None = None
-    """File with its weights. Default: the published ones."""
+    """File with its weights; if not given, the published ones."""
     pool: str = ""
-    """Folder of the pool that jobs/compute.py computed for it; local, s3://, gs://, runs:/RUN/pool or models:/NAME/VERSION."""
+    """Pool that jobs/compute.py computed for it: a folder, s3://, gs://, runs:/RUN/pool or models:/NAME/VERSION."""
     repetitions: int = 1
-    """Fine-tune, compute a fresh pool against the fine-tuned network, fine-tune on that: so many times."""
+    """How often to fine-tune and compute a fresh pool against the fine-tuned network, on which the next one trains."""
     allow_transfer: bool = False
-    """Take a pool of another network or of another input size (then resized)."""
+    """Take a pool of another network, or of another input size (then resized)."""
     data: DataOptions = field(default_factory=DataOptions)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
-    fleet: FleetConfig = field(default_factory=FleetConfig)
     record: ResumableRecordOptions = field(default_factory=ResumableRecordOptions)
+    fleet: FleetConfig = field(default_factory=FleetConfig)
 
     def __post_init__(self) -> None:
         """Validate the options."""

@@ -12,26 +12,23 @@ class FleetConfig:
     """Number and size of the workers. Only `threads_per_worker` can change the result."""
 
     num_workers: int | str | None = None
-    """Number of workers, or a range such as 1:64: begin with one, ask the cluster for 64, and use those that it starts.
-    Default: as many as fit on the nodes of the cluster, and on those that join it later."""
+    """Number of workers, or a range such as 1:64 on a cluster that grows; if not given, as many as fit."""
     gpus_per_worker: float | None = None
-    """GPUs of each worker: 0, a fraction such as 0.5, or a whole number. Default: 1 if the cluster has any, else 0. Must be given
-    if GPU nodes start on demand."""
+    """GPUs of each worker: 0, a fraction such as 0.5, or a whole number; if not given, 1 where there are any."""
     threads_per_worker: int = 1
-    """CPU threads of each worker, and CPUs that it takes from the cluster. The bits of the result may depend on it."""
+    """CPU threads of each worker, and CPUs that it takes from the cluster. It may change the bits of the result."""
     decode_threads: int | None = None
-    """Threads of each worker that decode images. Default: the CPUs of its node, divided by the workers that share it."""
+    """Threads of each worker that decode images; if not given, its share of the CPUs of its node."""
     cache_gib: float = 4.0
-    """Limit of the decoded images that each worker keeps in memory, in GiB."""
+    """Decoded images that each worker keeps in memory, at most, in GiB."""
     disk_cache_gib: float = 8.0
-    """Limit of the further decoded images that each worker keeps in the folder for temporary files (TMPDIR), in GiB; half of the
-    free space there is left free. 0 keeps none. What does not fit is read again for each block."""
+    """Further decoded images that each worker keeps in temporary files (TMPDIR), at most, in GiB."""
     placement_timeout_s: float = 600.0
     """Seconds to wait for the first workers, and later while no worker is left, before the job fails."""
     task_timeout_s: float = 900.0
-    """Seconds after which a worker that does not answer counts as lost, and its block is given to another one."""
+    """Seconds after which a worker that does not answer counts as lost, and another one gets its block."""
     verify_determinism: bool = False
-    """Have two workers solve one block of each round, and fail if a bit differs. Needs two workers."""
+    """Have two workers solve one block of each round, and fail if a bit differs."""
 
     def __post_init__(self) -> None:
         """Validate the options."""

@@ -24,7 +24,8 @@ from uap_dist.workers.accuracy import check_accuracy
 from uap_dist.workers.dataset import Dataset, check_disjoint, list_dataset, predict
 
 console = Console(soft_wrap=True, highlight=False, markup=False)
-
+# what tyro would add says nothing: groups in front of names, {None}| in front of values, --no-debug beside --debug
+PARSER = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
 
 Options = TypeVar("Options", bound=JobOptions)
 
@@ -59,7 +60,7 @@ def run_job(
         run_id = resumed.checkpoint.job.run_id if resumed else None
         try:
             default = resumed.options(options_type) if resumed else tyro.MISSING_NONPROP
-            options = tyro.cli(options_type, default=default, config=(tyro.conf.OmitArgPrefixes,))
+            options = tyro.cli(options_type, default=default, config=PARSER)
         except ConfigError as error:  # whoever watches scheduled jobs expects a run that failed
             words = sys.argv
             experiment = words[words.index("--experiment") + 1] if "--experiment" in words[:-1] else "uap_dist"

@@ -11,7 +11,7 @@ from rich.progress import track
 from uap_dist.data.imagenet import list_folder, list_ilsvrc_train, list_ilsvrc_val, shuffled_samples
 from uap_dist.data.write import write_classes, write_shards
 from uap_dist.errors import ConfigError
-from uap_dist.jobs.common import command_line, console
+from uap_dist.jobs.common import PARSER, command_line, console
 from uap_dist.tracking.outputs import output_folder
 
 
@@ -20,17 +20,17 @@ class ShardOptions:
     """Make WebDataset shards."""
 
     source: Path
-    """ImageFolder tree (ROOT/CLASS/NAME.jpg), ILSVRC2012_img_train.tar (a tar of tars), or ILSVRC2012_img_val.tar (with --labels)."""
+    """ROOT of ROOT/CLASS/NAME.jpg, ILSVRC2012_img_train.tar, or ILSVRC2012_img_val.tar (with --labels)."""
     output: Path
-    """Folder for PREFIX-0000.tar …, PREFIX-index.json with the counts, and classes.txt with the names of the classes."""
+    """Folder for PREFIX-0000.tar …, PREFIX-index.json with the counts, and classes.txt with the classes' names."""
     prefix: str = "train"
     """First part of the shards' names."""
     labels: Path | None = None
-    """For a tar of images: text file with a line `NAME LABEL` (or `LABEL`) for each; a WordNet id or a class index from 0."""
+    """For a tar of images: text file with a line `NAME LABEL` or `LABEL` for each, a WordNet id or a class index."""
     shard_size: int = 1000
     """Images in a shard."""
     seed: int = 0
-    """Of the shuffle."""
+    """Seed of the shuffle."""
     debug: bool = False
     """Show tracebacks of errors."""
 
@@ -38,7 +38,7 @@ class ShardOptions:
 def main() -> None:
     """List, shuffle, write."""
     with command_line():
-        options = tyro.cli(ShardOptions)
+        options = tyro.cli(ShardOptions, config=PARSER)
         if options.shard_size < 1:
             raise ConfigError(f"shard size is {options.shard_size}; it must be positive")
         if any(options.output.glob(f"{options.prefix}-*.tar")):

@@ -22,57 +22,44 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
-    """Options that, with data, network and device, determine the perturbation."""
+    """Options that, with data, network and device, determine the perturbation; those that most runs set come first."""
 
     norm: Norm = "linf"
     """Norm of the ball that the perturbation is kept in."""
     radius: float | None = None
-    """Radius of the ball, in pixels (0..255). Default: 10 for linf, 2000 for l2, as in the paper (for 224×224 images)."""
-    rule: Rule = "log-odds"
-    """How increments are computed and summed: one log-odds step per image, or the paper's DeepFool and plain sum.
-    Algorithm 1 of the paper, which projects after each image, is the paper's rule with --round-size 1 --block-size 1."""
-    target_fooling_rate: float = 1.0
-    """Stop after a pass at whose end v fools this fraction of the training images (0..1)."""
-    max_passes: int | None = None
-    """Maximum number of passes over the training images. Default: 10, or no limit if --max-evaluations is given."""
+    """Radius of the ball in pixels; if not given, the paper's for 224×224 images: 10 for linf, 2000 for l2."""
     max_evaluations: int | None = None
-    """Maximum number of network evaluations (one image passed forward or backward once). The clean labels of the training images
-    count, measurements do not. The paper's rule, whose cost is not known in advance, may exceed it within its last round."""
-    evaluate_every: int | None = None
-    """Passes between two measurements of the fooling rates on all training and held-out images; the final rates are always measured.
-    Default: 1 if --target-fooling-rate is below 1; otherwise only some of the held-out images (50 or more, if there are that many)
-    are measured in between, at eleven places over the run. This costs a fiftieth of a long run's evaluations and more of a short
-    one's."""
-    candidates: int | None = None
-    """Paper's rule: number of classes that DeepFool considers, the clean label included. Default: 10."""
-    slope_ratio: float | None = None
-    """Paper's rule: largest ratio expected between the gradient norms of an image's candidate classes; DeepFool skips candidates
-    that cannot be the nearest under this assumption. Default: 1.5; inf skips none."""
-    gain: float | None = None
-    """Paper's rule: factor on the sum of a round's increments. Default: 1, as in the paper."""
-    step_size: float | None = None
-    """Log-odds rule: size of the first step, as its root mean square in pixels. Default: 0.8 (linf) or 1.2 (l2) times the root mean
-    square of a perturbation that fills the ball; in runs of more than 125 steps √(125/steps) of that; twice as much if local
-    steps of several blocks are averaged."""
-    period: int | None = None
-    """Log-odds rule: pixels after which the perturbation repeats itself, down and across. Set it to the image side to disable
-    tiling. Default: 32, the total stride of most networks for photographs; for l2 64 if rounds times round size is at least
-    1,500 images (with 500 training images some 3,500 evaluations), and 128 from 6,000 (12,500)."""
-    augment: Augmentation | None = None
-    """Log-odds rule: random views of the training images, drawn for each image. Default: flip-shift."""
-    round_size: int = 6
-    """Training images per round: solved against the same v and reduced once. It changes the result, so it never depends on the fleet."""
-    block_size: int = 3
-    """Training images that one worker solves together; must divide the round size. It changes the result."""
-    local_steps: int | None = None
-    """Log-odds rule: number of steps that each block takes on its own copy of the perturbation before the round averages the
-    copies. Each step uses an equal part of the block's images, so it must divide the block size. For large fleets; it changes the
-    result. Default: none; the round sums the blocks' increments and takes one step."""
-    random_start: float | None = None
-    """Norm of the random v that the run starts from, as a fraction of the radius (0..1): random signs (linf) or a random direction
-    (l2), drawn with the seed. Default: 0 for one perturbation; 0.5 for those of a pool, which makes them more diverse."""
+    """Stop after so many network evaluations (one image once forward or once backward)."""
+    max_passes: int | None = None
+    """Stop after so many passes over the training images; if not given, 10, or no limit with --max-evaluations."""
+    target_fooling_rate: float = 1.0
+    """Stop after a pass at whose end v fools this fraction (0..1) of the training images."""
+    rule: Rule = "log-odds"
+    """How increments are computed and summed: one log-odds step per image, or the paper's DeepFool and plain sum."""
     seed: int = 0
     """Seed of the order of images, of their random views and of a random start."""
+    evaluate_every: int | None = None
+    """Passes between two measurements on all images; if not given, the curve is of some held-out images."""
+    round_size: int = 6
+    """Training images per round, which are solved against the same v. It changes the result."""
+    block_size: int = 3
+    """Training images that one worker solves together; it must divide the round size. It changes the result."""
+    local_steps: int | None = None
+    """Log-odds rule: steps that each block takes on its own copy of v; if not given, a round is one step of all."""
+    random_start: float | None = None
+    """Norm of a random v to start from, as a fraction (0..1) of the radius; if not given, 0, and 0.5 in a pool."""
+    step_size: float | None = None
+    """Log-odds rule: root mean square of the first step, in pixels; if not given, it follows from the radius."""
+    period: int | None = None
+    """Log-odds rule: pixels after which v repeats itself, down and across; if not given, 32, in long l2 runs more."""
+    augment: Augmentation | None = None
+    """Log-odds rule: random views of the training images, drawn for each image; if not given, flip-shift."""
+    candidates: int | None = None
+    """Paper's rule: classes that DeepFool considers, the clean label included; if not given, 10."""
+    slope_ratio: float | None = None
+    """Paper's rule: largest ratio of gradient norms that DeepFool expects between classes; if not given, 1.5."""
+    gain: float | None = None
+    """Paper's rule: factor on the sum of a round's increments; if not given, 1, as in the paper."""
 
     def __post_init__(self) -> None:
         """Validate the options."""
