@@ -93,14 +93,16 @@ class FinishedPool:
         model = escape_markdown(p["model"])
         pairs = self.pool.nearest_pairs()[:NUM_PAIRS_NAMED]
         value = pairs[0][0]
-        named = ", ".join(f"{escape_markdown(a)} and {escape_markdown(b)} ({product:.2f})" for product, (a, b) in pairs)
+        named = ", ".join(
+            f"{escape_markdown(a)} and {escape_markdown(b)} ({product:z.2f})" for product, (a, b) in pairs
+        )
         random = ", of the ".join(f"{name}: {rate}" for name, rate in self.random_rates.items())
         verdict = "diverse" if value <= DIVERSE else "**not diverse**"
         return (
             f"Pool of {len(self.results)} universal perturbations of **{model}**, {p['norm']} ≤ {p['radius']:g} pixels. "
             f"Mean held-out fooling rate **{self.mean_rate:.3f}**; a random perturbation of the {random}. "
             f"By the paper's criterion (normalised inner products of at most {DIVERSE:g}) the pool is {verdict}: "
-            f"the largest is {value:.2f}. Nearest: {named}.\n\n"
+            f"the largest is {value:z.2f}. Nearest: {named}.\n\n"
             f"{self.markdown()}\n\n"
             "Look at the pictures in the order of their names (curves, inner products, the members); each member's run lies below this one."
         )
