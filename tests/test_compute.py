@@ -15,7 +15,8 @@ from uap_dist.method.norms import measure
 from uap_dist.method.schedule import Block, Round
 from uap_dist.method.state import State
 from uap_dist.tracking.history import RoundRecord
-from uap_dist.workers.dataset import check_disjoint, classify, load_dataset
+from uap_dist.workers.dataset import classify, load_dataset
+from uap_dist.workers.disjoint import check_disjoint
 from uap_dist.workers.local import LocalWorkers
 from uap_dist.workers.worker import Worker
 

@@ -55,7 +55,7 @@ def test_the_wheel_holds_package_and_jobs_and_nothing_else(wheel):
         metadata = Parser().parsestr(file.read(f"{about}/METADATA").decode())
         assert file.read(f"{about}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
     package = {str(path.relative_to(ROOT)) for path in (ROOT / "uap_dist").rglob("*.py")}
-    others = {"uap_dist/py.typed", "uap_dist_commands.py"}
+    others = {"uap_dist/py.typed", "uap_dist/models/wordnet_ids.txt", "uap_dist_commands.py"}
     assert names == package | others
     assert metadata["Version"] == uap_dist.__version__
     assert metadata["License-Expression"] == "BSD-3-Clause"

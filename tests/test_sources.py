@@ -10,7 +10,7 @@ from processes import run_job
 from torchvision.datasets import ImageFolder
 
 from uap_dist.data.decode import Geometry, load_shard
-from uap_dist.data.imagenet import list_folder, list_ilsvrc_train, list_ilsvrc_val, shuffled_samples
+from uap_dist.data.sources.imagenet import list_folder, list_ilsvrc_train, list_ilsvrc_val, shuffled_samples
 from uap_dist.errors import ShardError
 
 JOB = Path(__file__).parents[1] / "jobs/shard.py"
@@ -120,7 +120,7 @@ def test_job_makes_shards_of_a_folder_and_refuses_to_mix(tmp_path):
     }
     loaded = [load_shard(str(tmp_path / f"out/train-000{i}.tar"), Geometry()) for i in range(2)]
     for shard in loaded:
-        assert [(image[0, 0, 0] >= 100) for image in shard.images] == [truth == 1 for truth in shard.truths]
+        assert [(image[0, 0, 0] >= 100) for image in shard.images] == [label["cls"] == b"1" for label in shard.labels]
     assert (tmp_path / "out/classes.txt").read_text() == "cat\ndog\n"
     again = run_job(command, tmp_path)
     assert again.returncode == 1 and "already holds train-*.tar" in again.stderr and "Traceback" not in again.stderr
@@ -147,7 +147,9 @@ def test_job_makes_shards_of_the_tars_of_ilsvrc(train_tar, val_tar, tmp_path):
     done = run_job([str(JOB), "--source", str(val_tar), *labelled], tmp_path)
     assert "3 images of 3 classes in 1 shards" in done.stdout, done.stderr
     shard = load_shard(str(tmp_path / "shards/val-0000.tar"), Geometry())
-    assert [image[0, 0, 0] == 10 * truth for image, truth in zip(shard.images, shard.truths, strict=True)] == [True] * 3
+    assert [
+        image[0, 0, 0] == 10 * int(label["cls"]) for image, label in zip(shard.images, shard.labels, strict=True)
+    ] == [True] * 3
 
 
 def test_the_shard_job_reports_invalid_options_before_listing_images(tmp_path):
@@ -180,13 +182,13 @@ def test_hidden_files_and_folders_are_ignored_and_counted(tmp_path, caplog):
     write(tmp_path, "ants/1.png", "bees/1.png", "bees/sub/2.JPG")
     assert not caplog.text and list_folder(tmp_path)
     write(tmp_path, ".ipynb_checkpoints/0.png", "bees/.ipynb_checkpoints/1-checkpoint.png", "ants/._1.png", ".DS_Store")
-    write(tmp_path, "ants/Thumbs.db", "bees/readme.txt", "bees/3.bmp", "above.png")
+    write(tmp_path, "ants/Thumbs.db", "bees/readme.txt", "bees/3.gif", "above.png")
     images, classes = list_folder(tmp_path)
     assert classes == ["ants", "bees"]
     assert [(i.key, i.label) for i in images] == [("ants_1", 0), ("bees_1", 1), ("bees_sub_2", 1)]
     assert [record.getMessage().removeprefix(f"{tmp_path}: left out ") for record in caplog.records] == [
         "4 hidden files (names or folders that begin with a dot), the first .DS_Store",
-        "3 files without extension jpg, jpeg, png, webp, the first ants/Thumbs.db",
+        "3 files without extension jpg, jpeg, png, webp, bmp, tif, tiff, avif, the first ants/Thumbs.db",
         "1 images that are in no class folder",
     ]
 

@@ -29,6 +29,8 @@ class DataOptions:
     """How many held-out images, the first of the shards; if not given, all."""
     max_bad_fraction: float = 0.01
     """Share of images (0..1) that may be left out: damaged ones, and held-out ones that are training images too."""
+    label_key: str | None = None
+    """Key of the labels in the .json of the images. Default: labels stand in .cls. Only top-1 and fine-tuning need them."""
 
     def __post_init__(self) -> None:
         """Validate the options."""

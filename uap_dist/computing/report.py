@@ -13,13 +13,13 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from uap_dist.computing import plots
-from uap_dist.data.decode import UNKNOWN_CLASS
 from uap_dist.evaluation.label_graph import dominant_labels, label_graph, save_label_graph
 from uap_dist.evaluation.plots import save_label_graph as draw_label_graph
 from uap_dist.foreign_text import escape_markdown
 from uap_dist.method.norms import SYMBOLS, Norm, measure
 from uap_dist.method.rates import Predictions, Rate, rate_columns
 from uap_dist.method.state import RoundReport
+from uap_dist.models.classes import UNKNOWN_CLASS
 from uap_dist.perturbations.files import PERTURBATION_FILE, save_perturbation
 from uap_dist.tracking.history import RoundRecord
 from uap_dist.tracking.outputs import RESULT_FILE, writes_files

@@ -2,32 +2,24 @@
 
 import hashlib
 import io
-import re
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import groupby
-from operator import itemgetter
-from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
-from webdataset.tariterators import base_plus_ext
 
 from uap_dist.data.fetch import ShardFile, fetch
-from uap_dist.data.tars import read_tar
+from uap_dist.data.samples import Samples
 from uap_dist.errors import ShardError
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-UNKNOWN_CLASS = -1
 HASH_SIZE = 16  # bytes
 SAMPLES_AHEAD = 2  # for each thread, read or decoded while the next one in order is not
-META = re.compile("__[^/]*__($|/)")  # names that WebDataset reserves
 TO_UPRIGHT = {  # by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -73,17 +65,18 @@ class DecodedShard:
     Attributes:
         images: N×3×H×W uint8, RGB.
         keys: N sample keys, in the order of the tar.
-        truths: N class indices from the samples' .cls files, UNKNOWN_CLASS for those without one.
+        labels: N times the content of the sample's files that may say what its image shows, by extension (cls, json); see
+            `find_class`.
         bad: samples left out because they cannot be decoded, as "key: reason".
         digest: SHA-256 (hex) of the shard's file.
         hashes: N BLAKE2b hashes (16 bytes) of the images' pixels.
         unused: names of files that may be pictures but are not used: they have no extension, their names begin with a dot or
-            are reserved by WebDataset (as __meta__), or their sample has another picture.
+            are reserved by WebDataset (as __meta__), macOS or pax, or their sample has another picture.
     """
 
     images: np.ndarray
     keys: tuple[str, ...]
-    truths: np.ndarray
+    labels: tuple[Mapping[str, bytes], ...]
     bad: tuple[str, ...]
     digest: str
     hashes: tuple[bytes, ...]
@@ -118,7 +111,7 @@ def decode_shard(
             images differ in size and `geometry` does not resize them.
     """
     Image.init()  # all formats, which Pillow would otherwise load at the first picture of another one, in whichever thread
-    samples = _Samples(file)
+    samples = Samples(file)
     wanted = (sample for sample in samples if keys is None or sample[0] in keys)
     examples: list[_Example] = []
     bad: list[str] = []
@@ -134,6 +127,7 @@ def decode_shard(
                     f"{file.url}: {found.key} is {shape[2]}×{shape[1]} where {first.key} is {first.image.shape[2]}×{first.image.shape[1]}; "
                     "give the network an attribute `input_size`, or shards with images of one size"
                 )
+        bad += [reason for reason in samples.bad if keys is None]
         digest = file.digest()
         images = _stack(pool, [each.image for each in examples])
     if not examples and not bad and keys is None:
@@ -141,7 +135,7 @@ def decode_shard(
     return DecodedShard(
         images=images,
         keys=tuple(each.key for each in examples),
-        truths=np.array([each.truth for each in examples], dtype=np.int64),
+        labels=tuple(samples.labels.get(each.key, {}) for each in examples),
         bad=tuple(bad),
         digest=digest,
         hashes=tuple(each.hash for each in examples),
@@ -155,7 +149,6 @@ class _Example:
 
     key: str
     image: np.ndarray
-    truth: int
     hash: bytes
 
 
@@ -163,12 +156,12 @@ def _try_to_decode(sample: Sample, geometry: Geometry) -> _Example | str:
     """The example, or "key: reason" if it cannot be decoded."""
     key, files = sample
     try:
-        image, truth = _decode(files, geometry), _truth(files)
+        image = _decode(files, geometry)
     except MemoryError:
         raise
     except Exception as error:  # on damaged files Pillow's decoders raise errors of many types
         return f"{key}: {_reason(error)}"
-    return _Example(key, image, truth, hashlib.blake2b(image.data, digest_size=HASH_SIZE).digest())
+    return _Example(key, image, hashlib.blake2b(image.data, digest_size=HASH_SIZE).digest())
 
 
 def _in_order(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], num_ahead: int) -> Iterator[R]:
@@ -191,75 +184,8 @@ def _stack(pool: ThreadPoolExecutor, images: list[np.ndarray]) -> np.ndarray:
     return stacked
 
 
-class _Samples:
-    """Samples of a shard as WebDataset groups them: the key, and the files by extension; files of one key must be adjacent.
-
-    Attributes:
-        unused: see `DecodedShard`; complete after iteration.
-    """
-
-    def __init__(self, file: ShardFile) -> None:
-        self._file = file
-        self.unused: list[str] = []
-
-    def __iter__(self) -> Iterator[Sample]:
-        shard = f"shard {self._file.url}"
-        seen: dict[str, Collection[str]] = {}
-        for key, group in groupby(self._named_files(shard), key=itemgetter(0)):
-            files: dict[str, bytes] = {}
-            before = seen.get(key, ())
-            for _, extension, data in group:
-                if extension in files or extension in before:
-                    raise ShardError(f"{shard} holds {key}.{extension} twice")
-                files[extension] = data
-            if before:
-                raise ShardError(
-                    f"{shard}: the files of sample {key} do not follow each other ({key}.{min(files)} stands apart from "
-                    f"{key}.{min(before)}); make the tar with tar --sort=name"
-                )
-            self._check_pictures(shard, key, files)
-            seen[key] = tuple(files)
-            yield key, files
-
-    def _named_files(self, shard: str) -> Iterator[tuple[str, str, bytes]]:
-        """Key, extension and content of each file that belongs to a sample."""
-        for member in read_tar(self._file, self._file.head, shard):
-            path = PurePosixPath(member.name)
-            is_hidden = any(part[0] == "." and part != ".." for part in path.parts) or META.match(member.name)
-            key, extension = (None, None) if is_hidden else base_plus_ext(member.name)
-            if key is None or extension is None:
-                if is_picture(member.name) or not (is_hidden or path.suffix):
-                    self.unused.append(member.name)
-                continue
-            if not member.link_to:
-                yield key, extension.lower(), member.data
-            elif is_picture(member.name) or extension.lower() == "cls":
-                raise ShardError(
-                    f"{shard}: {member.name} is a link to {member.link_to}; pack the files themselves, with tar --dereference "
-                    "--hard-dereference"
-                )
-
-    def _check_pictures(self, shard: str, key: str, files: Collection[str]) -> None:
-        """Record the pictures of a sample that are not used; raise if dots in file names have merged several samples into one."""
-        pictures = [extension for extension in files if is_picture(f".{extension}")]
-        taken = next((extension for extension in IMAGE_EXTENSIONS if extension in files), None)
-        if pictures and taken is None:
-            raise ShardError(
-                f"{shard}: sample {key} has no picture, but {key}.{pictures[0]}: what follows the first dot of a name is its "
-                "extension; leave no other dots in names"
-            )
-        self.unused += [f"{key}.{extension}" for extension in pictures if extension != taken]
-
-
-def is_picture(name: str) -> bool:
-    """Whether a file name has the extension of an image."""
-    return name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
-
-
 def _decode(files: Mapping[str, bytes], geometry: Geometry) -> np.ndarray:
-    data = next((files[extension] for extension in IMAGE_EXTENSIONS if extension in files), None)
-    if data is None:
-        raise ShardError(f"no image with extension {', '.join(IMAGE_EXTENSIONS)}, only {', '.join(files)}")
+    (data,) = files.values()
     image = _to_rgb(Image.open(io.BytesIO(data)))
     if geometry.resize is not None:
         image = F.center_crop(
@@ -273,6 +199,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     turn = TO_UPRIGHT.get(_orientation(image))
     if turn is not None:
         image = image.transpose(turn)
+    if image.mode == "F":
+        raise ShardError("its pixels are floating-point numbers of an unknown scale")
     if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
         image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
     if image.has_transparency_data:
@@ -287,16 +215,6 @@ def _orientation(image: Image.Image) -> Any:
         return image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # the EXIF data are damaged; the image itself may be intact
         return None
-
-
-def _truth(files: Mapping[str, bytes]) -> int:
-    try:
-        truth = int(files.get("cls", UNKNOWN_CLASS))
-    except ValueError:
-        truth = None
-    if truth is None or not UNKNOWN_CLASS <= truth <= np.iinfo(np.int64).max:
-        raise ShardError(f"its label (cls) is {files['cls'][:20].decode(errors='replace')!r}; it must be a class index")
-    return truth
 
 
 def _reason(error: Exception) -> str:

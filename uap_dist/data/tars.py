@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from posixpath import dirname, join, normpath
 from typing import Any, Self
 
 from uap_dist.errors import ShardError
@@ -29,8 +30,8 @@ class Member:
 
     Attributes:
         name: within the tar.
-        data: its content; empty for a link.
-        link_to: target of a link; empty for a regular file.
+        data: its content, for a link that of its target; empty if that is not known.
+        link_to: target of a link whose content is not known; empty otherwise.
     """
 
     name: str
@@ -38,14 +39,18 @@ class Member:
     link_to: str = ""
 
 
+class EndOfFile(EOFError):
+    """The file ends where a header or a block of zeros may follow."""
+
+
 class StrictHeader(tarfile.TarInfo):
     """A member's header that raises on truncation or damage; after the first member, `tarfile` takes either for the end of the tar."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        """See `tarfile.TarInfo.frombuf`; raises EOFError if the file ends here, ReadError if this is not a header."""
+        """See `tarfile.TarInfo.frombuf`; raises EndOfFile if the file ends here, ReadError if this is not a header."""
         if len(buf) < tarfile.BLOCKSIZE:
-            raise EOFError
+            raise tarfile.ReadError("unexpected end of data") if any(buf) else EndOfFile
         try:
             return super().frombuf(buf, encoding, errors)
         except tarfile.HeaderError as error:
@@ -54,35 +59,65 @@ class StrictHeader(tarfile.TarInfo):
             raise  # a block of zeros, the end of a tar
 
 
-def read_tar(stream: Any, head: bytes, name: str) -> Iterator[Member]:
-    """Files and links of a tar in their order; it may be compressed (gzip, bzip2, xz). The stream is read to its end.
+def read_tar(
+    stream: Any, head: bytes, name: str, read_at: Callable[[int, int], bytes] | None = None
+) -> Iterator[Member]:
+    """Files and links of a tar in their order; it may be compressed (gzip, bzip2, xz), and be several that were joined.
 
     Args:
-        stream: a binary file at its start, of which only `read` is used.
+        stream: a binary file at its start, of which only `read` is used, up to its end.
         head: its first block.
         name: of the file, for error messages.
+        read_at: reads from an offset of the file so many bytes. With it, links to members before them are followed in a tar
+            that is not compressed.
 
     Raises:
-        ShardError: it is truncated, damaged or not a tar, or data follow its end mark.
+        ShardError: it is truncated, damaged or not a tar, or what follows its end mark is no tar.
     """
     opener = _opener(head)
-    with (
-        tar_errors(head, name),
-        tarfile.open(
-            fileobj=opener(stream) if opener else stream,
-            mode="r|",
-            tarinfo=StrictHeader,
-            **NAMES,
-        ) as tar,
-    ):
-        for member in iter(tar.next, None):
-            tar.members = []  # type: ignore[attr-defined]  # would otherwise collect all headers in memory
+    places: dict[str, tuple[int, int]] = {}
+    with tar_errors(head, name):
+        if not head:
+            raise EOFError
+        for tar, member in _members(opener(stream) if opener else stream):
             if member.islnk() or member.issym():
-                yield Member(member.name, b"", member.linkname)
+                place = places.get(_target(member)) if read_at and not opener else None
+                if read_at is None or place is None:
+                    yield Member(member.name, b"", member.linkname)
+                    continue
+                places[normpath(member.name)] = place
+                yield Member(member.name, read_at(*place))
             elif (file := tar.extractfile(member)) is not None:
+                if not member.issparse():
+                    places[normpath(member.name)] = member.offset_data, member.size
                 yield Member(member.name, file.read())
-        assert tar.fileobj is not None
-        check_end(tar.fileobj.read)
+
+
+def _members(stream: Any) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+    """Members of tars that may follow each other; EOFError where the last has no end mark, which is two blocks of zeros."""
+    try:
+        tar = tarfile.open(fileobj=stream, mode="r|", tarinfo=StrictHeader, ignore_zeros=True, **NAMES)  # noqa: SIM115
+    except EndOfFile:  # an end mark alone
+        return
+    end = 0
+    with tar:
+        try:
+            for member in iter(tar.next, None):
+                tar.members = []  # type: ignore[attr-defined]  # would otherwise collect all headers in memory
+                end = tar.offset
+                yield tar, member
+        except EndOfFile:
+            if tar.offset - end < 2 * tarfile.BLOCKSIZE:
+                raise
+        except tarfile.ReadError as error:
+            if tar.offset - end < tarfile.BLOCKSIZE:
+                raise
+            raise tarfile.ReadError(f"what follows its end mark is no tar ({error})") from error
+
+
+def _target(link: tarfile.TarInfo) -> str:
+    """Name of the member that a link leads to: from the top of the tar for a hard link, from its own folder for a symbolic one."""
+    return normpath(link.linkname if link.islnk() else join(dirname(link.name), link.linkname))
 
 
 def is_compressed(head: bytes) -> bool:
@@ -101,10 +136,7 @@ def check_end(read: Callable[[int], bytes]) -> None:
     while data := read(READ_SIZE):
         size += len(data)
         if any(data):
-            raise tarfile.ReadError(
-                "data follow the end mark of the tar; where tars were joined with cat, give them one by one, or join them with "
-                "tar --concatenate"
-            )
+            raise tarfile.ReadError("data follow the end mark of the tar; join tars with tar --concatenate")
     if size < tarfile.BLOCKSIZE:
         raise EOFError
 

@@ -31,6 +31,8 @@ class EvaluateOptions:
     max_bad_fraction: float = 0.01
     """Share of images (0..1) that may fail to decode before the job fails."""
     record: RecordOptions = field(default_factory=RecordOptions)
+    label_key: str | None = None
+    """Key of the labels in the .json of the images. Default: labels stand in .cls. Only top-1 needs them."""
     fleet: FleetConfig = field(default_factory=FleetConfig)
 
     def __post_init__(self) -> None:

@@ -78,10 +78,10 @@ class WorkerImages:
         order = rng.permutation(len(self._part.shards))
         for start in range(0, len(order), self._num_shards):
             shards = [self._load(int(i)) for i in order[start : start + self._num_shards]]
-            places = [(shard, row) for shard in shards for row in range(len(shard.keys))]
+            places = [(*pair, row) for pair in shards for row in range(len(pair[0].keys))]
             for i in rng.permutation(len(places)):
-                shard, row = places[i]
-                waiting.append((shard.images[row], shard.truths[row]))
+                shard, truths, row = places[i]
+                waiting.append((shard.images[row], truths[row]))
                 if len(waiting) == batch_size:
                     yield _stack(waiting)
                     waiting = []
@@ -89,12 +89,12 @@ class WorkerImages:
     def in_order(self, batch_size: int) -> Iterator[LabelledImages]:
         """All images in the order of the dataset, in batches that do not cross the end of a shard."""
         for i in range(len(self._part.shards)):
-            shard = self._load(i)
+            shard, truths = self._load(i)
             for start in range(0, len(shard.keys), batch_size):
-                yield shard.images[start : start + batch_size], shard.truths[start : start + batch_size]
+                yield shard.images[start : start + batch_size], truths[start : start + batch_size]
 
-    def _read(self, number: int) -> DecodedShard:
-        """Decode the worker's examples of one shard.
+    def _read(self, number: int) -> tuple[DecodedShard, np.ndarray]:
+        """Decode the worker's examples of one shard; with their class indices.
 
         Raises:
             ShardError: the shard has changed since the job began.
@@ -103,7 +103,7 @@ class WorkerImages:
         shard = load_shard(known.url, self._geometry, set(known.keys))
         if shard.digest != known.digest or shard.keys != known.keys:
             raise ShardError(f"shard {known.url} changed during the run; start again with shards that stay as they are")
-        return shard
+        return shard, known.truths
 
 
 class AdversarialImages:

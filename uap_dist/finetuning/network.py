@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from uap_dist.data.decode import UNKNOWN_CLASS
 from uap_dist.errors import ConfigError
+from uap_dist.models.classes import UNKNOWN_CLASS
 from uap_dist.models.classifier import Classifier
 from uap_dist.workers.dataset import Dataset
 
@@ -32,7 +32,7 @@ def check_truths(classifier: Classifier, train: Dataset, val: Dataset) -> None:
         unknown = int((truths == UNKNOWN_CLASS).sum())
         if unknown:
             raise ConfigError(
-                f"{unknown} of {len(truths)} {what} images have no label; give shards with .cls (jobs/shard.py writes them)"
+                f"fine-tuning needs the class of each image: for {unknown} of {len(truths)} {what} images {dataset.lack_of_labels}"
             )
         outside = truths[(truths < 0) | (truths >= num_classes)]
         if len(outside):

@@ -21,7 +21,8 @@ from uap_dist.tracking.mlflow_run import Tracker
 from uap_dist.tracking.process import raise_on_sigterm, refuse_credentials
 from uap_dist.tracking.resume import Resumed, find_resumed
 from uap_dist.workers.accuracy import check_accuracy
-from uap_dist.workers.dataset import Dataset, check_disjoint, list_dataset, predict
+from uap_dist.workers.dataset import Dataset, list_dataset, predict
+from uap_dist.workers.disjoint import check_disjoint
 
 console = Console(soft_wrap=True, highlight=False, markup=False)
 # what tyro would add says nothing: groups in front of names, {None}| in front of values, --no-debug beside --debug
@@ -104,9 +105,9 @@ def list_images(
 ) -> tuple[Dataset, Dataset]:
     """The training and held-out images, without those that are in both; not yet classified."""
     console.print(f"decoding {len(train_urls)} training and {len(val_urls)} held-out shards")
-    bad = options.max_bad_fraction
-    train = list_dataset(fleet, train_urls, num_images=options.num_train_images, max_bad_fraction=bad)
-    val = list_dataset(fleet, val_urls, num_images=options.num_val_images, max_bad_fraction=bad)
+    bad, key = options.max_bad_fraction, options.label_key
+    train = list_dataset(fleet, train_urls, num_images=options.num_train_images, max_bad_fraction=bad, label_key=key)
+    val = list_dataset(fleet, val_urls, num_images=options.num_val_images, max_bad_fraction=bad, label_key=key)
     return train, check_disjoint(train, val, max_shared_fraction=bad)
 
 
@@ -114,5 +115,6 @@ def classify_images(fleet: Fleet, model: str, train: Dataset, val: Dataset) -> t
     """The same with their clean labels, and what the network knows of them where the shards say what they show."""
     train, val = predict(fleet, train), predict(fleet, val)
     for what, dataset in (("training", train), ("held-out", val)):
-        console.print(f"clean top-1 of {what} images: {check_accuracy(fleet, dataset, model) or 'no labels'}")
+        known = check_accuracy(fleet, dataset, model)
+        console.print(f"clean top-1 of {what} images: {known or f'not known, {dataset.lack_of_labels}'}")
     return train, val

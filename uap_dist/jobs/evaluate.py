@@ -66,8 +66,10 @@ def _measure(
 ) -> Iterator[Measurement]:
     """All perturbations, and the baselines, on one classifier and one set of images."""
     set_name, urls = images
-    dataset = load_dataset(fleet, urls, num_images=options.num_images, max_bad_fraction=options.max_bad_fraction)
-    check_accuracy(fleet, dataset, model)
+    num, bad = options.num_images, options.max_bad_fraction
+    dataset = load_dataset(fleet, urls, num_images=num, max_bad_fraction=bad, label_key=options.label_key)
+    if check_accuracy(fleet, dataset, model) is None:
+        console.print(f"{model}, {set_name}: top-1 is not measured, {dataset.lack_of_labels}")
     tracker.log_dataset(dataset, set_name)
     everything = [*perturbations, *baselines(perturbations, dataset.shape, options.seed)]
     for measurement in measure_perturbations(

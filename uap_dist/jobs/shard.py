@@ -8,7 +8,7 @@ from typing import Any
 import tyro
 from rich.progress import track
 
-from uap_dist.data.imagenet import list_folder, list_ilsvrc_train, list_ilsvrc_val, shuffled_samples
+from uap_dist.data.sources.imagenet import list_folder, list_ilsvrc_train, list_ilsvrc_val, shuffled_samples
 from uap_dist.data.write import write_classes, write_shards
 from uap_dist.errors import ConfigError
 from uap_dist.jobs.common import PARSER, command_line, console

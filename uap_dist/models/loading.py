@@ -5,7 +5,7 @@ import importlib
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from uap_dist.data.decode import Geometry
 from uap_dist.errors import ClassifierError
 from uap_dist.models.check import check_classifier
+from uap_dist.models.classes import imagenet_names
 from uap_dist.models.classifier import Classifier
 from uap_dist.models.own_code import import_file, import_module, importable, with_line
 from uap_dist.models.weights import WeightsFile, fill, fill_from, open_weights, read_weights
@@ -244,7 +245,7 @@ def _timm_preset(network: nn.Module, pretrained: Mapping[str, Any]) -> Preset:
         tuple(config["mean"]),
         tuple(config["std"]),
         pretrained.get("url") or "",
-        tuple(_imagenet_names()) if getattr(network, "num_classes", 0) == 1000 else (),
+        tuple(imagenet_names()) if getattr(network, "num_classes", 0) == 1000 else (),
     )
 
 
@@ -300,9 +301,3 @@ def _torchvision_names() -> list[str]:
     import torchvision.models
 
     return torchvision.models.list_models(module=torchvision.models)
-
-
-def _imagenet_names() -> Sequence[str]:
-    import torchvision.models
-
-    return torchvision.models.ResNet18_Weights.DEFAULT.meta["categories"]

@@ -4,9 +4,9 @@ import logging
 
 import numpy as np
 
-from uap_dist.data.decode import UNKNOWN_CLASS
 from uap_dist.errors import ClassifierError
 from uap_dist.method.rates import Rate
+from uap_dist.models.classes import UNKNOWN_CLASS
 from uap_dist.workers.dataset import Dataset, classify
 from uap_dist.workers.local import Workers
 

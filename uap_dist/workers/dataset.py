@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from bisect import bisect_right
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -13,6 +13,7 @@ import numpy as np
 from uap_dist.errors import ConfigError, ShardError
 from uap_dist.job_options import check_limits
 from uap_dist.method.rates import Predictions, Rate
+from uap_dist.models.classes import UNKNOWN_CLASS
 from uap_dist.workers.local import Workers
 from uap_dist.workers.messages import Examples, ShardListing
 from uap_dist.workers.worker import Worker
@@ -31,7 +32,7 @@ class Shard:
         url: of the shard.
         digest: SHA-256 (hex) of its file.
         keys: N sample keys.
-        truths: N class indices, see `DecodedShard`.
+        truths: N class indices, see `ShardListing`.
         hashes: N hashes of the decoded pixels, see `DecodedShard`.
     """
 
@@ -52,6 +53,7 @@ class Dataset:
         bad: images left out because they cannot be decoded, as "url: key: reason".
         clean: the classifier's predictions for the unperturbed images.
         shared: held-out images left out because they are training images too, as "url: key = url: key".
+        odd_labels: labels that mean no class of the network, as "url: key: reason".
     """
 
     shards: tuple[Shard, ...]
@@ -59,6 +61,7 @@ class Dataset:
     bad: tuple[str, ...]
     clean: Predictions
     shared: tuple[str, ...] = ()
+    odd_labels: tuple[str, ...] = ()
 
     @property
     def num_examples(self) -> int:
@@ -96,6 +99,13 @@ class Dataset:
         return np.concatenate([shard.truths for shard in self.shards])
 
     @property
+    def lack_of_labels(self) -> str:
+        """Why classes of images are not known, and what to do."""
+        if self.odd_labels:
+            return f"labels mean no class of the network: {self.odd_labels[0]}"
+        return "there are no labels; give shards with .cls, as jobs/shard.py makes them, or with .json and --label-key"
+
+    @property
     def digest(self) -> str:
         """SHA-256 (hex) over the shards' digests and the examples' keys."""
         digest = hashlib.sha256()
@@ -105,7 +115,7 @@ class Dataset:
 
     def thin(self, num_examples: int) -> "Dataset":
         """A subset of this many examples, evenly spaced."""
-        return self._take(np.arange(num_examples) * self.num_examples // num_examples)
+        return self.take(np.arange(num_examples) * self.num_examples // num_examples)
 
     def thin_by_blocks(self, num_examples: int, block_size: int) -> "Dataset":
         """A subset of this many examples that can be cut into whole blocks: evenly spaced runs of `block_size` within one shard.
@@ -123,14 +133,14 @@ class Dataset:
         others = np.setdiff1d(np.arange(self.num_examples), chosen)
         missing = num_examples - len(chosen)
         more = others[np.arange(missing) * len(others) // max(1, missing)]
-        return self._take(np.sort(np.concatenate([chosen, more])))
+        return self.take(np.sort(np.concatenate([chosen, more])))
 
     def part(self, number: int, num_parts: int) -> "Dataset":
         """Part `number` (from 0) of `num_parts` consecutive parts of nearly equal size."""
         first, last = (n * self.num_examples // num_parts for n in (number, number + 1))
-        return self._take(np.arange(first, last))
+        return self.take(np.arange(first, last))
 
-    def _take(self, chosen: np.ndarray) -> "Dataset":
+    def take(self, chosen: np.ndarray) -> "Dataset":
         """The subset of the examples with these numbers, which must be ascending."""
         shards = []
         for start, shard in zip(self.starts, self.shards, strict=False):
@@ -162,26 +172,25 @@ class Dataset:
 
 
 def load_dataset(
-    workers: Workers, urls: Sequence[str], *, num_images: int | None = None, max_bad_fraction: float = 0.01
+    workers: Workers,
+    urls: Sequence[str],
+    *,
+    num_images: int | None = None,
+    max_bad_fraction: float = 0.01,
+    label_key: str | None = None,
 ) -> Dataset:
-    """Let the workers decode shards until there are enough images, and classify these.
-
-    Args:
-        workers: read the shards and classify the images.
-        urls: of the shards, as returned by `expand_patterns`.
-        num_images: use only the first this many; None uses all.
-        max_bad_fraction: share of images (0..1) that may fail to decode.
-
-    Raises:
-        ShardError: a shard cannot be used, too many images are bad, or images differ in size.
-        ConfigError: there are fewer images than `num_images`, or an option is outside its range.
-        ClassifierError: the classifier cannot be used on these images.
-    """
-    return predict(workers, list_dataset(workers, urls, num_images=num_images, max_bad_fraction=max_bad_fraction))
+    """Let the workers decode shards until there are enough images, and classify these; arguments and errors as for `list_dataset`."""
+    listed = list_dataset(workers, urls, num_images=num_images, max_bad_fraction=max_bad_fraction, label_key=label_key)
+    return predict(workers, listed)
 
 
 def list_dataset(
-    workers: Workers, urls: Sequence[str], *, num_images: int | None = None, max_bad_fraction: float = 0.01
+    workers: Workers,
+    urls: Sequence[str],
+    *,
+    num_images: int | None = None,
+    max_bad_fraction: float = 0.01,
+    label_key: str | None = None,
 ) -> Dataset:
     """Let the workers decode shards until there are enough images. The result has no clean predictions yet, see `predict`.
 
@@ -190,13 +199,14 @@ def list_dataset(
         urls: of the shards, as returned by `expand_patterns`.
         num_images: use only the first this many; None uses all.
         max_bad_fraction: fraction of samples allowed to be undecodable (0..1).
+        label_key: key of the labels in .json files; None takes them from .cls files. Labels are optional.
 
     Raises:
         ShardError: a shard cannot be used, too many images are bad, or images differ in size.
-        ConfigError: there are fewer images than `num_images`, or an option is outside its range.
+        ConfigError: there are fewer images than `num_images`, none has a label under `label_key`, or an option is outside its range.
     """
     check_limits(max_bad_fraction, num_images)
-    listings = list(_list_shards(workers, urls, num_images))
+    listings = list(_list_shards(workers, urls, num_images, label_key))
     bad = tuple(f"{url}: {complaint}" for url, listing in listings for complaint in listing.bad)
     num_samples = len(bad) + sum(len(listing.keys) for _, listing in listings)
     if len(bad) > max_bad_fraction * num_samples:
@@ -205,14 +215,14 @@ def list_dataset(
             f"(--max-bad-fraction); the first: {bad[0]}"
         )
     if bad:
-        logger.warning("left out %d images that cannot be decoded: %s", len(bad), _first(bad))
+        logger.warning("left out %d images that cannot be decoded: %s", len(bad), first_few(bad))
     unused = [f"{url}: {name}" for url, listing in listings for name in listing.unused]
     if unused:
         logger.warning(
             "left out %d files that may be pictures: their names begin with a dot or have no extension, or their sample has "
             "another picture: %s",
             len(unused),
-            _first(unused),
+            first_few(unused),
         )
     shards = tuple(_take(listings, num_images))
     found = sum(len(shard.keys) for shard in shards)
@@ -221,7 +231,10 @@ def list_dataset(
     shapes = {listing.shape for _, listing in listings if listing.keys}
     if len(shapes) > 1:
         raise ShardError(f"shards hold images of different sizes {sorted(shapes)}; give shards with images of one size")
-    dataset = Dataset(shards, shapes.pop(), bad, Predictions(np.full(found, -1), np.zeros(found, np.float32)))
+    nothing = Predictions(np.full(found, -1), np.zeros(found, np.float32))
+    odd = tuple(f"{url}: {complaint}" for url, listing in listings for complaint in listing.odd_labels)
+    dataset = Dataset(shards, shapes.pop(), bad, nothing, odd_labels=odd)
+    _check_labels(dataset, label_key)
     _warn_of_twins(dataset)
     return dataset
 
@@ -257,53 +270,6 @@ def fooling_rate(dataset: Dataset, perturbed: Predictions) -> Rate:
     return Rate(int((perturbed.labels != dataset.clean.labels).sum()), dataset.num_examples)
 
 
-def check_disjoint(train: Dataset, val: Dataset, *, max_shared_fraction: float = 0.01) -> Dataset:
-    """The held-out set without the images whose decoded pixels equal those of a training image.
-
-    Args:
-        train: the training set.
-        val: the held-out set.
-        max_shared_fraction: fraction of the held-out images that may be left out in this way (0..1).
-
-    Raises:
-        ShardError: a shard with the same content is in both sets, or more images are shared.
-    """
-    held_out = {shard.digest: shard.url for shard in val.shards}
-    for shard in train.shards:
-        if shard.digest in held_out:
-            raise ShardError(
-                f"training shard {shard.url} is also a held-out shard ({held_out[shard.digest]}); hold out other shards"
-            )
-    trained_on = {image: example for example, image in enumerate(train.hashes)}
-    twins = {i: trained_on[image] for i, image in enumerate(val.hashes) if image in trained_on}
-    _warn_of_keys(train, val, twins)
-    if not twins:
-        return val
-    shared = tuple(f"{val.place(ours)} = {train.place(theirs)}" for ours, theirs in twins.items())
-    count = f"{len(shared)} of {val.num_examples} held-out images"
-    if len(shared) > max_shared_fraction * val.num_examples or len(shared) == val.num_examples:
-        raise ShardError(
-            f"{count} are training images too, more than the allowed share {max_shared_fraction} (--max-bad-fraction); the "
-            f"first: {shared[0]}; hold out shards of images that are in no training shard"
-        )
-    logger.warning("left out %s that are training images too: %s", count, _first(shared))
-    return replace(val._take(np.delete(np.arange(val.num_examples), list(twins))), shared=shared)
-
-
-def _warn_of_keys(train: Dataset, val: Dataset, twins: Collection[int]) -> None:
-    """Warn of held-out images that have the key of a training image but other pixels (are not among `twins`)."""
-    trained_on = set(train.keys)
-    same = [key for i, key in enumerate(val.keys) if key in trained_on and i not in twins]
-    if same:
-        logger.warning(
-            "%d of %d held-out images have the key of a training image but other pixels, the first %s; this is fine if keys are "
-            "running numbers, but if these are the same photographs in another encoding, the held-out rate is meaningless",
-            len(same),
-            val.num_examples,
-            same[0],
-        )
-
-
 def _warn_of_twins(dataset: Dataset) -> None:
     """Warn of images that are in a set more than once, by their decoded pixels."""
     seen: dict[bytes, int] = {}
@@ -317,18 +283,36 @@ def _warn_of_twins(dataset: Dataset) -> None:
         )
 
 
-def _first(complaints: Sequence[str]) -> str:
+def _check_labels(dataset: Dataset, label_key: str | None) -> None:
+    """Warn of labels that mean no class of the network; raise ConfigError if there is no label under the key that was given."""
+    odd = dataset.odd_labels
+    if label_key is not None and (dataset.truths == UNKNOWN_CLASS).all():
+        first = odd[0] if odd else "there is no .json"
+        raise ConfigError(f"no image has a usable label under {label_key!r} (--label-key); the first: {first}")
+    if odd:
+        logger.warning(
+            "%d labels mean no class of the network, so these images do not count for top-1: %s",
+            len(odd),
+            first_few(odd),
+        )
+
+
+def first_few(complaints: Sequence[str]) -> str:
+    """The first few of them in one line."""
     return "; ".join(complaints[:NUM_BAD_SHOWN]) + "; …" * (len(complaints) > NUM_BAD_SHOWN)
 
 
-def _list_shards(workers: Workers, urls: Sequence[str], num_images: int | None) -> Iterator[tuple[str, ShardListing]]:
+def _list_shards(
+    workers: Workers, urls: Sequence[str], num_images: int | None, label_key: str | None
+) -> Iterator[tuple[str, ShardListing]]:
     """Load all shards at once or, for a limited number of images, two per worker at a time until there are enough images."""
     found, start = 0, 0
     while start < len(urls) and (num_images is None or found < num_images):
         size = len(urls) if num_images is None else 2 * workers.num_workers
         wave = urls[start : start + size]
         start += size
-        for url, listing in zip(wave, workers.map(Worker.load, [Examples(url) for url in wave]), strict=True):
+        tasks = [Examples(url) for url in wave]
+        for url, listing in zip(wave, workers.map(Worker.load, tasks, label_key), strict=True):
             if num_images is None or found < num_images:
                 yield url, listing
             found += len(listing.keys)

@@ -48,12 +48,12 @@ class LocalWorkers:
     def map(
         self, method: Callable[[Worker, Examples, *Shared], R], tasks: Sequence[Examples], *shared: *Shared
     ) -> Iterator[R]:
-        """Yield `method(worker, task, *shared)` for each task, in the order of the tasks."""
+        """See Workers."""
         for task in tasks:
             with self._lock:
                 result = method(self._worker, task, *shared)
             yield result
 
     def metrics(self) -> dict[str, float]:
-        """Nothing: only a fleet has metrics."""
+        """See Workers."""
         return {}

@@ -32,10 +32,17 @@ class Examples:
 
 @dataclass(frozen=True)
 class ShardListing:
-    """The contents of a shard without its images, see `DecodedShard`; `shape` is C×H×W of an image."""
+    """The contents of a shard without its images, see `DecodedShard`.
+
+    Attributes:
+        truths: N class indices, UNKNOWN_CLASS for images without a label that the network knows.
+        odd_labels: labels that mean no class of the network, as "key: reason".
+        shape: C×H×W of an image.
+    """
 
     keys: tuple[str, ...]
     truths: np.ndarray
+    odd_labels: tuple[str, ...]
     bad: tuple[str, ...]
     digest: str
     hashes: tuple[bytes, ...]

@@ -22,6 +22,7 @@ from uap_dist.method.rates import Predictions
 from uap_dist.method.solver import BlockResult, LocalSteps, Solver, solve_block, take_local_steps
 from uap_dist.models.accelerate import accelerate
 from uap_dist.models.check import check_classifier
+from uap_dist.models.classes import find_classes
 from uap_dist.models.classifier import Classifier
 from uap_dist.models.loading import load_classifier
 from uap_dist.workers.messages import Examples, Normals, Resources, ShardListing
@@ -64,11 +65,11 @@ class Worker:
 
         Args:
             classifier: as returned by `load_classifier`.
-            cache_bytes: limit of the decoded images that are kept in memory.
-            disk_cache_bytes: limit of those that are kept on disk once memory is full. Shards that fit in neither are read and
+            cache_bytes: decoded images kept in memory at most.
+            disk_cache_bytes: decoded images kept on disk at most, once memory is full. Shards that fit in neither are read and
                 decoded again for each block.
-            num_threads: torch's threads on the CPU; results may depend on it.
-            decode_threads: threads that decode images; None for as many as the machine has CPUs. Results do not depend on it.
+            num_threads: of torch on the CPU; results may depend on it.
+            decode_threads: that decode images; None for as many as the machine has CPUs. Results do not depend on it.
         """
         self._num_threads = num_threads
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -83,7 +84,7 @@ class Worker:
 
     @property
     def traffic(self) -> Traffic:
-        """What was read so far, by this worker and by those whose cache it has adopted."""
+        """What was read so far, by this worker and by those that it adopted the cache of."""
         return self._cache.traffic
 
     def adopt(self, predecessor: "Worker") -> None:
@@ -95,8 +96,12 @@ class Worker:
         self._cache.prefetch(url)
 
     @_reproducibly
-    def load(self, examples: Examples) -> ShardListing:
+    def load(self, examples: Examples, label_key: str | None = None) -> ShardListing:
         """Read and decode a whole shard, keep it if there is room, and list its examples.
+
+        Args:
+            examples: name the shard.
+            label_key: of the labels in .json files, see `find_class`.
 
         Raises:
             ShardError: see `fetch` and `decode_shard`.
@@ -105,9 +110,11 @@ class Worker:
         shard = self._cache.whole(examples.shard)
         if shard.keys:
             self._prepare_classifier(shard.images)
+        truths, reasons = find_classes(shard.labels, self.classifier.class_names, label_key)
         return ShardListing(
             keys=shard.keys,
-            truths=shard.truths,
+            truths=truths,
+            odd_labels=tuple(f"{key}: {reason}" for key, reason in zip(shard.keys, reasons, strict=True) if reason),
             bad=shard.bad,
             digest=shard.digest,
             hashes=shard.hashes,

@@ -14,7 +14,7 @@ from typing import IO, Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from uap_dist.data.decode import IMAGE_EXTENSIONS
+from uap_dist.data.samples import IMAGE_EXTENSIONS
 from uap_dist.data.tars import NAMES, StrictHeader, check_end, is_compressed, tar_errors
 from uap_dist.errors import ShardError
 

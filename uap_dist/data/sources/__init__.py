@@ -1,0 +1,1 @@
+"""Sources of labelled images that shards are made of."""

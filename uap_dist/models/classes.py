@@ -1,0 +1,98 @@
+"""The classes of a network by their names, and the class that the label of a sample means."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+
+import numpy as np
+import torchvision.models
+
+UNKNOWN_CLASS = -1
+MAX_SHOWN = 40  # characters of a label in messages
+
+
+def imagenet_names() -> Sequence[str]:
+    """Names of the 1,000 classes of ILSVRC 2012 in the order in which networks number them."""
+    names: Sequence[str] = torchvision.models.ResNet18_Weights.DEFAULT.meta["categories"]
+    return names
+
+
+class ClassIndex:
+    """Indices of a network's classes by name."""
+
+    def __init__(self, class_names: Sequence[str]) -> None:
+        """Index the names of a network's classes, as many as they are, in the order of its logits.
+
+        The classes of ILSVRC 2012 are also known by WordNet id, as n01440764; networks number them in the order of the ids.
+        """
+        self._exact, self._alike = _unique(class_names), _unique([_plain(name) for name in class_names])
+        if list(class_names) == list(imagenet_names()):
+            self._exact |= _unique(files(__package__).joinpath("wordnet_ids.txt").read_text().split())
+
+    def __bool__(self) -> bool:
+        """Whether any class has a name."""
+        return bool(self._exact)
+
+    def find(self, name: str) -> int | None:
+        """Index of the class of this name, or of one that differs in case, spaces and underscores only; None if there is not one."""
+        return self._exact.get(name, self._alike.get(_plain(name)))
+
+
+def find_class(label: Mapping[str, bytes], classes: ClassIndex, label_key: str | None = None) -> tuple[int, str]:
+    """The class that a sample's label means.
+
+    Args:
+        label: content of the sample's files `cls` and `json`, if it has them.
+        classes: of the network.
+        label_key: key of the label in `json`; None takes `cls`.
+
+    Returns:
+        The class index and "", or UNKNOWN_CLASS and why a label means no class; "" again where there is no label.
+    """
+    if label_key is None:
+        source, text = "cls", label.get("cls", b"").decode(errors="replace").strip()
+        if "cls" in label and not text:
+            return UNKNOWN_CLASS, "its label (cls) is empty"
+    else:
+        source = f"json, {label_key}"
+        try:
+            content = json.loads(label.get("json", b"{}"))
+        except ValueError:
+            return UNKNOWN_CLASS, "its .json is not JSON"
+        if not isinstance(content, dict):
+            return UNKNOWN_CLASS, "its .json holds no keys"
+        if content and label_key not in content:
+            return UNKNOWN_CLASS, f"its .json has no {label_key!r}, but {', '.join(map(str, content))}"
+        value = content.get(label_key)
+        text = "" if value is None else value if isinstance(value, str) else json.dumps(value)
+    if not text:
+        return UNKNOWN_CLASS, ""
+    if re.fullmatch(r"-1|\+?[0-9]{1,18}", text):
+        return int(text), ""
+    index = classes.find(text)
+    if index is not None:
+        return index, ""
+    shown = text[:MAX_SHOWN] + "…" * (len(text) > MAX_SHOWN)
+    lack = "the network has no class of this name" if classes else "the network does not name its classes (class_names)"
+    return UNKNOWN_CLASS, f"its label ({source}) is {shown!r}, neither a class index nor the name of a class; {lack}"
+
+
+def find_classes(
+    labels: Sequence[Mapping[str, bytes]], class_names: Sequence[str], label_key: str | None = None
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Class indices of N samples (int64, see `find_class`), and for each why a label means no class, or ""."""
+    classes = ClassIndex(class_names)
+    found = [find_class(label, classes, label_key) for label in labels]
+    return np.array([index for index, _ in found], np.int64), tuple(reason for _, reason in found)
+
+
+def _unique(names: Sequence[str]) -> dict[str, int]:
+    """Index of each name that occurs once."""
+    counts = Counter(names)
+    return {name: index for index, name in enumerate(names) if counts[name] == 1}
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.replace("_", " ").casefold().split())
