@@ -72,11 +72,13 @@ def test_the_norm_of_a_share_lies_on_the_line_between_its_neighbours():
 def test_the_findings_are_the_numbers():
     text = phase_finding(phase())
     assert "**0.400 [0.309, 0.498] of 100**" in text
-    assert "The perturbation fools half of them from ℓ2 norm 12.5 on, 1.25 of the perturbation's own" in text
-    assert "A random vector fools 0.105 at ℓ2 norm 20, and never reaches half in the range that was tested" in text
+    assert "The perturbation fools half of them from an ℓ2 norm of 12.5 on, 1.25 times the perturbation's own" in text
     assert (
-        "the best of the other directions is *sum of DeepFool perturbations* with 0.200; a random vector fools 0.055"
+        "A random vector fools 0.105 of them at the largest ℓ2 norm that was tested, 20, so it never reaches half"
         in text
+    )
+    assert (
+        "own ℓ2 norm, 10, *sum of DeepFool perturbations* fools most images, 0.200; a random vector fools 0.055" in text
     )
     metrics = finished({}).metrics()
     assert metrics["phase/l2/norm_at_half/universal_perturbation"] == 12.5
@@ -96,7 +98,7 @@ def test_enough_images_are_the_fewest_within_half_an_interval():
         "from 10 training images, a perturbation fools **0.320**" in text
         and "from 40, 0.800 (means over 2 seeds)" in text
     )
-    assert "20 images give as much as 40 to within 0.078" in text
+    assert "20 images already give a rate that is at most 0.078 lower" in text
     assert sample_size_finding(points[:1]).endswith("fools **0.300** of the held-out images (one seed).")
 
 

@@ -113,14 +113,14 @@ class FinishedAnalysis:
             "# Analysis of a universal adversarial perturbation",
             self.summary(),
             f"A universal perturbation is one array v ({'×'.join(map(str, v.shape))}) that, added to almost any image, "
-            "changes the label that a classifier gives it. Pixels have values 0..255; this v reaches "
-            f"±{measure(v, 'linf'):.4g} (its ℓ∞ norm) and has length {measure(v, 'l2'):.4g} (its ℓ2 norm, the root of the "
-            "sum of squares). An image x is *fooled* if the label of x + v, cut off at 0 and 255, differs from that of "
-            "x; the *fooling rate* is the share of images that are. Rates are of held-out images, from which nothing was "
-            "computed, unless stated otherwise; [low, high] is a 95 % Wilson interval, where the rate of very many "
-            "such images would lie.",
-            "The three questions are those of section 4 of Moosavi-Dezfooli, Fawzi, Fawzi and Frossard, *Universal "
-            "adversarial perturbations*, CVPR 2017 (arXiv 1610.08401), called the paper here.",
+            "changes the label that a classifier gives it. Pixels have values from 0 to 255. The values of this v lie between "
+            f"±{measure(v, 'linf'):.4g} (its ℓ∞ norm), and its length is {measure(v, 'l2'):.4g} (its ℓ2 norm, the root of the "
+            "sum of squares). An image x is *fooled* if the classifier gives x + v, clipped to 0..255, another label than x. "
+            "The *fooling rate* is the share of images that are fooled; unless stated otherwise, of held-out images, from "
+            "which nothing was computed. [low, high] after a rate is its 95 % Wilson interval: the rate of very many such "
+            "images would probably lie there.",
+            "The three questions of this report are those of section 4 of Moosavi-Dezfooli, Fawzi, Fawzi and Frossard, *Universal "
+            "adversarial perturbations*, CVPR 2017 (arXiv 1610.08401), which is called the paper below.",
         ]
         if self.phase:
             parts += text.phase_section(self.phase, self.num_train_images, self.num_solved)
@@ -129,7 +129,7 @@ class FinishedAnalysis:
         if self.numbers:
             parts += text.sample_size_section(self.numbers)
         rows = [
-            [escape_markdown(name), "default" if value in (None, ()) else escape_markdown(value)]
+            [escape_markdown(name), "default" if value in (None, ()) else escape_markdown(_in_words(value))]
             for name, value in self.provenance.items()
         ]
         parts += [
@@ -193,6 +193,11 @@ def to_html(markdown: str, folder: Path) -> str:
     body = parser.renderer.render(tokens, parser.options, {})
     title = markdown.partition("\n")[0].lstrip("# ")
     return PAGE.render(title=title, body=Markup(body))  # the parser has escaped the body
+
+
+def _in_words(value: object) -> object:
+    """Several values as the command line has them."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else value
 
 
 def _key(name: str) -> str:

@@ -17,12 +17,12 @@ NUMBERS_PICTURE = "pictures/3-number-of-images.png"
 ENERGY_SHARE = 0.9
 NORM_NAMES: dict[Norm, str] = {"l2": "ℓ2", "linf": "ℓ∞"}
 KINDS = {
-    UNIVERSAL: "the perturbation that this report is about, multiplied with a number",
-    SPHERE: "uniform on the sphere: the baseline for ℓ2",
-    SIGNS: "plus or minus one number at each value: the baseline for ℓ∞",
-    SINGLE: "DeepFool's step for one training image, drawn at random, shown to all others",
-    SUM: "DeepFool's steps for {num_summed:,} training images, added",
-    MEAN: "the mean of the training images",
+    UNIVERSAL: "the perturbation that this report is about",
+    SPHERE: "drawn uniformly from a sphere; the baseline for the ℓ2 norm",
+    SIGNS: "each value is plus or minus the same number, at random; the baseline for the ℓ∞ norm",
+    SINGLE: "DeepFool's step for one training image, which is drawn at random",
+    SUM: "the sum of DeepFool's steps for {num_summed:,} training images",
+    MEAN: "the mean of all {num_train_images:,} training images",
 }
 
 
@@ -75,9 +75,9 @@ def phase_finding(points: Sequence[Point]) -> str:
     rates = phase_numbers(points)["l2"]["fooling_rates_at_own_norm"]
     best = max((kind for kind in rates if kind != UNIVERSAL), key=rates.__getitem__)
     return (
-        f"*Phase transition:* the perturbation fools **{own.fooling}** held-out images. "
-        f"{_halves(points)} At the perturbation's own ℓ2 norm, {own.norm_l2:.4g}, "
-        f"the best of the other directions is *{best}* with {rates[best]:.3f}; a random vector fools {rates[SPHERE]:.3f}."
+        f"*Phase transition:* the perturbation fools **{own.fooling}** held-out images. {_halves(points)} "
+        f"Of the other directions, scaled to the perturbation's own ℓ2 norm, {own.norm_l2:.4g}, *{best}* fools most images, "
+        f"{rates[best]:.3f}; a random vector fools {rates[SPHERE]:.3f}."
     )
 
 
@@ -91,24 +91,25 @@ def phase_section(points: Sequence[Point], num_train_images: int, num_summed: in
     """
     yield "## 1. Phase transition: how strong must a perturbation be?"
     yield (
-        "Several directions are scaled to the same norms, and each is shown to all held-out images. DeepFool is the "
-        "algorithm that finds the smallest step that takes one image across a decision boundary of the network. The "
-        f"directions come from {num_train_images:,} training images:"
+        "Several directions are scaled to the same norms, and each is added to all held-out images. Some of them are steps of "
+        "DeepFool, the algorithm that finds the smallest step by which one image crosses a decision boundary of the network."
     )
-    yield "\n".join(f"* *{kind}*: {meaning.format(num_summed=num_summed)}" for kind, meaning in KINDS.items())
+    counts = {"num_summed": num_summed, "num_train_images": num_train_images}
+    yield "\n".join(f"* *{kind}*: {meaning.format(**counts)}" for kind, meaning in KINDS.items())
     yield f"![Fooling rate against norm]({PHASE_PICTURE})"
     yield (
-        "How to read it: the further to the left a line rises, the less is needed. A line runs through the mean of the "
-        "draws of a kind; its shade reaches from the lowest to the highest end of their Wilson intervals. Left, all "
-        "directions have the ℓ2 norm below; right, the ℓ∞ norm. Two panels, because a direction whose values are all "
-        "equally large, such as random signs, is long for its ℓ∞ norm, and one with few large values is short."
+        "How to read it: the further left a line rises, the smaller is the perturbation that suffices. Where there are several "
+        "draws of a kind, the line is their mean, and the band around it covers all their 95 % intervals. In the left panel "
+        "all directions have the same ℓ2 norm, in the right panel the same ℓ∞ norm. The panels differ, because of two "
+        "directions with the same ℓ∞ norm the one whose values are all equally large, such as random signs, has a much "
+        "larger ℓ2 norm than one with few large values."
     )
     yield (
-        f"What it says of held-out images: {_halves(points)} In the paper "
+        f"What it shows, on the held-out images: {_halves(points)} In the paper "
         "(figure 8, CaffeNet, ImageNet) the universal perturbation fools 85 % at ℓ2 norm 2000, and random vectors of that norm 10 %."
     )
     for norm, name in NORM_NAMES.items():
-        yield f"Fooling rate, mean of the draws, at multiples of the perturbation's own {name} norm:"
+        yield f"Mean fooling rate of the draws, at multiples of the perturbation's own {name} norm (that norm is in brackets):"
         own = select(points, norm=norm)
         scales = sorted({point.scale for point in own})
         lengths = [getattr(select(own, kind=UNIVERSAL, scale=scale)[0], f"norm_{norm}") for scale in scales]
@@ -119,7 +120,7 @@ def phase_section(points: Sequence[Point], num_train_images: int, num_summed: in
         ]
         yield markdown_table(["direction", *heads], rows)
     half = max((high - low) / 2 for low, high in (point.fooling.interval for point in points))
-    yield f"Each draw by itself, with its interval (at most ±{half:.3f}): `tables/phase-transition.csv`."
+    yield f"`tables/phase-transition.csv` has each draw with its 95 % interval, which is at most ±{half:.3f}."
 
 
 def boundaries_numbers(boundaries: Boundaries) -> dict[str, Any]:
@@ -150,10 +151,11 @@ def boundaries_finding(boundaries: Boundaries) -> str:
     rates = found["fooling_rates"]
     own, random = _dimension(boundaries.spectrum), _dimension(boundaries.random)
     return (
-        f"*Correlated boundaries:* 90 % of the energy of {found['num_normals']:,} unit normals lies in {own}, "
-        f"that of as many random vectors lies in {random}. At ℓ2 norm {found['norm_l2']:.4g}, random vectors of the subspace "
-        f"of the first {found['num_singular']} singular vectors fool **{rates[SUBSPACE]:.3f}** of the held-out images, "
-        f"random vectors of the whole space {rates[SPHERE]:.3f}, the perturbation {rates[UNIVERSAL]:.3f}."
+        f"*Correlated boundaries:* 90 % of the energy (sum of squares) of {found['num_normals']:,} unit normals lies in {own}, "
+        f"90 % of that of as many random vectors in {random}. At an ℓ2 norm of {found['norm_l2']:.4g}, random vectors of the "
+        f"subspace that the first {found['num_singular']} singular vectors span fool **{rates[SUBSPACE]:.3f}** of the held-out "
+        f"images, random vectors of the whole space {rates[SPHERE]:.3f}, and the perturbation, scaled to that norm, "
+        f"{rates[UNIVERSAL]:.3f}."
     )
 
 
@@ -162,41 +164,44 @@ def boundaries_section(boundaries: Boundaries) -> Iterator[str]:
     found = boundaries_numbers(boundaries)
     num_images = found["num_normals"] + found["num_left_out"]
     num_draws = len(select(boundaries.points, kind=SUBSPACE))
+    left_out = (
+        f"It reached none from {found['num_left_out']:,} images, which are left out. " if found["num_left_out"] else ""
+    )
     yield "## 2. Correlated boundaries: why does one perturbation fool so many images?"
     yield (
-        f"For each of {num_images:,} training images x, DeepFool finds the nearest decision boundary and its unit normal, "
-        "which is r(x)/‖r(x)‖2 for the smallest step r(x) across it if no pixel of the step is held back by 0 or 255. Of these "
-        f"images {found['num_left_out']:,} are "
-        f"left out, because DeepFool did not reach a boundary. The {found['num_normals']:,} normals are the rows of a "
-        "matrix. If the normals at different images had nothing to do with each other, its singular values would be "
-        "those of random unit vectors; if they share few directions, few singular values are large."
+        f"For each of {num_images:,} training images, DeepFool finds the nearest decision boundary of the network and its unit "
+        "normal, which is the direction of the smallest step to that boundary (unless the step is held back by pixels that are "
+        f"already 0 or 255). {left_out}The {found['num_normals']:,} normals are the rows of a matrix. If the normals at "
+        "different images had nothing in common, the singular values of the matrix would be those of random unit vectors. If "
+        "they share a few directions, a few singular values are large and the others are small."
     )
     yield f"![Singular values of the normals, and what their subspace fools]({BOUNDARIES_PICTURE})"
     yield (
-        "How to read it: left, the singular values in descending order; the steeper, the more correlated. Middle, the "
-        "share of the energy (sum of their squares) that so many leading dimensions hold. Right, fooling rates on "
-        "held-out images, whose normals are not in the matrix: of random vectors of the subspace that the first "
-        f"{found['num_singular']} singular vectors span, of random vectors of the whole space ({num_draws} each), and of "
-        "the perturbation, all of one length. Bars are 95 % intervals."
+        "How to read it: the left panel has the singular values in descending order. The steeper the line falls, the more the "
+        "normals have in common. The middle panel has the share of the energy (the sum of the squared singular values) that the "
+        "leading dimensions hold. The right panel has fooling rates on held-out images, whose normals are not in the matrix: of "
+        f"random vectors of the subspace that the first {found['num_singular']} singular vectors span, of random vectors of the "
+        f"whole space ({num_draws} each), and of the perturbation, all with the same ℓ2 norm. Bars are 95 % intervals."
     )
     times = found["largest_singular_value"] / found["largest_singular_value_random"]
     yield (
-        f"What it says: the largest singular value is {times:.2g} times that of random vectors. The first "
-        f"{found['num_singular']} dimensions hold {100 * found['energy_in_subspace']:.1f} % of the energy, of random vectors "
-        f"{100 * found['energy_in_subspace_random']:.1f} %. In the paper (figure 9, CaffeNet, ImageNet, ℓ2 norm 2000) random "
-        "vectors of the subspace of 100 singular vectors fool 38 %, random vectors of the whole space 10 %."
+        f"What it shows: the largest singular value is {times:.2g} times as large as that of random vectors. The first "
+        f"{found['num_singular']} dimensions hold {100 * found['energy_in_subspace']:.1f} % of the energy of the normals, and "
+        f"{100 * found['energy_in_subspace_random']:.1f} % of that of random vectors. In the paper (figure 9, CaffeNet, "
+        "ImageNet, ℓ2 norm 2000) random vectors of the subspace of 100 singular vectors fool 38 %, and random vectors of the "
+        "whole space 10 %."
     )
     if boundaries.spectrum.error:
         yield (
-            "Not all normals fitted into the memory (`--memory-gib`): the matrix was reduced to its leading directions "
-            f"on the way. Each squared singular value is too small by {boundaries.spectrum.error:.3g} at most; all "
-            f"together they are {boundaries.spectrum.energy:.0f}."
+            "The normals did not all fit into the memory (`--memory-gib`), so the matrix was reduced to its leading directions "
+            f"on the way. Each squared singular value is therefore too small, by at most {boundaries.spectrum.error:.3g}; their "
+            f"sum is {boundaries.spectrum.energy:.0f}."
         )
     rows = []
     for kind in (SUBSPACE, SPHERE, UNIVERSAL):
         own = select(boundaries.points, kind=kind)
         rows.append([kind, f"{mean_rate(own):.3f}", "; ".join(str(point.fooling) for point in own)])
-    yield markdown_table(["perturbation", "mean fooling rate", "each"], rows)
+    yield markdown_table(["perturbation", "mean fooling rate", "fooling rate of each draw"], rows)
 
 
 def sample_size_numbers(points: Sequence[SampleSizePoint]) -> list[dict[str, Any]]:
@@ -230,11 +235,12 @@ def sample_size_finding(points: Sequence[SampleSizePoint]) -> str:
     intervals = [point.val.interval for point in points if point.num_images == most["num_images"]]
     half = max((high - low) / 2 for low, high in intervals)
     enough = next(each for each in found if each["val_fooling_rate"] >= most["val_fooling_rate"] - half)
+    already = f"{enough['num_images']:,} images already give a rate that is at most"
+    fewer = already if enough is not most else "Every smaller number gives a rate that is more than"
     return (
         f"*Number of images:* computed from {fewest['num_images']:,} training images, a perturbation fools "
         f"**{fewest['val_fooling_rate']:.3f}** of the held-out images; from {most['num_images']:,}, "
-        f"{most['val_fooling_rate']:.3f} ({seeds}). {enough['num_images']:,} images give as "
-        f"much as {most['num_images']:,} to within {half:.3f}, half a 95 % interval."
+        f"{most['val_fooling_rate']:.3f} ({seeds}). {fewer} {half:.3f} lower, half a 95 % interval."
     )
 
 
@@ -242,19 +248,20 @@ def sample_size_section(points: Sequence[SampleSizePoint]) -> Iterator[str]:
     """The section on the number of images, built like the one on the phase transition."""
     yield "## 3. How many images does it take to compute one?"
     yield (
-        "From each number of training images (in blocks that are evenly spread over all) perturbations are computed anew, one for each "
-        "seed, as the analysed one was: same rule, same ball, and as many network evaluations for increments, so that "
-        "with fewer images each is visited more often and the work stays the same. (The clean labels of the training images, one "
-        "evaluation each, come on top. The rate also depends on the images per round, which the last column shows.)"
+        "From each number of training images, perturbations are computed anew, one for each seed, as the analysed one was: by "
+        "the same rule, in the same ball, and with as many network evaluations for increments. With fewer images each is "
+        "visited more often, so the work stays the same; only the clean labels of the training images, one evaluation each, "
+        "come on top. The images are taken in blocks that are evenly spread over all of them. The rate also depends on the "
+        "number of images per round, which is in the last column."
     )
     yield f"![Fooling rate against the number of training images]({NUMBERS_PICTURE})"
     yield (
-        "How to read it: each dot is one perturbation, with its 95 % interval on the held-out images; lines run through "
-        "the means. Where the grey line, the rate on the perturbation's own training images, lies above the blue one, "
-        "the perturbation fits these images better than others."
+        "How to read it: each dot is the rate of one perturbation on the held-out images, with its 95 % interval, and the blue "
+        "line runs through the means. The grey line has the mean rates on the images that the perturbations were computed "
+        "from. Where it lies above the blue line, they fool those images more often than others."
     )
     yield (
-        f"What it says: {sample_size_finding(points).partition(':* ')[2]} In the paper (figure 6, GoogLeNet, ImageNet) 500 "
+        f"What it shows: {sample_size_finding(points).partition(':* ')[2]} In the paper (figure 6, GoogLeNet, ImageNet) 500 "
         "images, fewer than there are classes, already give more than 30 %."
     )
     each = ["; ".join(str(point.val) for point in own) for own in by_sample_size(points).values()]
@@ -283,12 +290,10 @@ def _half(points: Sequence[Point], kind: str, subject: str) -> str:
     own = select(points, kind=kind, norm="l2")
     half, unit = norm_at(own, 0.5), select(points, kind=UNIVERSAL, norm="l2", scale=1.0)[0].norm_l2
     if half is not None:
-        return f"{subject} fools half of them from ℓ2 norm {half:.3g} on, {half / unit:.2f} of the perturbation's own"
+        return f"{subject} fools half of them from an ℓ2 norm of {half:.3g} on, {half / unit:.2f} times the perturbation's own"
     last = max(own, key=lambda point: point.scale)
     rate = mean_rate(select(own, scale=last.scale))
-    return (
-        f"{subject} fools {rate:.3f} at ℓ2 norm {last.norm_l2:.4g}, and never reaches half in the range that was tested"
-    )
+    return f"{subject} fools {rate:.3f} of them at the largest ℓ2 norm that was tested, {last.norm_l2:.4g}, so it never reaches half"
 
 
 def _dimension(spectrum: Spectrum) -> str:
