@@ -32,7 +32,7 @@ MIN_MEASURED_IMAGES = 50  # of a point, also in short runs, where this costs mor
 def compute(
     workers: Workers, train: Dataset, val: Dataset, config: ComputeConfig, state: State | None = None
 ) -> Iterator[RoundReport]:
-    """Compute rounds until the target fooling rate, the passes or the network evaluations are reached.
+    """Compute a perturbation, round by round, until the target fooling rate or the limit of passes or network evaluations is reached.
 
     The result depends only on data, network, config and seed, not on the workers or on where a run was resumed.
 
@@ -40,12 +40,12 @@ def compute(
         workers: compute the increments and the fooling rates.
         train: training images with their clean predictions.
         val: held-out images with their clean predictions.
-        config: of the computation.
-        state: state of an earlier report that was not the last one, to resume from it.
+        config: options of the computation.
+        state: to resume, the `state` of the report after which to go on, which must not have been the last one.
 
     Yields:
-        A report for each round; the last one has an evaluation on all images. Each contains v, the momentum and the perturbation
-        (3 MB at 224×224), so keep only the last one.
+        A report for each round; that of the last round has an evaluation on all images. Each holds v, the momentum and the
+        perturbation, together 3 MB at 224×224, so keep only the last one.
 
     Raises:
         ConfigError: there are fewer training images than in a block, the evaluations do not allow one round, or the images of

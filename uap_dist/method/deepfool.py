@@ -33,8 +33,8 @@ class Increments:
         normals: N×C×H×W, unit normals of the boundaries that the last iteration stepped onto; zero where there was no step.
             They include the pixels that a step leaves alone because these are at 0 or 255.
         is_fooled: N, bool, whether x + v is fooled before any step.
-        is_solved: N, bool, whether it is after the step.
-        num_evaluations: images passed through the network, forward and backward passes counted separately.
+        is_solved: N, bool, whether it is fooled after the step.
+        num_evaluations: network evaluations spent: one for each image once forward or once backward.
     """
 
     steps: Tensor

@@ -27,11 +27,11 @@ def wilson_interval(successes: int, total: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Rate:
-    """A proportion of examples: of those fooled (label of clip(x + v, 0, 255) ≠ clean label), or of those classified correctly.
+    """A share of examples, such as that of the fooled ones (label of clip(x + v, 0, 255) ≠ clean label).
 
     Attributes:
-        num_hits: examples counted.
-        num_examples: of how many.
+        num_hits: number of examples that are fooled, or classified correctly.
+        num_examples: number of all examples.
     """
 
     num_hits: int

@@ -32,19 +32,19 @@ class RoundReport:
     """One committed round.
 
     Attributes:
-        round_number: of this round, from 0.
-        pass_number: that the round belongs to, from 0.
-        num_rounds: planned for the run; None if the paper's rule is limited by evaluations alone.
-        fooling: rate on the round's images under the v that they were solved against.
-        perturbation: C×H×W float32, pixels, as it would be delivered after this round.
+        round_number: number of this round, from 0.
+        pass_number: number of the pass that the round belongs to, from 0.
+        num_rounds: rounds planned for the whole run; None if the paper's rule is limited by evaluations alone.
+        fooling: fooling rate, on the round's images, of the v that they were solved against, so before the round's update.
+        perturbation: C×H×W float32, pixels: what the run would deliver if it ended with this round.
         state: what the next round starts from.
-        step: size of the round's first step in pixels (root mean square); paper's rule: the gain.
-        means: over the round's images. Log-odds rule: of the log-odds of the clean labels, and of their absolute values. Paper's
-            rule: of the increments' ℓ2 norms in pixels, over images with an increment (0 if none has one), and the share of images
-            that are fooled after theirs.
+        step: size of the round's first step in pixels (root mean square); under the paper's rule the gain.
+        means: means over the round's images. Under the log-odds rule: the log-odds of the clean labels, and their absolute values.
+            Under the paper's rule: the ℓ2 norms of the increments in pixels (of the images that have one; 0 if none has), and the
+            share of images that their own increment fools.
         seconds: wall-clock time of the round without its evaluation.
-        evaluation: on all images at the end of the run, on some or all of them at places before (see `plan_measurements`); None
-            after the other rounds.
+        evaluation: fooling rates that were measured after this round: on all images after the last one, on some or all of them
+            now and then before it, None after all other rounds.
         is_last: whether the run ends with this round.
     """
 

@@ -179,7 +179,20 @@ def load_dataset(
     max_bad_fraction: float = 0.01,
     label_key: str | None = None,
 ) -> Dataset:
-    """Let the workers decode shards until there are enough images, and classify these; arguments and errors as for `list_dataset`."""
+    """Let the workers decode shards until there are enough images, and classify these.
+
+    Args:
+        workers: read the shards and classify the images.
+        urls: of the shards, as returned by `expand_patterns`.
+        num_images: use only the first this many; None uses all.
+        max_bad_fraction: share of images (0..1) that may fail to decode.
+        label_key: see `list_dataset`.
+
+    Raises:
+        ShardError: a shard cannot be used, too many images are bad, or images differ in size.
+        ConfigError: there are fewer images than `num_images`, or an option is outside its range.
+        ClassifierError: the classifier cannot be used on these images.
+    """
     listed = list_dataset(workers, urls, num_images=num_images, max_bad_fraction=max_bad_fraction, label_key=label_key)
     return predict(workers, listed)
 

@@ -48,12 +48,12 @@ class LocalWorkers:
     def map(
         self, method: Callable[[Worker, Examples, *Shared], R], tasks: Sequence[Examples], *shared: *Shared
     ) -> Iterator[R]:
-        """See Workers."""
+        """Yield `method(worker, task, *shared)` for each task, in the order of the tasks."""
         for task in tasks:
             with self._lock:
                 result = method(self._worker, task, *shared)
             yield result
 
     def metrics(self) -> dict[str, float]:
-        """See Workers."""
+        """Nothing: only a fleet has metrics."""
         return {}

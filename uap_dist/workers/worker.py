@@ -65,11 +65,11 @@ class Worker:
 
         Args:
             classifier: as returned by `load_classifier`.
-            cache_bytes: decoded images kept in memory at most.
-            disk_cache_bytes: decoded images kept on disk at most, once memory is full. Shards that fit in neither are read and
+            cache_bytes: limit of the decoded images that are kept in memory.
+            disk_cache_bytes: limit of those that are kept on disk once memory is full. Shards that fit in neither are read and
                 decoded again for each block.
-            num_threads: of torch on the CPU; results may depend on it.
-            decode_threads: that decode images; None for as many as the machine has CPUs. Results do not depend on it.
+            num_threads: torch's threads on the CPU; results may depend on it.
+            decode_threads: threads that decode images; None for as many as the machine has CPUs. Results do not depend on it.
         """
         self._num_threads = num_threads
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -84,7 +84,7 @@ class Worker:
 
     @property
     def traffic(self) -> Traffic:
-        """What was read so far, by this worker and by those that it adopted the cache of."""
+        """What was read so far, by this worker and by those whose cache it has adopted."""
         return self._cache.traffic
 
     def adopt(self, predecessor: "Worker") -> None:
