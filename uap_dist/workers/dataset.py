@@ -186,7 +186,7 @@ def load_dataset(
         urls: of the shards, as returned by `expand_patterns`.
         num_images: use only the first this many; None uses all.
         max_bad_fraction: share of images (0..1) that may fail to decode.
-        label_key: see `list_dataset`.
+        label_key: key of the labels in .json files; None takes them from .cls files. Labels are optional.
 
     Raises:
         ShardError: a shard cannot be used, too many images are bad, or images differ in size.
