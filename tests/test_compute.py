@@ -129,10 +129,10 @@ def test_held_out_images_are_measured_at_ten_places_or_more(local_workers, tiny_
     assert (final.train.num_examples, final.val.num_examples) == tuple(data.num_examples for data in tiny_data)
 
 
-def places(num_rounds, num_val=10_000, sizes=(6_000,), **options):
+def places(num_rounds, sizes=(6_000,), **options):
     """Numbers of the rounds that a measurement follows, and of how many images; a round costs 12 evaluations."""
     config = ComputeConfig(**{"rule": "log-odds"} | options)
-    plan = plan_measurements(sizes, num_val, config, num_rounds)
+    plan = plan_measurements(sizes, config, num_rounds)
     rounds = (Round(n, 0, False, (Block(0, tuple(range(6))),)) for n in range(num_rounds - 1))
     spent = [sum(sizes) + 12 * n for n in range(num_rounds)]
     return [r.number for r in rounds if plan.is_due(r, spent[r.number], spent[r.number + 1])], plan.num_images
@@ -148,9 +148,10 @@ def test_places_are_dense_at_first_and_spread_over_the_whole_run(num_rounds):
     assert num_images == max(50, int(0.02 * 12 * num_rounds / NUM_PLACES))
 
 
-def test_no_more_held_out_images_are_measured_than_there_are():
-    assert places(40_000, num_val=70)[1] == 70
-    assert places(20, num_val=8)[1] == 8
+def test_no_more_held_out_images_are_measured_than_there_are(tiny_data):
+    train, val = tiny_data
+    none, some = plan_measurements(train.sizes, ComputeConfig(), 40_000).choose(train, val)
+    assert none is None and some.num_examples == val.num_examples == 20
 
 
 def test_a_resumed_run_measures_at_the_same_places(local_workers, tiny_data):

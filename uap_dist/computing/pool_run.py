@@ -9,14 +9,14 @@ from typing import Any
 from uap_dist.computing.concurrent import compute_concurrently, concurrency_limit, keep_last_arrays
 from uap_dist.computing.options import ComputeOptions
 from uap_dist.computing.pool_report import MEMBERS_FOLDER, POOL_FOLDER, FinishedPool, save_pool
-from uap_dist.computing.provenance import Setting, describe_member
+from uap_dist.computing.provenance import Setting, check_resumed, describe_held_out, describe_member
 from uap_dist.computing.run import TrackedRun
 from uap_dist.data.locations import join
 from uap_dist.errors import TrackingError
 from uap_dist.job_options import to_json
 from uap_dist.method.config import ComputeConfig
 from uap_dist.method.state import State
-from uap_dist.tracking.checkpoint import Checkpoint, CheckpointStore, JobRecord, check_identity
+from uap_dist.tracking.checkpoint import Checkpoint, CheckpointStore, JobRecord
 from uap_dist.tracking.console import RoundProgress
 from uap_dist.tracking.mlflow_run import Tracker, register
 from uap_dist.tracking.mlflow_server import CHECKPOINTS_TAG, is_finished
@@ -68,13 +68,13 @@ def compute_all(
         if options.num_perturbations == 1:
             run = TrackedRun(options.config, checkpoint, store=store, folder=output, tracker=tracker)
             members, pool = {"": run}, None
-            compute_members(setting, members)
+            compute_members(setting, members, tracker)
         else:
             store.start(checkpoint)  # identifies the pool; the members have checkpoints of their own
             tracker.set_tag(CHECKPOINTS_TAG, storage)
             plans = plan_members(options, output)
             members = open_members(setting, plans, storage, checkpoint.job, tracker, stack)
-            compute_members(setting, members)
+            compute_members(setting, members, tracker)
             pool = FinishedPool.of({name: plan.folder for name, plan in plans.items()}, tracker.run_id)
             save_pool(output, pool)
         publish(output, storage)
@@ -133,13 +133,19 @@ def open_members(
             own.log_params(dict(setting.provenance) | describe_member(plan.config))
             found = Checkpoint(own_job, State.start(setting.train.shape, setting.train.num_examples, plan.config), ())
         else:
-            check_identity(found.job, own_job)
+            check_resumed(found.job, own_job)
         members[name] = TrackedRun(plan.config, found, store=store, folder=plan.folder, tracker=own)
     return members
 
 
-def compute_members(setting: Setting, members: Mapping[str, TrackedRun]) -> None:
-    """Compute all remaining rounds. The results of a member are saved and sent to MLflow as soon as it is done."""
+def compute_members(setting: Setting, members: Mapping[str, TrackedRun], tracker: Tracker | None = None) -> None:
+    """Compute all remaining rounds. The results of a member are saved and sent to MLflow as soon as it is done.
+
+    Args:
+        setting: network, workers and data.
+        members: by name.
+        tracker: of the job, where the held-out images are recorded as soon as they are there; None if they are recorded.
+    """
     if not members:
         return
     fleet = setting.fleet
@@ -148,16 +154,29 @@ def compute_members(setting: Setting, members: Mapping[str, TrackedRun]) -> None
             setting.console.print(f"{name} resuming after round {member.state.num_rounds}".strip())
     config = next(iter(members.values())).config
     rounds = {
-        name: keep_last_arrays(member.rounds(fleet, setting.train, setting.val)) for name, member in members.items()
+        name: keep_last_arrays(member.rounds(fleet, setting.train, setting.held_out))
+        for name, member in members.items()
     }
     with RoundProgress(setting.console, config.max_evaluations, len(members)) as progress:
         for name, report in compute_concurrently(rounds, limit=concurrency_limit(fleet, config)):
             progress.show(report, name)
+            if tracker is not None and setting.held_out.done():
+                with suppress(TrackingError):  # the next round tries again
+                    record_held_out(tracker, setting)
+                    tracker = None
             if report.is_last:
-                provenance = dict(setting.provenance) | fleet.describe()
-                members[name].finish(report, fleet, setting.val, provenance, setting.class_names)
+                val = setting.held_out.result()
+                provenance = describe_held_out(setting.train, val) | dict(setting.provenance) | fleet.describe()
+                members[name].finish(report, fleet, val, provenance, setting.class_names)
                 with suppress(TrackingError):  # `deliver_members` tries again
                     members[name].deliver(DELIVERY_TIMEOUT_S, fleet.describe())
+
+
+def record_held_out(tracker: Tracker, setting: Setting) -> None:
+    """Log the held-out images, which are there now."""
+    val = setting.held_out.result()
+    tracker.log_params(describe_held_out(setting.train, val))
+    tracker.log_dataset(val, "held-out")
 
 
 def deliver_members(setting: Setting, members: Mapping[str, TrackedRun]) -> None:

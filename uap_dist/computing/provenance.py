@@ -2,7 +2,8 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from hashlib import sha256
 from typing import Any
@@ -17,12 +18,19 @@ from uap_dist.fleet.fleet import Fleet
 from uap_dist.method.config import ComputeConfig
 from uap_dist.models.classifier import Classifier
 from uap_dist.models.loading import describe_weights
-from uap_dist.tracking.checkpoint import JobRecord
+from uap_dist.tracking.checkpoint import JobRecord, check_identity
 from uap_dist.versions import describe_code
 from uap_dist.workers.accuracy import top1
 from uap_dist.workers.dataset import Dataset
 
 DECISIVE = ("weights_digest", "train_digest", "val_digest", "fleet.threads_per_worker", "num_perturbations")
+HELD_OUT = (
+    "val_digest",
+    "val_shards",
+    "num_bad_images",
+    "num_shared_images",
+    "top1.clean_val",
+)  # see `describe_held_out`
 DECISIVE_VERSIONS = ("torch", "torchvision", "uap_dist")
 
 logger = logging.getLogger(__name__)
@@ -35,15 +43,16 @@ class Setting:
     Attributes:
         classifier: the network, for its names.
         fleet: workers with that network.
-        train, val: computed from, and held out.
-        provenance: network, data, config, versions.
+        train: images to compute from.
+        held_out: the others, which may still be decoded.
+        provenance: network, data, config, versions; perhaps without the held-out images.
         console: for progress.
     """
 
     classifier: Classifier
     fleet: Fleet
     train: Dataset
-    val: Dataset
+    held_out: Future[Dataset]
     provenance: Mapping[str, Any]
     console: Console
 
@@ -89,18 +98,24 @@ def describe_config(config: ComputeConfig) -> dict[str, Any]:
     return asdict(config) | {"radius": config.ball_radius} | solver
 
 
-def describe_data(train: Dataset, val: Dataset) -> dict[str, Any]:
-    """Digests, sizes and, where labels are known, clean top-1."""
-    rates = {name: top1(dataset, dataset.clean.labels) for name, dataset in (("train", train), ("val", val))}
+def describe_training(train: Dataset) -> dict[str, Any]:
+    """Digest, size and, where labels are known, clean top-1 of the training images."""
+    return {"train_digest": train.digest, "train_shards": len(train.shards)} | _describe_top1("train", train)
+
+
+def describe_held_out(train: Dataset, val: Dataset) -> dict[str, Any]:
+    """What `describe_training` does not say of the data."""
     return {
-        "train_digest": train.digest,
         "val_digest": val.digest,
-        "train_shards": len(train.shards),
         "val_shards": len(val.shards),
         "num_bad_images": len(train.bad) + len(val.bad),
         "num_shared_images": len(val.shared),
-        **{f"top1.clean_{name}": rate.rate for name, rate in rates.items() if rate is not None},
-    }
+    } | _describe_top1("val", val)
+
+
+def _describe_top1(name: str, dataset: Dataset) -> dict[str, float]:
+    rate = top1(dataset, dataset.clean.labels)
+    return {} if rate is None else {f"top1.clean_{name}": rate.rate}
 
 
 def describe_member(config: ComputeConfig) -> dict[str, Any]:
@@ -114,6 +129,25 @@ def identity(provenance: Mapping[str, Any], train: Dataset) -> dict[str, Any]:
     names = [key for key in provenance if key in DECISIVE or key in config or key.startswith("solver.")]
     labels = sha256(train.clean.labels.tobytes()).hexdigest()
     return {key: provenance[key] for key in names} | {"clean labels": labels}
+
+
+def with_held_out(job: JobRecord, val: Dataset) -> JobRecord:
+    """What a resumed run is compared with, held-out images included.
+
+    Raises:
+        ResumeError: the run has measured other ones.
+    """
+    known = replace(job, identity=dict(job.identity) | {"val_digest": val.digest})
+    if "val_digest" in job.identity:
+        check_identity(job, known)
+    return known
+
+
+def check_resumed(saved: JobRecord, now: JobRecord) -> None:
+    """Compare as `check_identity` does; held-out images that are not there yet are left to `with_held_out`."""
+    pending = {"val_digest"} - set(now.identity)
+    identity = {key: value for key, value in saved.identity.items() if key not in pending}
+    check_identity(replace(saved, identity=identity), now)
 
 
 def environment(provenance: Mapping[str, Any], machines: set[str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from itertools import islice
 from math import ceil, inf, sqrt
@@ -18,7 +19,9 @@ from uap_dist.method.schedule import Round, plan_rounds
 from uap_dist.method.solver import LOG_ODDS_SIZE, LocalSteps, add_sums
 from uap_dist.method.state import Evaluation, RoundReport, State
 from uap_dist.method.update import Iterate, Steps
+from uap_dist.workers.behind import known
 from uap_dist.workers.dataset import Dataset, classify, fooling_rate
+from uap_dist.workers.disjoint import check_shapes
 from uap_dist.workers.local import Workers
 from uap_dist.workers.worker import Worker
 
@@ -30,7 +33,11 @@ MIN_MEASURED_IMAGES = 50  # of a point, also in short runs, where this costs mor
 
 
 def compute(
-    workers: Workers, train: Dataset, val: Dataset, config: ComputeConfig, state: State | None = None
+    workers: Workers,
+    train: Dataset,
+    val: Dataset | Future[Dataset],
+    config: ComputeConfig,
+    state: State | None = None,
 ) -> Iterator[RoundReport]:
     """Compute a perturbation, round by round, until the target fooling rate or the limit of passes or network evaluations is reached.
 
@@ -39,7 +46,8 @@ def compute(
     Args:
         workers: compute the increments and the fooling rates.
         train: training images with their clean predictions.
-        val: held-out images with their clean predictions.
+        val: held-out images with their clean predictions. If they are still to come, the first measurement waits for them, and
+            what goes wrong with them ends the computation before its next round.
         config: options of the computation.
         state: to resume, the `state` of the report after which to go on, which must not have been the last one.
 
@@ -51,23 +59,23 @@ def compute(
         ConfigError: there are fewer training images than in a block, the evaluations do not allow one round, or the images of
             both datasets differ in shape.
     """
-    if train.shape != val.shape:
-        raise ConfigError(f"training images have shape {train.shape}, held-out ones {val.shape}; they must have one")
+    held_out = val if isinstance(val, Future) else known(val)
     planned = count_rounds(train.sizes, config)
     if planned is None:
         check_budget(train.num_examples, config)
     state = state or State.start(train.shape, train.num_examples, config)
-    plan = plan_measurements(train.sizes, val.num_examples, config, planned)
-    some = None if plan.num_images is None else val.thin(plan.num_images)
+    plan = plan_measurements(train.sizes, config, planned)
     for round_ in islice(_plan(train.sizes, config), state.num_rounds, None):
+        if held_out.done():
+            check_shapes(train, held_out.result())
         spent_before = state.num_evaluations
         state, report = run_round(workers, train, round_, state, config, planned)
         ends = state.num_rounds == planned or _is_spent(state, config)
         is_due = plan.is_due(round_, spent_before, state.num_evaluations)
-        if ends or (is_due and some is None):
-            report = replace(report, evaluation=evaluate(workers, train, val, report.perturbation))
-        elif is_due and some is not None:
-            report = replace(report, evaluation=evaluate(workers, None, some, report.perturbation))
+        if ends or is_due:
+            check_shapes(train, held_out.result())
+            images = (train, held_out.result()) if ends else plan.choose(train, held_out.result())
+            report = replace(report, evaluation=evaluate(workers, *images, report.perturbation))
         train_rate = report.evaluation.train if report.evaluation is not None else None
         reached = train_rate is not None and train_rate.rate >= config.target_fooling_rate
         yield replace(report, is_last=ends or reached)
@@ -151,7 +159,7 @@ class MeasurementPlan:
     Attributes:
         every_passes: passes between two measurements of all images; None if some held-out images are measured instead, at
             NUM_PLACES places over the run.
-        num_images: number of held-out images measured at each place; None for all training and held-out images.
+        num_images: number of held-out images measured at each place, if there are as many; None for all training and held-out images.
         num_rounds: rounds of the run; None if unknown.
         num_labels: network evaluations for the clean labels of the training images.
         budget: network evaluations for solves after which the run ends; None for no limit.
@@ -175,6 +183,12 @@ class MeasurementPlan:
             return round_.ends_pass and (round_.pass_number + 1) % self.every_passes == 0
         return self._places_passed(round_.number, spent_before) < self._places_passed(round_.number + 1, spent)
 
+    def choose(self, train: Dataset, val: Dataset) -> tuple[Dataset | None, Dataset]:
+        """The training images, if any, and the held-out images that are measured before the end."""
+        if self.num_images is None:
+            return train, val
+        return None, val.thin(min(self.num_images, val.num_examples))
+
     def _places_passed(self, num_rounds: int, spent: float) -> int:
         """Places lie at k²/NUM_PLACES² of the run: dense at first, where the rate climbs fastest."""
         of_rounds = num_rounds / self.num_rounds if self.num_rounds else 0.0
@@ -182,14 +196,11 @@ class MeasurementPlan:
         return int(NUM_PLACES * sqrt(max(of_rounds, of_budget)))
 
 
-def plan_measurements(
-    train_sizes: Sequence[int], num_val: int, config: ComputeConfig, num_rounds: int | None
-) -> MeasurementPlan:
+def plan_measurements(train_sizes: Sequence[int], config: ComputeConfig, num_rounds: int | None) -> MeasurementPlan:
     """When and on what a run measures its fooling rates: a function of config and sizes alone, so that resumed runs agree.
 
     Args:
         train_sizes: training images of each shard.
-        num_val: held-out images.
         config: of the run.
         num_rounds: what `count_rounds` gives.
     """
@@ -204,8 +215,7 @@ def plan_measurements(
         num_passes = num_rounds / ceil(blocks_per_pass * config.block_size / config.round_size)
         evaluations = min(evaluations, EVALUATIONS_PER_LOG_ODDS_SOLVE * num_passes * num_train)
     affordable = int(MEASURED_SHARE * evaluations / NUM_PLACES)
-    num_images = min(num_val, max(MIN_MEASURED_IMAGES, affordable))
-    return MeasurementPlan(None, num_images, num_rounds, num_train, budget)
+    return MeasurementPlan(None, max(MIN_MEASURED_IMAGES, affordable), num_rounds, num_train, budget)
 
 
 def count_rounds(shard_sizes: Sequence[int], config: ComputeConfig) -> int | None:

@@ -1,10 +1,11 @@
 """The run of one perturbation: its rounds are committed and tracked, its results are saved and uploaded to MLflow."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from uap_dist.computing.provenance import describe_member
+from uap_dist.computing.provenance import HELD_OUT, describe_member, with_held_out
 from uap_dist.computing.report import FinishedRun, save_run
 from uap_dist.computing.rounds import compute, describe_steps
 from uap_dist.evaluation.evaluate import measure_noise
@@ -54,9 +55,15 @@ class TrackedRun:
         for record in self._history:
             tracker.log_round(record)
 
-    def rounds(self, workers: Workers, train: Dataset, val: Dataset) -> Iterator[RoundReport]:
-        """Compute the remaining rounds. Each is committed and tracked before the next one; of the last one, the results are saved."""
-        for report in compute(workers, train, val, self.config, self.state):
+    def rounds(self, workers: Workers, train: Dataset, held_out: Future[Dataset]) -> Iterator[RoundReport]:
+        """Compute the remaining rounds. Each is committed and tracked before the next one; of the last one, the results are saved.
+
+        Raises:
+            ResumeError: other held-out images were measured before.
+        """
+        for report in compute(workers, train, held_out, self.config, self.state):
+            if held_out.done():
+                self._job = with_held_out(self._job, held_out.result())
             self._history.append(RoundRecord.of(report, workers.metrics(), self._history))
             if not report.is_last:
                 self._store.commit(Checkpoint(self._job, report.state, tuple(self._history)))
@@ -108,7 +115,8 @@ class TrackedRun:
         self._tracker.wait_for_delivery(timeout_s)
         final = self.finished.final
         # logged only now, because counting the rounds of a very long run takes seconds, which would delay the first commit
-        self._tracker.log_params(describe_steps(final.num_rounds, final.perturbation.shape, self.config))
+        held_out = {key: value for key, value in self.finished.provenance.items() if key in HELD_OUT}
+        self._tracker.log_params(describe_steps(final.num_rounds, final.perturbation.shape, self.config) | held_out)
         self._tracker.complete(
             tags=tags,
             metrics=self.finished.random_metrics(),

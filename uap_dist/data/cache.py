@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import astuple, dataclass, replace
 from shutil import disk_usage
 from tempfile import TemporaryFile, gettempdir
+from threading import Lock
 
 import numpy as np
 
@@ -67,6 +68,9 @@ class ShardCache:
         self._left_free = disk_usage(gettempdir()).free // 2
         self._kept: dict[str, DecodedShard] = {}
         self._seen: set[str] = set()
+        self._lock = (
+            Lock()
+        )  # of the counters and the room, because one thread may read shards while another one uses them
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
         self._ahead: tuple[str, Future[ShardFile]] | None = None
 
@@ -112,20 +116,26 @@ class ShardCache:
 
     def _find(self, url: str) -> DecodedShard | None:
         shard = self._kept.get(url)
-        self.traffic += Traffic(cache_hits=int(shard is not None))
+        self._count(Traffic(cache_hits=int(shard is not None)))
         return shard
+
+    def _count(self, traffic: Traffic) -> None:
+        with self._lock:
+            self.traffic += traffic
 
     def _read(self, url: str, keys: set[str] | None = None) -> DecodedShard:
         started = time.perf_counter()
         file = self._fetch(url)
         waited = time.perf_counter() - started
         shard = decode_shard(file, self.geometry, keys, num_threads=self._num_threads)
-        self.traffic += Traffic(
-            bytes_read=file.num_bytes,
-            seconds_reading=waited + file.seconds,
-            shards_read=1,
-            cache_misses=int(url in self._seen),
-            retries=file.num_retries,
+        self._count(
+            Traffic(
+                bytes_read=file.num_bytes,
+                seconds_reading=waited + file.seconds,
+                shards_read=1,
+                cache_misses=int(url in self._seen),
+                retries=file.num_retries,
+            )
         )
         self._seen.add(url)
         return shard
@@ -140,6 +150,11 @@ class ShardCache:
         return fetch(url)
 
     def _keep(self, url: str, shard: DecodedShard) -> DecodedShard:
+        with self._lock:
+            self._keep_where_there_is_room(url, shard)
+        return shard
+
+    def _keep_where_there_is_room(self, url: str, shard: DecodedShard) -> None:
         size = shard.images.nbytes
         if size <= self._memory_room:
             self._memory_room -= size
@@ -151,7 +166,6 @@ class ShardCache:
             except OSError as error:
                 self._disk_room = 0
                 logger.warning("decoded images are no longer kept in %s (TMPDIR): %s", gettempdir(), error)
-        return shard
 
 
 def _on_disk(array: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from uap_dist.computing.provenance import describe_config, describe_data, describe_setup
+from uap_dist.computing.provenance import describe_config, describe_held_out, describe_setup, describe_training
 from uap_dist.data.locations import is_url
 from uap_dist.errors import PerturbationError
 from uap_dist.finetuning.network import check_trainable, check_truths
@@ -83,7 +83,8 @@ def describe_finetuning(
     return {
         **setup,
         **describe_config(config),
-        **describe_data(train, val),
+        **describe_training(train),
+        **describe_held_out(train, val),
         "demo": False,
         "num_perturbations": len(pool.members),
         "num_train_images": train.num_examples,

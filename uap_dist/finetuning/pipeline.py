@@ -41,6 +41,7 @@ from uap_dist.tracking.checkpoint import JobRecord
 from uap_dist.tracking.history import RoundRecord
 from uap_dist.tracking.mlflow_run import Tracker
 from uap_dist.tracking.outputs import writes_files
+from uap_dist.workers.behind import known
 from uap_dist.workers.dataset import Dataset, reload_dataset
 
 REPETITIONS_FOLDER, EPOCHS_FILE = "repetitions", "epochs.jsonl"
@@ -276,7 +277,7 @@ def _compute_pool(job: Job, repetition: int, pool: PerturbationPool, weights: st
     fleet = Fleet(job.model, weights, job.fleet, job.tracker.run_id, weights_digest=classifier.weights_digest)
     fleet.wait()
     train, val = reload_dataset(fleet, job.train), reload_dataset(fleet, job.val)
-    setting = Setting(classifier, fleet, train, val, provenance, job.console)
+    setting = Setting(classifier, fleet, train, known(val), provenance, job.console)
     record = job_record(job.record.program, setting, run_id=job.tracker.run_id, options=job.record.options)
     with ExitStack() as stack:
         tracker = stack.enter_context(Tracker(run_name=f"repetition {repetition}: fresh pool", parent=job.tracker))

@@ -2,9 +2,9 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from threading import Lock
 from typing import Any
 
 from uap_dist.fleet import ray_cluster as ray_cluster  # first: it sets variables that Ray reads when it is imported
@@ -22,6 +22,8 @@ from uap_dist.workers.reproducible import noticing_kernels, set_up_torch
 from uap_dist.workers.worker import Worker, make_worker
 
 DECISIVE_VERSIONS = ("python", "uap_dist", "torch", "torchvision", "pillow")  # the bits of a result may depend on them
+
+READING = "reading"  # Ray's name of the thread that reads shards while the other one computes
 
 logger = logging.getLogger("uap_dist")
 
@@ -70,9 +72,9 @@ class Answer:
 
     Attributes:
         result: of the method.
-        traffic: what was read for the task.
+        traffic: what the worker has read since its last answer.
         seconds: time that the task took.
-        warnings: that the package logged meanwhile.
+        warnings: that the package logged since then.
         kernels: names of nondeterministic torch kernels that the task used.
     """
 
@@ -93,6 +95,9 @@ class UapWorker:
         self._name, self._node = name, get_node_ip_address()
         logging.basicConfig(format=f"%(asctime)s run {run} {name} %(levelname)s %(message)s")
         logger.setLevel(logging.INFO)
+        self._warnings = _WarningRecorder()
+        logger.addHandler(self._warnings)
+        self._lock, self._reported = Lock(), Traffic()
 
     def __repr__(self) -> str:
         """The name that Ray's dashboard and logs show."""
@@ -124,40 +129,47 @@ class UapWorker:
         if self._worker is not None:
             worker.adopt(self._worker)
         self._worker = worker
+        self._warnings.take()  # they are in this process's log, and the driver's own classifier gave them too
         return Introduction(machine(), ray.get_runtime_context().get_node_id(), worker.classifier.weights_digest)
 
     def call(self, method: Callable[..., Any], task: Examples, upcoming: str, *shared: Any) -> Answer:
         """Run a method of `Worker` on a task, while the shard `upcoming` (empty: none) is fetched in the background."""
+        with noticing_kernels() as kernels:
+            answer = self._run(method, task, upcoming, *shared)
+        return replace(answer, kernels=frozenset(kernels))
+
+    def read(self, task: Examples, upcoming: str, *shared: Any) -> Answer:
+        """Run `Worker.read`; Ray calls this in another thread than `call`."""
+        return self._run(Worker.read, task, upcoming, *shared)
+
+    def _run(self, method: Callable[..., Any], task: Examples, upcoming: str, *shared: Any) -> Answer:
         assert self._worker is not None
         logger.info("%s %s", method.__name__, task.title)
-        started, before = time.perf_counter(), self._worker.traffic
-        with _recorded_warnings() as warnings, noticing_kernels() as kernels:
-            if upcoming:
-                self._worker.prefetch(upcoming)
-            result = method(self._worker, task, *shared)
-        traffic, seconds = self._worker.traffic - before, time.perf_counter() - started
-        named = tuple(f"{self._name} on {self._node}: {text}" for text in warnings)
-        return Answer(result, traffic, seconds, named, frozenset(kernels))
-
-
-@contextmanager
-def _recorded_warnings() -> Iterator[list[str]]:
-    """Collect the warnings that the package logs."""
-    handler = _WarningRecorder(logging.WARNING)
-    logger.addHandler(handler)
-    try:
-        yield handler.messages
-    finally:
-        logger.removeHandler(handler)
+        started = time.perf_counter()
+        if upcoming:
+            self._worker.prefetch(upcoming)
+        result = method(self._worker, task, *shared)
+        seconds = time.perf_counter() - started
+        with self._lock:
+            traffic, self._reported = self._worker.traffic - self._reported, self._worker.traffic
+        warnings = tuple(f"{self._name} on {self._node}: {text}" for text in self._warnings.take())
+        return Answer(result, traffic, seconds, warnings)
 
 
 class _WarningRecorder(logging.Handler):
-    def __init__(self, level: int) -> None:
-        super().__init__(level)
-        self.messages: list[str] = []
+    """Keeps the warnings that the package logs until they are taken."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._messages: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.messages.append(record.getMessage())
+        self._messages.append(record.getMessage())
+
+    def take(self) -> list[str]:
+        """The warnings since the last time."""
+        taken, self._messages = self._messages, []
+        return taken
 
 
 def start_actor(name: str, run: str, *, cpus: int, gpus: float) -> RemoteWorker:
@@ -169,5 +181,6 @@ def start_actor(name: str, run: str, *, cpus: int, gpus: float) -> RemoteWorker:
         cpus: number that the worker takes.
         gpus: number that the worker takes, or its share of one.
     """
-    actor: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0)(UapWorker)
+    threads: Any = {"concurrency_groups": {READING: 1}}  # beside the one that computes; Ray's annotations lack it
+    actor: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0, **threads)(UapWorker)
     return RemoteWorker(actor.options(name=name).remote(name, run), name)

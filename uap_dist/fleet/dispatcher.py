@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from threading import Condition, Thread
 
@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from uap_dist.errors import WorkerLostError
-from uap_dist.fleet.actor import Answer, RemoteWorker
+from uap_dist.fleet.actor import READING, Answer, RemoteWorker
 from uap_dist.fleet.config import FleetConfig
 from uap_dist.fleet.membership import Membership, is_preempted
 from uap_dist.fleet.metrics import Dashboard, FleetStats
@@ -37,6 +37,7 @@ class Dispatcher:
         self._dashboard = Dashboard(run)
         self._queues: list[TaskQueue] = []
         self._calls: dict[ray.ObjectRef, Call] = {}
+        self._reading: set[RemoteWorker] = set()  # shards, beside what they compute
         self._held_shards: set[str] = set()  # that some worker has read or is about to read
         self._last_progress = time.monotonic()
 
@@ -54,6 +55,7 @@ class Dispatcher:
         """Have the workers load another classifier; tasks for the present one fail."""
         self._fail_all(WorkerLostError("the workers were given another classifier meanwhile"))
         self._calls = {}
+        self._reading.clear()
         self._membership.load(model, weights, weights_digest)
 
     def give_up(self, error: Exception) -> None:
@@ -87,23 +89,36 @@ class Dispatcher:
 
     def _assign(self) -> None:
         for queue in self._queues:
-            for worker, task in queue.assign(self._membership.idle):
+            for worker, task in queue.assign(self._idle(queue)):
                 self._call(worker, queue, task)
         for queue in self._queues:
-            for worker, task in queue.assign_stragglers(self._membership.idle):
+            for worker, task in queue.assign_stragglers(self._idle(queue)):
                 self._call(worker, queue, task)
                 self._stats.stragglers += 1
 
+    def _idle(self, queue: TaskQueue) -> Sequence[RemoteWorker]:
+        """Workers that can take a task of a queue: while a worker computes, it can read a shard for later."""
+        if queue.method is Worker.read:
+            return [worker for worker in self._membership.ready if worker not in self._reading]
+        return self._membership.idle
+
     def _call(self, worker: RemoteWorker, queue: TaskQueue, task: int) -> None:
-        self._membership.idle.remove(worker)
+        is_read = queue.method is Worker.read
+        if is_read:
+            self._reading.add(worker)
+        else:
+            self._membership.idle.remove(worker)
         examples = queue.tasks[task]
         self._hold(worker, examples.shard)
-        upcoming = queue.next_shard(self._held_shards) if queue.method is Worker.load else ""
+        upcoming = queue.next_shard(self._held_shards) if is_read or queue.method is Worker.load else ""
         if upcoming:
             self._hold(worker, upcoming)
         name = f"{worker.name}: {queue.method.__name__} {examples.title}"
-        ref: ray.ObjectRef = worker.actor.call.options(name=name).remote(
-            queue.method, examples, upcoming, *queue.shared
+        actor = worker.actor
+        ref: ray.ObjectRef = (
+            actor.read.options(name=name, concurrency_group=READING).remote(examples, upcoming, *queue.shared)
+            if is_read
+            else actor.call.options(name=name).remote(queue.method, examples, upcoming, *queue.shared)
         )
         self._calls[ref] = queue.begin(worker, task)
 
@@ -135,13 +150,20 @@ class Dispatcher:
         try:
             answer = ray.get(ref, timeout=0)
         except RayTaskError as error:
-            self._membership.idle.append(call.worker)
+            self._release(call)
             call.queue.answers.fail(error.cause if isinstance(error.cause, Exception) else error)
         except RayError as error:  # the worker is lost, or has not answered in time
             self._replace(call, error)
         else:
-            self._membership.idle.append(call.worker)
+            self._release(call)
             self._accept(call, answer)
+
+    def _release(self, call: Call) -> None:
+        """Let a worker take another task, unless it was lost over another one."""
+        if call.queue.method is Worker.read:
+            self._reading.discard(call.worker)
+        elif call.worker in self._membership.ready:
+            self._membership.idle.append(call.worker)
 
     def _accept(self, call: Call, answer: Answer) -> None:
         for warning in answer.warnings:
@@ -156,6 +178,10 @@ class Dispatcher:
     def _replace(self, call: Call, error: RayError) -> None:
         """Replace a lost worker and have its task computed again, unless that has cost too many workers."""
         queue, worker, examples = call.queue, call.worker, call.queue.tasks[call.task]
+        self._reading.discard(worker)
+        if worker not in self._membership.ready:  # it was lost over another task, which is told
+            queue.put_back(call.task)
+            return
         reason = self._membership.replace(worker, error)
         logger.warning(
             "%s was lost (%s) over %d examples of %s; another one starts",

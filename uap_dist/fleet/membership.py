@@ -103,7 +103,8 @@ class Membership:
 
     Attributes:
         placement: the request to the cluster.
-        idle: workers without a task.
+        ready: workers that have loaded the classifier.
+        idle: those of them that compute nothing.
         starting: workers that load the classifier, by the reference to what Ray returns then.
         machines: kinds of machines that workers ran on, see `versions.machine`.
         kernels: names of nondeterministic torch kernels that workers used.
@@ -115,6 +116,7 @@ class Membership:
     ) -> None:
         """Ask Ray for the workers; see `Fleet` for the arguments and errors."""
         self.placement = Placement(config)
+        self.ready: list[RemoteWorker] = []
         self.idle: list[RemoteWorker] = []
         self.starting: dict[ray.ObjectRef, RemoteWorker] = {}
         self.machines: set[str] = set()
@@ -122,7 +124,6 @@ class Membership:
         self.error: Exception | None = None
         self._config, self._run, self._stats = config, run, stats
         self._model, self._weights, self._weights_digest = model, weights, weights_digest
-        self._ready: list[RemoteWorker] = []  # idle and busy ones
         self._failed: list[RemoteWorker] = []  # could not load the classifier, and wait for another one
         self._is_settled = Event()  # enough workers are ready, or there is an error
         self.grow()
@@ -130,7 +131,7 @@ class Membership:
     @property
     def num_ready(self) -> int:
         """Workers that have loaded the classifier."""
-        return len(self._ready)
+        return len(self.ready)
 
     @property
     def is_settled(self) -> bool:
@@ -158,10 +159,10 @@ class Membership:
     def load(self, model: str, weights: str | None, weights_digest: str) -> None:
         """Have all workers load another classifier. Busy ones are replaced, so that nobody waits for their old tasks."""
         self._model, self._weights, self._weights_digest, self.error = model, weights, weights_digest, None
-        busy = [worker for worker in self._ready if worker not in self.idle]
+        busy = [worker for worker in self.ready if worker not in self.idle]
         # a worker that is loading another classifier now loads this one after it
         self._failed += [*self.idle, *self.starting.values()]
-        self._ready, self.idle, self.starting = [], [], {}
+        self.ready, self.idle, self.starting = [], [], {}
         self._is_settled.clear()
         try:
             for worker in busy:
@@ -190,8 +191,9 @@ class Membership:
     def replace(self, worker: RemoteWorker, error: RayError) -> str:
         """Kill a worker that Ray has lost or that does not answer, start another one, and return why."""
         ray.kill(worker.actor)
-        if worker in self._ready:
-            self._ready.remove(worker)
+        for workers in (self.ready, self.idle):
+            if worker in workers:
+                workers.remove(worker)
         self._stats.workers_lost += 1
         self._start_worker()
         if isinstance(error, GetTimeoutError):
@@ -215,7 +217,7 @@ class Membership:
 
     def kill_all(self) -> None:
         """End all workers, unless Ray has ended before."""
-        for worker in [*self._ready, *self._failed, *self.starting.values()]:
+        for worker in [*self.ready, *self._failed, *self.starting.values()]:
             if ray.is_initialized():
                 ray.kill(worker.actor)
 
@@ -256,7 +258,7 @@ class Membership:
                 "; ".join(sorted(self.machines)),
             )
         self.machines.add(machine)
-        self._ready.append(worker)
+        self.ready.append(worker)
         self.idle.append(worker)
         if self.is_settled:
             logger.info("%s joins; %d of %d are ready", worker.name, self.num_ready, self.placement.num_asked)

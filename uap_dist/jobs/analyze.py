@@ -10,7 +10,8 @@ from uap_dist.analysis.run import check_sizes, measure, plan_sample_sizes, show
 from uap_dist.analysis.sample_size import Recipe, compute_sample_sizes
 from uap_dist.computing.provenance import describe_setup
 from uap_dist.data.patterns import expand_apart
-from uap_dist.jobs.common import classify_images, console, list_images, run_job, start_fleet
+from uap_dist.jobs.common import console, run_job, start_fleet
+from uap_dist.jobs.images import classify_images, list_images
 from uap_dist.models.classifier import Classifier
 from uap_dist.models.loading import load_usable_classifier
 from uap_dist.perturbations.files import Perturbation, load_perturbations
@@ -36,7 +37,8 @@ def run(options: AnalyzeOptions, tracker: Tracker) -> None:
     fleet = start_fleet(classifier, options.weights, options.fleet, tracker)
     train, val = list_images(fleet, options.data, *urls)
     plan = plan_sample_sizes(options, perturbation, recipe, train)
-    train, val = classify_images(fleet, options.model, train, val)
+    train = classify_images(fleet, options.model, train, "training")
+    val = classify_images(fleet, options.model, val, "held-out")
     data = {"train_digest": train.digest, "val_digest": val.digest}
     tracker.log_params(data)
     tracker.log_dataset(train, "training")

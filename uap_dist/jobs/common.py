@@ -14,15 +14,12 @@ from uap_dist.errors import ConfigError
 from uap_dist.fleet.config import FleetConfig
 from uap_dist.fleet.fleet import Fleet
 from uap_dist.fleet.ray_cluster import connect
-from uap_dist.job_options import DataOptions, JobOptions, ResumableRecordOptions
+from uap_dist.job_options import JobOptions, ResumableRecordOptions
 from uap_dist.models.classifier import Classifier
 from uap_dist.tracking.console import one_line_errors, set_up_logging
 from uap_dist.tracking.mlflow_run import Tracker
 from uap_dist.tracking.process import raise_on_sigterm, refuse_credentials
 from uap_dist.tracking.resume import Resumed, find_resumed
-from uap_dist.workers.accuracy import check_accuracy
-from uap_dist.workers.dataset import Dataset, list_dataset, predict
-from uap_dist.workers.disjoint import check_disjoint
 
 console = Console(soft_wrap=True, highlight=False, markup=False)
 # what tyro would add says nothing: groups in front of names, {None}| in front of values, --no-debug beside --debug
@@ -98,23 +95,3 @@ def start_fleet(classifier: Classifier, weights: str | None, config: FleetConfig
     console.print(f"MLflow run {tracker.run_id}; waiting for {fleet.describe_request()}")
     fleet.wait()
     return fleet
-
-
-def list_images(
-    fleet: Fleet, options: DataOptions, train_urls: list[str], val_urls: list[str]
-) -> tuple[Dataset, Dataset]:
-    """The training and held-out images, without those that are in both; not yet classified."""
-    console.print(f"decoding {len(train_urls)} training and {len(val_urls)} held-out shards")
-    bad, key = options.max_bad_fraction, options.label_key
-    train = list_dataset(fleet, train_urls, num_images=options.num_train_images, max_bad_fraction=bad, label_key=key)
-    val = list_dataset(fleet, val_urls, num_images=options.num_val_images, max_bad_fraction=bad, label_key=key)
-    return train, check_disjoint(train, val, max_shared_fraction=bad)
-
-
-def classify_images(fleet: Fleet, model: str, train: Dataset, val: Dataset) -> tuple[Dataset, Dataset]:
-    """The same with their clean labels, and what the network knows of them where the shards say what they show."""
-    train, val = predict(fleet, train), predict(fleet, val)
-    for what, dataset in (("training", train), ("held-out", val)):
-        known = check_accuracy(fleet, dataset, model)
-        console.print(f"clean top-1 of {what} images: {known or f'not known, {dataset.lack_of_labels}'}")
-    return train, val

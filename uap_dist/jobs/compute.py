@@ -8,28 +8,30 @@ from pathlib import Path
 
 from uap_dist.computing.options import ComputeOptions
 from uap_dist.computing.pool_run import compute_all
-from uap_dist.computing.provenance import Setting, describe_config, describe_data, describe_setup, job_record
+from uap_dist.computing.provenance import (
+    Setting,
+    check_resumed,
+    describe_config,
+    describe_setup,
+    describe_training,
+    job_record,
+)
 from uap_dist.errors import TrackingError
 from uap_dist.job_options import to_json
-from uap_dist.jobs.common import (
-    classify_images,
-    console,
-    list_images,
-    run_job,
-    start_fleet,
-    storage_of,
-)
+from uap_dist.jobs.common import console, run_job, start_fleet, storage_of
 from uap_dist.jobs.demo import check_demo, list_shards
+from uap_dist.jobs.images import classify_images, list_training, read_held_out
 from uap_dist.jobs.plan import plan
 from uap_dist.method.config import warn_of_default_radius
 from uap_dist.method.state import State
 from uap_dist.models.loading import load_usable_classifier
 from uap_dist.planning.comparison import PLAN_FILE, Spent, read_plan
-from uap_dist.tracking.checkpoint import Checkpoint, CheckpointStore, check_identity
+from uap_dist.tracking.checkpoint import Checkpoint, CheckpointStore
 from uap_dist.tracking.mlflow_run import Tracker
 from uap_dist.tracking.outputs import output_folder
 from uap_dist.tracking.resume import Resumed
 from uap_dist.versions import seconds_since_start
+from uap_dist.workers.behind import behind
 
 
 def main() -> None:
@@ -82,16 +84,20 @@ def _set_up(
     CheckpointStore(storage).prepare()  # before any work is done
     fleet = start_fleet(classifier, options.weights, options.fleet, tracker)
     check_demo(options, urls[0], fleet.need)
-    train, val = list_images(fleet, options.data, *urls)
+    train_urls, val_urls = urls
+    console.print(
+        f"decoding {len(train_urls)} training shards; {len(val_urls)} held-out ones follow behind the first rounds"
+    )
+    train = list_training(fleet, options.data, train_urls)
     warn_of_default_radius(options.config, train.shape)
-    train, val = classify_images(fleet, options.model, train, val)
-    data = describe_data(train, val)
-    setting = Setting(classifier, fleet, train, val, settings | data, console)
+    train = classify_images(fleet, options.model, train, "training")
+    data = describe_training(train)
+    held_out = behind(lambda: read_held_out(fleet, options.data, val_urls, train, options.model))
+    setting = Setting(classifier, fleet, train, held_out, settings | data, console)
     record = job_record("compute", setting, run_id=tracker.run_id, options=to_json(options))
     if resumed is not None:
-        check_identity(resumed.checkpoint.job, record)
+        check_resumed(resumed.checkpoint.job, record)
         return setting, resumed.checkpoint
     tracker.log_params(data)
     tracker.log_dataset(train, "training")
-    tracker.log_dataset(val, "held-out")
     return setting, Checkpoint(record, State.start(train.shape, train.num_examples, options.config), ())

@@ -15,7 +15,8 @@ from uap_dist.finetuning.pipeline import REPETITIONS_FOLDER, Job, Network, group
 from uap_dist.finetuning.report import BEFORE, FinishedFinetuning, save_finetuning
 from uap_dist.finetuning.trainer import NETWORK_FILE
 from uap_dist.job_options import to_json
-from uap_dist.jobs.common import classify_images, console, list_images, run_job, start_fleet, storage_of
+from uap_dist.jobs.common import console, run_job, start_fleet, storage_of
+from uap_dist.jobs.images import classify_images, list_images
 from uap_dist.method.state import State
 from uap_dist.models.loading import load_classifier, load_usable_classifier
 from uap_dist.perturbations.pool import PerturbationPool
@@ -24,6 +25,7 @@ from uap_dist.tracking.mlflow_run import Tracker, log_classifier
 from uap_dist.tracking.mlflow_server import CHECKPOINTS_TAG
 from uap_dist.tracking.outputs import deliverable, output_folder, publish, resumable
 from uap_dist.tracking.resume import Resumed
+from uap_dist.workers.behind import known
 
 
 def main() -> None:
@@ -78,13 +80,14 @@ def _set_up(options: FinetuneOptions, pool: PerturbationPool, tracker: Tracker, 
     options.finetune.check_images(train.num_examples)
     check_size(pool, train.shape, options)
     check_network(classifier, train, val)
-    train, val = classify_images(fleet, options.model, train, val)
+    train = classify_images(fleet, options.model, train, "training")
+    val = classify_images(fleet, options.model, val, "held-out")
     fleet.close()  # training workers take its place
     check_labels(train)
     provenance = describe_finetuning(options, classifier, first, pool, train, val)
     own = {key: provenance[key] for key in ("pool_sha256", "repetitions", "fleet.num_workers")}
     own |= {key: value for key, value in provenance.items() if key.startswith("finetune.")}
-    setting = Setting(classifier, fleet, train, val, provenance, console)
+    setting = Setting(classifier, fleet, train, known(val), provenance, console)
     record = job_record("finetune", setting, run_id=tracker.run_id, options=to_json(options), decisive=own)
     if resumed is not None:
         check_identity(resumed.checkpoint.job, record)

@@ -84,7 +84,7 @@ def count_work(
     """
     num_train, num_val = train.total_images, val.total_images
     planned = count_rounds(train.num_images, config)
-    plan = plan_measurements(train.num_images, num_val, config, planned)
+    plan = plan_measurements(train.num_images, config, planned)
     rounds: Counter[int] = Counter()
     num_solves = num_measurements = 0
     spent = float(num_train)
@@ -99,7 +99,7 @@ def count_work(
             break
         num_measurements += plan.is_due(round_, spent_before, spent)
     all_images = [train.num_images, val.num_images]
-    during = all_images if plan.num_images is None else [_thin(val.num_images, plan.num_images)]
+    during = all_images if plan.num_images is None else [_thin(val.num_images, min(plan.num_images, num_val))]
     at_end = [*all_images, val.num_images]  # the last under a random perturbation
     return Work(
         train=train,

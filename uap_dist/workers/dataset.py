@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -20,6 +20,8 @@ from uap_dist.workers.worker import Worker
 
 NUM_BAD_SHOWN = 5
 CLASSIFY_SIZE = 50  # examples per forward pass; fixed because the bits of a logit depend on the batch size
+
+Reader = Callable[[Worker, Examples, str | None], ShardListing]  # `Worker.load` or `Worker.read`
 
 logger = logging.getLogger(__name__)
 
@@ -204,6 +206,7 @@ def list_dataset(
     num_images: int | None = None,
     max_bad_fraction: float = 0.01,
     label_key: str | None = None,
+    read: Reader = Worker.load,
 ) -> Dataset:
     """Let the workers decode shards until there are enough images. The result has no clean predictions yet, see `predict`.
 
@@ -213,13 +216,14 @@ def list_dataset(
         num_images: use only the first this many; None uses all.
         max_bad_fraction: fraction of samples allowed to be undecodable (0..1).
         label_key: key of the labels in .json files; None takes them from .cls files. Labels are optional.
+        read: `Worker.read` reads the shards while the workers compute.
 
     Raises:
         ShardError: a shard cannot be used, too many images are bad, or images differ in size.
         ConfigError: there are fewer images than `num_images`, none has a label under `label_key`, or an option is outside its range.
     """
     check_limits(max_bad_fraction, num_images)
-    listings = list(_list_shards(workers, urls, num_images, label_key))
+    listings = list(_list_shards(workers, urls, num_images, label_key, read))
     bad = tuple(f"{url}: {complaint}" for url, listing in listings for complaint in listing.bad)
     num_samples = len(bad) + sum(len(listing.keys) for _, listing in listings)
     if len(bad) > max_bad_fraction * num_samples:
@@ -316,7 +320,7 @@ def first_few(complaints: Sequence[str]) -> str:
 
 
 def _list_shards(
-    workers: Workers, urls: Sequence[str], num_images: int | None, label_key: str | None
+    workers: Workers, urls: Sequence[str], num_images: int | None, label_key: str | None, read: Reader
 ) -> Iterator[tuple[str, ShardListing]]:
     """Load all shards at once or, for a limited number of images, two per worker at a time until there are enough images."""
     found, start = 0, 0
@@ -325,7 +329,7 @@ def _list_shards(
         wave = urls[start : start + size]
         start += size
         tasks = [Examples(url) for url in wave]
-        for url, listing in zip(wave, workers.map(Worker.load, tasks, label_key), strict=True):
+        for url, listing in zip(wave, workers.map(read, tasks, label_key), strict=True):
             if num_images is None or found < num_images:
                 yield url, listing
             found += len(listing.keys)

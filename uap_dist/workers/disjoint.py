@@ -6,10 +6,16 @@ from dataclasses import replace
 
 import numpy as np
 
-from uap_dist.errors import ShardError
+from uap_dist.errors import ConfigError, ShardError
 from uap_dist.workers.dataset import Dataset, first_few
 
 logger = logging.getLogger(__name__)
+
+
+def check_shapes(train: Dataset, val: Dataset) -> None:
+    """Raise ConfigError where training and held-out images differ in shape."""
+    if train.shape != val.shape:
+        raise ConfigError(f"training images have shape {train.shape}, held-out ones {val.shape}; they must have one")
 
 
 def check_disjoint(train: Dataset, val: Dataset, *, max_shared_fraction: float = 0.01) -> Dataset:

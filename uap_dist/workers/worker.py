@@ -107,9 +107,18 @@ class Worker:
             ShardError: see `fetch` and `decode_shard`.
             ClassifierError: the classifier cannot be used on these images, see `check_classifier`.
         """
+        listing = self.read(examples, label_key)
+        if listing.keys:
+            self._prepare_classifier(listing.shape)
+        return listing
+
+    def read(self, examples: Examples, label_key: str | None = None) -> ShardListing:
+        """As `load`, but the classifier is not made ready: this may run in a thread beside one other method.
+
+        Raises:
+            ShardError: see `fetch` and `decode_shard`.
+        """
         shard = self._cache.whole(examples.shard)
-        if shard.keys:
-            self._prepare_classifier(shard.images)
         truths, reasons = find_classes(shard.labels, self.classifier.class_names, label_key)
         return ShardListing(
             keys=shard.keys,
@@ -149,7 +158,7 @@ class Worker:
             divisor: 255 shows the network values of 0..1 instead of pixels.
         """
         images = self.pixels(examples)
-        self._prepare_classifier(images)
+        self._prepare_classifier(images.shape[1:])
         shown = add_perturbation(self._tensor(images), self._tensor(perturbation))
         with torch.no_grad():
             logits = self.classifier((shown.round() if quantize else shown) / divisor)
@@ -162,7 +171,7 @@ class Worker:
     ) -> BlockResult:
         """Increments of a block against v (C×H×W float32, pixels), summed; or with `local`, what local steps make of v."""
         images = self.pixels(examples)
-        self._prepare_classifier(images)
+        self._prepare_classifier(images.shape[1:])
         x = self._tensor(augment(images, solver.augmentation, np.random.default_rng(examples.seed)))
         v, labels = self._tensor(perturbation), torch.tensor(examples.labels, device=self.device)
         if local is not None:
@@ -173,7 +182,7 @@ class Worker:
     def normals(self, examples: Examples) -> Normals:
         """Unit normals of the boundaries nearest to the unperturbed examples, found by DeepFool with its default options."""
         images = self.pixels(examples)
-        self._prepare_classifier(images)
+        self._prepare_classifier(images.shape[1:])
         x, labels = self._tensor(images), torch.tensor(examples.labels, device=self.device)
         found = deepfool(self.classifier, x, torch.zeros_like(x[0]), labels)
         is_found = found.is_solved & found.normals.flatten(1).any(1)
@@ -194,11 +203,11 @@ class Worker:
             num_cpus=os.cpu_count() or 1,
         )
 
-    def _prepare_classifier(self, images: np.ndarray) -> None:
+    def _prepare_classifier(self, shape: tuple[int, ...]) -> None:
         """Check the classifier and replace it by an accelerated one, once: before it sees the first image, on every worker."""
         if not self._is_prepared:
-            check_classifier(self.classifier, images.shape[1:])
-            self.classifier = accelerate(self.classifier, images.shape[1:])
+            check_classifier(self.classifier, shape)
+            self.classifier = accelerate(self.classifier, shape)
             self._is_prepared = True
 
     def _tensor(self, array: np.ndarray) -> Tensor:

@@ -1,0 +1,101 @@
+"""Rounds that begin before the held-out images are there."""
+
+import os
+from concurrent.futures import Future
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import random_samples
+from fleets import load, make_fleet, worker_processes
+
+from uap_dist.computing.provenance import check_resumed, with_held_out
+from uap_dist.computing.rounds import compute
+from uap_dist.data.write import write_shards
+from uap_dist.errors import ConfigError, ResumeError, ShardError
+from uap_dist.method.config import ComputeConfig
+from uap_dist.tracking.checkpoint import JobRecord
+from uap_dist.workers.behind import behind, known
+from uap_dist.workers.dataset import list_dataset
+from uap_dist.workers.worker import Worker
+
+CONFIG = ComputeConfig(round_size=10, block_size=5, radius=20.0, max_passes=2, evaluate_every=1)
+
+
+def test_the_first_rounds_need_no_held_out_images_and_nothing_else_changes(local_workers, tiny_data):
+    train, val = tiny_data
+    coming = Future()
+    reports = compute(local_workers, train, coming, CONFIG)
+    found = [next(reports) for _ in range(3)]  # the fifth round ends the first pass
+    coming.set_result(val)
+    found += reports
+    expected = list(compute(local_workers, train, val, CONFIG))
+    assert torch.equal(found[-1].perturbation, expected[-1].perturbation)
+    rates = [[r.evaluation and (r.evaluation.train, r.evaluation.val) for r in each] for each in (found, expected)]
+    assert rates[0] == rates[1] and sum(rate is not None for rate in rates[0]) == 2
+
+
+def test_what_is_wrong_with_held_out_images_ends_the_run_before_its_next_round(local_workers, tiny_data, tmp_path):
+    train, _ = tiny_data
+    write_shards(random_samples(5, seed=9, side=20), tmp_path, prefix="val", shard_size=5)
+    other = list_dataset(local_workers, [str(tmp_path / "val-0000.tar")])
+    for outcome, error, message in (
+        (behind(lambda: list_dataset(local_workers, [str(tmp_path / "no.tar")])), ShardError, "no shard"),
+        (known(other), ConfigError, "held-out ones .3, 20, 20."),
+    ):
+        coming = Future()
+        reports = compute(local_workers, train, coming, CONFIG)
+        next(reports)
+        try:
+            coming.set_result(outcome.result())
+        except ShardError as raised:
+            coming.set_exception(raised)
+        with pytest.raises(error, match=message):
+            next(reports)
+
+
+def test_a_resumed_run_is_compared_by_held_out_images_as_soon_as_they_are_there(local_workers, tiny_data):
+    _, val = tiny_data
+    begun = JobRecord("run", {}, {"seed": 0}, {})
+    measured = with_held_out(begun, val)
+    for saved in (begun, measured):
+        check_resumed(saved, begun)
+        assert with_held_out(saved, val) == measured
+    with pytest.raises(ResumeError, match="val_digest was"):
+        with_held_out(measured, val.thin(5))
+    with pytest.raises(ResumeError, match="seed was 0, is 1"):
+        check_resumed(measured, replace(begun, identity={"seed": 1}))
+
+
+def test_a_worker_reads_a_shard_while_it_computes(local_ray, shards, tmp_path):
+    fleet = make_fleet(1)
+    train, val = load(fleet, shards)
+    os.mkfifo(tmp_path / "val.tar")  # opening it waits for whoever writes
+    reading = behind(lambda: list_dataset(fleet, [str(tmp_path / "val.tar")], read=Worker.read))
+    for i in range(5):
+        assert len(list(fleet.map(Worker.pixels, [train.examples(0, [i])]))) == 1
+    assert not reading.done()
+    (tmp_path / "val.tar").write_bytes(b"tar")
+    with pytest.raises(ShardError, match="cannot open shard"):  # a pipe is no file to go back in
+        reading.result()
+    read = list_dataset(fleet, [str(shards / "val-0000.tar")], read=Worker.read)
+    fleet.close()
+    assert read.digest == val.digest and read.hashes == val.hashes
+
+
+def test_a_worker_that_dies_while_it_computes_and_reads_is_replaced_once(local_ray, shards, tmp_path):
+    fleet = make_fleet(1)
+    train, _ = load(fleet, shards)
+    os.mkfifo(tmp_path / "val.tar")
+    reading = behind(lambda: list_dataset(fleet, [str(tmp_path / "val.tar")], read=Worker.read))
+    waiting = fleet.map(Worker.pixels, [train.examples(i % 3, [0]) for i in range(300)])
+    next(waiting)
+    (process,) = worker_processes()
+    process.kill()
+    assert len(list(waiting)) == 299
+    (tmp_path / "val.tar").write_bytes(b"tar")
+    with pytest.raises(ShardError, match="cannot open shard"):
+        reading.result()
+    lost, num_workers = fleet.stats.workers_lost, fleet.num_workers
+    fleet.close()
+    assert (lost, num_workers) == (1, 1)

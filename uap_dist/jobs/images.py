@@ -1,0 +1,49 @@
+"""The images of a job, decoded by its workers."""
+
+from uap_dist.fleet.fleet import Fleet
+from uap_dist.job_options import DataOptions
+from uap_dist.jobs.common import console
+from uap_dist.workers.accuracy import check_accuracy
+from uap_dist.workers.dataset import Dataset, Reader, list_dataset, predict
+from uap_dist.workers.disjoint import check_disjoint, check_shapes
+from uap_dist.workers.worker import Worker
+
+
+def list_images(
+    fleet: Fleet, options: DataOptions, train_urls: list[str], val_urls: list[str]
+) -> tuple[Dataset, Dataset]:
+    """The training and held-out images, without those that are in both; not yet classified."""
+    console.print(f"decoding {len(train_urls)} training and {len(val_urls)} held-out shards")
+    train = list_training(fleet, options, train_urls)
+    return train, list_held_out(fleet, options, val_urls, train)
+
+
+def list_training(fleet: Fleet, options: DataOptions, urls: list[str]) -> Dataset:
+    """The training images, not yet classified."""
+    bad, key = options.max_bad_fraction, options.label_key
+    return list_dataset(fleet, urls, num_images=options.num_train_images, max_bad_fraction=bad, label_key=key)
+
+
+def list_held_out(
+    fleet: Fleet, options: DataOptions, urls: list[str], train: Dataset, read: Reader = Worker.load
+) -> Dataset:
+    """The held-out images that are no training images, not yet classified; `read` as for `list_dataset`."""
+    bad, key = options.max_bad_fraction, options.label_key
+    num_images = options.num_val_images
+    val = list_dataset(fleet, urls, num_images=num_images, max_bad_fraction=bad, label_key=key, read=read)
+    return check_disjoint(train, val, max_shared_fraction=bad)
+
+
+def classify_images(fleet: Fleet, model: str, dataset: Dataset, what: str) -> Dataset:
+    """The images with their clean labels; the console hears what the network knows of them where the shards say what they show."""
+    dataset = predict(fleet, dataset)
+    top1 = check_accuracy(fleet, dataset, model)
+    console.print(f"clean top-1 of {what} images: {top1 or f'not known, {dataset.lack_of_labels}'}")
+    return dataset
+
+
+def read_held_out(fleet: Fleet, options: DataOptions, urls: list[str], train: Dataset, model: str) -> Dataset:
+    """The held-out images with their clean labels, decoded while the workers compute rounds."""
+    val = list_held_out(fleet, options, urls, train, Worker.read)
+    check_shapes(train, val)
+    return classify_images(fleet, model, val, "held-out")
