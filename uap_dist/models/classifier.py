@@ -64,8 +64,8 @@ class Classifier(nn.Module):
         and that layer passed backward once by `pull_back` instead of once per image.
 
         Returns:
-            Logits (N×K), and a list with the one input to give to `torch.autograd.grad`: the output of the first layer if it is
-            known, otherwise the pixels.
+            Logits (N×K), and a list with the one input to give to `torch.autograd.grad`, which is the output of the first layer
+            if that is known, and otherwise the pixels.
         """
         x = pixels.detach().requires_grad_()
         if self.first_layer is None:
