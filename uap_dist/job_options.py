@@ -30,7 +30,7 @@ class DataOptions:
     max_bad_fraction: float = 0.01
     """Share of images (0..1) that may be left out: damaged ones, and held-out ones that are training images too."""
     label_key: str | None = None
-    """Key of the labels in the .json of the images. Default: labels stand in .cls. Only top-1 and fine-tuning need them."""
+    """Key of the labels in the images' .json; if not given, they are in .cls. Only top-1 and fine-tuning need them."""
 
     def __post_init__(self) -> None:
         """Validate the options."""

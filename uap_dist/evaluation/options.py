@@ -27,12 +27,12 @@ class EvaluateOptions:
     quantize: bool = False
     """Round perturbed images to whole pixel values, as saving them does."""
     seed: int = 0
-    """Of the random baselines."""
+    """Seed of the random baselines."""
     max_bad_fraction: float = 0.01
     """Share of images (0..1) that may fail to decode before the job fails."""
     record: RecordOptions = field(default_factory=RecordOptions)
     label_key: str | None = None
-    """Key of the labels in the .json of the images. Default: labels stand in .cls. Only top-1 needs them."""
+    """Key of the labels in the images' .json; if not given, they are in .cls. Only top-1 needs them."""
     fleet: FleetConfig = field(default_factory=FleetConfig)
 
     def __post_init__(self) -> None:
