@@ -2,8 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-NUMERIC := $(addprefix tests/test_, accelerate.py analysis.py augment.py classifiers.py compute.py concurrent.py deepfool.py fooling.py \
-	norms.py pool.py rules.py schedule.py spectrum.py update.py worker.py)
+NUMERIC := $(addprefix tests/test_, accelerate.py analysis.py augment.py classifiers.py compute.py concurrent.py datasets.py deepfool.py \
+	fooling.py measurements.py norms.py pool.py rules.py schedule.py spectrum.py update.py worker.py)
 
 .PHONY: demo test test-cpus test-slow check docs wheel clean
 

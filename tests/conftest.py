@@ -1,5 +1,6 @@
 import io
 import os
+import tarfile
 from hashlib import sha256
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from PIL import Image
 from pyarrow import fs
 
 from uap_dist.computing.rounds import compute
+from uap_dist.data import locations
 from uap_dist.data.write import write_shards
 from uap_dist.models.loading import load_classifier
 from uap_dist.perturbations.files import Perturbation
@@ -43,6 +45,20 @@ def random_samples(count: int, seed: int, side: int = 16):
         colour = rng.integers(0, 256, size=3)
         pixels = np.clip(colour + rng.normal(0, 40, size=(side, side, 3)), 0, 255).astype(np.uint8)
         yield {"__key__": f"s{seed}-{i:03d}", "png": encode(pixels), "cls": int(colour.argmax())}
+
+
+def pack(path, files):
+    """A tar of (name, bytes), or (name, target of a link)."""
+    with tarfile.open(path, "w") as tar:
+        for name, data in files:
+            info = tarfile.TarInfo(name)
+            if isinstance(data, str):
+                info.type, info.linkname = tarfile.LNKTYPE, data
+                tar.addfile(info)
+            else:
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return str(path)
 
 
 @pytest.fixture(scope="session")
@@ -122,3 +138,37 @@ def s3():
     server.stop()
     os.environ.clear()
     os.environ.update(old)
+
+
+@pytest.fixture(scope="session")
+def faulty_store(s3):
+    """As s3, with faults in front."""
+    from faulty_store import FaultyStore
+
+    store = FaultyStore()
+    yield store
+    store.stop()
+
+
+@pytest.fixture
+def store(faulty_store, monkeypatch):
+    """An S3 server without faults yet, and no long waits before requests are repeated."""
+    monkeypatch.setattr(locations, "SECONDS_BEFORE_RETRY", 0.01)
+    faulty_store.reset()
+    yield faulty_store
+    faulty_store.reset()
+
+
+@pytest.fixture
+def put(store, shards):
+    """Put a file, or bytes, into the bucket; the URL of what is there then, whose requests pyarrow does not repeat."""
+    from faulty_store import ONCE
+
+    def put(name, data):
+        filesystem, path = locations.locate(f"s3://bucket/{name}?{store.query}")
+        with filesystem.open_output_stream(path) as file:
+            file.write(data if isinstance(data, bytes) else (shards / data).read_bytes())
+        store.requests.clear()
+        return f"s3://bucket/{name}?{store.query}&{ONCE}"
+
+    return put
