@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from chaos import JOB, VICTIM, write_shards
+from faults.runs import JOB, VICTIM
+from faults.shards import write_shards
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from clusters import RayCluster, ray_cluster

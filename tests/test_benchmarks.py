@@ -16,7 +16,7 @@ def run(script, *words):
 
 
 def test_what_benchmarks_import_from_the_package_exists():
-    for path in BENCHMARKS.glob("*.py"):
+    for path in BENCHMARKS.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and str(node.module).startswith("uap_dist."):
                 module = import_module(node.module)

@@ -9,6 +9,8 @@ from conftest import SHARED
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import chaos
+from faults.lab import SMALL, open_lab
+from faults.runs import Trial
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
 NEITHER_SHORT_NOR_SMALL = {"real-networks", "worker-counts", "worker-fills-memory", "node-added"}
@@ -16,7 +18,7 @@ NEITHER_SHORT_NOR_SMALL = {"real-networks", "worker-counts", "worker-fills-memor
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    with chaos.open_lab(tmp_path_factory.mktemp("chaos"), SHARED, chaos.SMALL) as lab:
+    with open_lab(tmp_path_factory.mktemp("chaos"), SHARED, SMALL) as lab:
         yield lab
 
 
@@ -27,19 +29,19 @@ def test_nothing_listens_beyond_loopback(lab):
 
 @pytest.mark.parametrize("name", sorted(set(chaos.ROWS) - NEITHER_SHORT_NOR_SMALL))
 def test_a_fault_changes_no_bit_and_loses_no_metric(lab, name):
-    lines = lab.do(name)
+    lines = lab.do(name, chaos.ROWS[name])
     assert lines and all(line.is_good for line in lines), lines
 
 
 def test_rows_that_fail_are_told_from_good_ones_and_the_others_go_on(lab, tmp_path, monkeypatch):
     def raises(lab):
-        trial = chaos.Trial(lab, "raises")
+        trial = Trial(lab, "raises")
         trial.start()
         trial.finish("FAILED")
         yield trial.line("none", 0)
 
     def differs(lab):
-        trial = chaos.Trial(lab, "differs", "--seed", "5")
+        trial = Trial(lab, "differs", "--seed", "5")
         trial.start()
         trial.finish()
         yield trial.line("another seed", 1)

@@ -15,10 +15,10 @@ from uap_dist.method.config import ComputeConfig
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
-from victim import FLAGS, PAUSE
+from faults.victim import FLAGS, PAUSE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
-VICTIM = f"{ROOT / 'benchmarks/victim.py'}:Victim"
+VICTIM = f"{ROOT / 'benchmarks/faults/victim.py'}:Victim"
 RAY = str(Path(sys.executable).with_name("ray"))
 SEEDS = (4, 5)
 CONFIG = ComputeConfig(max_passes=4, round_size=20, block_size=5, radius=20.0, evaluate_every=4)
