@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 import tyro
-from rules import Bench
+from comparison.bench import Bench
 from torch import Tensor
 
 from uap_dist.computing.rounds import compute

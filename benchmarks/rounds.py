@@ -24,7 +24,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import rules
 import tyro
-from rules import Bench, interval, spread, stamp
+from comparison.bench import Bench, stamp
+from comparison.intervals import interval, spread
 
 from uap_dist.computing.rounds import compute
 from uap_dist.method.config import ComputeConfig

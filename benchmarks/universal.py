@@ -6,7 +6,7 @@
 SqueezeNet 1.0, ℓ∞ 10, 500 training and 500 held-out photographs, one process, one thread. Counted are clean labels and whatever the
 method itself does; measuring held-out rates on the way is not.
 
-SGD-UAP is that of opponents.py. Ours is given budgets from small to large, since its step depends on them. ART's
+SGD-UAP is that of comparison/opponents.py. Ours is given budgets from small to large, since its step depends on them. ART's
 UniversalPerturbation is given a few images once: a pass over 500 takes hours.
 """
 
@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
-from deepfool import Counting
+from comparison.attacks import Counting
+from comparison.opponents import BATCH, sgd_uap
 from networks import NETWORKS
-from opponents import BATCH, sgd_uap
 from torch import Tensor, nn
 
 from uap_dist.computing.rounds import compute

@@ -11,13 +11,20 @@ import torch
 from conftest import TINY
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import opponents
 import rules
-import rules_at_once
-from networks import Network
+from comparison import opponents, rows
+from comparison.bench import Bench
+from comparison.report import constants, draw, table
+from comparison.rows import RADII, RULES, Row, read
+from comparison.runs_at_once import Change, Pictures, Together
+from networks import NETWORKS, Network
 
+from uap_dist.computing.rounds import compute
+from uap_dist.method.config import ComputeConfig
 from uap_dist.method.norms import add_perturbation
 from uap_dist.models.loading import load_classifier
+from uap_dist.workers.local import LocalWorkers
+from uap_dist.workers.worker import Worker
 
 BUDGET = 400
 
@@ -33,23 +40,23 @@ def options(shards, tmp_path, monkeypatch):
         num_val_images=20,
         tune_shards=2,
     )
-    monkeypatch.setitem(rules.NETWORKS, "tiny", network)
+    monkeypatch.setitem(NETWORKS, "tiny", network)
     return rules.Options(data=shards, output=tmp_path / "rules.jsonl", seeds=(0, 1))
 
 
-def rows(norm="linf"):
-    return [rules.Row("tiny", norm, BUDGET, rule) for rule in rules.RULES]
+def tiny_rows():
+    return [Row("tiny", "linf", BUDGET, rule) for rule in RULES]
 
 
-def read(options):
+def lines_of(options):
     return [json.loads(line) for line in options.output.read_text().splitlines()]
 
 
 def test_every_rule_is_measured_once_for_each_seed_within_its_budget(options):
-    rules.measure(rows()[:1], options)
-    rules.measure(rows(), options)
-    lines = read(options)
-    assert sorted((line["rule"], line["seed"]) for line in lines) == sorted((r, s) for r in rules.RULES for s in (0, 1))
+    rules.measure(tiny_rows()[:1], options)
+    rules.measure(tiny_rows(), options)
+    lines = lines_of(options)
+    assert sorted((line["rule"], line["seed"]) for line in lines) == sorted((r, s) for r in RULES for s in (0, 1))
     assert all(line["evaluations"] <= BUDGET for line in lines if line["rule"] != "paper")
     assert {line["num_held_in"] for line in lines} == {7, 20} and {line["num_held_out"] for line in lines} == {20}
     assert len({line["held_in"] for line in lines}) > 1
@@ -58,34 +65,34 @@ def test_every_rule_is_measured_once_for_each_seed_within_its_budget(options):
 def test_the_table_pairs_by_seed_and_leaves_out_runs_of_another_config(options, monkeypatch):
     rates = {"ours": (0.9, 0.7, 0.8), "tuned": (0.8, 0.6, 0.7)}
     with options.output.open("w") as file:
-        for row in (rows()[0], rows()[2]):
+        for row in (tiny_rows()[0], tiny_rows()[2]):
             for seed, rate in enumerate(rates[row.rule]):
                 line = rules.row_line(row, seed, BUDGET, 1.0) | {"held_out": rate}
                 file.write(json.dumps(line) + "\n")
-    *_, leads, _, _, _, ours, tuned = rules.table(rows(), rules.read(options.output), "held_out")
+    *_, leads, _, _, _, ours, tuned = table(tiny_rows(), read(options.output), "held_out")
     assert leads == "| tiny, linf | 0.800 (**+0.100 ± 0.000**) |"
     assert "**0.800** ± 0.100 | +0.100 ± 0.000" in ours and "**0.700**" in tuned
-    monkeypatch.setattr(rules, "tuned_config", lambda *of: {"augment": "flip"})
-    *_, leads, _, _, _, ours = rules.table(rows(), rules.read(options.output), "held_out")
+    monkeypatch.setattr(rows, "tuned_config", lambda *of: {"augment": "flip"})
+    *_, leads, _, _, _, ours = table(tiny_rows(), read(options.output), "held_out")
     assert leads == "| tiny, linf | 0.800 (–) |" and "| ours |" in ours
 
 
 def test_each_set_of_constants_of_sgd_uap_stands_beside_the_others(options):
-    row = rules.Row("squeezenet", "linf", 4_000, "tuned")
+    row = Row("squeezenet", "linf", 4_000, "tuned")
     line = rules.row_line(row, 0, 4_000, 1.0)
     other = line | {"config": {**row.config, "clamp": 12.0}}
     with options.output.open("w") as file:
         for run, rates in ((line, (0.5, 0.7)), (other, (0.4, 0.6))):
             file.writelines(json.dumps(run | {"held_in": rate}) + "\n" for rate in rates)
-    _, _, *found = rules.constants(options.output)
+    _, _, *found = constants(options.output)
     name = "| squeezenet, linf, 4,000 | 24 |"
     assert found == [f"{name} none | ours | **0.600** | 2 |", f"{name} 12 | ours | 0.500 | 2 |"]
 
 
 def test_a_pattern_that_names_no_row_is_an_error(options):
     with pytest.raises(SystemExit, match="--only resnet2-.*: no such row.* such as tiny-linf-400-ours"):
-        parts = {"read": rules.read, "measure": rules.measure, "table": rules.table, "draw": rules.draw}
-        rules.run_or_show(replace(options, only=("resnet2-*",)), rows(), **parts)
+        parts = {"read": read, "measure": rules.measure, "table": table, "draw": draw}
+        rules.run_or_show(replace(options, only=("resnet2-*",)), tiny_rows(), **parts)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -112,10 +119,10 @@ def test_sgd_uap_climbs_the_clamped_cross_entropy(norm):
 
 
 def test_entropy_takes_the_place_of_our_increments(options):
-    bench = rules.Bench("tiny", options.data)
+    bench = Bench("tiny", options.data)
     (task, *_) = bench.shards[0].blocks(6)
-    solver, v = rules.ComputeConfig(augment="none").solver, np.zeros(bench.shards[0].shape, np.float32)
-    (found,) = opponents.EntropyWorkers(bench.worker, clamp=np.inf).map(rules.Worker.solve, [task], v, solver)
+    solver, v = ComputeConfig(augment="none").solver, np.zeros(bench.shards[0].shape, np.float32)
+    (found,) = opponents.EntropyWorkers(bench.worker, clamp=np.inf).map(Worker.solve, [task], v, solver)
     x = torch.tensor(bench.worker.pixels(task)).float().requires_grad_()
     loss = torch.nn.functional.cross_entropy(bench.worker.classifier(x), torch.tensor(task.labels), reduction="sum")
     (slopes,) = torch.autograd.grad(loss, x)
@@ -125,28 +132,27 @@ def test_entropy_takes_the_place_of_our_increments(options):
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_runs_that_go_through_the_network_together_are_the_runs_of_the_rule(options, norm):
-    bench = rules.Bench("tiny", options.data)
+    bench = Bench("tiny", options.data)
     configs = [
-        rules.ComputeConfig(norm=norm, radius=rules.RADII["imagenet"][norm], max_evaluations=BUDGET, seed=seed)
-        for seed in (0, 1)
+        ComputeConfig(norm=norm, radius=RADII["imagenet"][norm], max_evaluations=BUDGET, seed=seed) for seed in (0, 1)
     ]
-    changes = [rules_at_once.Change(period=period) for period in (8, 224)]
-    together = rules_at_once.Together(bench, rules_at_once.Pictures(bench), configs, changes)
+    changes = [Change(period=period) for period in (8, 224)]
+    together = Together(bench, Pictures(bench), configs, changes)
     found = together.compute()
     for i, config in enumerate(configs):
         for j, period in enumerate((8, 224)):
-            (*_, last) = rules.compute(
-                rules.LocalWorkers(bench.worker), together.train[i], together.held_in[i], replace(config, period=period)
+            (*_, last) = compute(
+                LocalWorkers(bench.worker), together.train[i], together.held_in[i], replace(config, period=period)
             )
             error = (found[i, j] - last.perturbation).norm() / last.perturbation.norm()
             assert error < (0.05 if norm == "linf" else 1e-3)  # signs of momenta near zero depend on rounding
 
 
 def test_starts_have_the_first_steps_of_one_run_and_what_goes_on_the_others(options):
-    bench = rules.Bench("tiny", options.data)
-    config = rules.ComputeConfig(radius=10.0, max_evaluations=BUDGET, seed=0)
-    change = rules_at_once.Change(starts=3, start_rounds=4, judges=6)
-    together = rules_at_once.Together(bench, rules_at_once.Pictures(bench), [config], [change])
+    bench = Bench("tiny", options.data)
+    config = ComputeConfig(radius=10.0, max_evaluations=BUDGET, seed=0)
+    change = Change(starts=3, start_rounds=4, judges=6)
+    together = Together(bench, Pictures(bench), [config], [change])
     found = [together.size(number, 40, change) for number in range(40)]
     # of 40 rounds eight are those of other starts, and 18 images once forward pay for one and a half
     steps = config.steps(31, together.train[0].shape)

@@ -1,0 +1,1 @@
+"""What the comparisons of rules and attacks share."""
