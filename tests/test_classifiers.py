@@ -9,8 +9,10 @@ from torchvision.models import squeezenet1_1
 from uap_dist.data.decode import Geometry
 from uap_dist.errors import ClassifierError
 from uap_dist.models.check import check_classifier
-from uap_dist.models.loading import Preset, choose_preset, load_classifier, load_usable_classifier
-from uap_dist.models.weights import WeightsFile, digest_weights, write_weights
+from uap_dist.models.loading import load_classifier, load_usable_classifier
+from uap_dist.models.sources.presets import Preset, choose_preset
+from uap_dist.models.weights import digest_weights, write_weights
+from uap_dist.models.weights_file import WeightsFile
 
 TINY_FILE = TINY.rpartition(":")[0]
 

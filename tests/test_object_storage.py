@@ -17,7 +17,8 @@ from uap_dist.method.config import ComputeConfig
 from uap_dist.method.state import State
 from uap_dist.method.update import Iterate
 from uap_dist.models.loading import load_classifier
-from uap_dist.models.weights import read_weights, write_weights
+from uap_dist.models.weights import write_weights
+from uap_dist.models.weights_file import read_weights
 from uap_dist.perturbations.pool import PerturbationPool
 from uap_dist.tracking.checkpoint import Checkpoint, CheckpointStore, JobRecord
 from uap_dist.workers.messages import Examples

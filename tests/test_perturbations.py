@@ -11,7 +11,8 @@ from scipy.io import savemat
 
 from uap_dist.errors import ConfigError, PerturbationError, UapDistError
 from uap_dist.method.norms import measure
-from uap_dist.models.weights import read_weights, write_weights
+from uap_dist.models.weights import write_weights
+from uap_dist.models.weights_file import read_weights
 from uap_dist.perturbations.files import PERTURBATION_FILE, Perturbation, load_perturbations, save_perturbation
 
 V = 20 * torch.rand(3, 6, 5, generator=torch.Generator().manual_seed(0)) - 10

@@ -2,6 +2,8 @@
 
 import gzip
 from argparse import Namespace
+from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,6 +36,7 @@ def under(prefix):
         {"checkpoint": {"model": under("network.")}},
         {"n_averaged": torch.tensor(3)} | under("module."),
         STATE | {"epoch": 3},
+        {"model": STATE, "args": Namespace(lr=0.1, output=Path("runs/1")), "epoch": 7},
         {"model": STATE, "criterion": {"weight": torch.ones(4)}},
         {key: value.half() for key, value in STATE.items()},
         {key: value.to(torch.bfloat16) for key, value in STATE.items()},
@@ -64,13 +67,13 @@ class Own:
     ("saved", "message"),
     [
         (
-            {"model": STATE, "args": Namespace(lr=0.1)},
-            r"holds objects of argparse.Namespace, .*\['KEY'\], 'weights.pth'\)",
+            {"model": STATE, "args": Fraction(1, 2)},
+            r"holds objects of fractions.Fraction, .*\['KEY'\], 'weights.pth'\)",
         ),
         ({"model": STATE, "own": Own()}, r"holds objects of \S*print,"),
         (
             {"state_dict": STATE, "state_dict_ema": under("module.")},
-            "holds several .* could be meant: state_dict, state_dict_ema; save the right",
+            "holds several that could be meant: state_dict, state_dict_ema; choose one by its key, as .*#state_dict_ema",
         ),
         (
             {"model": {"other.weight": torch.ones(2)}},

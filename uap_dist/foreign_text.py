@@ -44,6 +44,7 @@ _TOKEN = re.compile(
     r"glpat-[\w-]{16,}|hf_[A-Za-z0-9]{30,}|xox[a-z]-[\w-]{10,}|dapi[0-9a-f]{32}|eyJ[\w-]{8,}\.[\w-]+(?:\.[\w-]*)?)"
 )
 _URL_OPTION = re.compile(r"(?<=[?&;])([^\s&;=#?]+)=([^\s&#]+)")
+_ARGUMENTS = re.compile(r":[^\W\d]\w*\?")  # of a factory, as in net.py:build?depth=18, which are no options of a URL
 _TERMINAL_CODE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|.)?", re.DOTALL)
 _JOINERS = "\u00a0\u200c\u200d"  # part of names in many scripts
 
@@ -62,6 +63,8 @@ def redact(text: str) -> str:
 
 def _hide_option(match: re.Match[str], *, hides_unknown: bool) -> str:
     name = unquote_plus(match[1])
+    before = re.split(r"\s", match.string[: match.start()])[-1]
+    hides_unknown &= not _ARGUMENTS.search(before) or "://" in before
     is_secret = re.fullmatch(f"{_NAME}|{_SHORT_NAME}", name, re.IGNORECASE)
     return f"{match[1]}={HIDDEN}" if is_secret or (hides_unknown and name not in SHOWN_OPTIONS) else match[0]
 

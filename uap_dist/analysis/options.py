@@ -20,7 +20,7 @@ class AnalyzeOptions:
     model: str
     """Classifier, as `--model` of jobs/compute.py has it."""
     weights: str | None = None
-    """File with its weights; if not given, the published ones."""
+    """File with its weights, or FILE#KEY; if not given, the published ones."""
     perturbation: str
     """Folder or file of jobs/compute.py; FILE.mat:255 or FILE.npy:1 of others. NAME=FILE names it."""
     analyses: tuple[Analysis, ...] = ("phase", "boundaries", "images")

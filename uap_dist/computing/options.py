@@ -22,9 +22,9 @@ class ComputeOptions:
     """
 
     model: str = "efficientnet_lite0"
-    """torchvision/NAME, timm/NAME, efficientnet_lite0|1|2, or your own: path/to/file.py:factory, package.module:factory."""
+    """torchvision/NAME[@WEIGHTS], timm/NAME[.TAG], efficientnet_lite0|1|2, or path/to/file.py:factory[?KEY=VALUE&…]."""
     weights: str | None = None
-    """File with its weights (.safetensors, or a .pth of tensors); if not given, the published ones."""
+    """File with its weights (.safetensors, or a .pth of tensors), or FILE#KEY; if not given, the published ones."""
     num_perturbations: int = 1
     """How many perturbations to compute, with seeds from --seed on; several make a pool."""
     register_as: str | None = None
@@ -84,7 +84,9 @@ class ComputeOptions:
     @property
     def name(self) -> str:
         """Name of the MLflow run and, with the time, of the output folder."""
-        model = "-".join(Path(self.model).parts[-2:]) if ".py:" not in self.model else Path(self.model).name
+        path, _, arguments = self.model.partition("?")
+        model = "-".join(Path(path).parts[-2:]) if ".py:" not in path else Path(path).name
+        model += re.sub(r"[^\w.=]+", "-", f"-{arguments}" if arguments else "")
         seed = self.compute.seed
         which = f"seed{seed}" if self.num_perturbations == 1 else f"pool{self.num_perturbations}-seed{seed}"
         return f"{model.replace(':', '-')}-{self.compute.norm}-{which}{'-plan' * self.plan}"

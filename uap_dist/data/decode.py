@@ -5,7 +5,7 @@ import io
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
@@ -36,17 +36,31 @@ Sample = tuple[str, Mapping[str, bytes]]  # key, and files by extension
 
 @dataclass(frozen=True)
 class Geometry:
-    """How an image is brought to the classifier's input size: short side resized to `resize`, then the centre `crop`×`crop` cut out.
+    """How an image is brought to the classifier's input size: resized, then the centre `crop`×`crop` cut out.
 
     Attributes:
         resize: pixels; None keeps the images as they are in the shards, where all must then have one size.
         crop: pixels; None as above.
-        interpolation: "bilinear" or "bicubic", antialiased.
+        interpolation: "bilinear", "bicubic" and so on, antialiased.
+        crop_mode: as timm has it. "center" resizes the short side to `resize`; "squash" both sides, whatever the image's aspect
+            ratio; "border" the long side, and fills up what is missing of `crop`×`crop`.
+        fill: RGB 0..255 of such borders.
     """
 
     resize: int | None = None
     crop: int | None = None
     interpolation: str = "bilinear"
+    crop_mode: str = "center"
+    fill: tuple[int, ...] = (0, 0, 0)
+
+    @classmethod
+    def from_provenance(cls, provenance: Mapping[str, Any]) -> "Geometry | None":
+        """The geometry under the keys geometry.… of a record; None if there is none."""
+        values = {field.name: provenance.get(f"geometry.{field.name}") for field in fields(cls)}
+        if None in (values["resize"], values["crop"], values["interpolation"]):
+            return None
+        known: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
+        return cls(**known | {"fill": tuple(known.get("fill", cls.fill))})
 
     @property
     def shape(self) -> tuple[int, ...] | None:
@@ -55,7 +69,8 @@ class Geometry:
 
     def __str__(self) -> str:
         """A description for messages."""
-        return f"resize {self.resize}, crop {self.crop}, {self.interpolation}"
+        mode = "" if self.crop_mode == "center" else f", {self.crop_mode}"
+        return f"resize {self.resize}, crop {self.crop}, {self.interpolation}{mode}"
 
 
 @dataclass(frozen=True)
@@ -187,11 +202,22 @@ def _stack(pool: ThreadPoolExecutor, images: list[np.ndarray]) -> np.ndarray:
 def _decode(files: Mapping[str, bytes], geometry: Geometry) -> np.ndarray:
     (data,) = files.values()
     image = _to_rgb(Image.open(io.BytesIO(data)))
-    if geometry.resize is not None:
-        image = F.center_crop(
-            F.resize(image, geometry.resize, InterpolationMode(geometry.interpolation)), geometry.crop
-        )
+    if geometry.resize is not None and geometry.crop is not None:
+        image = _fit(image, geometry.resize, geometry.crop, geometry)
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+def _fit(image: Image.Image, resize: int, crop: int, geometry: Geometry) -> Image.Image:
+    size = [resize]
+    if geometry.crop_mode == "squash":
+        size = [resize, resize]
+    elif geometry.crop_mode == "border":
+        size = [round(side / (max(image.size) / resize)) for side in (image.height, image.width)]
+    image = F.resize(image, size, InterpolationMode(geometry.interpolation))
+    if geometry.crop_mode == "border":
+        missing = [max(0, crop - side) for side in image.size]
+        image = F.pad(image, [m // 2 for m in missing] + [(m + 1) // 2 for m in missing], list(geometry.fill))
+    return F.center_crop(image, [crop, crop])
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -1,5 +1,6 @@
 """Options of jobs/finetune.py."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +17,7 @@ class FinetuneOptions:
     model: str = ""
     """The network, as jobs/compute.py takes it."""
     weights: str | None = None
-    """File with its weights; if not given, the published ones."""
+    """File with its weights, or FILE#KEY; if not given, the published ones."""
     pool: str = ""
     """Pool that jobs/compute.py computed for it: a folder, s3://, gs://, runs:/RUN/pool or models:/NAME/VERSION."""
     repetitions: int = 1
@@ -53,4 +54,6 @@ class FinetuneOptions:
     @property
     def name(self) -> str:
         """Name of the MLflow run and, with the time, of the output folder."""
-        return f"finetune-{Path(self.model).name.replace(':', '-')}"
+        path, _, arguments = self.model.partition("?")
+        name = f"{Path(path).name}-{arguments}" if arguments else Path(path).name
+        return "finetune-" + re.sub(r"[^\w.=@]+", "-", name)

@@ -27,7 +27,7 @@ from torch import Tensor
 from uap_dist.data.locations import locate
 from uap_dist.errors import UapDistError, WorkerLostError
 from uap_dist.finetuning.trainer import HELD_OUT, NETWORK_FILE, Learner, Task
-from uap_dist.models.weights import read_weights
+from uap_dist.models.weights_file import read_weights
 from uap_dist.tracking.history import RoundRecord
 from uap_dist.workers.reproducible import set_up_torch
 

@@ -21,8 +21,9 @@ from uap_dist.finetuning.config import FinetuneConfig
 from uap_dist.finetuning.network import batch_norms, make_trainable, set_training_mode
 from uap_dist.finetuning.validation import Validation
 from uap_dist.method.augment import augment
-from uap_dist.models.loading import load_classifier
-from uap_dist.models.weights import check_same_weights, fill, read_weights, write_weights
+from uap_dist.models.loading import check_same_weights, load_classifier
+from uap_dist.models.weights import fill, write_weights
+from uap_dist.models.weights_file import read_weights
 from uap_dist.perturbations.pool import PerturbationPool
 from uap_dist.tracking.history import RoundRecord
 from uap_dist.workers.dataset import Dataset

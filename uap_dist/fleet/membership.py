@@ -15,7 +15,7 @@ from uap_dist.errors import ClassifierError, ConfigError, WorkerLostError
 from uap_dist.fleet.actor import Introduction, RemoteWorker, decisive_versions, start_actor
 from uap_dist.fleet.config import FleetConfig, need_of
 from uap_dist.fleet.metrics import FleetStats
-from uap_dist.models.weights import check_same_weights
+from uap_dist.models.loading import check_same_weights
 
 SECONDS_BETWEEN_CHECKS = 5.0  # of the room that the cluster has
 SECONDS_BETWEEN_REMINDERS = 30.0  # in the log, of workers that are still missing

@@ -45,6 +45,8 @@ def check_classifier(classifier: Classifier, shape: Sequence[int]) -> None:
 def _try(classifier: Classifier, pixels: Tensor) -> Tensor:
     try:
         logits = classifier(pixels)
+    except ClassifierError:
+        raise
     except Exception as error:  # user code may raise anything
         raise ClassifierError(
             f"{classifier.name} fails on pixels of shape {'×'.join(map(str, pixels.shape))}: {first_line(error)}"

@@ -1,12 +1,14 @@
 """Classifiers: networks together with the preprocessing that their weights were trained with. Pixels in, logits out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from uap_dist.data.decode import Geometry
+from uap_dist.errors import ClassifierError
 from uap_dist.models.weights import digest_weights
 
 
@@ -49,8 +51,13 @@ class Classifier(nn.Module):
         self.eval()
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Logits (N×K) of pixels (N×3×H×W)."""
-        return self.network(self.normalise(pixels))
+        """Logits (N×K) of pixels (N×3×H×W).
+
+        Raises:
+            ClassifierError: the network returns several tensors, and it is not clear which are the logits.
+        """
+        output = self.network(self.normalise(pixels))
+        return output if isinstance(output, Tensor) else _find_logits(output, len(pixels), self.name)
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """The network's own input: (pixels / 255 − mean) / std."""
@@ -86,3 +93,26 @@ class Classifier(nn.Module):
         with torch.enable_grad():
             output = self.get_submodule(self.first_layer)(self.normalise(x))
         return torch.autograd.grad(output, x, slope)[0][0]
+
+
+def _find_logits(output: Any, num_images: int, name: str) -> Tensor:
+    """What is named logits in an output that is no tensor, or the only matrix with a row for each image in it.
+
+    Raises:
+        ClassifierError: there is none, or more than one.
+    """
+    named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if isinstance(named, Tensor):
+        return named
+    is_named = isinstance(output, Mapping)
+    values = output.values() if is_named else output if isinstance(output, tuple | list) else ()
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    found = [value for value in tensors if value.dim() == 2 and len(value) == num_images]
+    if len(found) == 1:
+        return found[0]
+    shapes = ", ".join("×".join(map(str, value.shape)) for value in tensors)
+    keys = f" under {', '.join(map(repr, output))}" if is_named else ""
+    raise ClassifierError(
+        f"{name} returns {type(output).__name__} with {f'tensors of {shapes}' if tensors else 'no tensor'}{keys}; its logits are not "
+        "recognisable in it: return them alone, or under the name logits"
+    )

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from uap_dist.data.locations import is_url, set_name, split_query
 from uap_dist.errors import ConfigError
-from uap_dist.models.loading import LITE_NAMES
+from uap_dist.models.sources.timm_networks import LITE_NAMES
 
 PUBLISHED = "published"  # names the weights if no file is given
-MODEL = re.compile(r"(torchvision|timm)/[^=]+|.+:[^\W\d]\w*", re.DOTALL)  # LIBRARY/NAME or path/to/file.py:factory
+# LIBRARY/NAME, or path/to/file.py:factory?KEY=VALUE&…
+MODEL = re.compile(r"(torchvision|timm)/[^=]+|.+:[^\W\d]\w*(\?\w+=[^=&]*(&\w+=[^=&]*)*)?", re.DOTALL)
 NO_NAME = re.compile(r"[/\\:]")  # characters of paths, URLs and factories
 FORM = (
     "give [NAME=]MODEL[=WEIGHTS], with MODEL as torchvision/resnet50, timm/resnet50, "
@@ -72,7 +73,7 @@ def name_models(choices: Sequence[ModelChoice]) -> list[str]:
         if keys.count((model, weights)) > 1:
             raise ConfigError(f"--models has {model} twice with the same weights ({weights or PUBLISHED})")
     models = list(dict.fromkeys(choice.model for choice in choices if not choice.name))
-    short = dict(zip(models, tell_apart([parts_of(model, r"[/\\:]") for model in models]), strict=True))
+    short = dict(zip(models, tell_apart([_model_parts(model) for model in models]), strict=True))
     names = [choice.name or short[choice.model] for choice in choices]
     for model in models:
         rows = [i for i, choice in enumerate(choices) if choice.model == model and not choice.name]
@@ -86,7 +87,7 @@ def name_models(choices: Sequence[ModelChoice]) -> list[str]:
 def name_places(locations: Sequence[str | None]) -> list[str]:
     """Unique names of weights files: their stems, preceded by as many folders as it takes; None stands for the published weights."""
     full = [(PUBLISHED,) if place is None else parts_of(split_query(place)[0]) for place in locations]
-    stems = [(*parts[:-1], re.sub(r"\.(safetensors|pth|pt|bin)$", "", parts[-1])) for parts in full]
+    stems = [(*parts[:-1], re.sub(r"\.(safetensors|pth|pth\.tar|pt|bin)(?=#|$)", "", parts[-1])) for parts in full]
     return tell_apart(_unless_alike(stems, full))
 
 
@@ -158,6 +159,13 @@ def refuse_twins(what: str, names: Sequence[str], taken: Collection[str] = ()) -
 def plain_key(name: str) -> str:
     """The name with _ in place of characters that MLflow does not allow in keys."""
     return re.sub(r"[^\w.\- /]", "_", name)
+
+
+def _model_parts(model: str) -> Parts:
+    """Components of a model's path; the arguments of a factory belong to the last one."""
+    path, mark, arguments = model.partition("?")
+    *folders, last = parts_of(path, r"[/\\:]")
+    return (*folders, last + mark + arguments)
 
 
 def _is_model(text: str) -> bool:
