@@ -1,6 +1,9 @@
 """Shards that a worker reads ahead, and the images that it keeps in memory or on its disk."""
 
+import gzip
 import resource
+import shutil
+import tarfile
 import tempfile
 import time
 
@@ -8,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import TINY, tiny_worker
 
+from uap_dist.data import fetch as fetch_module
 from uap_dist.data.decode import Geometry, load_shard
 from uap_dist.errors import ShardError
 from uap_dist.method.config import ComputeConfig
@@ -74,6 +78,68 @@ def test_where_decoded_images_are_cached_changes_what_is_read_but_no_result(put,
     found = [(t.shards_read, t.cache_hits, t.cache_misses) for _, t in (in_memory, on_disk, nowhere, too_small)]
     assert found == [(1, 2, 0), (1, 2, 0), (3, 0, 2), (3, 0, 2)]
     assert not list(tmp_path.iterdir())  # nothing has a name that could be left behind
+
+
+@pytest.mark.parametrize("place", ["local", "store"])
+def test_of_a_shard_beyond_the_caches_only_the_pictures_of_a_block_are_read(
+    store, put, shards, tmp_path, monkeypatch, place
+):
+    monkeypatch.setattr(fetch_module, "MAX_GAP", 2048)
+    path = shards / "train-0000.tar"
+    local, packed = shutil.copy(path, tmp_path / "t.tar"), gzip.compress(path.read_bytes())
+    (tmp_path / "t.tar.gz").write_bytes(packed)
+    url = put("t.tar", path.name) if place == "store" else str(local)
+    with tarfile.open(path) as tar:
+        names = [member.name for member in tar if member.name.endswith(".png")]
+        sizes = {name.removesuffix(".png"): tar.getmember(name).size for name in names}
+
+    def read(url, *chosen):
+        """The pixels of these examples, and what was read for each block of them, after the listing."""
+        worker = tiny_worker(cache_bytes=1)
+        listing = worker.load(Examples(url))
+        pixels, amounts = [], []
+        for rows in chosen:
+            before = worker.traffic
+            pixels.append(worker.pixels(Examples(url, listing.digest, tuple(listing.keys[row] for row in rows))))
+            amounts.append(worker.traffic - before)
+        return pixels, amounts, listing.keys
+
+    blocks = ((17, 2, 9), (4, 5, 6))
+    pixels, amounts, keys = read(url, *blocks)
+    apart, adjacent = amounts
+    assert apart.bytes_read == sum(sizes[keys[row]] for row in blocks[0])
+    assert sum(sizes[keys[row]] for row in blocks[1]) < adjacent.bytes_read < path.stat().st_size / 4
+    assert (apart.shards_read, apart.cache_misses, adjacent.retries) == (1, 1, 0)
+    if place == "store":
+        store.requests.clear()
+        assert read(url, blocks[1])[1][0].bytes_read == adjacent.bytes_read
+        assert store.count("GET") == 2  # the listing's, and one for the three neighbours
+    whole = load_shard(str(path), AS_IS).images
+    compressed, amounts, _ = read(str(tmp_path / "t.tar.gz"), *blocks)
+    assert [amount.bytes_read for amount in amounts] == [len(packed)] * 2
+    for rows, found, other in zip(blocks, pixels, compressed, strict=True):
+        assert np.array_equal(found, whole[list(rows)]) and np.array_equal(other, found)
+
+
+def test_a_picture_that_changes_in_its_place_ends_the_run(shards, tmp_path):
+    path = tmp_path / "t.tar"
+    shutil.copy(shards / "train-0000.tar", path)
+    worker = tiny_worker(cache_bytes=1)
+    listing = worker.load(Examples(str(path)))
+    task = Examples(str(path), listing.digest, listing.keys[3:6])
+    before = worker.pixels(task)
+    with tarfile.open(path) as tar:
+        here, there = (tar.getmember(f"{listing.keys[row]}.png") for row in (4, 9))
+    data = bytearray(path.read_bytes())
+    for member, is_noticed in ((there, False), (here, True)):
+        middle = member.offset_data + member.size // 2
+        data[middle] ^= 1
+        path.write_bytes(data)
+        if is_noticed:
+            with pytest.raises(ShardError, match="changed during the run"):
+                worker.pixels(task)
+        else:  # another block's
+            assert np.array_equal(worker.pixels(task), before)
 
 
 def test_a_full_disk_disables_the_disk_cache_and_makes_fetching_an_error(put, shards, caplog):

@@ -10,8 +10,8 @@ from threading import Lock
 
 import numpy as np
 
-from uap_dist.data.decode import DecodedShard, Geometry, decode_shard
-from uap_dist.data.fetch import ShardFile, fetch
+from uap_dist.data.decode import DecodedShard, Geometry, decode_again, decode_shard
+from uap_dist.data.fetch import ShardFile, fetch, read_parts
 from uap_dist.data.locations import is_url
 from uap_dist.errors import UapDistError
 
@@ -68,6 +68,7 @@ class ShardCache:
         self._left_free = disk_usage(gettempdir()).free // 2
         self._kept: dict[str, DecodedShard] = {}
         self._seen: set[str] = set()
+        self._not_kept: dict[str, DecodedShard] = {}  # without their images
         self._lock = (
             Lock()
         )  # of the counters and the room, because one thread may read shards while another one uses them
@@ -77,7 +78,7 @@ class ShardCache:
     def at(self, geometry: Geometry) -> "ShardCache":
         """The cache itself, emptied of decoded images if they have another geometry; its counters and its prefetch are kept."""
         if geometry != self.geometry:
-            self.geometry, self._kept, self._seen = geometry, {}, set()
+            self.geometry, self._kept, self._not_kept, self._seen = geometry, {}, {}, set()
             self._memory_room, self._disk_room = self._memory_bytes, self._disk_bytes
         return self
 
@@ -97,12 +98,15 @@ class ShardCache:
     def some(self, url: str, keys: set[str]) -> DecodedShard:
         """A decoded shard with at least the images of these keys; with all images if it is cached or read for the first time.
 
+        Of a tar that is neither, and not compressed, only these pictures are read. Their pixels are compared with those of the
+        first time; if any differs, the whole shard is read, and its digest tells what has changed.
+
         Raises:
             ShardError: see `fetch` and `decode_shard`.
         """
         if url not in self._seen:
             return self.whole(url)
-        return self._find(url) or self._read(url, keys)
+        return self._find(url) or self._read_pictures(url, keys) or self._read(url, keys)
 
     def prefetch(self, url: str) -> None:
         """Fetch a shard that will soon be needed in a background thread, one at a time; local files need no fetching.
@@ -140,6 +144,25 @@ class ShardCache:
         self._seen.add(url)
         return shard
 
+    def _read_pictures(self, url: str, keys: set[str]) -> DecodedShard | None:
+        """The images of these keys, found by their places; None if these are not known, or hold something else now."""
+        shard = self._not_kept.get(url)
+        if shard is None:
+            return None
+        rows = sorted(shard.rows[key] for key in keys if key in shard.rows)
+        places = [place for row in rows if (place := shard.places[row]) is not None]
+        if not rows or len(places) < len(rows):
+            return None
+        started = time.perf_counter()
+        try:
+            pictures, num_bytes, num_retries = read_parts(url, places)
+        except OSError as error:
+            logger.warning("%s; reading the whole shard", error)
+            return None
+        seconds = time.perf_counter() - started
+        self._count(Traffic(num_bytes, seconds, shards_read=1, cache_misses=1, retries=num_retries))
+        return decode_again(shard, rows, pictures, self.geometry, self._num_threads)
+
     def _fetch(self, url: str) -> ShardFile:
         if self._ahead is not None and self._ahead[0] == url:
             (_, coming), self._ahead = self._ahead, None
@@ -152,6 +175,8 @@ class ShardCache:
     def _keep(self, url: str, shard: DecodedShard) -> DecodedShard:
         with self._lock:
             self._keep_where_there_is_room(url, shard)
+            if url not in self._kept:
+                self._not_kept[url] = replace(shard, images=shard.images[:0].copy(), labels=(), unused=(), bad=())
         return shard
 
     def _keep_where_there_is_room(self, url: str, shard: DecodedShard) -> None:

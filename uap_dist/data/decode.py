@@ -3,9 +3,9 @@
 import hashlib
 import io
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from torchvision.transforms import functional as F
 
 from uap_dist.data.fetch import ShardFile, fetch
 from uap_dist.data.samples import Samples
+from uap_dist.data.tars import Member, Place
 from uap_dist.errors import ShardError
 
 HASH_SIZE = 16  # bytes
@@ -31,7 +32,6 @@ TO_UPRIGHT = {  # by EXIF orientation
 }
 T = TypeVar("T")
 R = TypeVar("R")
-Sample = tuple[str, Mapping[str, bytes]]  # key, and files by extension
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,7 @@ class DecodedShard:
         hashes: N BLAKE2b hashes (16 bytes) of the images' pixels.
         unused: names of files that may be pictures but are not used: they have no extension, their names begin with a dot or
             are reserved by WebDataset (as __meta__), macOS or pax, or their sample has another picture.
+        places: offset and size of the N pictures in the shard's file, None where that is compressed.
     """
 
     images: np.ndarray
@@ -96,6 +97,7 @@ class DecodedShard:
     digest: str
     hashes: tuple[bytes, ...]
     unused: tuple[str, ...]
+    places: tuple[Place | None, ...]
 
     @cached_property
     def rows(self) -> dict[str, int]:
@@ -155,7 +157,30 @@ def decode_shard(
         digest=digest,
         hashes=tuple(each.hash for each in examples),
         unused=tuple(samples.unused),
+        places=tuple(each.place for each in examples),
     )
+
+
+def decode_again(
+    shard: DecodedShard, rows: Sequence[int], pictures: Sequence[bytes], geometry: Geometry, num_threads: int
+) -> DecodedShard | None:
+    """Some examples of a shard that was decoded before, with their images; None if a picture does not give the same pixels again.
+
+    Args:
+        shard: as it was decoded with the same geometry; its images are not needed.
+        rows: of the examples.
+        pictures: their bytes.
+        geometry: what images are resized to.
+        num_threads: that decode.
+    """
+    members = [(shard.keys[row], Member("", data)) for row, data in zip(rows, pictures, strict=True)]
+    with ThreadPoolExecutor(num_threads, "decode") as pool:
+        found = list(pool.map(partial(_try_to_decode, geometry=geometry), members))
+    examples = [each for each in found if isinstance(each, _Example)]
+    if [each.hash for each in examples] != [shard.hashes[row] for row in rows]:
+        return None
+    images, keys = np.stack([each.image for each in examples]), tuple(each.key for each in examples)
+    return replace(shard, images=images, keys=keys, hashes=tuple(each.hash for each in examples))
 
 
 @dataclass(frozen=True)
@@ -165,18 +190,19 @@ class _Example:
     key: str
     image: np.ndarray
     hash: bytes
+    place: Place | None
 
 
-def _try_to_decode(sample: Sample, geometry: Geometry) -> _Example | str:
+def _try_to_decode(sample: tuple[str, Member], geometry: Geometry) -> _Example | str:
     """The example, or "key: reason" if it cannot be decoded."""
-    key, files = sample
+    key, picture = sample
     try:
-        image = _decode(files, geometry)
+        image = _decode(picture.data, geometry)
     except MemoryError:
         raise
     except Exception as error:  # on damaged files Pillow's decoders raise errors of many types
         return f"{key}: {_reason(error)}"
-    return _Example(key, image, hashlib.blake2b(image.data, digest_size=HASH_SIZE).digest())
+    return _Example(key, image, hashlib.blake2b(image.data, digest_size=HASH_SIZE).digest(), picture.place)
 
 
 def _in_order(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], num_ahead: int) -> Iterator[R]:
@@ -199,8 +225,7 @@ def _stack(pool: ThreadPoolExecutor, images: list[np.ndarray]) -> np.ndarray:
     return stacked
 
 
-def _decode(files: Mapping[str, bytes], geometry: Geometry) -> np.ndarray:
-    (data,) = files.values()
+def _decode(data: bytes, geometry: Geometry) -> np.ndarray:
     image = _to_rgb(Image.open(io.BytesIO(data)))
     if geometry.resize is not None and geometry.crop is not None:
         image = _fit(image, geometry.resize, geometry.crop, geometry)

@@ -1,9 +1,12 @@
-"""Fetching shards: one in a store is copied to a temporary file before anything reads it."""
+"""Fetching shards, each copied from its store to a temporary file before anything reads it, or only parts of one."""
 
 import hashlib
 import os
 import platform
 import time
+from bisect import bisect_right
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from shutil import copyfileobj
@@ -11,9 +14,11 @@ from tempfile import TemporaryFile, gettempdir
 from typing import BinaryIO
 
 from uap_dist.data.locations import NO_ROOM, is_url, locate, persist
-from uap_dist.data.tars import READ_SIZE
+from uap_dist.data.tars import READ_SIZE, Place
 from uap_dist.errors import ShardError
 
+MAX_GAP = 64 << 10  # bytes; parts that are no farther apart are read together
+NUM_READ_AT_ONCE = 24  # parts
 COPY_SIZE = 8 << 20  # bytes per request to the store
 HEAD_SIZE = 512  # bytes of a tar's first header
 
@@ -86,6 +91,34 @@ def fetch(url: str) -> ShardFile:
             raise ShardError(f"cannot keep shard {url} in {gettempdir()} (TMPDIR): {error.strerror}") from error
         raise ShardError(f"cannot read shard {error}") from error
     return ShardFile(url, copy, num_retries)
+
+
+def read_parts(url: str, places: Sequence[Place]) -> tuple[list[bytes], int, int]:
+    """Read parts of a shard in a store or on disk; returns these, the bytes that were read and the number of retries.
+
+    Raises:
+        OSError: the store refuses or keeps failing; the message is one line, see `persist`.
+    """
+    spans: list[Place] = []
+    for offset, size in sorted(places):
+        start, length = spans[-1] if spans else (0, -MAX_GAP - 1)
+        if offset <= start + length + MAX_GAP:
+            spans[-1] = start, max(length, offset + size - start)
+        else:
+            spans.append((offset, size))
+
+    def read() -> list[bytes]:
+        filesystem, path = locate(url)
+        with filesystem.open_input_file(path) as stream, ThreadPoolExecutor(NUM_READ_AT_ONCE) as pool:
+            return list(pool.map(lambda span: stream.read_at(span[1], span[0]), spans))
+
+    found, num_retries = persist(url, read, "shard")
+    starts = [start for start, _ in spans]
+    parts = []
+    for offset, size in places:
+        number = bisect_right(starts, offset) - 1
+        parts.append(found[number][offset - starts[number] :][:size])
+    return parts, sum(map(len, found)), num_retries
 
 
 def _copy(url: str) -> BinaryIO:

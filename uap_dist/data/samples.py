@@ -1,7 +1,7 @@
 """The samples of a shard: a picture each, and what may say what it shows, found by the names of the tar's files as WebDataset does."""
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from itertools import groupby
 from operator import itemgetter
 from pathlib import PurePosixPath
@@ -28,7 +28,7 @@ RESERVED = re.compile(r"__[^/]*__($|/)|(.*/)?(__MACOSX|PaxHeaders?(\.\d+)?)/")
 
 
 class Samples:
-    """Samples of a shard in the order of their pictures; iterating yields the key and the picture by its extension.
+    """Samples of a shard in the order of their pictures; iterating yields the key and the picture of each.
 
     A sample's files need not follow each other, except that of several pictures the first group is the one that counts.
 
@@ -48,11 +48,11 @@ class Samples:
         self.unused: list[str] = []
         self.bad: list[str] = []
 
-    def __iter__(self) -> Iterator[tuple[str, Mapping[str, bytes]]]:
+    def __iter__(self) -> Iterator[tuple[str, Member]]:
         for base, group in groupby(self._named_files(), key=itemgetter(0)):
-            pictures: dict[str, bytes] = {}
+            pictures: dict[str, Member] = {}
             seen = self._extensions.setdefault(base, set())
-            for _, extension, data in group:
+            for _, extension, member in group:
                 if extension in seen:
                     raise ShardError(
                         f"{self._shard} holds {base}.{extension} twice; where tars are joined, their names must differ"
@@ -60,12 +60,11 @@ class Samples:
                 seen.add(extension)
                 key, kind = _split(base, extension)
                 if kind in IMAGE_EXTENSIONS:
-                    pictures[extension] = data
+                    pictures[extension] = member
                 elif kind in LABEL_EXTENSIONS:
-                    self.labels.setdefault(key, {})[kind] = data
+                    self.labels.setdefault(key, {})[kind] = member.data
             for extension in self._choose(base, pictures):
-                key, kind = _split(base, extension)
-                yield key, {kind: pictures[extension]}
+                yield _split(base, extension)[0], pictures[extension]
         for base, extensions in self._extensions.items():
             if not self._pictures.get(base):
                 listed = ", ".join(sorted(extensions))
@@ -95,8 +94,8 @@ class Samples:
         self.unused += [f"{base}.{extension}" for extension in pictures if extension not in chosen]
         return chosen
 
-    def _named_files(self) -> Iterator[tuple[str, str, bytes]]:
-        """Base (up to the first dot of the name), extension and content of each file that belongs to a sample."""
+    def _named_files(self) -> Iterator[tuple[str, str, Member]]:
+        """Base (up to the first dot of the name) and extension of each file that belongs to a sample, and the file."""
         for member in read_tar(self._file, self._file.head, self._shard, self._file.read_at):
             path = PurePosixPath(member.name)
             is_hidden = any(part[0] == "." and part != ".." for part in path.parts) or RESERVED.match(member.name)
@@ -105,7 +104,7 @@ class Samples:
                 if is_picture(member.name) or not (is_hidden or path.suffix):
                     self.unused.append(member.name)
             elif not member.link_to:
-                yield base, extension.lower(), member.data
+                yield base, extension.lower(), member
             elif is_picture(member.name) or extension.lower() in LABEL_EXTENSIONS:
                 self._refuse_link(member)
 

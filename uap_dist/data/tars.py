@@ -24,6 +24,9 @@ OPENERS: Mapping[bytes, Callable[[Any], Any]] = {  # by the first bytes, because
 NAMES: Mapping[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}
 
 
+Place = tuple[int, int]
+
+
 @dataclass(frozen=True)
 class Member:
     """A file in a tar.
@@ -32,11 +35,13 @@ class Member:
         name: within the tar.
         data: its content, for a link that of its target; empty if that is not known.
         link_to: target of a link whose content is not known; empty otherwise.
+        place: offset and size of the content in the file; None in a compressed tar, and for a sparse member.
     """
 
     name: str
     data: bytes
     link_to: str = ""
+    place: Place | None = None
 
 
 class EndOfFile(EOFError):
@@ -75,7 +80,7 @@ def read_tar(
         ShardError: it is truncated, damaged or not a tar, or what follows its end mark is no tar.
     """
     opener = _opener(head)
-    places: dict[str, tuple[int, int]] = {}
+    places: dict[str, Place] = {}
     with tar_errors(head, name):
         if not head:
             raise EOFError
@@ -86,11 +91,12 @@ def read_tar(
                     yield Member(member.name, b"", member.linkname)
                     continue
                 places[normpath(member.name)] = place
-                yield Member(member.name, read_at(*place))
+                yield Member(member.name, read_at(*place), place=place)
             elif (file := tar.extractfile(member)) is not None:
-                if not member.issparse():
-                    places[normpath(member.name)] = member.offset_data, member.size
-                yield Member(member.name, file.read())
+                place = None if opener or member.issparse() else (member.offset_data, member.size)
+                if place is not None:
+                    places[normpath(member.name)] = place
+                yield Member(member.name, file.read(), place=place)
 
 
 def _members(stream: Any) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:

@@ -101,15 +101,16 @@ def plan_fleet(
     cached_bytes = round(costs.image_bytes * num_cached)
     missing = max(0.0, 1 - (memory_bytes + disk_bytes) / cached_bytes)  # fraction of the images that caches do not hold
     block_images = work.num_solves / work.num_blocks
-    # for a block of a shard that is not cached, all of the shard is read, and at least the block's images are decoded
-    decoded_again = Span((block_images + mean_images) / 2, block_images, mean_images) * missing
+    # for a block of a shard that is not cached, its images are read and decoded again; of a compressed tar, all of it is read
+    decoded_again = Span(block_images, block_images, mean_images) * missing
     block = costs.evaluation * work.evaluations_per_solve * block_images + costs.decode * decoded_again
     classify = costs.classify + costs.decode * missing
     labels = sum(_classified_in_a_row(sizes.num_images, num_workers) for sizes in (work.train, work.val))
     measurements = sum(times * _classified_in_a_row(sizes, num_workers) for sizes, times in work.measurements.items())
     first_reads = sum(_decoded_in_a_row(sizes.num_held, num_workers) for sizes in (work.train, work.val))
     rounds = _rounds_s(work, block, costs.driver, config, num_workers)
-    read_again = count * work.num_blocks * missing  # shards
+    share = min(1.0, block_images / mean_images)
+    read_again = Span(share, share, 1.0) * (count * work.num_blocks * missing)  # shards
     return FleetPlan(
         num_workers=num_workers,
         parts={
@@ -120,8 +121,8 @@ def plan_fleet(
             "measurements": classify * (count * measurements),
             "report": costs.report * count,
         },
-        read_bytes=extra_shards * (num_workers * mean_bytes)
-        + (sum(work.train.num_bytes) + sum(work.val.num_bytes) + read_again * mean_bytes),
+        read_bytes=(extra_shards * num_workers + read_again) * mean_bytes
+        + (sum(work.train.num_bytes) + sum(work.val.num_bytes)),
         worker_bytes=costs.worker_bytes + min(cached_bytes, memory_bytes),
         gpu_bytes=costs.gpu_bytes,
         cached_bytes=cached_bytes,

@@ -66,8 +66,8 @@ class Worker:
         Args:
             classifier: as returned by `load_classifier`.
             cache_bytes: limit of the decoded images that are kept in memory.
-            disk_cache_bytes: limit of those that are kept on disk once memory is full. Shards that fit in neither are read and
-                decoded again for each block.
+            disk_cache_bytes: limit of those that are kept on disk once memory is full. Of shards that fit in neither, the
+                images of a block are read and decoded again for each block.
             num_threads: torch's threads on the CPU; results may depend on it.
             decode_threads: threads that decode images; None for as many as the machine has CPUs. Results do not depend on it.
         """
