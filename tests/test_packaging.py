@@ -60,7 +60,7 @@ def test_the_wheel_holds_package_and_jobs_and_nothing_else(wheel):
     assert metadata["Version"] == uap_dist.__version__
     assert metadata["License-Expression"] == "BSD-3-Clause"
     assert metadata.get_payload().strip() == (ROOT / "README.md").read_text().strip()
-    assert set(metadata.get_all("Provides-Extra")) == {"demo", "bench", "docs", "test", "timm"}
+    assert set(metadata.get_all("Provides-Extra")) == {"demo", "bench", "docs", "hub", "test", "timm"}
 
 
 def test_its_commands_start_and_it_claims_no_commit_of_a_checkout_around_it(wheel, tmp_path):

@@ -121,7 +121,11 @@ def test_data_after_a_tar_or_a_damaged_header_are_errors(shards, tmp_path):
             first[:place] + b"#" * 512 + first[place + 512 :],
             "damaged.tar is damaged: invalid header",
         ),
-        ("page", b"<!DOCTYPE html><p>log in" * 50, "is not a tar, nor .*: it begins with b'<!DOCTYPE html>"),
+        (
+            "page",
+            b"<!DOCTYPE html><p>log in" * 50,
+            "page.tar is no tar but a page of a web server, .*: it begins with b'<!DOCTYPE html>",
+        ),
         ("gzip", gzip.compress(first)[:900] + b"#" * 100 + gzip.compress(first)[1000:], "gzip.tar is damaged"),
     ):
         (tmp_path / f"{name}.tar").write_bytes(data)

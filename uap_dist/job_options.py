@@ -20,7 +20,7 @@ class DataOptions:
     """Images to compute from, and held-out images."""
 
     train_shards: tuple[str, ...] = ()
-    """WebDataset tars to compute from: paths or s3://, gs:// URLs, with {0000..0009}, * and `::`."""
+    """WebDataset tars to compute from: paths or s3://, gs://, hf://, https:// URLs, with {0000..0009}, * and `::`."""
     val_shards: tuple[str, ...] = ()
     """Held-out tars, on which fooling rates are measured; none of them may be among the training ones."""
     num_train_images: int | None = None

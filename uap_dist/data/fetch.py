@@ -13,6 +13,8 @@ from shutil import copyfileobj
 from tempfile import TemporaryFile, gettempdir
 from typing import BinaryIO
 
+from pyarrow import fs
+
 from uap_dist.data.locations import NO_ROOM, is_url, locate, persist
 from uap_dist.data.tars import READ_SIZE, Place
 from uap_dist.errors import ShardError
@@ -80,7 +82,7 @@ def fetch(url: str) -> ShardFile:
             return ShardFile(url, open(url, "rb", READ_SIZE))
         except FileNotFoundError as error:
             raise ShardError(
-                f"no shard {url} on {platform.node()}; every node must see it: give a path that all of them share, or s3://, gs://"
+                f"no shard {url} on {platform.node()}; every node must see it: give a path that all of them share, or a URL (s3://)"
             ) from error
         except OSError as error:
             raise ShardError(f"cannot open shard {url}: {error}") from error
@@ -109,6 +111,8 @@ def read_parts(url: str, places: Sequence[Place]) -> tuple[list[bytes], int, int
 
     def read() -> list[bytes]:
         filesystem, path = locate(url)
+        if isinstance(filesystem, fs.PyFileSystem):
+            return filesystem.handler.read_spans(path, spans)
         with filesystem.open_input_file(path) as stream, ThreadPoolExecutor(NUM_READ_AT_ONCE) as pool:
             return list(pool.map(lambda span: stream.read_at(span[1], span[0]), spans))
 
@@ -130,6 +134,10 @@ def _copy(url: str) -> BinaryIO:
     filesystem, path = locate(url)
     with ExitStack() as failing:
         file = failing.enter_context(TemporaryFile())
+        if isinstance(filesystem, fs.PyFileSystem):
+            filesystem.handler.copy(path, file)
+            failing.pop_all()
+            return file
         with filesystem.open_input_file(path) as stream:
             size, before = stream.size(), stream.metadata()
             copyfileobj(stream, file, COPY_SIZE)

@@ -12,7 +12,8 @@ from typing import TypeVar
 
 from pyarrow import ArrowInvalid, fs
 
-from uap_dist.data.stores import name_endpoint, open_store
+from uap_dist.data.stores.fsspec_stores import Refused, open_fsspec
+from uap_dist.data.stores.object_stores import name_endpoint, open_store
 from uap_dist.errors import ConfigError
 from uap_dist.foreign_text import hide_credentials, redact
 
@@ -85,13 +86,20 @@ def locate(location: str) -> tuple[fs.FileSystem, str]:
         return fs.LocalFileSystem(), location
     if hide_credentials(location) != location:
         raise ConfigError(
-            f"{redact(location)} holds credentials, which runs and checkpoints would keep; give {CREDENTIALS}, "
-            "or ?anonymous=true where the bucket is public"
+            f"{redact(location)} holds credentials, which runs and checkpoints would keep; give {_where_credentials_belong(location)}"
         )
     try:
-        return open_store(location)
+        return open_store(location) or open_fsspec(location)
     except (ArrowInvalid, OSError) as error:
         raise ConfigError(f"cannot reach {explain(location, error)}") from error
+
+
+def _where_credentials_belong(location: str) -> str:
+    scheme = location.partition("://")[0].lower()
+    if scheme in ("s3", "gs", "gcs"):
+        return f"{CREDENTIALS}, or ?anonymous=true where the bucket is public"
+    known = {"hf": "HF_TOKEN, or log in with `hf auth login`", "https": "them in ~/.netrc", "http": "them in ~/.netrc"}
+    return f"{known.get(scheme, 'them as the library of this store finds them in the environment')}, on every node"
 
 
 def read_file(location: str) -> bytes:
@@ -228,7 +236,7 @@ def _write(filesystem: fs.FileSystem, path: str, data: bytes) -> None:
 
 def is_refusal(error: Exception) -> bool:
     """Whether a store refuses a request, so that trying again is useless."""
-    return isinstance(error, FileNotFoundError) or any(re.search(pattern, str(error)) for pattern in REFUSALS)
+    return isinstance(error, FileNotFoundError | Refused) or any(re.search(pattern, str(error)) for pattern in REFUSALS)
 
 
 def explain(location: str, error: Exception) -> str:
@@ -240,6 +248,8 @@ def explain(location: str, error: Exception) -> str:
         meaning += (
             f"{lack}; give credentials that may do this as {CREDENTIALS}, or ?anonymous=true where the bucket is public"
         )
+    if isinstance(error, Refused):
+        meaning = text
     if isinstance(error, FileNotFoundError):
         meaning = "there is no such file or folder"
     if re.search(UNREACHABLE, text):

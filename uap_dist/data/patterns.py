@@ -1,15 +1,17 @@
 """Shard patterns: expanding braces, wildcards and `::` to lists of URLs."""
 
 import os
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 
 from pyarrow import fs
 from webdataset.shardlists import expand_urls
 
-from uap_dist.data.locations import explain, is_url, locate, split_query
+from uap_dist.data.locations import explain, is_url, locate, persist, split_query
 from uap_dist.errors import ShardError
 
 NUM_LOOKED_UP_AT_ONCE = 24  # a store answers in a tenth of a second, to 25 requests at once
@@ -55,6 +57,10 @@ def expand_apart(train: Sequence[str], val: Sequence[str]) -> tuple[list[str], l
 
 def _expand_braces(pattern: str) -> list[str]:
     """What braces and `::` stand for; wildcards stay."""
+    if pattern.lstrip().startswith("pipe:"):  # as WebDataset has it; it may hold a token, so it is not repeated
+        raise ShardError(
+            "a command (pipe:…) is no shard and is not run; give the URL itself, as s3://, gs://, hf:// or https://"
+        )
     if _is_local_file(pattern):
         return [pattern]
     folder, slash, name = pattern.rpartition("/")
@@ -77,11 +83,15 @@ def _is_local_file(location: str) -> bool:
 def _existing(url: str) -> str:
     filesystem, path = locate(url)
     try:
-        info = filesystem.get_file_info(path)
-        bucket = info if info.type == fs.FileType.File else filesystem.get_file_info(path.partition("/")[0])
+        if isinstance(filesystem, fs.PyFileSystem):  # of fsspec: it neither repeats requests nor has buckets
+            bucket = info = persist(url, partial(filesystem.get_file_info, path), "shard")[0]
+        else:
+            info = filesystem.get_file_info(path)
+            bucket = info if info.type == fs.FileType.File else filesystem.get_file_info(path.partition("/")[0])
     except OSError as error:
-        raise ShardError(f"cannot read shard {explain(url, error)}") from error
-    if is_url(url) and bucket.type == fs.FileType.NotFound:
+        said = str(error) if isinstance(filesystem, fs.PyFileSystem) else explain(url, error)
+        raise ShardError(f"cannot read shard {said}") from error
+    if is_url(url) and bucket is not info and bucket.type == fs.FileType.NotFound:
         raise ShardError(f"no shard {url}: there is no bucket {bucket.path}")
     if info.type != fs.FileType.File:
         reason = ""
@@ -100,6 +110,10 @@ def _has_wildcard(url: str) -> bool:
 def _glob(url: str) -> list[str]:
     location, query = split_query(url)
     folder, slash, pattern = location.rpartition("/")
+    if re.match("https?://", url):
+        raise ShardError(
+            f"{url}: web servers list no files; name the shards with braces, as in train-{{0000..0007}}.tar"
+        )
     try:
         there = _names_in(folder + slash + query)
     except OSError as error:

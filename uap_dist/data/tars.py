@@ -165,6 +165,8 @@ def _fault(head: bytes, error: Exception) -> str:
         return f"cannot be read: {error.strerror}"
     if not head:
         return "is empty"
+    if re.match(rb"\s*<(!doctype|html|\?xml)", head, re.IGNORECASE):
+        return f"is no tar but a page of a web server, as one that asks for a login: it begins with {head[:NUM_BYTES_SHOWN]!r}"
     if not _is_header(head) and not is_compressed(head):
         return f"is not a tar, nor one compressed with gzip, bzip2 or xz: it begins with {head[:NUM_BYTES_SHOWN]!r}"
     if isinstance(error, EOFError) or str(error) == "unexpected end of data":

@@ -43,7 +43,7 @@ class WeightsFile:
 
 
 def open_weights(location: str) -> WeightsFile:
-    """Read a .safetensors or weights-only .pth file, local, s3:// or gs://. Its format is recognised by its content.
+    """Read a .safetensors or weights-only .pth file, local or at a URL. Its format is recognised by its content.
 
     Args:
         location: of the file. FILE#KEY takes only the tensors under KEY, which is made of the keys that lead to them, joined by

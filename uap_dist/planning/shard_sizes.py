@@ -76,11 +76,13 @@ def count_bytes(urls: Sequence[str]) -> list[int]:
         by_folder.setdefault(_split(url)[0], []).append(number)
     sizes = [0] * len(urls)
     for folder, numbers in by_folder.items():
-        filesystem, path = locate(folder)
-        infos = filesystem.get_file_info([f"{path.rstrip('/')}/{_split(urls[number])[1]}" for number in numbers])
+        filesystem, _ = locate(folder)
+        infos = filesystem.get_file_info([locate(urls[number])[1] for number in numbers])
         for number, info in zip(numbers, infos, strict=True):
             if info.type != fs.FileType.File:
                 raise ShardError(f"no shard {urls[number]}")
+            if info.size is None:
+                raise ShardError(f"the server does not say how large {urls[number]} is; a plan needs that")
             sizes[number] = info.size
     return sizes
 

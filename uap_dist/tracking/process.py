@@ -14,8 +14,8 @@ from uap_dist.foreign_text import hide_credentials, printable, redact
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 INTERRUPTED = 130  # exit code
 WHERE_CREDENTIALS_BELONG = (
-    "credentials belong in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS), "
-    "in a profile, or in the machine's role"
+    "credentials belong in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN), "
+    "in a profile, in ~/.netrc, or in the machine's role"
 )
 
 
@@ -47,7 +47,7 @@ def refuse_credentials(words: Sequence[str]) -> None:
                 raise ConfigError(f"{option}: no option takes a credential; {WHERE_CREDENTIALS_BELONG}")
         if hide_credentials(value) != value:
             problem = (
-                "is a command, which is not run and may hold a credential; give a path, or an s3:// or gs:// URL"
+                "is a command, which is not run and may hold a credential; give a path, or the URL itself, as s3://, gs://, hf:// or https://"
                 if "pipe:" in value
                 else "seems to hold a credential, which runs, checkpoints and logs would keep"
             )

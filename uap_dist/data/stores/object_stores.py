@@ -1,4 +1,4 @@
-"""File systems of s3://, gs:// and other URLs, from their options and the environment, through pyarrow."""
+"""File systems of s3:// and gs:// URLs, from their options and the environment, through pyarrow."""
 
 import os
 import re
@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 from urllib.parse import SplitResult, parse_qsl, urlsplit
 
-from pyarrow import fs
+from pyarrow import ArrowInvalid, fs
 
 from uap_dist.errors import ConfigError
 from uap_dist.foreign_text import redact
@@ -76,8 +76,8 @@ KINDS: Mapping[Callable[[str], Any], str] = {
 }
 
 
-def open_store(url: str) -> tuple[fs.FileSystem, str]:
-    """The file system that a URL names, and the path there.
+def open_store(url: str) -> tuple[fs.FileSystem, str] | None:
+    """The file system that a URL names, and the path there; None if pyarrow has none for this scheme.
 
     Options follow the path, as in s3://bucket/key?region=eu-west-1&retries=5.
 
@@ -89,11 +89,11 @@ def open_store(url: str) -> tuple[fs.FileSystem, str]:
       STORAGE_EMULATOR_HOST, else Google), `scheme`, `project_id`.
 
     Credentials are not options, because URLs are stored in runs and checkpoints. The stores' libraries find them in the usual
-    places. URLs of other file systems are left to pyarrow.
+    places.
 
     Raises:
         ConfigError: an unknown option, or a value that it cannot have.
-        ArrowInvalid, OSError: pyarrow knows no such file system, or cannot reach it.
+        OSError: the file system cannot be reached.
     """
     scheme, _, rest = url.partition("://")
     path, _, query = rest.partition("?")
@@ -103,7 +103,12 @@ def open_store(url: str) -> tuple[fs.FileSystem, str]:
         return _s3(path.partition("/")[0], tuple(options.items()), environment), path.rstrip("/")
     if scheme.lower() in ("gs", "gcs"):
         return _gcs(tuple(_parse_options(url, query, GCS_OPTIONS).items()), environment), path.rstrip("/")
-    return fs.FileSystem.from_uri(url)
+    if scheme.lower() == "hf":
+        return None
+    try:
+        return fs.FileSystem.from_uri(url)
+    except ArrowInvalid:
+        return None
 
 
 def name_endpoint(url: str) -> str:
