@@ -1,6 +1,8 @@
 """Whole jobs whose shards, weights, checkpoints and results are in an object store that fails."""
 
+import re
 import time
+from threading import Event
 
 import pytest
 import torch
@@ -16,7 +18,9 @@ from uap_dist.data.patterns import expand_patterns
 from uap_dist.method.config import ComputeConfig
 from uap_dist.models.loading import load_classifier
 from uap_dist.models.weights import write_weights
+from uap_dist.perturbations.files import load_perturbations
 from uap_dist.perturbations.pool import PerturbationPool
+from uap_dist.tracking.checkpoint import Checkpoint
 from uap_dist.workers.dataset import load_dataset
 from uap_dist.workers.local import LocalWorkers
 
@@ -40,6 +44,57 @@ def list_names(location):
     filesystem, path = locate(location)
     infos = filesystem.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
     return [info.path.removeprefix(f"{path}/") for info in infos if info.is_file]
+
+
+@pytest.mark.slow
+def test_rounds_are_committed_before_the_held_out_images_are_there(store, put, shards, tmp_path):
+    """Killed while its held-out shard is on the way, then resumed where the store refuses it, then where it comes."""
+    val = put("val.tar", "val-0000.tar") + "&request_timeout=100"
+    is_there = Event()
+
+    def wait(method, path):
+        if method == "GET" and "val" in path:
+            is_there.wait(100)
+
+    store.fault = wait
+    data = ("--train-shards", str(shards / "train-*.tar"), "--val-shards", val)
+    options = (
+        "--max-passes",
+        "4",
+        "--evaluate-every",
+        "4",
+        "--radius",
+        "20",
+        "--round-size",
+        "10",
+        "--block-size",
+        "5",
+    )
+    process = start(tmp_path, *data, *options, "--output", "out", "--cache-gib", "1", "--disk-cache-gib", "0")
+    while not (found := sorted(tmp_path.glob("checkpoints/*/round-0000000[3-9]*"))):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    process.kill()
+    process.communicate()
+    saved = Checkpoint.from_bytes(found[0].read_bytes())
+    assert "val_digest" not in saved.job.identity and "train_digest" in saved.job.identity
+    store.fault = lambda method, path: ("status", 403) if method == "GET" else None
+    resume = [str(JOB), "--resume", str(found[0].parent)]
+    failed = run_job(resume, tmp_path)
+    assert failed.returncode == 1 and re.search("^error: .*val.tar.* access is denied", failed.stderr, re.M)
+    assert max(tmp_path.glob("checkpoints/*/round-*")) >= found[0]
+    store.reset()
+    is_there.set()
+    done = run_job(resume, tmp_path)
+    assert done.returncode == 0, done.stderr
+    _, (run,) = runs(tmp_path)
+    workers = LocalWorkers(tiny_worker())
+    sets = [load_dataset(workers, expand_patterns([str(shards / name)])) for name in ("train-*.tar", "val-*.tar")]
+    *_, final = compute(workers, *sets, ComputeConfig(max_passes=4, round_size=10, block_size=5, radius=20.0))
+    (found_v,) = load_perturbations([str(tmp_path / "out")])
+    assert torch.equal(found_v.v, final.perturbation)
+    assert run.data.params["val_digest"] == sets[1].digest and len(run.inputs.dataset_inputs) == 2
+    assert run.data.metrics["fooling_rate/val"] == final.evaluation.val.rate
 
 
 @pytest.mark.slow
