@@ -14,10 +14,10 @@ import tyro
 from comparison.bench import Bench
 from torch import Tensor
 
-from uap_dist.computing.rounds import compute
 from uap_dist.method.config import ComputeConfig
 from uap_dist.method.log_odds import log_odds_sum
 from uap_dist.method.update import repeat_mean
+from uap_dist.rounds.loop import compute
 from uap_dist.workers.local import LocalWorkers
 
 BATCH = 24

@@ -20,7 +20,6 @@ import ray
 import torch
 import tyro
 
-from uap_dist.computing.rounds import run_round
 from uap_dist.data.cache import Traffic
 from uap_dist.fleet import membership
 from uap_dist.fleet.actor import Answer, Introduction, RemoteWorker
@@ -33,6 +32,7 @@ from uap_dist.method.schedule import Block, Round
 from uap_dist.method.solver import LOG_ODDS_SIZE, BlockResult
 from uap_dist.method.state import State
 from uap_dist.method.update import Iterate
+from uap_dist.rounds.round import RoundTasks, run_round
 from uap_dist.workers.dataset import Dataset, Shard
 from uap_dist.workers.messages import Examples
 
@@ -70,7 +70,7 @@ class Sleeper:
         """As actor.UapWorker, after a while."""
         time.sleep(self._sleep_s)
         result = BlockResult(self._total, len(task.keys), 0, 2, {LOG_ODDS_SIZE: (0.0, 1)})
-        return Answer(result, Traffic(), self._sleep_s, ())
+        return Answer(result, Traffic(), self._sleep_s, len(task.keys), ())
 
 
 def start_fleet(num_workers: int, options: Options) -> Fleet:
@@ -103,10 +103,11 @@ def main() -> None:
         round_ = Round(
             number=0, pass_number=0, blocks=tuple(Block(0, (i,)) for i in range(num_blocks)), ends_pass=False
         )
+        tasks = RoundTasks.of(round_, data, seed=0)
         seconds = []
         for _ in range(options.num_rounds + 1):  # the first one warms up
             started = time.perf_counter()
-            run_round(fleet, data, round_, State(Iterate.zero(data.shape)), ComputeConfig(), planned=1)
+            run_round(fleet, tasks, State(Iterate.zero(data.shape)), ComputeConfig(), num_rounds=1)
             seconds.append(time.perf_counter() - started)
         fleet.close()
         whole, asleep = 1e3 * median(seconds[1:]), 1e3 * options.sleep_s * ceil(num_blocks / num_workers)

@@ -25,7 +25,6 @@ from typing import Any
 import tyro
 from networks import NETWORKS
 
-from uap_dist.computing.rounds import compute
 from uap_dist.data.patterns import expand_patterns
 from uap_dist.finetuning.config import FinetuneConfig
 from uap_dist.finetuning.report import BEFORE, FRESH, RANDOM
@@ -33,6 +32,7 @@ from uap_dist.finetuning.trainer import HELD_OUT, NETWORK_FILE, TRAINED_ON, Lear
 from uap_dist.method.config import ComputeConfig
 from uap_dist.models.loading import load_classifier
 from uap_dist.perturbations.pool import PerturbationPool
+from uap_dist.rounds.loop import compute
 from uap_dist.versions import git_commit
 from uap_dist.workers.dataset import load_dataset
 from uap_dist.workers.local import LocalWorkers

@@ -22,7 +22,6 @@ from typing import Any
 import tyro
 from networks import NETWORKS
 
-from uap_dist.computing.rounds import compute
 from uap_dist.data.patterns import expand_patterns
 from uap_dist.evaluation.evaluate import measure_noise
 from uap_dist.fleet.config import FleetConfig
@@ -31,6 +30,7 @@ from uap_dist.fleet.ray_cluster import connect
 from uap_dist.method.config import ComputeConfig
 from uap_dist.method.norms import SYMBOLS, random_of_same_norms
 from uap_dist.method.norms import measure as measure_norm
+from uap_dist.rounds.loop import compute
 from uap_dist.versions import git_commit
 from uap_dist.workers.dataset import load_dataset
 

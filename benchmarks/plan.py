@@ -92,7 +92,7 @@ def measure(name: str, num_workers: int, data: Path) -> dict[str, Any]:
             if key.startswith("planned/")
         },
         **{f"actual_{key.removeprefix('spent/')}": value for key, value in metrics.items() if key.startswith("spent/")},
-        "parts_s": {part: span["expected"] for part, span in plan["fleets"][-1]["parts_s"].items()},
+        "parts_s": {part: range_["expected"] for part, range_ in plan["fleets"][-1]["parts_s"].items()},
         "planning_s": planning_s,
         "whole_s": whole_s,
         "commit": git_commit(),

@@ -26,13 +26,13 @@ import torch
 import tyro
 from networks import NETWORKS
 
-from uap_dist.computing.rounds import compute
 from uap_dist.data.patterns import expand_patterns
 from uap_dist.fleet.config import FleetConfig
 from uap_dist.fleet.fleet import Fleet
 from uap_dist.fleet.ray_cluster import connect
 from uap_dist.method.config import POOL_RANDOM_START, ComputeConfig
 from uap_dist.perturbations.pool import PerturbationPool
+from uap_dist.rounds.loop import compute
 from uap_dist.versions import git_commit
 from uap_dist.workers.dataset import load_dataset
 

@@ -27,8 +27,8 @@ import tyro
 from comparison.bench import Bench, stamp
 from comparison.intervals import interval, spread
 
-from uap_dist.computing.rounds import compute
 from uap_dist.method.config import ComputeConfig
+from uap_dist.rounds.loop import compute
 from uap_dist.workers.local import LocalWorkers
 
 BASE = 6  # images of a round that others are compared with

@@ -27,8 +27,8 @@ from comparison.report import constants, draw, table
 from comparison.rows import MAX_LABEL_SHARE, ROWS, SEEDS, Row, group, read
 from torch import Tensor
 
-from uap_dist.computing.rounds import compute
 from uap_dist.method.config import ComputeConfig
+from uap_dist.rounds.loop import compute
 from uap_dist.workers.dataset import Dataset
 from uap_dist.workers.local import LocalWorkers
 

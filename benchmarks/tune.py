@@ -16,10 +16,10 @@ from typing import Any
 import tyro
 from networks import NETWORKS
 
-from uap_dist.computing.rounds import compute
 from uap_dist.data.patterns import expand_patterns
 from uap_dist.method.config import ComputeConfig
 from uap_dist.models.loading import load_classifier
+from uap_dist.rounds.loop import compute
 from uap_dist.workers.dataset import load_dataset
 from uap_dist.workers.local import LocalWorkers
 from uap_dist.workers.reproducible import set_up_torch

@@ -24,12 +24,12 @@ from comparison.opponents import BATCH, sgd_uap
 from networks import NETWORKS
 from torch import Tensor, nn
 
-from uap_dist.computing.rounds import compute
 from uap_dist.data.patterns import expand_patterns
 from uap_dist.method.config import ComputeConfig
 from uap_dist.method.rates import Rate
 from uap_dist.models.classifier import Classifier
 from uap_dist.models.loading import load_classifier
+from uap_dist.rounds.loop import compute
 from uap_dist.workers.dataset import Dataset, classify, fooling_rate, load_dataset
 from uap_dist.workers.local import LocalWorkers
 from uap_dist.workers.reproducible import set_up_torch

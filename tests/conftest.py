@@ -11,11 +11,11 @@ from hypothesis import settings
 from PIL import Image
 from pyarrow import fs
 
-from uap_dist.computing.rounds import compute
 from uap_dist.data import locations
 from uap_dist.data.write import write_shards
 from uap_dist.models.loading import load_classifier
 from uap_dist.perturbations.files import Perturbation
+from uap_dist.rounds.loop import compute
 from uap_dist.workers.dataset import load_dataset
 from uap_dist.workers.local import LocalWorkers
 from uap_dist.workers.worker import Worker

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 from uap_dist.analysis import boundaries, phase_transition, sample_size
-from uap_dist.computing.rounds import compute
 from uap_dist.data.decode import Geometry
 from uap_dist.data.write import write_shards
 from uap_dist.errors import ConfigError, PerturbationError
@@ -23,6 +22,7 @@ from uap_dist.method.rates import Predictions
 from uap_dist.method.schedule import plan_rounds
 from uap_dist.models.classifier import Classifier
 from uap_dist.perturbations.files import Perturbation
+from uap_dist.rounds.loop import compute
 from uap_dist.workers.dataset import Dataset, Shard, load_dataset
 from uap_dist.workers.local import LocalWorkers
 from uap_dist.workers.worker import Worker

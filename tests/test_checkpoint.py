@@ -10,11 +10,11 @@ import torch
 from conftest import tiny_worker
 from pyarrow import fs
 
-from uap_dist.computing.rounds import compute
 from uap_dist.errors import ConfigError, ResumeError
 from uap_dist.method.config import ComputeConfig
 from uap_dist.method.state import State
 from uap_dist.method.update import Iterate
+from uap_dist.rounds.loop import compute
 from uap_dist.tracking.checkpoint import Checkpoint, CheckpointStore, JobRecord, _digest, check_identity
 from uap_dist.tracking.history import RoundRecord
 from uap_dist.workers.local import LocalWorkers

@@ -15,8 +15,8 @@ from conftest import TINY, tiny_worker
 from pyarrow import fs
 from safetensors.torch import load_file
 
-from uap_dist.computing.rounds import compute
 from uap_dist.method.config import ComputeConfig
+from uap_dist.rounds.loop import compute
 from uap_dist.workers.dataset import load_dataset
 from uap_dist.workers.local import LocalWorkers
 

@@ -3,12 +3,13 @@ import pytest
 import torch
 from conftest import tiny_worker
 
-from uap_dist.computing.rounds import compute, run_round
 from uap_dist.errors import ConfigError
 from uap_dist.method.config import ComputeConfig
 from uap_dist.method.norms import measure, random_perturbation
 from uap_dist.method.schedule import Block, Round, plan_rounds
 from uap_dist.method.state import State
+from uap_dist.rounds.loop import compute
+from uap_dist.rounds.round import RoundTasks, run_round
 from uap_dist.workers.dataset import classify, fooling_rate
 from uap_dist.workers.local import LocalWorkers
 from uap_dist.workers.worker import Worker
@@ -133,11 +134,14 @@ def test_local_steps_of_a_lone_block_are_rounds_of_their_own(local_workers, tiny
     common = {"radius": 20.0, "augment": "none", "step_size": 2.0, "max_passes": 1}
     local = ComputeConfig(round_size=15, block_size=15, local_steps=3, **common)
     start = State.start(train.shape, train.num_examples, local)
-    after, report = run_round(local_workers, train, Round(0, 0, False, (block,)), start, local, planned=1)
+    tasks = RoundTasks.of(Round(0, 0, False, (block,)), train, seed=0)
+    report = run_round(local_workers, tasks, start, local, num_rounds=1)
+    after = report.state
     alone, state = ComputeConfig(round_size=5, block_size=5, **common), start
     for number in range(3):
         part = Block(0, block.examples[5 * number : 5 * number + 5])
-        state, _ = run_round(local_workers, train, Round(number, 0, False, (part,)), state, alone, planned=3)
+        tasks = RoundTasks.of(Round(number, 0, False, (part,)), train, seed=0)
+        state = run_round(local_workers, tasks, state, alone, num_rounds=3).state
     assert torch.allclose(after.iterate.v, state.iterate.v, atol=1e-5) and state.iterate.v.abs().max() > 2
     assert torch.allclose(after.iterate.momentum, state.iterate.momentum, atol=1e-5)
     assert (after.num_solves, after.num_evaluations) == (state.num_solves, state.num_evaluations)

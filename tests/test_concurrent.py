@@ -8,10 +8,10 @@ import pytest
 import torch
 from conftest import tiny_worker
 
-from uap_dist.computing.concurrent import compute_concurrently, keep_last_arrays
-from uap_dist.computing.rounds import compute
 from uap_dist.errors import WorkerLostError
 from uap_dist.method.config import ComputeConfig
+from uap_dist.rounds.concurrent import compute_concurrently, keep_last_arrays
+from uap_dist.rounds.loop import compute
 from uap_dist.workers.local import LocalWorkers
 
 
@@ -27,7 +27,7 @@ def test_each_gives_what_it_gives_alone_and_no_report_is_lost(tiny_data, local_w
         return {name: compute(local_workers, *tiny_data, config) for name, config in configs(3).items()}
 
     alone = {name: list(reports) for name, reports in begin().items()}
-    together = list(compute_concurrently(begin(), limit=lambda: at_once))
+    together = list(compute_concurrently(begin(), limit=lambda num_left: at_once))
     for name, reports in alone.items():
         own = [report for other, report in together if other == name]
         assert [r.round_number for r in own] == [r.round_number for r in reports] and own[-1].is_last
@@ -65,7 +65,9 @@ def test_no_more_than_so_many_share_the_workers(tiny_data):
 
     ended = [
         name
-        for name, report in compute_concurrently({n: watched(n, c) for n, c in configs(5).items()}, limit=lambda: 2)
+        for name, report in compute_concurrently(
+            {n: watched(n, c) for n, c in configs(5).items()}, limit=lambda num_left: 2
+        )
         if report.is_last
     ]
     assert sorted(ended) == sorted(configs(5)) and max(largest) == 2
@@ -85,7 +87,7 @@ def test_what_one_raises_reaches_the_caller(tiny_data, local_workers):
             others_rounds.append(time.monotonic())
 
     with pytest.raises(WorkerLostError, match="no more"):
-        for _ in compute_concurrently({"a": failing(), "b": endless()}, limit=lambda: 2):
+        for _ in compute_concurrently({"a": failing(), "b": endless()}, limit=lambda num_left: 2):
             assert failed.wait(20)
     ended = time.monotonic()
     time.sleep(1)
@@ -95,9 +97,9 @@ def test_what_one_raises_reaches_the_caller(tiny_data, local_workers):
 def test_one_that_has_nothing_left_and_none_at_all_just_end(tiny_data, local_workers):
     config = configs(1)["seed-0"]
     rest = compute(local_workers, *tiny_data, config)
-    found = list(compute_concurrently({"empty": iter(()), "a": rest}, limit=lambda: 1))
+    found = list(compute_concurrently({"empty": iter(()), "a": rest}, limit=lambda num_left: 1))
     assert [report.round_number for _, report in found] == list(range(10))
-    assert list(compute_concurrently({}, limit=lambda: 2)) == []
+    assert list(compute_concurrently({}, limit=lambda num_left: 2)) == []
 
 
 def test_more_begin_when_more_workers_come(tiny_data, local_workers):
@@ -107,7 +109,7 @@ def test_more_begin_when_more_workers_come(tiny_data, local_workers):
         begun.append(name)
         yield from compute(local_workers, *tiny_data, config)
 
-    for _ in compute_concurrently({n: watched(n, c) for n, c in configs(3).items()}, limit=lambda: allowed[0]):
+    for _ in compute_concurrently({n: watched(n, c) for n, c in configs(3).items()}, limit=lambda num_left: allowed[0]):
         if allowed == [1]:
             assert begun == ["seed-0"]
             allowed[0] = 3

@@ -4,9 +4,9 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from uap_dist.computing.rounds import count_rounds, describe_steps
 from uap_dist.errors import ConfigError, PerturbationError
 from uap_dist.method.config import ComputeConfig, warn_of_default_radius
+from uap_dist.rounds.plan import count_rounds, describe_steps
 
 
 def test_the_first_step_doubles_where_blocks_are_averaged():

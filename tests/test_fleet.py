@@ -15,11 +15,11 @@ import torch
 from conftest import TINY, tiny_worker
 from fleets import load, make_fleet, worker_processes
 
-from uap_dist.computing.rounds import compute
 from uap_dist.errors import ConfigError, DeterminismError, WorkerLostError
 from uap_dist.fleet.config import FleetConfig, need_of
 from uap_dist.fleet.fleet import Fleet
 from uap_dist.method.config import ComputeConfig
+from uap_dist.rounds.loop import compute
 from uap_dist.workers.local import LocalWorkers
 from uap_dist.workers.messages import Examples
 from uap_dist.workers.worker import Worker

@@ -10,10 +10,10 @@ from conftest import random_samples
 from fleets import load, make_fleet, worker_processes
 
 from uap_dist.computing.provenance import check_resumed, with_held_out
-from uap_dist.computing.rounds import compute
 from uap_dist.data.write import write_shards
 from uap_dist.errors import ConfigError, ResumeError, ShardError
 from uap_dist.method.config import ComputeConfig
+from uap_dist.rounds.loop import compute
 from uap_dist.tracking.checkpoint import JobRecord
 from uap_dist.workers.behind import behind, known
 from uap_dist.workers.dataset import list_dataset

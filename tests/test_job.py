@@ -21,13 +21,13 @@ from processes import JobProcess, environment, run_job
 from safetensors import safe_open
 
 from uap_dist.computing.options import ComputeOptions
-from uap_dist.computing.rounds import compute
 from uap_dist.data.patterns import expand_patterns
 from uap_dist.data.write import write_shards
 from uap_dist.errors import ConfigError
 from uap_dist.fleet.config import FleetConfig
 from uap_dist.job_options import DataOptions, ResumableRecordOptions
 from uap_dist.method.config import ComputeConfig
+from uap_dist.rounds.loop import compute
 from uap_dist.workers.dataset import load_dataset
 from uap_dist.workers.local import LocalWorkers
 

@@ -9,7 +9,6 @@ from test_job import JOB
 from tiny import Tiny
 from torchvision.models import ResNet18_Weights
 
-from uap_dist.computing.rounds import compute
 from uap_dist.data.decode import Geometry
 from uap_dist.data.write import write_shards
 from uap_dist.errors import ConfigError
@@ -18,6 +17,7 @@ from uap_dist.method.config import ComputeConfig
 from uap_dist.models.classes import UNKNOWN_CLASS, ClassIndex, find_class, imagenet_names
 from uap_dist.models.classifier import Classifier
 from uap_dist.models.loading import load_classifier
+from uap_dist.rounds.loop import compute
 from uap_dist.workers.accuracy import top1
 from uap_dist.workers.dataset import load_dataset
 from uap_dist.workers.local import LocalWorkers

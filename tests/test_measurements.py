@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from uap_dist.computing.rounds import NUM_PLACES, compute, plan_measurements
 from uap_dist.method.config import ComputeConfig
 from uap_dist.method.schedule import Block, Round
+from uap_dist.rounds.loop import compute
+from uap_dist.rounds.plan import NUM_PLACES, plan_measurements
 from uap_dist.tracking.history import RoundRecord
 
 SMALL = {"round_size": 10, "block_size": 5, "radius": 20.0}

@@ -12,12 +12,12 @@ from conftest import tiny_worker
 from processes import run_job
 from test_job import JOB, data, finish, runs, start
 
-from uap_dist.computing.rounds import compute
 from uap_dist.data.patterns import expand_patterns
 from uap_dist.errors import TrackingError
 from uap_dist.method.config import ComputeConfig
 from uap_dist.perturbations.files import load_perturbations
 from uap_dist.perturbations.pool import PerturbationPool
+from uap_dist.rounds.loop import compute
 from uap_dist.workers.dataset import load_dataset
 from uap_dist.workers.local import LocalWorkers
 

@@ -19,10 +19,10 @@ from comparison.rows import RADII, RULES, Row, read
 from comparison.runs_at_once import Change, Pictures, Together
 from networks import NETWORKS, Network
 
-from uap_dist.computing.rounds import compute
 from uap_dist.method.config import ComputeConfig
 from uap_dist.method.norms import add_perturbation
 from uap_dist.models.loading import load_classifier
+from uap_dist.rounds.loop import compute
 from uap_dist.workers.local import LocalWorkers
 from uap_dist.workers.worker import Worker
 

@@ -12,7 +12,6 @@ from processes import run_job
 from pyarrow import fs
 from test_job import JOB, finish, runs, start
 
-from uap_dist.computing.rounds import compute
 from uap_dist.data.locations import join, locate
 from uap_dist.data.patterns import expand_patterns
 from uap_dist.method.config import ComputeConfig
@@ -20,6 +19,7 @@ from uap_dist.models.loading import load_classifier
 from uap_dist.models.weights import write_weights
 from uap_dist.perturbations.files import load_perturbations
 from uap_dist.perturbations.pool import PerturbationPool
+from uap_dist.rounds.loop import compute
 from uap_dist.tracking.checkpoint import Checkpoint
 from uap_dist.workers.dataset import load_dataset
 from uap_dist.workers.local import LocalWorkers

@@ -3,7 +3,6 @@
 The names here need neither Ray nor MLflow.
 """
 
-from uap_dist.computing.rounds import compute
 from uap_dist.data.patterns import expand_patterns
 from uap_dist.errors import UapDistError
 from uap_dist.method.config import ComputeConfig
@@ -18,6 +17,7 @@ from uap_dist.models.loading import load_classifier
 from uap_dist.perturbations.files import load_perturbations
 from uap_dist.perturbations.pool import PerturbationPool
 from uap_dist.perturbations.transform import AddUniversalPerturbation
+from uap_dist.rounds.loop import compute
 from uap_dist.versions import __version__ as __version__
 from uap_dist.workers.dataset import load_dataset
 from uap_dist.workers.local import LocalWorkers

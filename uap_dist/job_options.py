@@ -8,6 +8,8 @@ from cattrs.preconf.json import make_converter
 
 from uap_dist.errors import ConfigError
 
+GIB = 2**30  # bytes
+
 Options = TypeVar("Options")
 
 _converter = make_converter(forbid_extra_keys=True, detailed_validation=False)

@@ -13,13 +13,13 @@ from torch.nn import functional as F
 
 from comparison.bench import Bench, stamp
 from comparison.rows import MAX_LABEL_SHARE
-from uap_dist.computing.rounds import count_rounds
 from uap_dist.method.augment import SHIFT_SHARE
 from uap_dist.method.config import ComputeConfig
 from uap_dist.method.log_odds import log_odds
 from uap_dist.method.norms import add_perturbation
 from uap_dist.method.schedule import Round, plan_rounds
 from uap_dist.method.update import MOMENTUM, REMEMBERED, WIDTH, Steps, finish, weigh
+from uap_dist.rounds.plan import count_rounds
 from uap_dist.workers.dataset import Dataset
 from uap_dist.workers.messages import Examples
 

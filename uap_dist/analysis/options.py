@@ -5,7 +5,7 @@ from typing import Literal
 
 from uap_dist.errors import ConfigError
 from uap_dist.fleet.config import FleetConfig
-from uap_dist.job_options import DataOptions, RecordOptions
+from uap_dist.job_options import GIB, DataOptions, RecordOptions
 
 Analysis = Literal["phase", "boundaries", "images"]
 
@@ -67,4 +67,4 @@ class AnalyzeOptions:
     @property
     def memory_bytes(self) -> int:
         """Memory of the driver for normals."""
-        return int(self.memory_gib * 2**30)
+        return int(self.memory_gib * GIB)

@@ -6,12 +6,13 @@ Source: Moosavi-Dezfooli, Fawzi, Fawzi, Frossard, "Universal adversarial perturb
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from uap_dist.computing.concurrent import compute_concurrently, concurrency_limit, keep_last_arrays
-from uap_dist.computing.rounds import compute, count_rounds
 from uap_dist.errors import ConfigError, PerturbationError
 from uap_dist.method.config import ComputeConfig
 from uap_dist.method.rates import Rate
 from uap_dist.perturbations.files import Perturbation
+from uap_dist.rounds.concurrent import compute_concurrently, keep_last_arrays, num_concurrent
+from uap_dist.rounds.loop import compute
+from uap_dist.rounds.plan import count_rounds
 from uap_dist.workers.dataset import Dataset
 from uap_dist.workers.local import Workers
 
@@ -108,15 +109,25 @@ def compute_sample_sizes(
     workers: Workers, train: Dataset, val: Dataset, plan: Mapping[tuple[int, int], ComputeConfig]
 ) -> Iterator[SampleSizePoint]:
     """Run the computations of a plan (see `configs_by_size`), several at a time; yields a point when one ends (figure 6 of the paper)."""
+    left = {f"{number} {seed}" for number, seed in plan}
     rounds = {
         f"{number} {seed}": keep_last_arrays(
-            compute(workers, train.thin_by_blocks(number, config.block_size), val, config)
+            compute(
+                workers,
+                train.thin_by_blocks(number, config.block_size),
+                val,
+                config,
+                num_computations=lambda: len(left),
+            )
         )
         for (number, seed), config in plan.items()
     }
     config = next(iter(plan.values()))
-    for name, report in compute_concurrently(rounds, limit=concurrency_limit(workers, config)):
+    for name, report in compute_concurrently(
+        rounds, limit=lambda num_left: num_concurrent(workers.num_workers, num_left, config)
+    ):
         if report.is_last:
+            left.remove(name)
             assert report.evaluation is not None and report.evaluation.train is not None
             number, seed = map(int, name.split())
             yield SampleSizePoint(

@@ -5,11 +5,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from uap_dist.computing.rounds import check_budget
 from uap_dist.errors import ConfigError
 from uap_dist.fleet.config import FleetConfig
 from uap_dist.job_options import DataOptions, ResumableRecordOptions, to_json
 from uap_dist.method.config import POOL_RANDOM_START, ComputeConfig
+from uap_dist.rounds.plan import check_budget
 
 FLEET_COSTS = ("num_workers", "gpus_per_worker", "threads_per_worker", "decode_threads", "cache_gib", "disk_cache_gib")
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from uap_dist.computing.concurrent import compute_concurrently, concurrency_limit, keep_last_arrays
 from uap_dist.computing.options import ComputeOptions
 from uap_dist.computing.pool_report import MEMBERS_FOLDER, POOL_FOLDER, FinishedPool, save_pool
 from uap_dist.computing.provenance import Setting, check_resumed, describe_held_out, describe_member
@@ -16,6 +15,7 @@ from uap_dist.errors import TrackingError
 from uap_dist.job_options import to_json
 from uap_dist.method.config import ComputeConfig
 from uap_dist.method.state import State
+from uap_dist.rounds.concurrent import compute_concurrently, keep_last_arrays, num_concurrent
 from uap_dist.tracking.checkpoint import Checkpoint, CheckpointStore, JobRecord
 from uap_dist.tracking.console import RoundProgress
 from uap_dist.tracking.mlflow_run import Tracker, register
@@ -154,11 +154,17 @@ def compute_members(setting: Setting, members: Mapping[str, TrackedRun], tracker
             setting.console.print(f"{name} resuming after round {member.state.num_rounds}".strip())
     config = next(iter(members.values())).config
     rounds = {
-        name: keep_last_arrays(member.rounds(fleet, setting.train, setting.held_out))
+        name: keep_last_arrays(
+            member.rounds(
+                fleet, setting.train, setting.held_out, lambda: sum(m.finished is None for m in members.values())
+            )
+        )
         for name, member in members.items()
     }
     with RoundProgress(setting.console, config.max_evaluations, len(members)) as progress:
-        for name, report in compute_concurrently(rounds, limit=concurrency_limit(fleet, config)):
+        for name, report in compute_concurrently(
+            rounds, limit=lambda left: num_concurrent(fleet.num_workers, left, config)
+        ):
             progress.show(report, name)
             if tracker is not None and setting.held_out.done():
                 with suppress(TrackingError):  # the next round tries again

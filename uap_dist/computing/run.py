@@ -1,17 +1,18 @@
 """The run of one perturbation: its rounds are committed and tracked, its results are saved and uploaded to MLflow."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 from uap_dist.computing.provenance import HELD_OUT, describe_member, with_held_out
 from uap_dist.computing.report import FinishedRun, save_run
-from uap_dist.computing.rounds import compute, describe_steps
 from uap_dist.evaluation.evaluate import measure_noise
 from uap_dist.method.config import ComputeConfig
 from uap_dist.method.norms import random_of_same_norms
 from uap_dist.method.state import RoundReport
+from uap_dist.rounds.loop import compute
+from uap_dist.rounds.plan import describe_steps
 from uap_dist.tracking.checkpoint import Checkpoint, CheckpointStore
 from uap_dist.tracking.history import RoundRecord
 from uap_dist.tracking.mlflow_run import Tracker
@@ -55,13 +56,15 @@ class TrackedRun:
         for record in self._history:
             tracker.log_round(record)
 
-    def rounds(self, workers: Workers, train: Dataset, held_out: Future[Dataset]) -> Iterator[RoundReport]:
-        """Compute the remaining rounds. Each is committed and tracked before the next one; of the last one, the results are saved.
+    def rounds(
+        self, workers: Workers, train: Dataset, held_out: Future[Dataset], num_computations: Callable[[], int]
+    ) -> Iterator[RoundReport]:
+        """Compute the remaining rounds, and have each committed and tracked; arguments as for `compute`.
 
         Raises:
             ResumeError: other held-out images were measured before.
         """
-        for report in compute(workers, train, held_out, self.config, self.state):
+        for report in compute(workers, train, held_out, self.config, self.state, num_computations=num_computations):
             if held_out.done():
                 self._job = with_held_out(self._job, held_out.result())
             self._history.append(RoundRecord.of(report, workers.metrics(), self._history))

@@ -17,7 +17,7 @@ from ray.util import get_node_ip_address
 from uap_dist.data.cache import Traffic
 from uap_dist.errors import ConfigError
 from uap_dist.versions import machine, versions
-from uap_dist.workers.messages import Examples
+from uap_dist.workers.messages import Task
 from uap_dist.workers.reproducible import noticing_kernels, set_up_torch
 from uap_dist.workers.worker import Worker, make_worker
 
@@ -74,6 +74,7 @@ class Answer:
         result: of the method.
         traffic: what the worker has read since its last answer.
         seconds: time that the task took.
+        solves: increments that were computed for it.
         warnings: that the package logged since then.
         kernels: names of nondeterministic torch kernels that the task used.
     """
@@ -81,6 +82,7 @@ class Answer:
     result: Any
     traffic: Traffic
     seconds: float
+    solves: int
     warnings: tuple[str, ...]
     kernels: frozenset[str] = frozenset()
 
@@ -132,28 +134,28 @@ class UapWorker:
         self._warnings.take()  # they are in this process's log, and the driver's own classifier gave them too
         return Introduction(machine(), ray.get_runtime_context().get_node_id(), worker.classifier.weights_digest)
 
-    def call(self, method: Callable[..., Any], task: Examples, upcoming: str, *shared: Any) -> Answer:
+    def call(self, method: Callable[..., Any], task: Task, upcoming: str, *shared: Any) -> Answer:
         """Run a method of `Worker` on a task, while the shard `upcoming` (empty: none) is fetched in the background."""
         with noticing_kernels() as kernels:
             answer = self._run(method, task, upcoming, *shared)
         return replace(answer, kernels=frozenset(kernels))
 
-    def read(self, task: Examples, upcoming: str, *shared: Any) -> Answer:
+    def read(self, task: Task, upcoming: str, *shared: Any) -> Answer:
         """Run `Worker.read`; Ray calls this in another thread than `call`."""
         return self._run(Worker.read, task, upcoming, *shared)
 
-    def _run(self, method: Callable[..., Any], task: Examples, upcoming: str, *shared: Any) -> Answer:
+    def _run(self, method: Callable[..., Any], task: Task, upcoming: str, *shared: Any) -> Answer:
         assert self._worker is not None
         logger.info("%s %s", method.__name__, task.title)
-        started = time.perf_counter()
+        started, solved = time.perf_counter(), self._worker.num_solves
         if upcoming:
             self._worker.prefetch(upcoming)
         result = method(self._worker, task, *shared)
-        seconds = time.perf_counter() - started
+        seconds, solves = time.perf_counter() - started, self._worker.num_solves - solved
         with self._lock:
             traffic, self._reported = self._worker.traffic - self._reported, self._worker.traffic
         warnings = tuple(f"{self._name} on {self._node}: {text}" for text in self._warnings.take())
-        return Answer(result, traffic, seconds, warnings)
+        return Answer(result, traffic, seconds, solves, warnings)
 
 
 class _WarningRecorder(logging.Handler):

@@ -108,17 +108,17 @@ class Dispatcher:
             self._reading.add(worker)
         else:
             self._membership.idle.remove(worker)
-        examples = queue.tasks[task]
-        self._hold(worker, examples.shard)
+        given = queue.tasks[task]
+        self._hold(worker, given.shard)
         upcoming = queue.next_shard(self._held_shards) if is_read or queue.method is Worker.load else ""
         if upcoming:
             self._hold(worker, upcoming)
-        name = f"{worker.name}: {queue.method.__name__} {examples.title}"
+        name = f"{worker.name}: {queue.method.__name__} {given.title}"
         actor = worker.actor
         ref: ray.ObjectRef = (
-            actor.read.options(name=name, concurrency_group=READING).remote(examples, upcoming, *queue.shared)
+            actor.read.options(name=name, concurrency_group=READING).remote(given, upcoming, *queue.shared)
             if is_read
-            else actor.call.options(name=name).remote(queue.method, examples, upcoming, *queue.shared)
+            else actor.call.options(name=name).remote(queue.method, given, upcoming, *queue.shared)
         )
         self._calls[ref] = queue.begin(worker, task)
 
@@ -171,24 +171,22 @@ class Dispatcher:
         self._membership.note_kernels(answer.kernels)
         self._stats.traffic += answer.traffic
         self._stats.seconds_busy += answer.seconds
-        is_first = call.queue.accept(call, answer.result, self._membership.machines)
-        if is_first and call.queue.method is Worker.solve:
-            self._stats.solves += len(call.queue.tasks[call.task].keys)
+        if call.queue.accept(call, answer.result, self._membership.machines):
+            self._stats.solves += answer.solves
 
     def _replace(self, call: Call, error: RayError) -> None:
         """Replace a lost worker and have its task computed again, unless that has cost too many workers."""
-        queue, worker, examples = call.queue, call.worker, call.queue.tasks[call.task]
+        queue, worker = call.queue, call.worker
         self._reading.discard(worker)
         if worker not in self._membership.ready:  # it was lost over another task, which is told
             queue.put_back(call.task)
             return
         reason = self._membership.replace(worker, error)
         logger.warning(
-            "%s was lost (%s) over %d examples of %s; another one starts",
+            "%s was lost (%s) over %s; another one starts",
             worker.name,
             reason,
-            len(examples.keys),
-            examples.title,
+            queue.tasks[call.task].describe(),
         )
         queue.losses[call.task].append("" if is_preempted(error) else worker.node)
         failure = queue.why_give_up(call.task, ray_cluster.living_nodes())

@@ -15,8 +15,8 @@ from uap_dist.fleet.dispatcher import Dispatcher, DispatchThread, Request
 from uap_dist.fleet.membership import Membership
 from uap_dist.fleet.metrics import FleetStats
 from uap_dist.fleet.task_queue import TaskQueue
-from uap_dist.workers.local import R, Shared
-from uap_dist.workers.messages import Examples
+from uap_dist.job_options import GIB
+from uap_dist.workers.local import R, Shared, T
 from uap_dist.workers.worker import Worker
 
 
@@ -30,6 +30,7 @@ class Fleet:
         need: what each worker takes of a node.
         machines: kinds of machines that workers ran on, see `versions.machine`.
         stats: totals so far.
+        room_for_spans: see Workers.
     """
 
     def __init__(
@@ -49,7 +50,9 @@ class Fleet:
             ConfigError: the workers do not fit on a cluster that does not grow.
         """
         self.stats = FleetStats()
-        self._verifies = config.verify_determinism
+        # two workers would not compute equally many rounds in a span, so what they answer could not be compared
+        self.room_for_spans = 0 if config.verify_determinism else int(GIB * (config.cache_gib + config.disk_cache_gib))
+        self._verifies, self._num_verified = config.verify_determinism, 0
         self._membership = Membership(model, weights, weights_digest, config=config, run=run, stats=self.stats)
         self.need, self.machines = self._membership.placement.need, self._membership.machines
         self._dispatcher = Dispatcher(self._membership, config=config, run=run, stats=self.stats)
@@ -99,9 +102,7 @@ class Fleet:
         self._thread.ask(Request(load, done.set_exception))
         done.result()
 
-    def map(
-        self, method: Callable[[Worker, Examples, *Shared], R], tasks: Sequence[Examples], *shared: *Shared
-    ) -> Iterator[R]:
+    def map(self, method: Callable[[Worker, T, *Shared], R], tasks: Sequence[T], *shared: *Shared) -> Iterator[R]:
         """Yield `method(worker, task, *shared)` for each task, in the order of the tasks, through the loss of workers.
 
         All tasks are under way when it returns; a result is forgotten once the caller has it.
@@ -115,9 +116,10 @@ class Fleet:
         if self._thread.end is not None:
             raise self._thread.end
         called: Callable[..., Any] = method  # mypy takes a generic callable to be no particular one
-        is_round = called is Worker.solve
-        verified = {self.stats.rounds % len(tasks)} if is_round and self._verifies else set()
-        self.stats.rounds += is_round
+        verified: set[int] = set()
+        if called is Worker.solve and self._verifies:
+            verified = {self._num_verified % len(tasks)}  # of each round another block
+            self._num_verified += 1
         queue = TaskQueue(method, tasks, [ray.put(value) for value in shared], verified)
         self._thread.ask(Request(lambda: self._dispatcher.accept(queue), queue.answers.fail))
         return iter(queue.answers)

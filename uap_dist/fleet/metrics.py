@@ -12,9 +12,8 @@ from uap_dist.data.cache import Traffic
 
 SECONDS_BETWEEN_UPDATES = 5.0
 DESCRIPTIONS = {
-    "rounds": "rounds solved, of all perturbations of the job",
     "solves": "examples solved",
-    "stragglers": "blocks given to a second worker because the first took long",
+    "stragglers": "tasks given to a second worker because the first took long",
     "workers_lost": "workers lost and replaced",
     "bytes_read": "bytes of shards read",
     "seconds_reading": "seconds that workers waited for shards",
@@ -30,7 +29,6 @@ class FleetStats:
     """Totals since the fleet began.
 
     Attributes:
-        rounds: calls of `map` that solved blocks.
         solves: examples solved.
         stragglers: tasks that were given to a second worker because the first took long.
         workers_lost: workers that were lost and replaced.
@@ -38,7 +36,6 @@ class FleetStats:
         traffic: of all workers together.
     """
 
-    rounds: int = 0
     solves: int = 0
     stragglers: int = 0
     workers_lost: int = 0
@@ -64,7 +61,7 @@ class Dashboard:
         """Tag all metrics with the id of the MLflow run."""
         self._counters = {name: Counter(f"uap_{name}", text, ("run",)) for name, text in DESCRIPTIONS.items()}
         self._workers = Gauge("uap_workers", "workers that are ready", ("run",))
-        self._in_flight = Gauge("uap_blocks_in_flight", "blocks and other tasks that workers compute now", ("run",))
+        self._in_flight = Gauge("uap_tasks_in_flight", "tasks that workers compute now", ("run",))
         self._rate = Gauge("uap_solves_per_second", "examples solved a second", ("run",))
         for metric in (*self._counters.values(), self._workers, self._in_flight, self._rate):
             metric.set_default_tags({"run": run})

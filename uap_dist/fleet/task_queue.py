@@ -11,7 +11,7 @@ from typing import Any
 
 from uap_dist.errors import DeterminismError
 from uap_dist.fleet.actor import RemoteWorker
-from uap_dist.workers.messages import Examples
+from uap_dist.workers.messages import Task
 
 MAX_LOSSES_PER_TASK = 3  # workers that died while their nodes lived on: the task itself is to blame
 MAX_NODE_LOSSES_PER_TASK = 10  # spot nodes vanish for other reasons, but hardly so many during one task
@@ -92,7 +92,7 @@ class TaskQueue:
     def __init__(
         self,
         method: Callable[..., Any],
-        tasks: Sequence[Examples],
+        tasks: Sequence[Task],
         shared: Sequence[Any] = (),
         verified: Collection[int] = (),
     ) -> None:
@@ -135,13 +135,16 @@ class TaskQueue:
 
     def assign_stragglers(self, idle: Sequence[RemoteWorker]) -> list[tuple[RemoteWorker, int]]:
         """Choose, for workers that idle, tasks that take much longer than the others did. The first answer counts: same bits."""
-        if not self._durations or not idle:
+        if not idle:
             return []
-        patience = max(STRAGGLER_MIN_S, STRAGGLER_FACTOR * self._durations[len(self._durations) // 2])
-        latest_start = time.monotonic() - patience
         num_calls = Counter(call.task for call in self._calls)
-        late = [call.task for call in self._calls if num_calls[call.task] == 1 and call.started < latest_start]
+        late = [call.task for call in self._calls if num_calls[call.task] == 1 and self._is_late(call)]
         return [pair for pair in zip(idle, late, strict=False) if pair[0] not in self._workers[pair[1]]]
+
+    def _is_late(self, call: Call) -> bool:
+        median = self._durations[len(self._durations) // 2] if self._durations else None
+        usual = median if median is not None else self.tasks[call.task].expected_s
+        return usual is not None and time.monotonic() - call.started > max(STRAGGLER_MIN_S, STRAGGLER_FACTOR * usual)
 
     def begin(self, worker: RemoteWorker, task: int) -> Call:
         """Note that a worker computes a task from now on."""
@@ -229,6 +232,4 @@ class TaskQueue:
             self.answers.finish()
 
     def _describe(self, task: int) -> str:
-        examples = self.tasks[task]
-        keys = ", ".join(examples.keys[:5]) + ", …" * (len(examples.keys) > 5)
-        return f"the same examples of {examples.shard}: {keys}"
+        return f"the same {self.tasks[task].describe()}"

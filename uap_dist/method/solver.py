@@ -69,6 +69,7 @@ class BlockResult:
         num_fooled: of them, by the v that each was solved against.
         num_evaluations: images passed through the network, forward and backward passes counted separately.
         sums: quantities of which a round reports the mean, by name: their sum, and the number of images summed over.
+        seconds: that it took, set by `Worker.solve`.
     """
 
     total: np.ndarray
@@ -76,10 +77,11 @@ class BlockResult:
     num_fooled: int
     num_evaluations: int
     sums: dict[str, tuple[float, int]]
+    seconds: float = 0.0
 
     def digest(self) -> str:
-        """SHA-256 (hex) over every bit of the result."""
-        counts = [value for name, value in vars(self).items() if name != "total"]
+        """SHA-256 (hex) over every bit of the result; the time it took is none."""
+        counts = [value for name, value in vars(self).items() if name not in ("total", "seconds")]
         return hashlib.sha256(self.total.tobytes() + repr(counts).encode()).hexdigest()
 
 

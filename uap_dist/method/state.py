@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from uap_dist.method.config import ComputeConfig
-from uap_dist.method.norms import measure, random_perturbation
+from uap_dist.method.norms import Norm, random_perturbation
 from uap_dist.method.rates import Predictions, Rate
 from uap_dist.method.update import Iterate
 
@@ -36,13 +36,17 @@ class RoundReport:
         pass_number: number of the pass that the round belongs to, from 0.
         num_rounds: rounds planned for the whole run; None if the paper's rule is limited by evaluations alone.
         fooling: fooling rate, on the round's images, of the v that they were solved against, so before the round's update.
-        perturbation: C×H×W float32, pixels: what the run would deliver if it ended with this round.
+        perturbation: C×H×W float32, pixels: what the run would deliver if it ended with this round. Empty, and so are the arrays of
+            `state`, in reports `without_arrays`.
         state: what the next round starts from.
         step: size of the round's first step in pixels (root mean square); under the paper's rule the gain.
         means: means over the round's images. Under the log-odds rule: the log-odds of the clean labels, and their absolute values.
             Under the paper's rule: the ℓ2 norms of the increments in pixels (of the images that have one; 0 if none has), and the
             share of images that their own increment fools.
+        norms: ℓ2 and ℓ∞ norms of the iterate v, pixels.
         seconds: wall-clock time of the round without its evaluation.
+        solve_seconds: time that its solves took, those of all workers added up.
+        finished: when the round was done, in seconds since 1970.
         evaluation: fooling rates that were measured after this round: on all images after the last one, on some or all of them
             now and then before it, None after all other rounds.
         is_last: whether the run ends with this round.
@@ -56,7 +60,10 @@ class RoundReport:
     state: "State"
     step: float
     means: dict[str, float]
+    norms: dict[Norm, float]
     seconds: float
+    solve_seconds: float
+    finished: float
     evaluation: Evaluation | None = None
     is_last: bool = False
 
@@ -69,6 +76,11 @@ class RoundReport:
     def num_evaluations(self) -> int:
         """Network evaluations since the start of the run, those for the training images' clean labels included."""
         return self.state.num_evaluations
+
+    @property
+    def has_arrays(self) -> bool:
+        """Whether perturbation and state are there, so that the run can go on from them."""
+        return self.perturbation.numel() > 0
 
     def without_arrays(self) -> "RoundReport":
         """The report with empty arrays for perturbation, iterate and predictions, which take 3 MB at 224×224."""
@@ -90,8 +102,7 @@ class RoundReport:
             **{f"round/{name}": value for name, value in self.means.items()},
             "round/seconds": self.seconds,
             "round/images_per_second": self.fooling.num_examples / self.seconds,
-            "iterate/norm_l2": measure(self.state.iterate.v, "l2"),
-            "iterate/norm_linf": measure(self.state.iterate.v, "linf"),
+            **{f"iterate/norm_{norm}": value for norm, value in self.norms.items()},
             "total/solves": float(self.num_solves),
             "total/evaluations": float(self.num_evaluations),
         }

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 
-from uap_dist.computing.concurrent import num_concurrent
 from uap_dist.method.config import ComputeConfig
-from uap_dist.planning.span import Span
+from uap_dist.planning.range import Range
 from uap_dist.planning.work import Work
+from uap_dist.rounds.concurrent import num_concurrent
 from uap_dist.workers.dataset import CLASSIFY_SIZE
 
 DISPATCH_S = 0.002  # of the driver for each block, from benchmarks/overhead.md
@@ -23,7 +23,8 @@ class Costs:
         decode: one image, on one worker.
         classify: one image, on one worker.
         evaluation: one network evaluation of a solve, on one worker.
-        driver: one round without its solves: reduction, update, projection, commit and MLflow.
+        update: one round without its solves: reduction, update and projection, on the driver or, in a span, on a worker.
+        driver: what else the driver does for a round that the workers share: its calls, commit and MLflow.
         report: the files of one perturbation, without its measurements.
         evaluations_per_solve: network evaluations.
         worker_bytes: memory of a worker without decoded images.
@@ -34,13 +35,14 @@ class Costs:
     """
 
     num_workers: int
-    start: Span
-    decode: Span
-    classify: Span
-    evaluation: Span
-    driver: Span
-    report: Span
-    evaluations_per_solve: Span
+    start: Range
+    decode: Range
+    classify: Range
+    evaluation: Range
+    update: Range
+    driver: Range
+    report: Range
+    evaluations_per_solve: Range
     worker_bytes: int
     gpu_bytes: int
     image_bytes: int
@@ -60,23 +62,25 @@ class FleetPlan:
         gpu_bytes: GPU memory of a worker.
         cached_bytes: decoded images that a worker would keep if it had room for all of them.
         idle: fraction (0..1) of the rounds' time in which a worker has no block to solve.
+        has_spans: whether workers compute spans, each of one perturbation, instead of sharing the blocks of its rounds.
     """
 
     num_workers: int
-    parts: Mapping[str, Span]
-    read_bytes: Span
+    parts: Mapping[str, Range]
+    read_bytes: Range
     worker_bytes: int
     gpu_bytes: int
     cached_bytes: int
     idle: float
+    has_spans: bool
 
     @property
-    def seconds(self) -> Span:
+    def seconds(self) -> Range:
         """From the start of the process until all results are written."""
-        return sum(self.parts.values(), Span.exactly(0.0))
+        return sum(self.parts.values(), Range.exactly(0.0))
 
     @property
-    def worker_hours(self) -> Span:
+    def worker_hours(self) -> Range:
         """Hours of all workers together."""
         return self.seconds * (self.num_workers / 3600)
 
@@ -96,21 +100,27 @@ def plan_fleet(
     """
     num_shards, count = len(work.train.num_images), work.num_perturbations
     mean_images, mean_bytes = (sum(sizes) / num_shards for sizes in (work.train.num_held, work.train.num_bytes))
-    extra_shards = _extra_shards(work, config, num_workers)
+    block_images = work.num_solves / work.num_blocks
+    block_s = costs.evaluation * work.evaluations_per_solve * block_images
+    fits = costs.image_bytes * sum(work.train.num_held) <= memory_bytes + disk_bytes
+    has_spans = fits and _are_spans_quicker(work, block_s, costs, num_workers)
+    extra_shards = _shards_for_spans(work, num_workers) if has_spans else _extra_shards(work, config, num_workers)
     num_cached = (num_shards / num_workers + extra_shards.expected) * mean_images + sum(work.val.num_held) / num_workers
     cached_bytes = round(costs.image_bytes * num_cached)
     missing = max(0.0, 1 - (memory_bytes + disk_bytes) / cached_bytes)  # fraction of the images that caches do not hold
-    block_images = work.num_solves / work.num_blocks
     # for a block of a shard that is not cached, its images are read and decoded again; of a compressed tar, all of it is read
-    decoded_again = Span(block_images, block_images, mean_images) * missing
-    block = costs.evaluation * work.evaluations_per_solve * block_images + costs.decode * decoded_again
+    decoded_again = Range(block_images, block_images, mean_images) * missing
+    block = block_s + costs.decode * decoded_again
     classify = costs.classify + costs.decode * missing
     labels = sum(_classified_in_a_row(sizes.num_images, num_workers) for sizes in (work.train, work.val))
     measurements = sum(times * _classified_in_a_row(sizes, num_workers) for sizes, times in work.measurements.items())
     first_reads = sum(_decoded_in_a_row(sizes.num_held, num_workers) for sizes in (work.train, work.val))
-    rounds = _rounds_s(work, block, costs.driver, config, num_workers)
+    if has_spans:
+        rounds = _alone_s(work, block, costs) * max(1.0, count / num_workers)
+    else:
+        rounds = _shared_s(work, block, costs, config, num_workers)
     share = min(1.0, block_images / mean_images)
-    read_again = Span(share, share, 1.0) * (count * work.num_blocks * missing)  # shards
+    read_again = Range(share, share, 1.0) * (count * work.num_blocks * missing)  # shards
     return FleetPlan(
         num_workers=num_workers,
         parts={
@@ -126,27 +136,52 @@ def plan_fleet(
         worker_bytes=costs.worker_bytes + min(cached_bytes, memory_bytes),
         gpu_bytes=costs.gpu_bytes,
         cached_bytes=cached_bytes,
-        idle=1 - count * work.num_blocks * block.expected / num_workers / rounds.expected,
+        idle=1 - count * work.num_blocks * block.expected / num_workers / max(rounds.expected, 1e-9),
+        has_spans=has_spans,
     )
 
 
-def _rounds_s(work: Work, block: Span, driver: Span, config: ComputeConfig, num_workers: int) -> Span:
-    """Seconds of all rounds, given those of a block and of the driver in a round.
+def _alone_s(work: Work, block: Range, costs: Costs) -> Range:
+    """Seconds of the rounds of one perturbation in spans, given those of a block."""
+    return block * work.num_blocks + costs.update * work.num_rounds
 
-    The blocks of a round are solved in waves of one for each worker, and the next round begins when it is reduced. The
-    computations of a pool fill each other's gaps, until the workers, the rounds of one computation or the driver have no
-    time left.
+
+def _are_spans_quicker(work: Work, block: Range, costs: Costs, num_workers: int) -> bool:
+    """What `Sharing` will find, given the seconds of a block whose images are decoded."""
+    if work.num_perturbations >= num_workers:
+        return True
+    of_driver = (costs.update + costs.driver) * work.num_rounds
+    shared = block * _waves(work, num_workers) + of_driver
+    return _alone_s(work, block, costs).expected <= shared.expected
+
+
+def _waves(work: Work, num_workers: int) -> int:
+    """The blocks of a round are solved in waves of one for each worker: their number in all rounds of one perturbation."""
+    return sum(ceil(num_blocks / num_workers) * times for num_blocks, times in work.rounds.items())
+
+
+def _shared_s(work: Work, block: Range, costs: Costs, config: ComputeConfig, num_workers: int) -> Range:
+    """Seconds of all rounds that workers share, given those of a block.
+
+    The next round of a computation begins when the last one is reduced. The computations of a pool fill each other's gaps,
+    until the workers, the rounds of one computation or the driver have no time left.
     """
     count = work.num_perturbations
-    waves = sum(ceil(num_blocks / num_workers) * times for num_blocks, times in work.rounds.items())
-    of_driver = (driver * work.num_rounds).at_least(Span.exactly(DISPATCH_S * work.num_blocks))
-    of_computation = block * waves + of_driver
+    driver = costs.update + costs.driver
+    of_driver = (driver * work.num_rounds).at_least(Range.exactly(DISPATCH_S * work.num_blocks))
+    of_computation = block * _waves(work, num_workers) + of_driver
     of_workers = block * (count * work.num_blocks / num_workers)
-    num_batches = ceil(count / num_concurrent(num_workers, config))
+    num_batches = ceil(count / num_concurrent(num_workers, count, config))
     return (of_computation * num_batches).at_least(of_workers).at_least(of_driver * count)
 
 
-def _extra_shards(work: Work, config: ComputeConfig, num_workers: int) -> Span:
+def _shards_for_spans(work: Work, num_workers: int) -> Range:
+    """Training shards that a worker decodes in addition to those it read first, because its spans need all of them."""
+    others = len(work.train.num_images) * (1 - 1 / num_workers)
+    return Range(others if work.num_perturbations >= num_workers else 0.0, 0.0, others)
+
+
+def _extra_shards(work: Work, config: ComputeConfig, num_workers: int) -> Range:
     """Training shards that a worker decodes in addition to those it read first, because it is given blocks of them.
 
     An idle worker that holds the shard is preferred, and with more workers than blocks there mostly is one.
@@ -154,11 +189,13 @@ def _extra_shards(work: Work, config: ComputeConfig, num_workers: int) -> Span:
     num_shards = len(work.train.num_images)
     num_blocks = work.num_perturbations * work.num_blocks / num_workers  # of a worker
     at_most = min(num_blocks, num_shards * (1 - 1 / num_workers))
-    in_flight = max(work.rounds) * min(work.num_perturbations, num_concurrent(num_workers, config))
+    in_flight = max(work.rounds) * min(
+        work.num_perturbations, num_concurrent(num_workers, work.num_perturbations, config)
+    )
     if num_workers > in_flight:
-        return Span(0.0, 0.0, at_most)
+        return Range(0.0, 0.0, at_most)
     touched = num_shards * (1 - (1 - 1 / num_shards) ** num_blocks)  # if each block is of a shard drawn at random
-    return Span(touched * (1 - 1 / num_workers), 0.0, at_most)
+    return Range(touched * (1 - 1 / num_workers), 0.0, at_most)
 
 
 def _decoded_in_a_row(sizes: Sequence[int], num_workers: int) -> int:

@@ -14,12 +14,13 @@ from uap_dist.errors import ConfigError, WorkerLostError
 from uap_dist.fleet.config import need_of
 from uap_dist.fleet.fleet import Fleet
 from uap_dist.foreign_text import redact
+from uap_dist.job_options import GIB
 from uap_dist.method.state import RoundReport
 from uap_dist.models.classifier import Classifier
 from uap_dist.planning.comparison import count_workers
 from uap_dist.planning.cost_model import Costs, plan_fleet
 from uap_dist.planning.profiling import measure_costs
-from uap_dist.planning.report import GIB, Plan, fleet_sizes
+from uap_dist.planning.report import Plan, fleet_sizes
 from uap_dist.planning.shard_sizes import count_bytes, size_shards
 from uap_dist.planning.work import count_work
 from uap_dist.tracking.checkpoint import Checkpoint, CheckpointStore, JobRecord

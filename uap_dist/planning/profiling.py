@@ -10,15 +10,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from uap_dist.computing.report import FinishedRun, save_run
-from uap_dist.computing.rounds import compute, evaluate
 from uap_dist.method.config import ComputeConfig
 from uap_dist.method.state import RoundReport
 from uap_dist.planning.cost_model import Costs
-from uap_dist.planning.span import Span
+from uap_dist.planning.range import Range
 from uap_dist.planning.work import OF_LOG_ODDS
+from uap_dist.rounds.loop import compute
+from uap_dist.rounds.round import evaluate
 from uap_dist.tracking.history import RoundRecord
 from uap_dist.workers.dataset import CLASSIFY_SIZE, Dataset, list_dataset, predict
-from uap_dist.workers.local import R, Shared, Workers
+from uap_dist.workers.local import R, Shared, T, Workers
 from uap_dist.workers.messages import Examples
 from uap_dist.workers.worker import Worker
 
@@ -38,6 +39,7 @@ class _TimedWorkers:
 
     Attributes:
         num_workers: of them.
+        room_for_spans: none.
         seconds: spent in all calls.
         per_example: for each method the seconds per example on one worker, of each call in turn.
     """
@@ -45,18 +47,17 @@ class _TimedWorkers:
     def __init__(self, workers: Workers) -> None:
         self._workers = workers
         self.num_workers = workers.num_workers
+        self.room_for_spans = 0  # each round is to be measured
         self.seconds = 0.0
         self.per_example: defaultdict[Callable[..., Any], list[float]] = defaultdict(list)
 
-    def map(
-        self, method: Callable[[Worker, Examples, *Shared], R], tasks: Sequence[Examples], *shared: *Shared
-    ) -> Iterator[R]:
+    def map(self, method: Callable[[Worker, T, *Shared], R], tasks: Sequence[T], *shared: *Shared) -> Iterator[R]:
         """See Workers."""
         started = time.perf_counter()
         results = list(self._workers.map(method, tasks, *shared))
         seconds = time.perf_counter() - started
         self.seconds += seconds
-        num_examples, num_waves = sum(len(task.keys) for task in tasks), ceil(len(tasks) / self.num_workers)
+        num_examples, num_waves = sum(task.num_examples for task in tasks), ceil(len(tasks) / self.num_workers)
         self.per_example[method].append(seconds / num_waves * len(tasks) / num_examples)
         return iter(results)
 
@@ -96,17 +97,18 @@ def measure_costs(
     rounds = _measure_rounds(timed, images, config, commit)
     report_s = _measure_report(timed, images, rounds, class_names)
     used = next(workers.map(Worker.resources, [Examples(urls[0])]))
-    evaluations_per_solve = Span.of(rounds.evaluations_per_solve[NUM_WARM_UPS:])
+    evaluations_per_solve = Range.of(rounds.evaluations_per_solve[NUM_WARM_UPS:])
     solve_s = zip(timed.per_example[Worker.solve], rounds.evaluations_per_solve, strict=True)
     evaluation_s = [seconds / num_evaluations for seconds, num_evaluations in solve_s]
     return Costs(
         num_workers=timed.num_workers,
-        start=Span.once(start_s + preparation_s),
-        decode=Span.once(decode_s),
-        classify=Span.of(timed.per_example[Worker.classify][-NUM_MEASUREMENTS:]),
-        evaluation=Span.of(evaluation_s[NUM_WARM_UPS:]),
-        driver=Span.of(rounds.driver_s[NUM_WARM_UPS:]),
-        report=Span.once(report_s),
+        start=Range.once(start_s + preparation_s),
+        decode=Range.once(decode_s),
+        classify=Range.of(timed.per_example[Worker.classify][-NUM_MEASUREMENTS:]),
+        evaluation=Range.of(evaluation_s[NUM_WARM_UPS:]),
+        update=Range.of(rounds.update_s[NUM_WARM_UPS:]),
+        driver=Range.of(rounds.driver_s[NUM_WARM_UPS:]),
+        report=Range.once(report_s),
         evaluations_per_solve=OF_LOG_ODDS
         if config.rule == "log-odds"
         else replace(evaluations_per_solve, low=MAX_FOOLED + (1 - MAX_FOOLED) * evaluations_per_solve.low),
@@ -139,10 +141,11 @@ def _measure_decoding(
 
 @dataclass(frozen=True)
 class _Rounds:
-    """The last report of some rounds, and of every round its record, the driver's seconds and evaluations per solve."""
+    """The last report of some rounds, and of every round its record, evaluations per solve, update and commit seconds."""
 
     final: RoundReport
     history: list[RoundRecord]
+    update_s: list[float]
     driver_s: list[float]
     evaluations_per_solve: list[float]
 
@@ -151,16 +154,19 @@ def _measure_rounds(timed: _TimedWorkers, images: Dataset, config: ComputeConfig
     passes = 1 + ceil((NUM_WARM_UPS + MAX_ROUNDS) * config.round_size / images.num_examples)
     endless = replace(config, max_passes=passes, max_evaluations=None, evaluate_every=passes, target_fooling_rate=1.0)
     history: list[RoundRecord] = []
+    update_s: list[float] = []
     driver_s: list[float] = []
     per_solve: list[float] = []
     num_evaluations, num_solves = images.num_examples, 0
     begun = started = time.perf_counter()
     in_calls = timed.seconds
     for report in compute(timed, images, images, endless):
+        solved = time.perf_counter()
+        update_s.append(solved - started - (timed.seconds - in_calls))
         history.append(RoundRecord.of(report, {}))
         commit(report, history)
         now = time.perf_counter()
-        driver_s.append(now - started - (timed.seconds - in_calls))
+        driver_s.append(now - solved)
         per_solve.append((report.num_evaluations - num_evaluations) / (report.num_solves - num_solves))
         num_evaluations, num_solves = report.num_evaluations, report.num_solves
         started, in_calls = now, timed.seconds
@@ -169,7 +175,7 @@ def _measure_rounds(timed: _TimedWorkers, images: Dataset, config: ComputeConfig
         num_counted = len(history) - NUM_WARM_UPS
         if num_counted >= MAX_ROUNDS or (num_counted >= MIN_ROUNDS and now > begun + ROUNDS_S):
             break
-    return _Rounds(report, history, driver_s, per_solve)
+    return _Rounds(report, history, update_s, driver_s, per_solve)
 
 
 def _measure_report(timed: _TimedWorkers, images: Dataset, rounds: _Rounds, class_names: Sequence[str]) -> float:

@@ -5,19 +5,19 @@ from dataclasses import asdict, dataclass
 from math import floor, log2
 from typing import Any
 
-from uap_dist.computing.concurrent import num_concurrent
 from uap_dist.computing.options import ComputeOptions
 from uap_dist.foreign_text import escape_markdown
+from uap_dist.job_options import GIB
 from uap_dist.planning.comparison import count_workers, planned_metrics
 from uap_dist.planning.cost_model import FleetPlan
-from uap_dist.planning.span import Span
+from uap_dist.planning.range import Range
 from uap_dist.planning.work import Work
+from uap_dist.rounds.concurrent import num_filling
 from uap_dist.tracking.console import duration
 from uap_dist.tracking.outputs import markdown_table
 
 # (local steps, images of each) of blocks, one for each worker, and the rounds that they need: from benchmarks/rounds.md
 FLEET_BLOCKS, FLEET_ROUNDS = ((4, 3), (1, 2)), 48
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Plan:
     def _advice(self) -> list[str]:
         work, config, fleet, last = self.work, self.options.config, self.options.fleet, self.fleets[-1]
         num_blocks, size = max(work.rounds), last.num_workers
-        pool_size, notes = num_concurrent(size, config), []
+        pool_size, notes = num_filling(size, config), []
         if size > num_blocks and work.num_perturbations < pool_size:
             remedy = f"a pool of {pool_size} (--num-perturbations) would keep all {size} busy"
             if config.rule == "log-odds" and config.local_steps is None:
@@ -168,7 +168,7 @@ class Plan:
     def _has_estimated_images(self) -> bool:
         return self.work.train.is_estimated or self.work.val.is_estimated
 
-    def _price(self, fleet: FleetPlan) -> Span | None:
+    def _price(self, fleet: FleetPlan) -> Range | None:
         price = self.options.price_per_gpu_hour
         return None if price is None else fleet.worker_hours * (self.gpus_per_worker * price)
 
@@ -191,7 +191,7 @@ def _local_steps_advice(num_workers: int, num_solves: int) -> str:
     return ""
 
 
-def _with_range(span: Span, form: str) -> str:
+def _with_range(range_: Range, form: str) -> str:
     """The expected amount, followed by its range in brackets unless both ends are shown alike."""
-    expected, low, high = (form.format(value) for value in (span.expected, span.low, span.high))
+    expected, low, high = (form.format(value) for value in (range_.expected, range_.low, range_.high))
     return expected if low == high else f"{expected} ({low}–{high})"

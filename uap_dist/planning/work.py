@@ -7,13 +7,13 @@ from math import inf
 
 import numpy as np
 
-from uap_dist.computing.rounds import EVALUATIONS_PER_LOG_ODDS_SOLVE, count_rounds, plan_measurements
 from uap_dist.method.config import ComputeConfig
 from uap_dist.method.schedule import plan_rounds
+from uap_dist.planning.range import Range
 from uap_dist.planning.shard_sizes import ShardSizes
-from uap_dist.planning.span import Span
+from uap_dist.rounds.plan import EVALUATIONS_PER_LOG_ODDS_SOLVE, count_rounds, plan_measurements
 
-OF_LOG_ODDS = Span.exactly(EVALUATIONS_PER_LOG_ODDS_SOLVE)
+OF_LOG_ODDS = Range.exactly(EVALUATIONS_PER_LOG_ODDS_SOLVE)
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Work:
     num_perturbations: int
     rounds: Mapping[int, int]
     num_solves: int
-    evaluations_per_solve: Span
+    evaluations_per_solve: Range
     measurements: Mapping[tuple[int, ...], int]
 
     @property
@@ -48,7 +48,7 @@ class Work:
         return sum(num_blocks * times for num_blocks, times in self.rounds.items())
 
     @property
-    def num_evaluations(self) -> Span:
+    def num_evaluations(self) -> Range:
         """Network evaluations of all computations, each with the clean labels of its training images, as runs report them."""
         of_one = self.evaluations_per_solve * self.num_solves + self.train.total_images
         return of_one * self.num_perturbations
@@ -66,7 +66,7 @@ def count_work(
     config: ComputeConfig,
     *,
     num_perturbations: int = 1,
-    evaluations_per_solve: Span = OF_LOG_ODDS,
+    evaluations_per_solve: Range = OF_LOG_ODDS,
 ) -> Work:
     """Count all work that the config allows; a run that reaches its target fooling rate before does less.
 
@@ -108,7 +108,7 @@ def count_work(
         rounds=rounds,
         num_solves=num_solves,
         # cheaper solves leave more of the budget for others
-        evaluations_per_solve=Span.exactly(evaluations_per_solve.expected) if is_spent else evaluations_per_solve,
+        evaluations_per_solve=Range.exactly(evaluations_per_solve.expected) if is_spent else evaluations_per_solve,
         measurements=Counter(during * num_measurements + at_end),
     )
 

@@ -1,7 +1,6 @@
 """The record of a round: its metrics, with step and time."""
 
 import json
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -45,7 +44,7 @@ class RoundRecord:
         rates = [*(Rate.from_metrics(record.metrics, "round") for record in last), report.fooling]
         running = running_rates(rates, RUNNING_IMAGES)[-1]
         metrics = {"fooling_rate/running": running.rate, "num_images/running": float(running.num_examples)}
-        return cls(report.round_number + 1, time.time_ns() // 1_000_000, report.metrics() | metrics | dict(workers))
+        return cls(report.round_number + 1, int(1000 * report.finished), report.metrics() | metrics | dict(workers))
 
     @cached_property
     def json(self) -> str:

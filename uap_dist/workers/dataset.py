@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
+from math import prod
 
 import numpy as np
 
@@ -69,6 +70,11 @@ class Dataset:
     def num_examples(self) -> int:
         """Number of examples in all shards."""
         return len(self.clean.labels)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the decoded images."""
+        return self.num_examples * prod(self.shape)
 
     @cached_property
     def sizes(self) -> list[int]:

@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterator, Sequence
 from threading import Lock
 from typing import Protocol, TypeVar, TypeVarTuple
 
-from uap_dist.workers.messages import Examples
+from uap_dist.workers.messages import Task
 from uap_dist.workers.worker import Worker
 
 R = TypeVar("R")
+T = TypeVar("T", bound=Task)
 Shared = TypeVarTuple("Shared")
 
 
@@ -19,13 +20,16 @@ class Workers(Protocol):
         """Current number of workers."""
         ...
 
-    def map(
-        self, method: Callable[[Worker, Examples, *Shared], R], tasks: Sequence[Examples], *shared: *Shared
-    ) -> Iterator[R]:
+    @property
+    def room_for_spans(self) -> int:
+        """Bytes of decoded images that each worker can keep; a computation with more gives none of them a span. 0: no spans at all."""
+        ...
+
+    def map(self, method: Callable[[Worker, T, *Shared], R], tasks: Sequence[T], *shared: *Shared) -> Iterator[R]:
         """Yield `method(worker, task, *shared)` for each task, in the order of the tasks.
 
         Args:
-            method: of `Worker`, as `Worker.solve`.
+            method: of `Worker`, as `Worker.solve`, or another function of a module.
             tasks: each is computed by one worker.
             shared: arguments that are the same for all tasks.
         """
@@ -40,14 +44,13 @@ class LocalWorkers:
     """One worker in this process: for notebooks and tests."""
 
     num_workers = 1
+    room_for_spans = 0  # rounds that are computed here anyway gain nothing
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
         self._lock = Lock()  # concurrent computations share the worker, and hooks on its classifier are not thread-safe
 
-    def map(
-        self, method: Callable[[Worker, Examples, *Shared], R], tasks: Sequence[Examples], *shared: *Shared
-    ) -> Iterator[R]:
+    def map(self, method: Callable[[Worker, T, *Shared], R], tasks: Sequence[T], *shared: *Shared) -> Iterator[R]:
         """Yield `method(worker, task, *shared)` for each task, in the order of the tasks."""
         for task in tasks:
             with self._lock:

@@ -1,8 +1,39 @@
 """Messages between the driver and its workers."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
+
+NUM_KEYS_SHOWN = 5
+
+
+class Task(Protocol):
+    """What a worker is given: some examples of one shard (`Examples`), or some rounds (`computing.span.Span`)."""
+
+    @property
+    def shard(self) -> str:
+        """URL of the shard that it needs. Workers that have read it before get the task first."""
+        ...
+
+    @property
+    def num_examples(self) -> int:
+        """Examples that it names."""
+        ...
+
+    @property
+    def expected_s(self) -> float | None:
+        """Seconds that it takes on a worker that has the images; None if only the other tasks of a `map` can tell."""
+        ...
+
+    @property
+    def title(self) -> str:
+        """A title for logs."""
+        ...
+
+    def describe(self) -> str:
+        """What it is, for messages about its worker."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -28,6 +59,21 @@ class Examples:
         """A title for logs: the shard and, for a block that is solved, its seed, round and block number."""
         place = "seed {}, round {}, block {}: ".format(*self.seed) if self.seed else ""
         return place + self.shard
+
+    @property
+    def num_examples(self) -> int:
+        """Number of keys."""
+        return len(self.keys)
+
+    @property
+    def expected_s(self) -> None:
+        """Unknown, see `Task`."""
+
+    def describe(self) -> str:
+        """Such as "examples of shard.tar: key, key, …"."""
+        return f"examples of {self.shard}: {', '.join(self.keys[:NUM_KEYS_SHOWN])}" + ", …" * (
+            len(self.keys) > NUM_KEYS_SHOWN
+        )
 
 
 @dataclass(frozen=True)

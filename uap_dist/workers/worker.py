@@ -4,7 +4,10 @@ Everything it returns is a function of its arguments, its classifier and the sha
 """
 
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import wraps
 from typing import Concatenate, ParamSpec, TypeVar
 
@@ -37,7 +40,7 @@ def _reproducibly(method: Callable[Concatenate["Worker", P], T]) -> Callable[Con
 
     @wraps(method)
     def call(self: "Worker", /, *args: P.args, **options: P.kwargs) -> T:
-        with reproducible(self._num_threads):
+        with self.reproducibly():
             return method(self, *args, **options)
 
     return call
@@ -50,6 +53,11 @@ class Worker:
     precision (no TF32), and cuBLAS's workspace. They are settings of the whole process, the same in a notebook as in a Ray actor,
     and are restored after the task. Only cuBLAS keeps the workspace it was first used with: where GPU results have to repeat bit
     for bit, set CUBLAS_WORKSPACE_CONFIG=:4096:8 before Python starts.
+
+    Attributes:
+        device: that the classifier runs on.
+        classifier: accelerated once it has seen the first image.
+        num_solves: increments computed so far.
     """
 
     def __init__(
@@ -80,7 +88,21 @@ class Worker:
             disk_bytes=disk_cache_bytes,
             num_threads=decode_threads or os.cpu_count() or 1,
         )
-        self._is_prepared = False
+        self._is_prepared = self._is_set_up = False
+        self.num_solves = 0
+
+    @contextmanager
+    def reproducibly(self) -> Iterator[None]:
+        """The torch settings that all workers share. Tasks have them anyway; entered before many tasks, they are set only once."""
+        if self._is_set_up:
+            yield
+            return
+        with reproducible(self._num_threads):
+            self._is_set_up = True
+            try:
+                yield
+            finally:
+                self._is_set_up = False
 
     @property
     def traffic(self) -> Traffic:
@@ -170,13 +192,17 @@ class Worker:
         self, examples: Examples, perturbation: np.ndarray, solver: Solver, local: LocalSteps | None = None
     ) -> BlockResult:
         """Increments of a block against v (C×H×W float32, pixels), summed; or with `local`, what local steps make of v."""
+        started = time.perf_counter()
         images = self.pixels(examples)
         self._prepare_classifier(images.shape[1:])
         x = self._tensor(augment(images, solver.augmentation, np.random.default_rng(examples.seed)))
         v, labels = self._tensor(perturbation), torch.tensor(examples.labels, device=self.device)
+        self.num_solves += len(images)
         if local is not None:
-            return take_local_steps(self.classifier, x, v, labels, solver, local)
-        return solve_block(self.classifier, x, v, labels, solver)
+            result = take_local_steps(self.classifier, x, v, labels, solver, local)
+        else:
+            result = solve_block(self.classifier, x, v, labels, solver)
+        return replace(result, seconds=time.perf_counter() - started)
 
     @_reproducibly
     def normals(self, examples: Examples) -> Normals:

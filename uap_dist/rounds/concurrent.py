@@ -8,13 +8,12 @@ from threading import Event, Thread
 
 from uap_dist.method.config import ComputeConfig
 from uap_dist.method.state import RoundReport
-from uap_dist.workers.local import Workers
 
 Result = tuple[str, RoundReport | BaseException | None]  # name of a computation; None when it has ended
 
 
 def compute_concurrently(
-    computations: Mapping[str, Iterator[RoundReport]], *, limit: Callable[[], int]
+    computations: Mapping[str, Iterator[RoundReport]], *, limit: Callable[[int], int]
 ) -> Iterator[tuple[str, RoundReport]]:
     """Run several computations at once and yield the name of a computation and its report after each of its rounds.
 
@@ -24,7 +23,7 @@ def compute_concurrently(
 
     Args:
         computations: iterators over reports, by name. They start in this order, a new one whenever another one ends.
-        limit: how many may run at once; called again after every round.
+        limit: how many may run at once, given how many are not finished; called again after every round.
 
     Raises:
         BaseException: the first exception that a computation raises. After it, or when the caller stops iterating, every other
@@ -46,7 +45,7 @@ def compute_concurrently(
     waiting, num_active, num_left = iter(computations), 0, len(computations)
     try:
         while num_left:
-            for name in islice(waiting, max(0, limit() - num_active)):
+            for name in islice(waiting, max(0, limit(num_left) - num_active)):
                 # daemon threads, because nobody waits for them when the job is interrupted
                 Thread(target=advance, args=(name,), name=f"compute-{name}", daemon=True).start()
                 num_active += 1
@@ -67,11 +66,15 @@ def keep_last_arrays(reports: Iterable[RoundReport]) -> Iterator[RoundReport]:
         yield report if report.is_last else report.without_arrays()
 
 
-def concurrency_limit(workers: Workers, config: ComputeConfig) -> Callable[[], int]:
-    """The `limit` of `compute_concurrently` that keeps all workers busy, also those that join later."""
-    return lambda: num_concurrent(workers.num_workers, config)
-
-
-def num_concurrent(num_workers: int, config: ComputeConfig) -> int:
-    """How many computations keep the workers busy: one more than have a block for each worker."""
+def num_filling(num_workers: int, config: ComputeConfig) -> int:
+    """How many computations whose rounds are shared block by block keep the workers busy: one more than have a block for each."""
     return 1 + ceil(num_workers * config.block_size / config.round_size)
+
+
+def num_concurrent(num_workers: int, num_left: int, config: ComputeConfig) -> int:
+    """How many of the computations that are left to run at once.
+
+    All, if they are few: they take turns, and all workers are busy until the end. Otherwise one more than keep all workers busy,
+    in spans as well as in blocks, so that some are finished early.
+    """
+    return num_left if num_left < 2 * num_workers else max(1 + num_workers, num_filling(num_workers, config))
