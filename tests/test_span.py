@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from dataclasses import replace
 from itertools import islice
 
@@ -32,7 +31,7 @@ CONFIGS = {
 
 
 def tasks_of(train, config):
-    plan = plan_run(train.sizes, 20, config)
+    plan = plan_run(train.sizes, config)
     rounds = (RoundTasks.of(round_, train, config.seed) for round_ in schedule_rounds(train.sizes, config))
     return plan, tuple(islice(rounds, plan.num_rounds or 100))
 
@@ -98,22 +97,21 @@ def test_same_bits_for_any_number_of_workers_kills_and_computations(local_ray, s
     assert shared_and_span == {True, False}  # this network takes less time than a call, so one worker does the rest
 
 
-def test_a_hanging_worker_is_overtaken_in_a_span(local_ray, shards):
+def test_a_worker_that_hangs_is_overtaken_whatever_it_computes(local_ray, shards):
+    """Also where a `map` has one task, as a span or a small measurement, so that no other task tells how long it takes."""
     fleet = make_fleet(2, gpus_per_worker=0)
     data = load(fleet, shards)
-    config, started = replace(CONFIG, max_passes=120), time.monotonic()
-    stopped = None
+    config, stopped = replace(CONFIG, max_passes=60), []
     for report in compute(fleet, *data, config):
-        if report.round_number == 150:  # long after the fifth shared round
-            busy = sorted(worker_processes(), key=lambda p: -sum(p.cpu_times()[:2]))
-            stopped = busy[0].pid
-            os.kill(stopped, signal.SIGSTOP)
-    os.kill(stopped, signal.SIGCONT)
-    stragglers = fleet.stats.stragglers
+        if report.round_number == 60:  # long after the fifth shared round
+            stopped.append(max(worker_processes(), key=lambda p: sum(p.cpu_times()[:2])))
+            stopped[0].suspend()
+    stopped[0].resume()
+    lost = fleet.stats.workers_lost
     fleet.close()
     here = LocalWorkers(tiny_worker())
     *_, expected = compute(here, *load(here, shards), config)
-    assert same(report, expected) and stragglers <= 1 and time.monotonic() - started < 300
+    assert same(report, expected) and lost == 0
 
 
 class FakeWorkers:
@@ -148,7 +146,7 @@ def test_a_lone_computation_takes_spans_once_its_solves_are_measured_to_be_short
         sharing.note_shared(report(tiny_report, 0.010, 0.040))
     assert sharing.span_length() > 1
     sharing.note_span([report(tiny_report, 0.010, 0.010)] * 3)
-    assert sharing.span_length() == 150 and sharing.expected_s == pytest.approx(1.01)
+    assert sharing.span_length() == 150
     workers.num_workers = 5  # one more has joined: it is measured again, and the rounds are longer now
     for _ in range(2 * NUM_MEASURED):
         assert sharing.span_length() == 0

@@ -39,6 +39,7 @@ class Dispatcher:
         self._calls: dict[ray.ObjectRef, Call] = {}
         self._reading: set[RemoteWorker] = set()  # shards, beside what they compute
         self._held_shards: set[str] = set()  # that some worker has read or is about to read
+        self._usual_s: dict[Callable[..., object], float] = {}  # what the last call of a method took
         self._last_progress = time.monotonic()
 
     @property
@@ -92,7 +93,7 @@ class Dispatcher:
             for worker, task in queue.assign(self._idle(queue)):
                 self._call(worker, queue, task)
         for queue in self._queues:
-            for worker, task in queue.assign_stragglers(self._idle(queue)):
+            for worker, task in queue.assign_stragglers(self._idle(queue), self._usual_s.get(queue.method)):
                 self._call(worker, queue, task)
                 self._stats.stragglers += 1
 
@@ -171,6 +172,7 @@ class Dispatcher:
         self._membership.note_kernels(answer.kernels)
         self._stats.traffic += answer.traffic
         self._stats.seconds_busy += answer.seconds
+        self._usual_s[call.queue.method] = time.monotonic() - call.started
         if call.queue.accept(call, answer.result, self._membership.machines):
             self._stats.solves += answer.solves
 

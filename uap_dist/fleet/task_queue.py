@@ -133,18 +133,23 @@ class TaskQueue:
                     pairs.append((worker, task))
         return pairs
 
-    def assign_stragglers(self, idle: Sequence[RemoteWorker]) -> list[tuple[RemoteWorker, int]]:
-        """Choose, for workers that idle, tasks that take much longer than the others did. The first answer counts: same bits."""
-        if not idle:
-            return []
-        num_calls = Counter(call.task for call in self._calls)
-        late = [call.task for call in self._calls if num_calls[call.task] == 1 and self._is_late(call)]
-        return [pair for pair in zip(idle, late, strict=False) if pair[0] not in self._workers[pair[1]]]
+    def assign_stragglers(
+        self, idle: Sequence[RemoteWorker], usual_s: float | None = None
+    ) -> list[tuple[RemoteWorker, int]]:
+        """Choose, for workers that idle, tasks that take much longer than the others did. The first answer counts: same bits.
 
-    def _is_late(self, call: Call) -> bool:
-        median = self._durations[len(self._durations) // 2] if self._durations else None
-        usual = median if median is not None else self.tasks[call.task].expected_s
-        return usual is not None and time.monotonic() - call.started > max(STRAGGLER_MIN_S, STRAGGLER_FACTOR * usual)
+        Args:
+            idle: workers without a task.
+            usual_s: what such a task took before, for a `map` of which no task is done yet.
+        """
+        if self._durations:
+            usual_s = self._durations[len(self._durations) // 2]
+        if usual_s is None or not idle:
+            return []
+        latest_start = time.monotonic() - max(STRAGGLER_MIN_S, STRAGGLER_FACTOR * usual_s)
+        num_calls = Counter(call.task for call in self._calls)
+        late = [call.task for call in self._calls if num_calls[call.task] == 1 and call.started < latest_start]
+        return [pair for pair in zip(idle, late, strict=False) if pair[0] not in self._workers[pair[1]]]
 
     def begin(self, worker: RemoteWorker, task: int) -> Call:
         """Note that a worker computes a task from now on."""

@@ -28,11 +28,9 @@ class Span:
 
     Attributes:
         rounds: that the worker computes until its time is over.
-        expected_s: see `Task`.
     """
 
     rounds: tuple[RoundTasks, ...]
-    expected_s: float | None = None
 
     @property
     def shard(self) -> str:
@@ -116,11 +114,6 @@ class Sharing:
         if self._round_s is None:
             return FIRST_LENGTH
         return min(MAX_LENGTH, ceil(SPARE * SPAN_S / self._round_s))
-
-    @property
-    def expected_s(self) -> float | None:
-        """Seconds that the next span takes on a worker that has the images; None before the first one."""
-        return None if self._round_s is None else SPAN_S + self._round_s
 
     def note_shared(self, report: RoundReport) -> None:
         """Note how long a round took that the workers shared."""

@@ -22,11 +22,6 @@ class Task(Protocol):
         ...
 
     @property
-    def expected_s(self) -> float | None:
-        """Seconds that it takes on a worker that has the images; None if only the other tasks of a `map` can tell."""
-        ...
-
-    @property
     def title(self) -> str:
         """A title for logs."""
         ...
@@ -64,10 +59,6 @@ class Examples:
     def num_examples(self) -> int:
         """Number of keys."""
         return len(self.keys)
-
-    @property
-    def expected_s(self) -> None:
-        """Unknown, see `Task`."""
 
     def describe(self) -> str:
         """Such as "examples of shard.tar: key, key, …"."""
