@@ -115,10 +115,7 @@ def plan_fleet(
     labels = sum(_classified_in_a_row(sizes.num_images, num_workers) for sizes in (work.train, work.val))
     measurements = sum(times * _classified_in_a_row(sizes, num_workers) for sizes, times in work.measurements.items())
     first_reads = sum(_decoded_in_a_row(sizes.num_held, num_workers) for sizes in (work.train, work.val))
-    if has_spans:
-        rounds = _alone_s(work, block, costs) * max(1.0, count / num_workers)
-    else:
-        rounds = _shared_s(work, block, costs, config, num_workers)
+    rounds = (_in_spans_s if has_spans else _shared_s)(work, block, costs, config, num_workers)
     share = min(1.0, block_images / mean_images)
     read_again = Range(share, share, 1.0) * (count * work.num_blocks * missing)  # shards
     return FleetPlan(
@@ -144,6 +141,11 @@ def plan_fleet(
 def _alone_s(work: Work, block: Range, costs: Costs) -> Range:
     """Seconds of the rounds of one perturbation in spans, given those of a block."""
     return block * work.num_blocks + costs.update * work.num_rounds
+
+
+def _in_spans_s(work: Work, block: Range, costs: Costs, config: ComputeConfig, num_workers: int) -> Range:
+    """Seconds of all rounds in spans, given those of a block: the computations take turns."""
+    return _alone_s(work, block, costs) * max(1.0, work.num_perturbations / num_workers)
 
 
 def _are_spans_quicker(work: Work, block: Range, costs: Costs, num_workers: int) -> bool:
