@@ -56,14 +56,7 @@ def compute(
     while True:
         if held_out.done():
             check_shapes(train, held_out.result())
-        length = sharing.span_length()
-        rounds = upcoming.look_ahead(max(1, length))
-        if length:
-            (reports,) = workers.map(compute_span, [Span(rounds)], before, plan)
-            sharing.note_span(reports)
-        else:
-            reports = [run_round(workers, rounds[0], before, config, plan.num_rounds)]
-            sharing.note_shared(reports[0])
+        reports = _advance(workers, upcoming, before, plan, sharing)
         last_round = upcoming.take(len(reports))
         yield from reports[:-1]
         before, report = reports[-2].state if len(reports) > 1 else before, reports[-1]
@@ -78,6 +71,21 @@ def compute(
         yield replace(report, is_last=is_last)
         if is_last:
             return
+
+
+def _advance(
+    workers: Workers, upcoming: "_Upcoming", state: State, plan: RunPlan, sharing: Sharing
+) -> list[RoundReport]:
+    """The reports of the next round, or of those of a span."""
+    length = sharing.span_length()
+    rounds = upcoming.look_ahead(max(1, length))
+    if length:
+        (reports,) = workers.map(compute_span, [Span(rounds)], state, plan)
+        sharing.note_span(reports)
+        return reports
+    report = run_round(workers, rounds[0], state, plan.config, plan.num_rounds)
+    sharing.note_shared(report)
+    return [report]
 
 
 class _Upcoming:
