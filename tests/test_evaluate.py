@@ -138,6 +138,38 @@ def test_the_job_writes_table_matrix_and_run(shards, tmp_path):
     assert transfer == full
 
 
+def test_what_others_made_is_measured_under_names_of_ones_choice(shards, tmp_path):
+    """One network with two weights and one with other classes; two pools with the same members; a zoo and a checkpoint."""
+    states = [load_classifier(TINY).network.state_dict() for _ in range(2)]
+    states[1]["head.bias"] += 9 * torch.eye(4)[0]
+    torch.save({"model": states[0], "model_ema": states[1]}, tmp_path / "checkpoint.pth")
+    (tmp_path / "nets.py").write_text(
+        "import torch\nfrom torch import nn\ndef build(classes):\n    torch.manual_seed(0)\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(768, classes))\n"
+    )
+    for folder, sign in (("one", 1), ("two", -1)):
+        (tmp_path / folder).mkdir()
+        for seed in range(2):
+            v = sign * random_perturbation(SHAPE, norm="linf", radius=20.0, seed=seed)
+            torch.save(v[None] / 255, tmp_path / folder / f"seed-{seed}.pth")
+    (tmp_path / "mlflow.db").write_bytes(empty_store())
+    models = ["tiny=" + TINY + "=checkpoint.pth#model", TINY + "=checkpoint.pth#model_ema", "nets.py:build?classes=2"]
+    words = [str(JOB), "--models", *models, "--shards", f"mine={shards}/val-*.tar", "--output", "out"]
+    words += ["--pools", "one:1", "second=two:1", "--perturbations", "own=one/seed-0.pth:1", "--num-workers", "1"]
+    done = run_job(words, tmp_path)
+    assert done.returncode == 0, done.stderr
+    table = pq.read_table(tmp_path / "out/tables/evaluation.parquet").to_pylist()
+    names = {key: list(dict.fromkeys(row[key] for row in table)) for key in ("classifier", "perturbation", "dataset")}
+    assert names["classifier"] == ["tiny", "Tiny", "build(classes=2)"] and names["dataset"] == ["mine"]
+    assert names["perturbation"][:5] == ["own", "seed-0", "seed-1", "second, seed-0", "second, seed-1"]
+    rates = {(row["classifier"], row["perturbation"]): row["fooling_rate"] for row in table}
+    assert rates["tiny", "own"] == rates["tiny", "seed-0"]
+    said = re.sub(r"\s+", " ", done.stdout + done.stderr)
+    assert re.search(
+        r"build\(classes=2\) has 2 classes, but \d+ of 20 labelled images have labels outside them, such as 2", said
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -108,7 +108,7 @@ def test_invalid_perturbation_files_are_errors_of_one_line(tmp_path):
         ("unit.npy", r"give the unit of its values: .*unit.npy:255 for pixels of 0..255, or :1 for 0..1"),
         ("unit.npy:2", r"give the unit of its values"),
         ("nan.npy:1", "reaches ±nan pixels"),
-        ("two.mat:255", r"must hold one array of shape 3×H×W or H×W×3, but holds"),
+        ("two.mat#t:255", r"must hold one array of shape 3×H×W or H×W×3, but holds \[\] under t"),
         ("text.mat:255", "cannot be read"),
         ("other.safetensors", "is not a perturbation written by jobs/compute.py"),
     ):

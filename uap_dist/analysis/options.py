@@ -22,7 +22,7 @@ class AnalyzeOptions:
     weights: str | None = None
     """File with its weights, or FILE#KEY; if not given, the published ones."""
     perturbation: str
-    """Folder or file of jobs/compute.py; FILE.mat:255 or FILE.npy:1 of others. NAME=FILE names it."""
+    """Folder or file of jobs/compute.py; FILE.mat:255, FILE.pth:1 and so on of others. NAME=FILE names it."""
     analyses: tuple[Analysis, ...] = ("phase", "boundaries", "images")
     """Fooling rate against norm; boundaries' normals and their subspace; fooling rate against number of images."""
     num_normals: int | None = None

@@ -13,9 +13,9 @@ class EvaluateOptions:
     """Measure perturbations on classifiers and images."""
 
     perturbations: tuple[str, ...] = ()
-    """Folders or files of jobs/compute.py; FILE.mat:255, FILE.npy:1 of others. NAME=FILE names one."""
+    """Folders or files of jobs/compute.py; of others with their unit: FILE.mat:255, FILE.pth:1. NAME=FILE names one."""
     pools: tuple[str, ...] = ()
-    """Folders of pools, of which all members are measured. NAME=FOLDER puts NAME before the members' names."""
+    """Pools, of which all members are measured; FOLDER:1, FILE.zip:255 of others. NAME=… puts NAME before theirs."""
     models: tuple[str, ...] = ()
     """Classifiers as [NAME=]MODEL[=WEIGHTS], as in tuned=torchvision/resnet50=tuned.safetensors."""
     shards: tuple[str, ...] = ()

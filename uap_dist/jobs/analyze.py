@@ -10,6 +10,7 @@ from uap_dist.analysis.run import check_sizes, measure, plan_sample_sizes, show
 from uap_dist.analysis.sample_size import Recipe, compute_sample_sizes
 from uap_dist.computing.provenance import describe_setup
 from uap_dist.data.patterns import expand_apart
+from uap_dist.errors import ConfigError
 from uap_dist.jobs.common import console, run_job, start_fleet
 from uap_dist.jobs.images import classify_images, list_images
 from uap_dist.models.classifier import Classifier
@@ -26,7 +27,11 @@ def main() -> None:
 
 def run(options: AnalyzeOptions, tracker: Tracker) -> None:
     """The whole job: connect, load, check, measure, save. The workers end with the process."""
-    (perturbation,) = load_perturbations([options.perturbation])
+    perturbation, *others = load_perturbations([options.perturbation])
+    if others:
+        raise ConfigError(
+            f"--perturbation {options.perturbation} holds {1 + len(others)} perturbations; give one, as FILE#KEY:UNIT"
+        )
     recipe = Recipe.of(perturbation) if "images" in options.analyses else None
     classifier = load_usable_classifier(options.model, options.weights)
     check_sizes(options, perturbation, classifier.geometry.shape, options.data.num_train_images)

@@ -10,6 +10,7 @@ from uap_dist.evaluation.options import EvaluateOptions
 from uap_dist.evaluation.report import save_evaluation, summary
 from uap_dist.fleet.fleet import Fleet
 from uap_dist.jobs.common import console, run_job, start_fleet
+from uap_dist.models.classifier import Classifier
 from uap_dist.models.loading import load_usable_classifier
 from uap_dist.perturbations.files import Perturbation, load_perturbations, split_name
 from uap_dist.perturbations.names import ModelChoice, name_models, name_sets, plain_key
@@ -17,7 +18,7 @@ from uap_dist.perturbations.pool import load_members
 from uap_dist.tracking.mlflow_run import Tracker
 from uap_dist.tracking.outputs import output_folder
 from uap_dist.versions import describe_code
-from uap_dist.workers.accuracy import check_accuracy
+from uap_dist.workers.accuracy import check_accuracy, warn_of_other_classes
 from uap_dist.workers.dataset import load_dataset
 
 
@@ -48,7 +49,8 @@ def run(options: EvaluateOptions, tracker: Tracker) -> None:
         if name != first:
             fleet.use(*models[name], weights_digest=classifiers[name].weights_digest)
             fleet.wait()
-        found[name] = [m for each in urls.items() for m in _measure(options, fleet, name, each, perturbations, tracker)]
+        own = (options, fleet, name, classifiers[name])
+        found[name] = [m for each in urls.items() for m in _measure(*own, each, perturbations, tracker)]
     measurements = [measurement for name in models for measurement in found[name]]
     save_evaluation(output, measurements)
     text = summary(measurements)
@@ -60,6 +62,7 @@ def _measure(
     options: EvaluateOptions,
     fleet: Fleet,
     model: str,
+    classifier: Classifier,
     images: tuple[str, list[str]],
     perturbations: list[Perturbation],
     tracker: Tracker,
@@ -68,6 +71,7 @@ def _measure(
     set_name, urls = images
     num, bad = options.num_images, options.max_bad_fraction
     dataset = load_dataset(fleet, urls, num_images=num, max_bad_fraction=bad, label_key=options.label_key)
+    warn_of_other_classes(classifier, dataset, model)
     if check_accuracy(fleet, dataset, model) is None:
         console.print(f"{model}, {set_name}: top-1 is not measured, {dataset.lack_of_labels}")
     tracker.log_dataset(dataset, set_name)

@@ -1,30 +1,27 @@
-"""Perturbation files: those of this package, verified against their own provenance, and published ones (.npy, .mat)."""
+"""Perturbation files: those of this package, verified against their own provenance, and published ones with their unit."""
 
-import io
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
-import torch
 from safetensors.torch import load, save
-from scipy.io import loadmat
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from uap_dist.data.locations import read_file, split_query
+from uap_dist.data.locations import join, split_query
 from uap_dist.errors import ConfigError, PerturbationError
 from uap_dist.foreign_text import first_line
 from uap_dist.method.norms import Norm, measure
-from uap_dist.perturbations.names import Parts, canonical, name_rest, parts_of
+from uap_dist.perturbations.names import Parts, canonical, name_rest, parts_of, refuse_twins
+from uap_dist.perturbations.published import load_published, split_unit
+from uap_dist.perturbations.reading import read
 
 PERTURBATION_FILE = "perturbation.safetensors"
-UNITS = {"1": 255.0, "255": 1.0}  # pixels per unit, by the largest value of the scale
-MLFLOW_SCHEMES = ("runs:/", "models:/")
-SMALLEST = 0.1  # pixels; a smaller perturbation has probably been read in the wrong unit
+ENDING = r"\.(npy|mat|pth|pt|pth\.tar|bin|safetensors|zip)(?=#|$)"  # of published files
 ROUNDING = 1e-5  # relative error allowed in a norm, because v is stored as float32
 
 
@@ -50,16 +47,16 @@ class Perturbation:
 
 
 def load_perturbations(specifications: str | Sequence[str], taken: Collection[str] = ()) -> list[Perturbation]:
-    """Load perturbations given as `[NAME=]LOCATION`, or `[NAME=]LOCATION:UNIT` for .npy and .mat files.
+    """Load perturbations given as `[NAME=]LOCATION`, or `[NAME=]LOCATION:UNIT` for those that others have published.
 
     One without a name is named after its folder (files of jobs/compute.py) or its file, preceded by as much of the path as it takes
     to be unique.
 
     Args:
         specifications: one or several.
-            LOCATION is a perturbation.safetensors or its folder, an .npy file, or a .mat file with one array; it may be
-            local, s3://, gs://, or runs:/RUN/PATH in MLflow. Arrays in .npy and .mat files are 3×H×W or H×W×3, RGB; their UNIT is
-            255 for pixels of 0..255, or 1 for values of 0..1.
+            LOCATION is a perturbation.safetensors or its folder, local, s3://, gs://, or runs:/RUN/PATH in MLflow. With a UNIT it is
+            a file of arrays or tensors, or a folder or zip of such, see `load_published`; several are named "NAME, member". The
+            UNIT of their values is 255 for pixels of 0..255, or 1 for values of 0..1.
         taken: names of other things in the same tables.
 
     Raises:
@@ -73,7 +70,9 @@ def load_perturbations(specifications: str | Sequence[str], taken: Collection[st
         if places.count(place) > 1:
             raise ConfigError(f"perturbation {location} is given twice")
     names = name_rest("perturbations", given, [_parts(location) for location in locations], taken=taken)
-    return [_load(name, location) for name, location in zip(names, locations, strict=True)]
+    found = [each for pair in zip(names, locations, strict=True) for each in _load(*pair)]
+    refuse_twins("perturbations", [each.name for each in found], taken)
+    return found
 
 
 def save_perturbation(path: Path, v: Tensor, provenance: Mapping[str, Any]) -> None:
@@ -98,27 +97,21 @@ def split_name(text: str) -> tuple[str, str]:
 
 def _parts(location: str) -> Parts:
     """The parts of the location that may name the perturbation, the most specific one last."""
-    *folders, last = parts_of(split_query(location)[0])
+    place, unit = split_unit(location)
+    *folders, last = parts_of(split_query(place)[0])
     if last == PERTURBATION_FILE and folders:
         return tuple(folders)
-    extension = PurePosixPath(last).suffix.partition(":")[0]
-    return (*folders, last.removesuffix(".safetensors") if extension not in (".npy", ".mat") else last.split(".")[0])
+    return (*folders, last.removesuffix(".safetensors") if unit is None else re.sub(ENDING, "", last))
 
 
-def _load(name: str, location: str) -> Perturbation:
-    path = PurePosixPath(split_query(location)[0])
-    extension, colon, unit = path.suffix.partition(":")
-    if extension in (".npy", ".mat"):
-        if unit not in UNITS:
-            raise PerturbationError(
-                f"{location}: give the unit of its values: {location.removesuffix(colon + unit)}:255 for pixels of 0..255, or :1 for 0..1"
-            )
-        location = location.replace(f"{extension}:{unit}", extension, 1)
-        return Perturbation(name, _published(location, extension, UNITS[unit]))
-    if extension != ".safetensors":
-        location, query = split_query(location)
-        location = f"{location.rstrip('/')}/{PERTURBATION_FILE}{query}"
-    return _own(name, location)
+def _load(name: str, location: str) -> list[Perturbation]:
+    place, unit = split_unit(location)
+    if unit is not None:
+        found = load_published(place, unit)
+        return [Perturbation(name if len(found) == 1 else f"{name}, {own}", v) for own, v in found.items()]
+    if PurePosixPath(split_query(place)[0]).suffix != ".safetensors":
+        place = join(place, PERTURBATION_FILE)
+    return [_own(name, place)]
 
 
 def _own(name: str, location: str) -> Perturbation:
@@ -129,7 +122,8 @@ def _own(name: str, location: str) -> Perturbation:
         digest, norm, radius = (provenance[key] for key in ("perturbation_sha256", "norm", "radius"))
     except Exception as error:
         raise PerturbationError(
-            f"{location} is not a perturbation written by jobs/compute.py: {first_line(error)}"
+            f"{location} is not a perturbation written by jobs/compute.py: {first_line(error)}; give others with the unit of their "
+            "values, :255 or :1"
         ) from error
     if sha256(v.numpy().tobytes()).hexdigest() != digest:
         raise PerturbationError(f"{location} is damaged: its values do not match its digest")
@@ -150,39 +144,3 @@ def check_radius(v: Tensor, norm: Norm, radius: float, location: str) -> None:
         raise PerturbationError(f"{location} holds values that are not finite")
     if measure(v, norm) > radius * (1 + ROUNDING):
         raise PerturbationError(f"{location} has {norm} norm {measure(v, norm):g}, more than its radius {radius:g}")
-
-
-def _published(location: str, extension: str, unit: float) -> Tensor:
-    file = io.BytesIO(read(location))
-    try:
-        named = {"array": np.load(file)} if extension == ".npy" else loadmat(file)
-    except Exception as error:
-        raise PerturbationError(f"{location} cannot be read: {first_line(error)}") from error
-    arrays = [value for key, value in named.items() if not key.startswith("__")]
-    array = np.squeeze(arrays[0]) if len(arrays) == 1 else np.zeros(0)
-    places = [axis for axis in (0, 2) if array.ndim == 3 and array.shape[axis] == 3]
-    if len(places) != 1:
-        raise PerturbationError(
-            f"{location} must hold one array of shape 3×H×W or H×W×3, but holds {[a.shape for a in arrays]}"
-        )
-    v = unit * torch.tensor(np.moveaxis(array, places[0], 0).astype(np.float32))
-    if not SMALLEST <= measure(v, "linf") <= 255:  # nan as well
-        raise PerturbationError(f"{location} reaches ±{measure(v, 'linf'):g} pixels of 255; is its unit right?")
-    return v
-
-
-def read(location: str) -> bytes:
-    """A whole file, local, s3://, gs:// or in MLflow (runs:/, models:/).
-
-    Raises:
-        PerturbationError: it cannot be read.
-        TrackingError: MLflow cannot provide it.
-    """
-    if location.startswith(MLFLOW_SCHEMES):
-        from uap_dist.tracking.mlflow_server import fetch  # imported here because only these locations need MLflow
-
-        location = fetch(location)
-    try:
-        return read_file(location)
-    except OSError as error:
-        raise PerturbationError(f"cannot read {error}") from error

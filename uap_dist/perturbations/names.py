@@ -162,10 +162,10 @@ def plain_key(name: str) -> str:
 
 
 def _model_parts(model: str) -> Parts:
-    """Components of a model's path; the arguments of a factory belong to the last one."""
-    path, mark, arguments = model.partition("?")
+    """Components of a model's path; the last one has the arguments of a factory, as build(depth=18, width=2)."""
+    path, _, arguments = model.partition("?")
     *folders, last = parts_of(path, r"[/\\:]")
-    return (*folders, last + mark + arguments)
+    return (*folders, f"{last}({arguments.replace('&', ', ')})" if arguments else last)
 
 
 def _is_model(text: str) -> bool:

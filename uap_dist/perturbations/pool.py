@@ -1,11 +1,12 @@
 """Pools: perturbations of one classifier as a single file with a manifest."""
 
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import combinations
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,10 @@ from uap_dist.data.locations import join, split_query
 from uap_dist.errors import ConfigError, PerturbationError
 from uap_dist.foreign_text import first_line
 from uap_dist.method.norms import check_ball
-from uap_dist.perturbations.files import Perturbation, check_radius, metadata_of, read, split_name
+from uap_dist.perturbations.files import Perturbation, check_radius, metadata_of, split_name
 from uap_dist.perturbations.names import name_rest, parts_of, refuse_twins
+from uap_dist.perturbations.published import load_published, split_unit
+from uap_dist.perturbations.reading import read
 
 POOL_FILE, MANIFEST_FILE = "pool.safetensors", "pool.json"
 SHARED = ("model", "weights_digest", "norm", "radius")  # the provenance that all members have in common
@@ -88,10 +91,15 @@ class PerturbationPool:
     def load(cls, location: str | Path) -> "PerturbationPool":
         """Load a pool from its folder or file, local, s3://, gs:// or in MLflow (runs:/RUN/pool), and verify it.
 
+        LOCATION:UNIT makes a pool of perturbations that others have published, see `load_published`. Such a pool names no network,
+        and its ball is the smallest under ℓ∞.
+
         Raises:
             PerturbationError: it is not a pool, does not match its manifest, or has values that are not finite or outside the ball.
         """
-        location = str(location)
+        location, unit = split_unit(str(location))
+        if unit is not None:
+            return cls._of_published(load_published(location, unit), location)
         if not location.partition("?")[0].endswith(".safetensors"):
             location = join(location, POOL_FILE)
         data = read(location)
@@ -113,6 +121,18 @@ class PerturbationPool:
         for member, v in zip(members, perturbations, strict=True):
             check_radius(v, shared["norm"], shared["radius"], f"{location}, member {member['name']},")
         return pool
+
+    @classmethod
+    def _of_published(cls, found: Mapping[str, Tensor], location: str) -> "PerturbationPool":
+        shapes = {tuple(v.shape) for v in found.values()}
+        if len(shapes) > 1:
+            raise PerturbationError(
+                f"{location} holds perturbations of {sorted(shapes)}: members of a pool have one size"
+            )
+        stacked = torch.stack(list(found.values()))
+        shared = {"model": None, "weights_digest": None, "norm": "linf", "radius": float(stacked.abs().max())}
+        name = PurePosixPath(split_query(location)[0]).stem
+        return cls(stacked, shared, [{"name": own or name} for own in found])
 
     def save(self, folder: Path) -> None:
         """Write pool.safetensors with the manifest in its metadata, and a readable copy of the manifest as pool.json."""
@@ -143,6 +163,8 @@ class PerturbationPool:
 
     def check_classifier(self, weights_digest: str) -> None:
         """Raise PerturbationError if the pool was computed for another network."""
+        if self.shared["weights_digest"] is None:
+            raise PerturbationError("the pool does not say for which network it was computed, as published ones do not")
         if weights_digest != self.shared["weights_digest"]:
             raise PerturbationError(
                 f"the pool was computed for {self.shared['model']} with weights {self.shared['weights_digest'][:12]}…, "
@@ -206,9 +228,8 @@ def load_members(specifications: Sequence[str], taken: Collection[str]) -> list[
             raise ConfigError(
                 f"pools {first} and {locations[number]} hold the same perturbations; leave one of them out"
             )
-    places = [
-        split_query(location)[0].removesuffix(f"/{POOL_FILE}").removesuffix(".safetensors") for location in locations
-    ]
+    places = [split_query(split_unit(location)[0])[0] for location in locations]
+    places = [re.sub(rf"(/{POOL_FILE}|\.safetensors|\.zip)$", "", place) for place in places]
     names = name_rest("pools", given, [parts_of(place) for place in places])
     unnamed = [member["name"] for name, pool in zip(given, pools, strict=True) if not name for member in pool.members]
     found = []

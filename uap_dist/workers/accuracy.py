@@ -3,10 +3,12 @@
 import logging
 
 import numpy as np
+import torch
 
 from uap_dist.errors import ClassifierError
 from uap_dist.method.rates import Rate
 from uap_dist.models.classes import UNKNOWN_CLASS
+from uap_dist.models.classifier import Classifier
 from uap_dist.workers.dataset import Dataset, classify
 from uap_dist.workers.local import Workers
 
@@ -20,6 +22,23 @@ def top1(dataset: Dataset, labels: np.ndarray) -> Rate | None:
     """Top-1 accuracy of the labels (N) on the images with a known class; None if no class is known."""
     known = dataset.truths != UNKNOWN_CLASS
     return Rate(int((labels == dataset.truths)[known].sum()), int(known.sum())) if known.any() else None
+
+
+def warn_of_other_classes(classifier: Classifier, dataset: Dataset, model: str) -> None:
+    """Warn where labels of a data set are no classes of the network, which counts as wrong in its top-1 accuracy."""
+    with torch.no_grad():
+        num_classes = classifier(torch.zeros(1, *dataset.shape)).shape[1]
+    outside = dataset.truths[dataset.truths >= num_classes]
+    if len(outside):
+        logger.warning(
+            "%s has %d classes, but %d of %d labelled images have labels outside them, such as %d: its top-1 counts them as wrong; "
+            "fooling rates need no labels",
+            model,
+            num_classes,
+            len(outside),
+            int((dataset.truths != UNKNOWN_CLASS).sum()),
+            outside[0],
+        )
 
 
 def check_accuracy(workers: Workers, dataset: Dataset, model: str) -> Rate | None:

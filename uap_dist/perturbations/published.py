@@ -1,0 +1,200 @@
+"""Perturbations that others have published: arrays and tensors in a file, or in the files of a folder or zip, in a given unit."""
+
+import io
+import json
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+from pyarrow import fs
+from scipy.io import loadmat
+from torch import Tensor
+
+from uap_dist.data.locations import explain, locate, split_query
+from uap_dist.errors import ClassifierError, PerturbationError
+from uap_dist.foreign_text import first_line
+from uap_dist.method.norms import measure
+from uap_dist.models.weights_file import choose_one, load_tensors, split_key
+from uap_dist.perturbations.names import tell_apart
+from uap_dist.perturbations.reading import read
+
+UNITS = {"1": 255.0, "255": 1.0}  # pixels per unit, by the largest value of the scale
+EXTENSIONS = (".npy", ".mat", ".pth", ".pt", ".tar", ".bin", ".safetensors")
+NAMELESS = ("model", "pytorch_model", "checkpoint", "perturbation")  # files that their folder names
+SMALLEST = 0.1  # pixels; a smaller perturbation has probably been read in the wrong unit
+AS_TANH = "delta_param"  # XTransferBench stores those of its l2 attacks as atanh of themselves
+SAVE_ALONE = "save the perturbation's tensor alone: torch.save(v, 'perturbation.pth')"
+
+
+def split_unit(location: str) -> tuple[str, float | None]:
+    """A location without its unit, and the pixels per unit; None where it has none, as this package's own files.
+
+    Raises:
+        PerturbationError: a file that only others write is given without a unit, or with an unknown one.
+    """
+    path, query = split_query(location)
+    found = re.fullmatch(r"(.+):(\w*)", path)
+    if found and found[2] in UNITS:
+        return found[1] + query, UNITS[found[2]]
+    place = found[1] if found and _is_foreign(found[1]) else path
+    if _is_foreign(place):
+        raise PerturbationError(
+            f"{location}: give the unit of its values: {place}:255 for pixels of 0..255, or :1 for 0..1"
+        )
+    return location, None
+
+
+def load_published(location: str, unit: float) -> dict[str, Tensor]:
+    """Perturbations (C×H×W float32, pixels) by name; "" names the only one of a file.
+
+    A file is .npy, .mat, .safetensors or of torch.save (.pth, .pt, .bin, .pth.tar), and holds arrays [1×]3×H×W or H×W×3, RGB, or one
+    of M×3×H×W; FILE#KEY takes one. Others beside them are left out if only one is a perturbation. In a folder or zip, those of all
+    such files are taken, and the `epsilon` in a config.json beside one limits its values, as in XTransferBench's zoo.
+
+    Args:
+        location: without its unit; local, s3://, gs:// or in MLflow.
+        unit: pixels per unit.
+
+    Raises:
+        PerturbationError: a file cannot be read, holds no perturbation, or several that are not all it holds; or its unit is wrong.
+    """
+    path, key = split_key(location)
+    place = split_query(path)[0]
+    if PurePosixPath(place).suffix in EXTENSIONS:
+        found = _take(_parse(read(path), path), key, path)
+        return {name: _in_pixels(v, unit, f"{path} {name}".strip()) for name, v in found.items()}
+    files = _unzip(read(path), path) if place.endswith(".zip") else dict(_folder(path))
+    return _load_files(files, unit, path)
+
+
+def _is_foreign(path: str) -> bool:
+    place = path.partition("#")[0]
+    return PurePosixPath(place).suffix in {*EXTENSIONS, ".zip"} - {".safetensors"}
+
+
+def _load_files(files: Mapping[str, bytes], unit: float, path: str) -> dict[str, Tensor]:
+    members: dict[tuple[str, ...], Tensor] = {}
+    for name, data in files.items():
+        file = PurePosixPath(name)
+        if file.suffix not in EXTENSIONS:
+            continue
+        where = f"{path}, {name}"
+        limit = _epsilon(files.get(str(file.parent / "config.json"), b"{}"))
+        stem = file.name.partition(".")[0] if file.suffix == ".tar" else file.stem
+        parts = file.parent.parts if stem in NAMELESS and file.parent.parts else (*file.parent.parts, stem)
+        for key, array in _take(_parse(data, where), "", where).items():
+            clipped = array if limit is None else array.clip(-limit, limit)
+            members[(*parts[:-1], f"{parts[-1]}-{key}" if key else parts[-1])] = _in_pixels(clipped, unit, where)
+    if not members:
+        raise PerturbationError(f"{path} holds no file of a perturbation ({', '.join(EXTENSIONS)})")
+    names = tell_apart(list(members), separator="-")
+    return dict(zip(names, members.values(), strict=True))
+
+
+def _epsilon(config: bytes) -> float | None:
+    try:
+        epsilon = json.loads(config).get("epsilon")
+    except (ValueError, AttributeError):
+        return None
+    return float(epsilon) if isinstance(epsilon, int | float) else None
+
+
+def _unzip(data: bytes, path: str) -> dict[str, bytes]:
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            names = [each for each in archive.namelist() if not each.endswith("/") and _is_visible(each)]
+            return {name: archive.read(name) for name in sorted(names)}
+    except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:  # encrypted; an unknown compression
+        raise PerturbationError(f"{path} cannot be unpacked: {first_line(error)}") from error
+
+
+def _folder(path: str) -> Iterator[tuple[str, bytes]]:
+    """Name within the folder and content of each of its files, of subfolders too."""
+    filesystem, place = locate(path)
+    try:
+        if filesystem.get_file_info(place).type != fs.FileType.Directory:
+            raise PerturbationError(
+                f"{path} is no folder, and no file of a kind that holds perturbations ({', '.join(EXTENSIONS)}, .zip)"
+            )
+        infos = filesystem.get_file_info(fs.FileSelector(place, recursive=True))
+        for info in sorted(infos, key=lambda each: each.path):
+            name = info.path.removeprefix(place.rstrip("/") + "/")
+            if info.type == fs.FileType.File and _is_visible(name):
+                with filesystem.open_input_stream(info.path, compression=None) as stream:
+                    yield name, stream.read()
+    except OSError as error:
+        raise PerturbationError(f"cannot read {explain(path, error)}") from error
+
+
+def _is_visible(name: str) -> bool:
+    return not any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(name).parts)
+
+
+def _parse(data: bytes, path: str) -> Any:
+    extension = PurePosixPath(split_query(path)[0]).suffix
+    try:
+        if extension == ".npy":
+            return np.load(io.BytesIO(data))
+        if extension == ".mat":
+            return {key: value for key, value in loadmat(io.BytesIO(data)).items() if not key.startswith("__")}
+        return load_tensors(data, path, SAVE_ALONE)
+    except ClassifierError as error:
+        raise PerturbationError(str(error)) from error
+    except Exception as error:  # of NumPy and SciPy
+        raise PerturbationError(f"{path} cannot be read: {first_line(error)}") from error
+
+
+def _take(value: Any, key: str, path: str) -> dict[str, np.ndarray]:
+    """The perturbations (C×H×W) in a file's contents by their keys, "" for the only one."""
+    arrays = dict(_arrays(value))
+    if key:
+        arrays = {name: array for name, array in arrays.items() if name == key or name.startswith(f"{key}.")}
+    found = {name: v for name, array in arrays.items() if (v := _to_chw(array)) is not None}
+    if len(arrays) == 1 and not found:
+        (several,) = arrays.values()
+        stack = [_to_chw(array) for array in several] if several.ndim == 4 else []
+        found = {str(number): v for number, v in enumerate(stack) if v is not None}
+        if found:
+            return found
+    if len(found) == 1:
+        return {"": next(iter(found.values()))}
+    if found and len(found) == len(arrays):
+        return {name.replace("/", "-"): v for name, v in found.items()}
+    if found:
+        raise PerturbationError(choose_one(path, list(found)))
+    raise PerturbationError(
+        f"{path} must hold one array of shape 3×H×W or H×W×3, but holds {[a.shape for a in arrays.values()]}"
+        + (f" under {key}" if key else "")
+    )
+
+
+def _arrays(value: Any, name: str = "") -> Iterator[tuple[str, np.ndarray]]:
+    """Arrays by the keys that lead to them; the state of optimisers is skipped, which has integers as keys."""
+    if isinstance(value, Tensor):
+        yield name, (torch.tanh(value.detach()) if name.endswith(AS_TANH) else value.detach()).float().numpy()
+    elif isinstance(value, np.ndarray):
+        yield name, value
+    elif isinstance(value, Mapping | list | tuple):
+        pairs = value.items() if isinstance(value, Mapping) else ((str(i), each) for i, each in enumerate(value))
+        for key, each in pairs:
+            if isinstance(key, str):
+                yield from _arrays(each, f"{name}.{key}" if name else key)
+
+
+def _to_chw(array: np.ndarray) -> np.ndarray | None:
+    """The array as C×H×W, if it is a perturbation in either layout; None otherwise."""
+    array = np.squeeze(array)
+    places = [axis for axis in (0, 2) if array.ndim == 3 and array.shape[axis] == 3]
+    is_numeric = np.issubdtype(array.dtype, np.number)
+    return np.moveaxis(array, places[0], 0) if len(places) == 1 and is_numeric else None
+
+
+def _in_pixels(array: np.ndarray, unit: float, where: str) -> Tensor:
+    v = unit * torch.tensor(array.astype(np.float32))
+    if not SMALLEST <= measure(v, "linf") <= 255:  # nan as well
+        raise PerturbationError(f"{where} reaches ±{measure(v, 'linf'):g} pixels of 255; is its unit right?")
+    return v

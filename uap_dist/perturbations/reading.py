@@ -1,0 +1,23 @@
+"""Reading a file of perturbations, wherever it lies."""
+
+from uap_dist.data.locations import read_file
+from uap_dist.errors import PerturbationError
+
+MLFLOW_SCHEMES = ("runs:/", "models:/")
+
+
+def read(location: str) -> bytes:
+    """A whole file, local, s3://, gs:// or in MLflow (runs:/, models:/).
+
+    Raises:
+        PerturbationError: it cannot be read.
+        TrackingError: MLflow cannot provide it.
+    """
+    if location.startswith(MLFLOW_SCHEMES):
+        from uap_dist.tracking.mlflow_server import fetch  # imported here because only these locations need MLflow
+
+        location = fetch(location)
+    try:
+        return read_file(location)
+    except OSError as error:
+        raise PerturbationError(f"cannot read {error}") from error
