@@ -15,7 +15,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision.models import ResNet50_Weights, resnet18, resnet50
 
-from uap_dist.data.decode import Geometry, _decode
+from uap_dist.data.decode import Geometry, load_shard
+from uap_dist.data.write import write_shards
 from uap_dist.errors import ClassifierError
 from uap_dist.foreign_text import redact
 from uap_dist.models.check import check_classifier
@@ -118,7 +119,7 @@ def test_timm_reads_a_folder_as_it_saves_one_and_its_crop_mode(tmp_path):
 @pytest.mark.parametrize("mode", ["center", "squash", "border"])
 @pytest.mark.parametrize("crop_pct", [0.875, 1.0])
 @pytest.mark.parametrize("size", [(97, 61), (40, 55), (31, 31)])
-def test_crop_modes_are_those_of_timm(mode, crop_pct, size):
+def test_crop_modes_are_those_of_timm(tmp_path, mode, crop_pct, size):
     data = pytest.importorskip("timm").data
     mean = (0.5, 0.4, 0.3)
     transform = data.create_transform(
@@ -127,7 +128,8 @@ def test_crop_modes_are_those_of_timm(mode, crop_pct, size):
     pixels = np.random.default_rng(0).integers(0, 256, (*size, 3)).astype(np.uint8)
     geometry = Geometry(int(32 / crop_pct), 32, "bicubic", mode, (128, 102, 76) if mode == "border" else (0, 0, 0))
     expected = transform(Image.fromarray(pixels)).numpy()
-    assert np.array_equal(_decode({"png": encode(pixels)}, geometry), expected)
+    write_shards([{"__key__": "a", "png": encode(pixels)}], tmp_path, prefix="s", shard_size=1)
+    assert np.array_equal(load_shard(str(tmp_path / "s-0000.tar"), geometry).images[0], expected)
 
 
 OUTPUTS = """
