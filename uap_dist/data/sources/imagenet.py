@@ -7,7 +7,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath, PurePosixPath
 from typing import IO, Any, TypeVar
 
@@ -30,22 +30,30 @@ class SourceImage:
     Attributes:
         key: of its sample.
         extension: of the image format, lower case, without a dot.
-        label: class index.
+        label: class index; None if it is not known.
         path: of the file.
         offset: of the image in the file, bytes.
         size: bytes; None for the whole file.
+        origin: where the image comes from, for messages; empty for what path and key say.
     """
 
     key: str
     extension: str
-    label: int
+    label: int | None
     path: Path
     offset: int = 0
     size: int | None = None
+    origin: str = ""
+
+    def labelled(self, label: int | None) -> "SourceImage":
+        """The same image with this label."""
+        return replace(self, label=label)
 
     @property
     def place(self) -> str:
         """File and key, for messages."""
+        if self.origin:
+            return self.origin
         return str(self.path) if self.size is None else f"{self.path}: {self.key}"
 
     def read(self) -> bytes:
@@ -178,7 +186,8 @@ def shuffled_samples(images: Sequence[SourceImage], seed: int) -> Iterator[dict[
         image = images[i]
         data = image.read()
         if _is_image(data):
-            yield {"__key__": image.key, image.extension: data, "cls": image.label}
+            label = {} if image.label is None else {"cls": image.label}
+            yield {"__key__": image.key, image.extension: data, **label}
         else:
             broken.append(image.place)
     if broken:
