@@ -3,10 +3,11 @@
 import os
 from concurrent.futures import Future
 from dataclasses import replace
+from threading import Timer
 
 import pytest
 import torch
-from conftest import random_samples
+from conftest import random_samples, tiny_worker
 from fleets import load, make_fleet, worker_processes
 
 from uap_dist.computing.provenance import check_resumed, with_held_out
@@ -33,6 +34,35 @@ def test_the_first_rounds_need_no_held_out_images_and_nothing_else_changes(local
     assert torch.equal(found[-1].perturbation, expected[-1].perturbation)
     rates = [[r.evaluation and (r.evaluation.train, r.evaluation.val) for r in each] for each in (found, expected)]
     assert rates[0] == rates[1] and sum(rate is not None for rate in rates[0]) == 2
+
+
+def test_rounds_go_on_where_a_measurement_waits_for_held_out_images(local_workers, tiny_data):
+    train, val = tiny_data
+    config = replace(CONFIG, max_passes=6, evaluate_every=None)
+    coming = Future()
+    alarm = Timer(60, lambda: coming.done() or coming.set_exception(TimeoutError()))  # rounds waited
+    alarm.start()
+
+    class Workers(type(local_workers)):
+        num_rounds = 0
+
+        def map(self, method, tasks, *shared):
+            self.num_rounds += method is Worker.solve
+            if self.num_rounds == 8 and not coming.done():
+                coming.set_result(val)
+            return super().map(method, tasks, *shared)
+
+    found = list(compute(Workers(tiny_worker()), train, coming, config))
+    alarm.cancel()
+    expected = list(compute(local_workers, train, val, config))
+    assert len(found) == len(expected) and expected[0].evaluation is not None
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours.round_number, ours.fooling, ours.is_last) == (theirs.round_number, theirs.fooling, theirs.is_last)
+        assert (ours.evaluation is None) == (theirs.evaluation is None)
+        if theirs.evaluation is not None:
+            assert ours.evaluation.val == theirs.evaluation.val and torch.equal(ours.perturbation, theirs.perturbation)
+    with_arrays = [report.has_arrays for report in found]
+    assert not all(with_arrays[:8]) and all(with_arrays[8:])
 
 
 def test_what_is_wrong_with_held_out_images_ends_the_run_before_its_next_round(local_workers, tiny_data, tmp_path):

@@ -1,7 +1,7 @@
 """The loop over rounds, with the measurements in between."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from itertools import islice
@@ -33,16 +33,16 @@ def compute(
     Args:
         workers: compute the increments and the fooling rates.
         train: training images with their clean predictions.
-        val: held-out images with their clean predictions. If they are still to come, the first measurement waits for them, and
-            what goes wrong with them ends the computation before its next round.
+        val: held-out images with their clean predictions. If they are still to come, reports wait for them from the first one on
+            that has a measurement, while rounds go on, and what goes wrong with them ends the computation before its next round.
         config: options of the computation.
         state: to resume, the `state` of the report after which to go on, which must not have been the last one.
         num_computations: how many computations now use the workers, this one included; see `Sharing`.
 
     Yields:
         A report for each round; that of the last round has an evaluation on all images. Each holds v, the momentum and the
-        perturbation, together 3 MB at 224×224, so keep only the last one. Rounds within a span come without these arrays
-        (see `RoundReport.has_arrays`); a worker in this process computes no spans.
+        perturbation, together 3 MB at 224×224, so keep only the last one. Rounds within a span, and those that waited for
+        held-out images, come without these arrays (see `RoundReport.has_arrays`); a worker in this process computes no spans.
 
     Raises:
         ConfigError: there are fewer training images than in a block, the evaluations do not allow one round, or the images of
@@ -53,24 +53,57 @@ def compute(
     before = state or State.start(train.shape, train.num_examples, config)
     sharing = Sharing(workers, train.num_bytes, num_computations)
     upcoming = _Upcoming(train, plan, before.num_rounds)
+    waiting = _Waiting(workers, train, held_out, plan)
     while True:
         if held_out.done():
             check_shapes(train, held_out.result())
         reports = _advance(workers, upcoming, before, plan, sharing)
         last_round = upcoming.take(len(reports))
-        yield from reports[:-1]
-        before, report = reports[-2].state if len(reports) > 1 else before, reports[-1]
-        ends = plan.ends_with(report.state)
-        if ends or plan.is_due(last_round, before, report.state):
-            check_shapes(train, held_out.result())
-            images = (train, held_out.result()) if ends else plan.measurements.choose(train, held_out.result())
-            report = replace(report, evaluation=evaluate(workers, *images, report.perturbation))
-        train_rate = report.evaluation.train if report.evaluation is not None else None
-        is_last = ends or (train_rate is not None and train_rate.rate >= config.target_fooling_rate)
-        before = report.state
-        yield replace(report, is_last=is_last)
-        if is_last:
-            return
+        start, before = reports[-2].state if len(reports) > 1 else before, reports[-1].state
+        ends = plan.ends_with(before)
+        waiting.add(reports, is_due=ends or plan.is_due(last_round, start, before))
+        if ends or not waiting.is_for_images:
+            for report in waiting.take(ends):
+                yield report
+                if report.is_last:
+                    return
+
+
+class _Waiting:
+    """Reports on their way to the caller, from the first one on that is to be measured while held-out images are still to come."""
+
+    def __init__(self, workers: Workers, train: Dataset, held_out: Future[Dataset], plan: RunPlan) -> None:
+        self._workers, self._train, self._held_out, self._plan = workers, train, held_out, plan
+        self._reports: list[RoundReport] = []
+        self._due: set[int] = set()  # their numbers of rounds
+
+    @property
+    def is_for_images(self) -> bool:
+        """Whether rounds go on meanwhile: not where the fooling rate may end the run."""
+        return bool(self._due) and self._plan.measurements.num_images is not None and not self._held_out.done()
+
+    def add(self, reports: Sequence[RoundReport], *, is_due: bool) -> None:
+        """Add reports, the last of which may be due for a measurement. Of those before, only such reports keep their arrays."""
+        if self._reports and self._reports[-1].round_number not in self._due:
+            self._reports[-1] = self._reports[-1].without_arrays()
+        self._reports += reports
+        if is_due:
+            self._due.add(reports[-1].round_number)
+
+    def take(self, ends: bool) -> Iterator[RoundReport]:
+        """All reports, measured where that is due, once the images are there; `ends`: the last one ends the run."""
+        reports, due, self._reports, self._due = self._reports, self._due, [], set()
+        for report in reports:
+            if report.round_number not in due:
+                yield report
+                continue
+            is_last = ends and report is reports[-1]
+            val = self._held_out.result()
+            check_shapes(self._train, val)
+            images = (self._train, val) if is_last else self._plan.measurements.choose(self._train, val)
+            evaluation = evaluate(self._workers, *images, report.perturbation)
+            reached = evaluation.train is not None and evaluation.train.rate >= self._plan.config.target_fooling_rate
+            yield replace(report, evaluation=evaluation, is_last=is_last or reached)
 
 
 def _advance(
