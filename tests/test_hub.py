@@ -4,14 +4,18 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from conftest import TINY
 from hub import STRANGER, TOKEN, hub
+from processes import environment
 
 pytest.importorskip("huggingface_hub")
 UNKNOWN = "hf_" + "z0Z0z0Z0z0" * 4
 SCRIPT = """
 import sys
+from pathlib import Path
 from uap_dist.data.fetch import fetch
 from uap_dist.data.patterns import expand_patterns
 from uap_dist.errors import UapDistError
@@ -111,3 +115,26 @@ def test_a_hub_that_does_not_answer_is_tried_again(tmp_path):
     assert re.search(
         "http://127.0.0.1:9 does not answer .*; look at the network and HF_ENDPOINT; 5 attempts failed", said[0]
     )
+
+
+@pytest.mark.slow
+def test_a_job_reads_from_the_hub_and_keeps_no_token(shards, tmp_path):
+    files = {path.name: path.read_bytes() for path in shards.iterdir()}
+    data = (
+        "--train-shards",
+        "hf://datasets/me/gated/train-*.tar",
+        "--val-shards",
+        "hf://datasets/me/gated/val-0000.tar",
+    )
+    job = Path(__file__).parents[1] / "jobs/compute.py"
+    options = ("--model", TINY, "--num-workers", "1", "--max-evaluations", "120", "--output", "out")
+    with hub({"me/gated": files}, gated=("me/gated",)) as server:
+        settings = {"HF_ENDPOINT": server.address, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN}
+        # a process of its own, in which huggingface_hub is not imported yet
+        done = subprocess.run(
+            [sys.executable, str(job), *options, *data],
+            cwd=tmp_path, env=environment(**settings), capture_output=True, text=True, timeout=200,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "MLflow: " in done.stdout and TOKEN not in done.stdout + done.stderr
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]

@@ -15,8 +15,10 @@ import mlflow.pytorch
 import numpy as np
 import torch
 from mlflow.data.dataset_source_registry import resolve_dataset_source
+from mlflow.data.http_dataset_source import HTTPDatasetSource
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import Metric, Param, Run, RunTag
+from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
 
@@ -141,9 +143,13 @@ class Tracker:
     @calls_mlflow
     def log_dataset(self, dataset: Dataset, context: str) -> None:
         """Log a dataset input: URL of the first shard, digest and size; `context` is its role, such as training."""
+        url = dataset.shards[0].url
         with warnings.catch_warnings():  # MLflow warns that two of its sources fit a local file; both are right
             warnings.simplefilter("ignore", UserWarning)
-            source = resolve_dataset_source(dataset.shards[0].url)
+            try:
+                source = resolve_dataset_source(url)
+            except MlflowException:  # it knows no URLs of this kind, as hf://
+                source = HTTPDatasetSource(url)
         entry = MetaDataset(  # type: ignore[abstract]  # a class of MLflow that leaves an unused method abstract
             source, name=f"{context}-{dataset.num_examples}", digest=dataset.digest[:32]
         )

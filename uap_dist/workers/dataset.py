@@ -314,9 +314,9 @@ def _check_labels(dataset: Dataset, label_key: str | None) -> None:
         raise ConfigError(f"no image has a usable label under {label_key!r} (--label-key); the first: {first}")
     if odd:
         logger.warning(
-            "%d labels mean no class of the network, so these images do not count for top-1: %s",
+            "%d labels mean no class of the network, so these images do not count for top-1; the first: %s",
             len(odd),
-            first_few(odd),
+            odd[0],
         )
 
 
