@@ -214,7 +214,7 @@ def test_a_training_that_diverges_says_so(tiny_data, pool):
 @pytest.mark.parametrize(
     ("label", "message"),
     [
-        (lambda cls: None, "20 of 20 training images have no label; give shards with .cls"),
+        (lambda cls: None, "for 20 of 20 training images there are no labels; give shards with .cls"),
         (lambda cls: 17, "20 of 20 training images have labels outside the network's 4 classes, such as 17"),
         (
             lambda cls: 0,
