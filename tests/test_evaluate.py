@@ -164,6 +164,17 @@ def test_what_others_made_is_measured_under_names_of_ones_choice(shards, tmp_pat
     assert names["perturbation"][:5] == ["own", "seed-0", "seed-1", "second, seed-0", "second, seed-1"]
     rates = {(row["classifier"], row["perturbation"]): row["fooling_rate"] for row in table}
     assert rates["tiny", "own"] == rates["tiny", "seed-0"]
+    covered = pq.read_table(tmp_path / "out/tables/coverage.parquet").to_pylist()
+    assert [(row["pool"], row["num_members"]) for row in covered if row["classifier"] == "tiny"] == [
+        *(("one", 1), ("one", 2)),
+        *(("second", 1), ("second", 2)),
+    ]
+    assert covered[0]["covered"] == max(rates["tiny", "seed-0"], rates["tiny", "seed-1"]) <= covered[1]["covered"]
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    assert run.data.metrics["coverage/one/tiny/mine"] == covered[1]["covered"]
+    assert "at least one member of **second** fools" in run.data.tags["mlflow.note.content"]
+    assert len(list((tmp_path / "out/pictures").glob("3-coverage-*.png"))) == 6
     said = re.sub(r"\s+", " ", done.stdout + done.stderr)
     assert re.search(
         r"build\(classes=2\) has 2 classes, but \d+ of 20 labelled images have labels outside them, such as 2", said

@@ -6,6 +6,8 @@ import time
 from hashlib import sha256
 
 import mlflow
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import tiny_worker
@@ -118,8 +120,21 @@ def test_the_pool_says_how_good_and_how_diverse_it_is(resumed):
     manifest = json.loads((folder / "out/pool/pool.json").read_text())
     assert [member["seed"] for member in manifest["members"]] == list(SEEDS)
     assert all(member["val_fooling_rate_interval"] and member["git_commit"] for member in manifest["members"])
+    fooled = [
+        pq.read_table(folder / f"out/members/seed-{seed}/tables/held-out-examples.parquet")["is_fooled"].to_numpy()
+        for seed in SEEDS
+    ]
+    with (folder / "out/tables/coverage.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert float(rows[-1]["covered"]) == said["val_coverage"] == np.any(fooled, 0).mean()
+    assert float(rows[0]["covered"]) == max(each.mean() for each in fooled) and len(rows) == len(SEEDS)
+    assert float(rows[-1]["covered_random_linf"]) == said["val_coverage_random_by_norm"]["linf"]
+    with (folder / "out/tables/coverage-by-class.csv").open() as file:
+        assert sum(int(row["covered_num_images"]) for row in csv.DictReader(file)) == said["num_val_images"]
     client, _ = runs(folder)
     run = client.get_run(pool_id)
+    assert run.data.metrics["pool/val_coverage"] == said["val_coverage"]
+    assert "pictures/4-coverage.png" in {a.path for a in client.list_artifacts(pool_id, "pictures")}
     assert run.data.metrics["pool/largest_inner_product"] == nearest
     assert "seed-4" in run.data.tags["mlflow.note.content"] and "diverse" in run.data.tags["mlflow.note.content"]
     assert {a.path for a in client.list_artifacts(pool_id)} == {"pool", "pictures", "tables", "result.json"}

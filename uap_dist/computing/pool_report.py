@@ -3,21 +3,27 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
 from uap_dist.computing import plots
-from uap_dist.computing.report import ROUNDS_FILE, name_random_rates
-from uap_dist.evaluation.plots import save_matrix
+from uap_dist.computing.report import EXAMPLES_FILE, ROUNDS_FILE, name_random_rates
+from uap_dist.evaluation.coverage import Coverage, class_rows, coverage_rows, measure_random_coverage
+from uap_dist.evaluation.plots import save_coverage, save_matrix
 from uap_dist.foreign_text import escape_markdown
+from uap_dist.method.norms import SYMBOLS, Norm
 from uap_dist.method.rates import Rate
 from uap_dist.perturbations.files import load_perturbations
 from uap_dist.perturbations.pool import DIVERSE, PerturbationPool
 from uap_dist.tracking.outputs import RESULT_FILE, markdown_table, writes_files
+from uap_dist.workers.dataset import Dataset
+from uap_dist.workers.local import Workers
 
 POOL_FOLDER = "pool"
 MEMBERS_FOLDER = "members"
@@ -32,21 +38,33 @@ class FinishedPool:
         pool: of all members.
         results: of each member, what its result.json says.
         rounds: metrics of each member's rounds.
+        examples: of each member, its table of held-out examples.
+        random_coverage: of as many random perturbations, by the norm that they share with the members.
         mlflow_run_id: where the pool is logged.
     """
 
     pool: PerturbationPool
     results: Mapping[str, Mapping[str, Any]]
     rounds: Mapping[str, Sequence[Mapping[str, float]]]
+    examples: Mapping[str, pa.Table]
+    random_coverage: Mapping[Norm, Coverage]
     mlflow_run_id: str
 
     @classmethod
-    def of(cls, folders: Mapping[str, Path], mlflow_run_id: str) -> "FinishedPool":
-        """Load the members from their folders, by name."""
+    def of(cls, folders: Mapping[str, Path], workers: Workers, val: Dataset, mlflow_run_id: str) -> "FinishedPool":
+        """Load the members from their folders, by name, and measure random perturbations beside them."""
         pool = PerturbationPool.of(load_perturbations([f"{name}={folder}" for name, folder in folders.items()]))
         results = {name: json.loads((folder / RESULT_FILE).read_text()) for name, folder in folders.items()}
         rounds = {name: pq.read_table(folder / "tables" / ROUNDS_FILE).to_pylist() for name, folder in folders.items()}
-        return cls(pool, results, rounds, mlflow_run_id)
+        examples = {name: pq.read_table(folder / "tables" / EXAMPLES_FILE) for name, folder in folders.items()}
+        random = measure_random_coverage(workers, val, pool.perturbations)
+        return cls(pool, results, rounds, examples, random, mlflow_run_id)
+
+    @cached_property
+    def coverage(self) -> Coverage:
+        """Which held-out images each member fools."""
+        fooled = [table["is_fooled"].to_numpy() for table in self.examples.values()]
+        return Coverage(list(self.examples), np.stack(fooled))
 
     @property
     def mean_rate(self) -> float:
@@ -71,6 +89,8 @@ class FinishedPool:
             "val_fooling_rate_random": first["val_fooling_rate_random"],
             "val_fooling_rate_random_by_norm": first["val_fooling_rate_random_by_norm"],
             "num_val_images": first["num_val_images"],
+            "val_coverage": self.coverage.rates[-1].rate,
+            "val_coverage_random_by_norm": {norm: each.rates[-1].rate for norm, each in self.random_coverage.items()},
             "largest_inner_product": value,
             "nearest_pair": pair,
             "is_diverse": value <= DIVERSE,
@@ -83,6 +103,8 @@ class FinishedPool:
         """The pool's metrics by their names in MLflow."""
         return {
             "pool/mean_val_fooling_rate": self.mean_rate,
+            "pool/val_coverage": self.coverage.rates[-1].rate,
+            **{f"pool/val_coverage_random/{n}": each.rates[-1].rate for n, each in self.random_coverage.items()},
             "pool/largest_inner_product": self.pool.nearest_pairs()[0][0],
             "pool/num_perturbations": float(len(self.results)),
         }
@@ -97,14 +119,21 @@ class FinishedPool:
             f"{escape_markdown(a)} and {escape_markdown(b)} ({product:z.2f})" for product, (a, b) in pairs
         )
         random = ", of the ".join(f"{name}: {rate}" for name, rate in self.random_rates.items())
+        together = {norm: each.rates[-1] for norm, each in self.random_coverage.items()}
+        chance = ", of the ".join(
+            f"{name}: {rate.rate:.3f}" for name, rate in name_random_rates(p["norm"], together).items()
+        )
         verdict = "diverse" if value <= DIVERSE else "**not diverse**"
         return (
             f"Pool of {len(self.results)} universal perturbations of **{model}**, {p['norm']} ≤ {p['radius']:g} pixels. "
             f"Mean held-out fooling rate **{self.mean_rate:.3f}**; a random perturbation of the {random}. "
+            f"At least one member fools {self.coverage.rates[-1]}, the first alone {self.coverage.rates[0].rate:.3f}; as many random "
+            f"perturbations of the {chance}. "
             f"By the paper's criterion (normalised inner products of at most {DIVERSE:g}) the pool is {verdict}: "
             f"the largest is {value:z.2f}. Nearest: {named}.\n\n"
             f"{self.markdown()}\n\n"
-            "Look at the pictures in the order of their names (curves, inner products, the members); each member's run lies below this one."
+            "Look at the pictures in the order of their names (curves, inner products, members, coverage); each member's run lies "
+            "below this one."
         )
 
     def markdown(self) -> str:
@@ -137,6 +166,15 @@ def save_pool(folder: Path, finished: FinishedPool) -> None:
     title = "normalised inner products of members"
     save_matrix(folder / "pictures/2-inner-products.png", products, names, names, title=title, limits=(0, 1))
     plots.save_perturbations(folder / "pictures/3-members.png", pool.perturbations, names)
+    random_coverage = {SYMBOLS[norm]: each for norm, each in finished.random_coverage.items()}
+    save_coverage(folder / "pictures/4-coverage.png", finished.coverage, random_coverage, "What the pool covers")
+    clean = next(iter(finished.examples.values()))
+    classes = class_rows(finished.coverage, clean["clean_label"].to_numpy(), clean["clean_name"].to_pylist())
+    for name, rows in (
+        ("coverage", coverage_rows(finished.coverage, finished.random_coverage)),
+        ("coverage-by-class", classes),
+    ):
+        pyarrow.csv.write_csv(pa.Table.from_pylist(rows), folder / f"tables/{name}.csv")
     table = pa.table({"member": names, **dict(zip(names, products.T, strict=True))})
     pyarrow.csv.write_csv(table, folder / "tables/inner-products.csv")
     members: list[dict[str, Any]] = [

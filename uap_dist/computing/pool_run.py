@@ -75,7 +75,7 @@ def compute_all(
             plans = plan_members(options, output)
             members = open_members(setting, plans, storage, checkpoint.job, tracker, stack)
             compute_members(setting, members, tracker)
-            pool = FinishedPool.of({name: plan.folder for name, plan in plans.items()}, tracker.run_id)
+            pool = finish_pool(setting, plans, tracker)
             save_pool(output, pool)
         publish(output, storage)
         with deliverable(output, storage):
@@ -183,6 +183,12 @@ def record_held_out(tracker: Tracker, setting: Setting) -> None:
     val = setting.held_out.result()
     tracker.log_params(describe_held_out(setting.train, val))
     tracker.log_dataset(val, "held-out")
+
+
+def finish_pool(setting: Setting, plans: Mapping[str, MemberPlan], tracker: Tracker) -> FinishedPool:
+    """The pool of these members, which are computed."""
+    folders = {name: plan.folder for name, plan in plans.items()}
+    return FinishedPool.of(folders, setting.fleet, setting.held_out.result(), tracker.run_id)
 
 
 def deliver_members(setting: Setting, members: Mapping[str, TrackedRun]) -> None:

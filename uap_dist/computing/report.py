@@ -28,6 +28,7 @@ from uap_dist.workers.local import Workers
 from uap_dist.workers.worker import Worker
 
 ROUNDS_FILE = "rounds.parquet"
+EXAMPLES_FILE = "held-out-examples.parquet"
 NUM_PICTURED = 8
 NUM_CSV_ROWS = 100
 NUM_DOMINANT_LABELS = 5
@@ -197,7 +198,7 @@ def _save_pictures(folder: Path, run: FinishedRun, workers: Workers) -> None:
 def _save_tables(folder: Path, run: FinishedRun) -> None:
     """Write a table of held-out examples and one of rounds."""
     examples = _table_of_examples(run)
-    pq.write_table(examples, folder / "held-out-examples.parquet")
+    pq.write_table(examples, folder / EXAMPLES_FILE)
     # MLflow's page shows CSV but not Parquet
     pyarrow.csv.write_csv(examples.slice(0, NUM_CSV_ROWS), folder / "held-out-examples-first-rows.csv")
     names = list(dict.fromkeys(name for record in run.history for name in record.metrics))

@@ -1,8 +1,9 @@
 """How well perturbations work: fooling rate and top-1 accuracy of any perturbation on a classifier and a dataset."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +30,7 @@ class Measurement:
         fooling: fooling rate over all images.
         top1_clean, top1: top-1 accuracy without and with the perturbation, over the images whose class is known; None if there
             are none.
+        is_fooled: N images, bool.
     """
 
     classifier: str
@@ -41,6 +43,7 @@ class Measurement:
     fooling: Rate
     top1_clean: Rate | None
     top1: Rate | None
+    is_fooled: np.ndarray = field(default_factory=lambda: np.zeros(0, bool), repr=False, compare=False)
 
 
 def measure_perturbations(
@@ -79,6 +82,7 @@ def measure_perturbations(
                 fooling_rate(dataset, labels),
                 top1(dataset, dataset.clean.labels),
                 top1(dataset, labels.labels),
+                labels.labels != dataset.clean.labels,
             )
 
 

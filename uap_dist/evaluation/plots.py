@@ -1,13 +1,15 @@
 """Figures of an evaluation: heat maps, fooling rate against norm, and the label graph."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import networkx as nx
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
+from uap_dist.evaluation.coverage import Coverage
 from uap_dist.evaluation.evaluate import Measurement
 from uap_dist.figures import readable, save_figure
 
@@ -54,6 +56,25 @@ def save_rates_by_norm(path: Path, measurements: Sequence[Measurement]) -> None:
         axes.grid(alpha=0.3)
     panels[0][0].set_ylabel("fooling rate")
     panels[0][0].legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def save_coverage(path: Path, coverage: Coverage, random: Mapping[str, Coverage], name: str) -> None:
+    """Draw the share of images that at least one member fools against the number of members, beside that of random perturbations."""
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    numbers = range(1, len(coverage.names) + 1)
+    for label, each, line in (
+        ("members", coverage, "-"),
+        *((f"random, same {n} norm", c, "--") for n, c in random.items()),
+    ):
+        low, high = zip(*(rate.interval for rate in each.rates), strict=True)
+        axes.plot(numbers, [rate.rate for rate in each.rates], line, marker="o", label=label)
+        axes.fill_between(numbers, low, high, alpha=0.15)
+    axes.set(xlabel="members, taken greedily", ylabel="images that at least one fools", ylim=(0, 1))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title(f"{readable(name)}: {coverage.is_fooled.shape[1]} images, 95 % intervals", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend()
     save_figure(figure, path)
 
 

@@ -9,8 +9,10 @@ import pyarrow as pa
 import pyarrow.csv
 
 from uap_dist.evaluation import plots
+from uap_dist.evaluation.coverage import PoolCoverage, coverage_rows
 from uap_dist.evaluation.evaluate import Measurement
 from uap_dist.foreign_text import escape_markdown
+from uap_dist.method.norms import SYMBOLS
 from uap_dist.method.rates import Rate, rate_columns
 from uap_dist.tracking.outputs import markdown_table, save_table, writes_files
 
@@ -18,12 +20,23 @@ MAX_ROWS_IN_SUMMARY = 40  # MLflow cuts a description at 8,000 characters
 
 
 @writes_files
-def save_evaluation(folder: Path, measurements: Sequence[Measurement]) -> None:
+def save_evaluation(folder: Path, measurements: Sequence[Measurement], covered: Sequence[PoolCoverage] = ()) -> None:
     """Write tables/ and pictures/ of an evaluation."""
     for name in ("pictures", "tables"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     save_table(folder / "tables/evaluation", [_columns(measurement) for measurement in measurements])
     (folder / "tables/evaluation.md").write_text(markdown(measurements) + "\n")
+    rows = [
+        {"classifier": each.classifier, "dataset": each.dataset, "pool": each.pool} | row
+        for each in covered
+        for row in coverage_rows(each.coverage, each.random)
+    ]
+    if rows:
+        save_table(folder / "tables/coverage", rows)
+    for number, each in enumerate(covered, 1):
+        title = f"{each.pool}, {each.classifier}, {each.dataset}"
+        random = {SYMBOLS[norm]: coverage for norm, coverage in each.random.items()}
+        plots.save_coverage(folder / f"pictures/3-coverage-{number}.png", each.coverage, random, title)
     for dataset in dict.fromkeys(m.dataset for m in measurements):
         own = [m for m in measurements if m.dataset == dataset]
         full = [m for m in own if m.scale == 1]
@@ -33,7 +46,7 @@ def save_evaluation(folder: Path, measurements: Sequence[Measurement]) -> None:
             plots.save_rates_by_norm(folder / f"pictures/2-fooling-rate-by-norm-{dataset}.png", own)
 
 
-def summary(measurements: Sequence[Measurement]) -> str:
+def summary(measurements: Sequence[Measurement], covered: Sequence[PoolCoverage] = ()) -> str:
     """Markdown for the run's page: the best perturbation of each classifier, and a matrix of all fooling rates."""
     lines = []
     for dataset in dict.fromkeys(m.dataset for m in measurements):
@@ -45,6 +58,7 @@ def summary(measurements: Sequence[Measurement]) -> str:
             "",
         ]
         lines += [_best(classifier, own) for classifier in dict.fromkeys(m.classifier for m in own)]
+        lines += [each.sentence() for each in covered if each.dataset == dataset]
         lines += ["", _matrix(own), ""]
     return "\n".join(
         [*lines, "See `pictures/1-transfer-….png`; `tables/evaluation.csv` also has norms, and top-1 before and after."]
@@ -93,7 +107,7 @@ def markdown(measurements: Sequence[Measurement]) -> str:
 
 
 def _columns(m: Measurement) -> dict[str, Any]:
-    columns = {name: value for name, value in vars(m).items() if not isinstance(value, Rate | None)}
+    columns = {name: value for name, value in vars(m).items() if not isinstance(value, Rate | np.ndarray | None)}
     for name, rate in (("fooling_rate", m.fooling), ("top1_clean", m.top1_clean), ("top1", m.top1)):
         columns |= rate_columns(name, rate)
     return columns

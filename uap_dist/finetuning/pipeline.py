@@ -12,12 +12,13 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor, nn
 
-from uap_dist.computing.pool_report import POOL_FOLDER, FinishedPool, save_pool
+from uap_dist.computing.pool_report import POOL_FOLDER, save_pool
 from uap_dist.computing.pool_run import (
     MemberPlan,
     compute_members,
     deliver_members,
     deliver_pool,
+    finish_pool,
     member_folder,
     open_members,
 )
@@ -283,7 +284,7 @@ def _compute_pool(job: Job, repetition: int, pool: PerturbationPool, weights: st
         tracker = stack.enter_context(Tracker(run_name=f"repetition {repetition}: fresh pool", parent=job.tracker))
         members = open_members(setting, plans, join(job.storage, f"{repetition}-pool"), record, tracker, stack)
         compute_members(setting, members)
-        finished = FinishedPool.of({name: plan.folder for name, plan in plans.items()}, tracker.run_id)
+        finished = finish_pool(setting, plans, tracker)
         save_pool(folder, finished)
         deliver_members(setting, members)
         deliver_pool(tracker, setting, finished, folder)

@@ -1,10 +1,11 @@
 """Measure perturbations on classifiers and images: fooling rates, top-1, transfer between networks, beside random baselines."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from uap_dist.data.patterns import expand_patterns
 from uap_dist.errors import ConfigError
+from uap_dist.evaluation.coverage import PoolCoverage, cover_pools
 from uap_dist.evaluation.evaluate import NOTHING, Measurement, baselines, measure_perturbations
 from uap_dist.evaluation.options import EvaluateOptions
 from uap_dist.evaluation.report import save_evaluation, summary
@@ -44,17 +45,19 @@ def run(options: EvaluateOptions, tracker: Tracker) -> None:
     # networks that see images alike follow each other, so that each image is decoded once for all of them
     first, *others = sorted(models, key=lambda name: repr(classifiers[name].geometry))
     fleet = start_fleet(classifiers[first], models[first][1], options.fleet, tracker)
-    found: dict[str, list[Measurement]] = {}
+    found: dict[str, list[tuple[list[Measurement], list[PoolCoverage]]]] = {}
     for name in (first, *others):
         if name != first:
             fleet.use(*models[name], weights_digest=classifiers[name].weights_digest)
             fleet.wait()
         own = (options, fleet, name, classifiers[name])
-        found[name] = [m for each in urls.items() for m in _measure(*own, each, perturbations, tracker)]
-    measurements = [measurement for name in models for measurement in found[name]]
-    save_evaluation(output, measurements)
-    text = summary(measurements)
-    tracker.complete(tags=fleet.describe(), metrics={}, step=0, markdown=text, folder=output)
+        found[name] = [_measure(*own, each, perturbations, tracker) for each in urls.items()]
+    measurements = [measurement for name in models for some, _ in found[name] for measurement in some]
+    covered = [each for name in models for _, some in found[name] for each in some]
+    save_evaluation(output, measurements, covered)
+    text = summary(measurements, covered)
+    metrics = {name: value for each in covered for name, value in each.metrics().items()}
+    tracker.complete(tags=fleet.describe(), metrics=metrics, step=0, markdown=text, folder=output)
     console.print(f"\nFiles: {output}\nMLflow: {tracker.how_to_open()}")
 
 
@@ -66,8 +69,8 @@ def _measure(
     images: tuple[str, list[str]],
     perturbations: list[Perturbation],
     tracker: Tracker,
-) -> Iterator[Measurement]:
-    """All perturbations, and the baselines, on one classifier and one set of images."""
+) -> tuple[list[Measurement], list[PoolCoverage]]:
+    """All perturbations, the baselines and what the pools cover, on one classifier and one set of images."""
     set_name, urls = images
     num, bad = options.num_images, options.max_bad_fraction
     dataset = load_dataset(fleet, urls, num_images=num, max_bad_fraction=bad, label_key=options.label_key)
@@ -76,11 +79,13 @@ def _measure(
         console.print(f"{model}, {set_name}: top-1 is not measured, {dataset.lack_of_labels}")
     tracker.log_dataset(dataset, set_name)
     everything = [*perturbations, *baselines(perturbations, dataset.shape, options.seed)]
+    measurements = []
     for measurement in measure_perturbations(
         fleet, model, set_name, dataset, everything, scales=options.scales, quantize=options.quantize
     ):
         console.print(f"{model}, {set_name}, {measurement.perturbation} × {measurement.scale:g}: {measurement.fooling}")
-        yield measurement
+        measurements.append(measurement)
+    return measurements, cover_pools(fleet, dataset, perturbations, measurements)
 
 
 def _list_sets(specifications: Sequence[str]) -> dict[str, list[str]]:

@@ -33,11 +33,13 @@ class Perturbation:
         name: in tables; unique within a job.
         v: C×H×W float32, pixels (0..255), RGB.
         provenance: stored in its file; empty for published ones.
+        pool: name of the pool that it was loaded with as a member; empty if it was loaded alone.
     """
 
     name: str
     v: Tensor
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    pool: str = ""
 
     def resized(self, shape: Sequence[int]) -> Tensor:
         """V at another input size (C×H×W), bilinear and antialiased. This keeps the size of pixel values, not the ℓ2 norm."""

@@ -237,7 +237,7 @@ def load_members(specifications: Sequence[str], taken: Collection[str]) -> list[
         own = [member["name"] for member in pool.members]
         is_known = any(member in taken or unnamed.count(member) > 1 for member in own)
         prefix = f"{name}, " if has_name or is_known else ""
-        found += [replace(p, name=f"{prefix}{p.name}") for p in pool.to_perturbations()]
+        found += [replace(p, name=f"{prefix}{p.name}", pool=name) for p in pool.to_perturbations()]
     refuse_twins("perturbations", [perturbation.name for perturbation in found], taken)
     return found
 

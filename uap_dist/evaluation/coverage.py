@@ -1,0 +1,162 @@
+"""What a pool covers: the images that at least one of its members fools, against the number of members."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from uap_dist.evaluation.evaluate import Measurement
+from uap_dist.foreign_text import escape_markdown
+from uap_dist.method.norms import SYMBOLS, Norm, random_of_same_norms
+from uap_dist.method.rates import Rate, rate_columns
+from uap_dist.perturbations.files import Perturbation
+from uap_dist.perturbations.names import plain_key
+from uap_dist.workers.dataset import Dataset, classify
+from uap_dist.workers.local import Workers
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Which images each member of a pool fools.
+
+    The share that at least one member fools is what "Cocktail universal adversarial attack" (ECCV 2024) measures of its sets.
+
+    Attributes:
+        names: M names of the members.
+        is_fooled: M×N, bool.
+    """
+
+    names: Sequence[str]
+    is_fooled: np.ndarray
+
+    @cached_property
+    def order(self) -> list[int]:
+        """The members as they are taken greedily: each fools most of the images that those before it leave, the first among equals."""
+        left = np.ones(self.is_fooled.shape[1], bool)
+        order: list[int] = []
+        while len(order) < len(self.names):
+            gains = (self.is_fooled & left).sum(1)
+            gains[order] = -1
+            order.append(int(gains.argmax()))
+            left &= ~self.is_fooled[order[-1]]
+        return order
+
+    @cached_property
+    def rates(self) -> list[Rate]:
+        """The share of images that at least one of the first 1, 2, …, M members in that order fools."""
+        covered = np.logical_or.accumulate(self.is_fooled[self.order])
+        return [Rate(int(hits), covered.shape[1]) for hits in covered.sum(1)]
+
+
+@dataclass(frozen=True)
+class PoolCoverage:
+    """What a pool covers of a data set on a classifier.
+
+    Attributes:
+        classifier, dataset, pool: names.
+        coverage: of its members.
+        random: of as many random perturbations, by the norm that they share with them.
+    """
+
+    classifier: str
+    dataset: str
+    pool: str
+    coverage: Coverage
+    random: Mapping[Norm, Coverage]
+
+    def metrics(self) -> dict[str, float]:
+        """The share covered by all members and by all random perturbations, by their names in MLflow."""
+        where = f"{self.pool}/{self.classifier}/{self.dataset}"
+        chance = {f"coverage_random_{norm}/{where}": each.rates[-1].rate for norm, each in self.random.items()}
+        return {
+            plain_key(name): value
+            for name, value in ({f"coverage/{where}": self.coverage.rates[-1].rate} | chance).items()
+        }
+
+    def sentence(self) -> str:
+        """One line of Markdown."""
+        last, names = self.coverage.rates[-1], map(escape_markdown, (self.classifier, self.pool))
+        chance = ", ".join(
+            f"{each.rates[-1].rate:.3f} (same {SYMBOLS[norm]} norm)" for norm, each in self.random.items()
+        )
+        return (
+            "* {}: at least one member of **{}** fools {}".format(*names, last)
+            + f"; of as many random perturbations: {chance}"
+        )
+
+
+def cover_pools(
+    workers: Workers, dataset: Dataset, perturbations: Sequence[Perturbation], measurements: Sequence[Measurement]
+) -> list[PoolCoverage]:
+    """Coverage by each pool of which all members were measured, at scale 1, on a classifier and a data set.
+
+    Args:
+        workers: with the classifier.
+        dataset: images with their clean labels.
+        perturbations: whose `pool` is not empty are the members.
+        measurements: of these and other perturbations.
+    """
+    full = {m.perturbation: m for m in measurements if m.scale == 1}
+    found = []
+    for pool in dict.fromkeys(p.pool for p in perturbations if p.pool and p.name in full):
+        members = [p for p in perturbations if p.pool == pool]
+        first = full[members[0].name]
+        coverage = Coverage([p.name for p in members], np.stack([full[p.name].is_fooled for p in members]))
+        random = measure_random_coverage(workers, dataset, torch.stack([p.resized(dataset.shape) for p in members]))
+        found.append(PoolCoverage(first.classifier, first.dataset, pool, coverage, random))
+    return found
+
+
+def measure_random_coverage(workers: Workers, dataset: Dataset, perturbations: Tensor) -> dict[Norm, Coverage]:
+    """Coverage by as many random perturbations: for each member noise of its ℓ∞ and of its ℓ2 norm, all of different seeds.
+
+    Args:
+        workers: with the classifier.
+        dataset: images with their clean labels.
+        perturbations: M×C×H×W, pixels.
+    """
+    noise = [random_of_same_norms(v, seed=seed) for seed, v in enumerate(perturbations)]
+    found: dict[Norm, Coverage] = {}
+    for norm in ("linf", "l2"):
+        if norm == "l2" and all(each["l2"] is each["linf"] for each in noise):
+            found["l2"] = found["linf"]
+            break
+        fooled = [classify(workers, dataset, each[norm].numpy()).labels != dataset.clean.labels for each in noise]
+        found[norm] = Coverage([str(number) for number in range(len(noise))], np.stack(fooled))
+    return found
+
+
+def coverage_rows(coverage: Coverage, random: Mapping[Norm, Coverage]) -> list[dict[str, Any]]:
+    """A row for each number of members: the member taken last, the share covered, and that of as many random perturbations."""
+    return [
+        {"num_members": number + 1, "member": coverage.names[coverage.order[number]]}
+        | rate_columns("covered", rate)
+        | {
+            column: value
+            for name, other in random.items()
+            for column, value in rate_columns(f"covered_random_{name}", other.rates[number]).items()
+        }
+        for number, rate in enumerate(coverage.rates)
+    ]
+
+
+def class_rows(coverage: Coverage, labels: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
+    """A row for each clean label: how many images have it, and the share that the first and that all members fool; least covered first.
+
+    Args:
+        coverage: of N images.
+        labels: N clean labels.
+        names: N names of these labels.
+    """
+    first, covered = coverage.is_fooled[coverage.order[0]], coverage.is_fooled.any(0)
+    rows = []
+    for label in np.unique(labels):
+        own = np.flatnonzero(labels == label)
+        row = {"clean_label": int(label), "clean_name": names[int(own[0])]}
+        row |= rate_columns("covered", Rate(int(covered[own].sum()), len(own)))
+        rows.append(row | {"fooled_by_first": float(first[own].mean())})
+    return sorted(rows, key=lambda row: (row["covered"], row["clean_label"]))
