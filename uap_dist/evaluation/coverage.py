@@ -152,7 +152,7 @@ def class_rows(coverage: Coverage, labels: np.ndarray, names: Sequence[str]) -> 
         labels: N clean labels.
         names: N names of these labels.
     """
-    first, covered = coverage.is_fooled[coverage.order[0]], coverage.is_fooled.any(0)
+    first, covered = coverage.is_fooled[coverage.order[0]], np.logical_or.reduce(coverage.is_fooled)
     rows = []
     for label in np.unique(labels):
         own = np.flatnonzero(labels == label)
