@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from uap_dist.evaluation.coverage import Coverage, class_rows, coverage_rows, measure_random_coverage
+from uap_dist.evaluation.coverage import Coverage, by_symbol, class_rows, coverage_rows, measure_random_coverage
 from uap_dist.method.norms import random_of_same_norms
 from uap_dist.method.rates import Rate
 from uap_dist.workers.dataset import classify
@@ -40,3 +40,4 @@ def test_random_perturbations_are_as_many_and_as_large_as_the_members(local_work
         assert np.array_equal(coverage.is_fooled, expected) and not np.array_equal(noise[0], noise[1])
     corners = measure_random_coverage(local_workers, val, 20 * members.sign())
     assert corners["l2"] is corners["linf"]  # measured once
+    assert list(by_symbol(corners)) == ["ℓ∞ and ℓ2"] and list(by_symbol(found)) == ["ℓ∞", "ℓ2"]

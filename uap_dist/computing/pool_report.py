@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 
 from uap_dist.computing import plots
 from uap_dist.computing.report import EXAMPLES_FILE, ROUNDS_FILE, name_random_rates
-from uap_dist.evaluation.coverage import Coverage, class_rows, coverage_rows, measure_random_coverage
+from uap_dist.evaluation.coverage import Coverage, by_symbol, class_rows, coverage_rows, measure_random_coverage
 from uap_dist.evaluation.plots import save_coverage, save_matrix
 from uap_dist.foreign_text import escape_markdown
-from uap_dist.method.norms import SYMBOLS, Norm
+from uap_dist.method.norms import Norm
 from uap_dist.method.rates import Rate
 from uap_dist.perturbations.files import load_perturbations
 from uap_dist.perturbations.pool import DIVERSE, PerturbationPool
@@ -166,7 +166,7 @@ def save_pool(folder: Path, finished: FinishedPool) -> None:
     title = "normalised inner products of members"
     save_matrix(folder / "pictures/2-inner-products.png", products, names, names, title=title, limits=(0, 1))
     plots.save_perturbations(folder / "pictures/3-members.png", pool.perturbations, names)
-    random_coverage = {SYMBOLS[norm]: each for norm, each in finished.random_coverage.items()}
+    random_coverage = by_symbol(finished.random_coverage)
     save_coverage(folder / "pictures/4-coverage.png", finished.coverage, random_coverage, "What the pool covers")
     clean = next(iter(finished.examples.values()))
     classes = class_rows(finished.coverage, clean["clean_label"].to_numpy(), clean["clean_name"].to_pylist())

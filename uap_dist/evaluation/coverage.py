@@ -81,7 +81,7 @@ class PoolCoverage:
         """One line of Markdown."""
         last, names = self.coverage.rates[-1], map(escape_markdown, (self.classifier, self.pool))
         chance = ", ".join(
-            f"{each.rates[-1].rate:.3f} (same {SYMBOLS[norm]} norm)" for norm, each in self.random.items()
+            f"{each.rates[-1].rate:.3f} (same {norm} norm)" for norm, each in by_symbol(self.random).items()
         )
         return (
             "* {}: at least one member of **{}** fools {}".format(*names, last)
@@ -128,6 +128,13 @@ def measure_random_coverage(workers: Workers, dataset: Dataset, perturbations: T
         fooled = [classify(workers, dataset, each[norm].numpy()).labels != dataset.clean.labels for each in noise]
         found[norm] = Coverage([str(number) for number in range(len(noise))], np.stack(fooled))
     return found
+
+
+def by_symbol(random: Mapping[Norm, Coverage]) -> dict[str, Coverage]:
+    """The same by the norms' symbols, for pictures; where all random perturbations have both norms, once under both."""
+    if random["linf"] is random["l2"]:
+        return {f"{SYMBOLS['linf']} and {SYMBOLS['l2']}": random["linf"]}
+    return {SYMBOLS[norm]: each for norm, each in random.items()}
 
 
 def coverage_rows(coverage: Coverage, random: Mapping[Norm, Coverage]) -> list[dict[str, Any]]:

@@ -9,10 +9,9 @@ import pyarrow as pa
 import pyarrow.csv
 
 from uap_dist.evaluation import plots
-from uap_dist.evaluation.coverage import PoolCoverage, coverage_rows
+from uap_dist.evaluation.coverage import PoolCoverage, by_symbol, coverage_rows
 from uap_dist.evaluation.evaluate import Measurement
 from uap_dist.foreign_text import escape_markdown
-from uap_dist.method.norms import SYMBOLS
 from uap_dist.method.rates import Rate, rate_columns
 from uap_dist.tracking.outputs import markdown_table, save_table, writes_files
 
@@ -35,8 +34,8 @@ def save_evaluation(folder: Path, measurements: Sequence[Measurement], covered: 
         save_table(folder / "tables/coverage", rows)
     for number, each in enumerate(covered, 1):
         title = f"{each.pool}, {each.classifier}, {each.dataset}"
-        random = {SYMBOLS[norm]: coverage for norm, coverage in each.random.items()}
-        plots.save_coverage(folder / f"pictures/3-coverage-{number}.png", each.coverage, random, title)
+        path = folder / f"pictures/3-coverage-{number}.png"
+        plots.save_coverage(path, each.coverage, by_symbol(each.random), title)
     for dataset in dict.fromkeys(m.dataset for m in measurements):
         own = [m for m in measurements if m.dataset == dataset]
         full = [m for m in own if m.scale == 1]
