@@ -14,6 +14,7 @@ import mlflow
 import mlflow.pytorch
 import numpy as np
 import torch
+from mlflow.data.dataset_source import DatasetSource
 from mlflow.data.dataset_source_registry import resolve_dataset_source
 from mlflow.data.http_dataset_source import HTTPDatasetSource
 from mlflow.data.meta_dataset import MetaDataset
@@ -143,13 +144,7 @@ class Tracker:
     @calls_mlflow
     def log_dataset(self, dataset: Dataset, context: str) -> None:
         """Log a dataset input: URL of the first shard, digest and size; `context` is its role, such as training."""
-        url = dataset.shards[0].url
-        with warnings.catch_warnings():  # MLflow warns that two of its sources fit a local file; both are right
-            warnings.simplefilter("ignore", UserWarning)
-            try:
-                source = resolve_dataset_source(url)
-            except MlflowException:  # it knows no URLs of this kind, as hf://
-                source = HTTPDatasetSource(url)
+        source = _dataset_source(dataset.shards[0].url)
         entry = MetaDataset(  # type: ignore[abstract]  # a class of MLflow that leaves an unused method abstract
             source, name=f"{context}-{dataset.num_examples}", digest=dataset.digest[:32]
         )
@@ -336,3 +331,12 @@ def _open_child(parent: Tracker, run_name: str, run_id: str | None, tags: Mappin
 def _search_children(parent: Tracker, run_name: str) -> list[Run]:
     query = f"tags.`{PARENT_TAG}` = '{parent.run_id}' and tags.`mlflow.runName` = '{run_name}'"
     return mlflow.MlflowClient().search_runs([parent.experiment_id], query, max_results=1)
+
+
+def _dataset_source(url: str) -> DatasetSource:
+    with warnings.catch_warnings():  # MLflow warns that two of its sources fit a local file; both are right
+        warnings.simplefilter("ignore", UserWarning)
+        try:
+            return resolve_dataset_source(url)
+        except MlflowException:  # it knows no URLs of this kind, as hf://
+            return HTTPDatasetSource(url)
