@@ -20,7 +20,7 @@ from uap_dist.models.weights import write_weights
 from uap_dist.perturbations.files import load_perturbations
 from uap_dist.perturbations.pool import PerturbationPool
 from uap_dist.rounds.loop import compute
-from uap_dist.tracking.checkpoint import Checkpoint
+from uap_dist.tracking.checkpoint import CheckpointStore
 from uap_dist.workers.dataset import load_dataset
 from uap_dist.workers.local import LocalWorkers
 
@@ -46,6 +46,13 @@ def list_names(location):
     return [info.path.removeprefix(f"{path}/") for info in infos if info.is_file]
 
 
+def newest(folder):
+    """The newest checkpoint there, once there is one."""
+    while (found := CheckpointStore(str(folder)).find_newest()) is None:
+        time.sleep(0.1)
+    return found
+
+
 @pytest.mark.slow
 def test_rounds_are_committed_before_the_held_out_images_are_there(store, put, shards, tmp_path):
     """Killed while its held-out shard is on the way, then resumed where the store refuses it, then where it comes."""
@@ -60,9 +67,9 @@ def test_rounds_are_committed_before_the_held_out_images_are_there(store, put, s
     data = ("--train-shards", str(shards / "train-*.tar"), "--val-shards", val)
     options = (
         "--max-passes",
-        "4",
+        "40",
         "--evaluate-every",
-        "4",
+        "40",
         "--radius",
         "20",
         "--round-size",
@@ -71,18 +78,18 @@ def test_rounds_are_committed_before_the_held_out_images_are_there(store, put, s
         "5",
     )
     process = start(tmp_path, *data, *options, "--output", "out", "--cache-gib", "1", "--disk-cache-gib", "0")
-    while not (found := sorted(tmp_path.glob("checkpoints/*/round-0000000[3-9]*"))):
+    while not (folders := list(tmp_path.glob("checkpoints/*"))) or not newest(folders[0]).state.num_rounds:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.1)
     process.kill()
     process.communicate()
-    saved = Checkpoint.from_bytes(found[0].read_bytes())
+    saved = newest(folders[0])
     assert "val_digest" not in saved.job.identity and "train_digest" in saved.job.identity
     store.fault = lambda method, path: ("status", 403) if method == "GET" else None
-    resume = [str(JOB), "--resume", str(found[0].parent)]
+    resume = [str(JOB), "--resume", str(folders[0])]
     failed = run_job(resume, tmp_path)
     assert failed.returncode == 1 and re.search("^error: .*val.tar.* access is denied", failed.stderr, re.M)
-    assert max(tmp_path.glob("checkpoints/*/round-*")) >= found[0]
+    assert newest(folders[0]).state.num_rounds >= saved.state.num_rounds
     store.reset()
     is_there.set()
     done = run_job(resume, tmp_path)
@@ -90,7 +97,7 @@ def test_rounds_are_committed_before_the_held_out_images_are_there(store, put, s
     _, (run,) = runs(tmp_path)
     workers = LocalWorkers(tiny_worker())
     sets = [load_dataset(workers, expand_patterns([str(shards / name)])) for name in ("train-*.tar", "val-*.tar")]
-    *_, final = compute(workers, *sets, ComputeConfig(max_passes=4, round_size=10, block_size=5, radius=20.0))
+    *_, final = compute(workers, *sets, ComputeConfig(max_passes=40, round_size=10, block_size=5, radius=20.0))
     (found_v,) = load_perturbations([str(tmp_path / "out")])
     assert torch.equal(found_v.v, final.perturbation)
     assert run.data.params["val_digest"] == sets[1].digest and len(run.inputs.dataset_inputs) == 2

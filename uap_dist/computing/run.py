@@ -68,7 +68,7 @@ class TrackedRun:
             if held_out.done():
                 self._job = with_held_out(self._job, held_out.result())
             self._history.append(RoundRecord.of(report, workers.metrics(), self._history))
-            if not report.is_last:
+            if report.has_arrays and not report.is_last:
                 self._store.commit(Checkpoint(self._job, report.state, tuple(self._history)))
             self._tracker.log_round(self._history[-1])
             yield report
