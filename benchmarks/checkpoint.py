@@ -12,8 +12,9 @@ import torch
 
 from uap_dist.method.state import State
 from uap_dist.method.update import Iterate
-from uap_dist.tracking.checkpoint import Checkpoint, CheckpointStore, JobRecord
-from uap_dist.tracking.history import RoundRecord
+from uap_dist.rounds.record import RoundRecord
+from uap_dist.tracking.checkpoint import Checkpoint, JobRecord
+from uap_dist.tracking.checkpoint_store import CheckpointStore
 
 SHAPE = (3, 224, 224)
 NUM_METRICS = 17  # of a round that was measured on all images

@@ -1,8 +1,11 @@
 import io
 import os
+import re
 import stat
 import time
+from dataclasses import replace
 from math import inf
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +18,9 @@ from uap_dist.method.config import ComputeConfig
 from uap_dist.method.state import State
 from uap_dist.method.update import Iterate
 from uap_dist.rounds.loop import compute
-from uap_dist.tracking.checkpoint import Checkpoint, CheckpointStore, JobRecord, _digest, check_identity
-from uap_dist.tracking.history import RoundRecord
+from uap_dist.rounds.record import RoundRecord
+from uap_dist.tracking.checkpoint import Checkpoint, JobRecord, check_identity
+from uap_dist.tracking.checkpoint_store import CheckpointStore, _digest
 from uap_dist.workers.local import LocalWorkers
 
 JOB = JobRecord("a" * 32, {"seed": 1}, {"step_size": 5.0, "train_digest": "12"}, {"machines": ["CPU"]})
@@ -35,6 +39,7 @@ def committed(location, count):
         store.start(checkpoint(0))
         for rounds in range(1, count + 1):
             store.commit(checkpoint(rounds))
+            store.wait()
     return store
 
 
@@ -50,9 +55,9 @@ def same(a, b):
 def test_what_is_committed_comes_back_to_the_bit_and_three_are_kept(tmp_path):
     store = committed(tmp_path / "new" / "folder", 6)
     assert same(store.newest(), checkpoint(6))
-    assert [p.name[:14] for p in sorted((tmp_path / "new/folder").iterdir())] == [
-        f"round-0000000{n}" for n in (4, 5, 6)
-    ]
+    names = sorted(p.name for p in (tmp_path / "new/folder").iterdir())
+    assert [name[:25] for name in names[:6]] == [f"history-0000000{n}-0000000{n}" for n in range(1, 7)]
+    assert [name[:14] for name in names[6:]] == [f"round-0000000{n}" for n in (4, 5, 6)]
 
 
 def test_other_users_of_the_machine_do_not_look_into_its_folder(tmp_path):
@@ -62,15 +67,19 @@ def test_other_users_of_the_machine_do_not_look_into_its_folder(tmp_path):
     assert [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("new", "new/folder")] == [0o700] * 2
 
 
-@pytest.mark.parametrize("harm", ["cut", "flip", "empty"])
-def test_a_damaged_newest_checkpoint_falls_back_and_says_so(tmp_path, caplog, harm):
+@pytest.mark.parametrize("harm", ["cut", "flip", "empty", "gone"])
+@pytest.mark.parametrize("what", ["round-*", "history-*"])
+def test_a_damaged_newest_checkpoint_falls_back_and_says_so(tmp_path, caplog, what, harm):
     store = committed(tmp_path, 4)
-    newest = max(tmp_path.iterdir())
+    newest = max(tmp_path.glob(what))
     data = bytearray(newest.read_bytes())
     data[len(data) // 2] ^= 1
-    newest.write_bytes({"cut": data[: len(data) // 2], "flip": data, "empty": b""}[harm])
+    newest.write_bytes({"cut": data[: len(data) // 2], "flip": data, "empty": b"", "gone": b""}[harm])
+    if harm == "gone":
+        newest.unlink()
     assert same(store.newest(), checkpoint(3))
-    assert f"checkpoint {newest} is damaged; using the previous one" in caplog.text
+    said = re.search(r"checkpoint .*round-00000004-.*npz is damaged; using the previous one", caplog.text)
+    assert said or (what, harm) == ("round-*", "gone")
 
 
 def test_without_an_intact_checkpoint_there_is_nothing_to_resume(tmp_path):
@@ -122,9 +131,9 @@ def test_a_storage_that_fails_meanwhile_costs_only_its_commits(tmp_path, caplog)
         store.start(checkpoint(0))
         folder.rename(tmp_path / "away")
         folder.touch()
-        store.commit(checkpoint(1))
-        store.commit(checkpoint(2))  # waits for the one before
-        store.wait()
+        for rounds in (1, 2):
+            store.commit(checkpoint(rounds))
+            store.wait()
         folder.unlink()
         (tmp_path / "away").rename(folder)
         store.commit(checkpoint(3))
@@ -140,6 +149,35 @@ def test_a_commit_does_not_make_the_next_round_wait(tmp_path):
         store.commit(checkpoint(1))
         assert time.monotonic() - started < 0.5
     assert same(store.newest(), checkpoint(1))
+
+
+def test_commits_are_skipped_while_one_is_under_way_or_it_is_not_time_and_the_newest_is_written_at_the_end(tmp_path):
+    with CheckpointStore(str(tmp_path / "slow")) as slow:
+        write, slow._write = slow._write, lambda c: (time.sleep(0.5), write(c))
+        for rounds in range(1, 100):
+            slow.commit(checkpoint(rounds))
+    with CheckpointStore(str(tmp_path / "rare"), every_s=1000) as rare:
+        for rounds in range(1, 100):
+            rare.commit(checkpoint(rounds))
+            rare.wait()
+    for store in (slow, rare):
+        names = [p.name[:25] for p in sorted(Path(store.location).iterdir())]
+        assert names[:2] == ["history-00000001-00000001", "history-00000002-00000099"] and len(names) == 4
+        assert same(store.newest(), checkpoint(99))
+
+
+def test_what_is_written_grows_with_the_rounds_and_resumed_runs_go_on_from_the_segments(tmp_path):
+    """Also where a killed job has left a segment without its state."""
+    first = committed(tmp_path, 20)
+    second = CheckpointStore(str(tmp_path))
+    found = first.newest()
+    second._put("history-00000021-00000022", "jsonl", b"of a job that was killed before it wrote the state")
+    with second:
+        second.start(found)
+        second.commit(replace(checkpoint(40), segment=""))
+    assert same(second.newest(), checkpoint(40))
+    lines = [len(path.read_text().splitlines()) - 1 for path in sorted(tmp_path.glob("history-*"))]
+    assert lines == [1] * 20 + [0] + [20]
 
 
 @pytest.mark.parametrize("version", [None, 99])

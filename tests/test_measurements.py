@@ -8,7 +8,7 @@ from uap_dist.method.config import ComputeConfig
 from uap_dist.method.schedule import Block, Round
 from uap_dist.rounds.loop import compute
 from uap_dist.rounds.plan import NUM_PLACES, plan_measurements
-from uap_dist.tracking.history import RoundRecord
+from uap_dist.rounds.record import RoundRecord
 
 SMALL = {"round_size": 10, "block_size": 5, "radius": 20.0}
 

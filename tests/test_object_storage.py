@@ -20,7 +20,8 @@ from uap_dist.models.loading import load_classifier
 from uap_dist.models.weights import write_weights
 from uap_dist.models.weights_file import read_weights
 from uap_dist.perturbations.pool import PerturbationPool
-from uap_dist.tracking.checkpoint import Checkpoint, CheckpointStore, JobRecord
+from uap_dist.tracking.checkpoint import Checkpoint, JobRecord
+from uap_dist.tracking.checkpoint_store import CheckpointStore
 from uap_dist.workers.messages import Examples
 
 AS_IS = Geometry()

@@ -1,7 +1,7 @@
 import time
 
+from uap_dist.rounds.record import RoundRecord
 from uap_dist.tracking import outbox
-from uap_dist.tracking.history import RoundRecord
 from uap_dist.tracking.outbox import Outbox
 
 RECORDS = [RoundRecord(step, step, {}) for step in range(1, 121)]

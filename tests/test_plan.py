@@ -25,7 +25,8 @@ from uap_dist.planning.report import Plan, fleet_sizes
 from uap_dist.planning.shard_sizes import ShardSizes, count_bytes, read_indexes
 from uap_dist.planning.work import count_work
 from uap_dist.rounds.loop import compute
-from uap_dist.tracking.checkpoint import Checkpoint, CheckpointStore, JobRecord
+from uap_dist.tracking.checkpoint import Checkpoint, JobRecord
+from uap_dist.tracking.checkpoint_store import CheckpointStore
 from uap_dist.workers.local import LocalWorkers
 from uap_dist.workers.worker import Worker
 

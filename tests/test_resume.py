@@ -10,8 +10,8 @@ from test_checkpoint import JOB, checkpoint
 
 from uap_dist.errors import ResumeError, TrackingError
 from uap_dist.finetuning.options import FinetuneOptions
-from uap_dist.tracking.checkpoint import CheckpointStore
-from uap_dist.tracking.history import RoundRecord
+from uap_dist.rounds.record import RoundRecord
+from uap_dist.tracking.checkpoint_store import CheckpointStore
 from uap_dist.tracking.mlflow_run import Tracker
 from uap_dist.tracking.mlflow_server import CHECKPOINTS_TAG
 from uap_dist.tracking.resume import find_resumed

@@ -28,7 +28,7 @@ with one_line_errors(debug=False):
 
 FULL_DISK = """
 from pathlib import Path
-from uap_dist.tracking.checkpoint import CheckpointStore
+from uap_dist.tracking.checkpoint_store import CheckpointStore
 from uap_dist.errors import ConfigError
 from uap_dist.tracking.outputs import output_folder
 for ask in (lambda: output_folder(Path("full/out"), ""), lambda: CheckpointStore("full/runs").prepare()):

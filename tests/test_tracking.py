@@ -12,7 +12,7 @@ from mlflow.exceptions import MlflowException, RestException
 
 from uap_dist.errors import ConfigError, TrackingError
 from uap_dist.foreign_text import in_one_line
-from uap_dist.tracking.history import RoundRecord
+from uap_dist.rounds.record import RoundRecord
 from uap_dist.tracking.mlflow_run import Tracker
 from uap_dist.tracking.mlflow_server import tracking_errors
 

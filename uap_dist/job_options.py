@@ -62,9 +62,16 @@ class ResumableRecordOptions(RecordOptions):
     """Where results and checkpoints go."""
 
     storage: str | None = None
-    """Where every round is committed: a folder that all nodes see, or a URL; if not given, beside the output folder."""
+    """Where the run is committed: a folder that all nodes see, or a URL; if not given, beside the output folder."""
+    commit_every_s: float = 10.0
+    """Seconds between two commits, which is what a killed job loses at most."""
     resume: str | None = None
     """MLflow run, or its folder of commits, to go on with. All other options are those of that run."""
+
+    def __post_init__(self) -> None:
+        """Validate the options."""
+        if not self.commit_every_s >= 0:
+            raise ConfigError(f"commit every s is {self.commit_every_s}; it must not be negative")
 
 
 class JobOptions(Protocol):

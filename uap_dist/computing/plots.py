@@ -13,7 +13,7 @@ from torch import Tensor
 from uap_dist.figures import column, readable, save_figure
 from uap_dist.method.norms import Norm
 from uap_dist.method.rates import Rate, running_rates
-from uap_dist.tracking.history import RUNNING_IMAGES, RoundRecord
+from uap_dist.rounds.record import RUNNING_IMAGES, RoundRecord
 
 PICTURE_SIDE = 224
 MAX_NAME = 22

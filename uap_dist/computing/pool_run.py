@@ -16,7 +16,8 @@ from uap_dist.job_options import to_json
 from uap_dist.method.config import ComputeConfig
 from uap_dist.method.state import State
 from uap_dist.rounds.concurrent import compute_concurrently, keep_last_arrays, num_concurrent
-from uap_dist.tracking.checkpoint import Checkpoint, CheckpointStore, JobRecord
+from uap_dist.tracking.checkpoint import Checkpoint, JobRecord
+from uap_dist.tracking.checkpoint_store import CheckpointStore
 from uap_dist.tracking.console import RoundProgress
 from uap_dist.tracking.mlflow_run import Tracker, register
 from uap_dist.tracking.mlflow_server import CHECKPOINTS_TAG, is_finished
@@ -64,7 +65,7 @@ def compute_all(
     """
     with ExitStack() as stack:
         stack.enter_context(resumable(storage))
-        store = stack.enter_context(CheckpointStore(storage))
+        store = stack.enter_context(CheckpointStore(storage, setting.commit_every_s))
         if options.num_perturbations == 1:
             run = TrackedRun(options.config, checkpoint, store=store, folder=output, tracker=tracker)
             members, pool = {"": run}, None
@@ -120,7 +121,7 @@ def open_members(
     """
     members = {}
     for name, plan in plans.items():
-        store = stack.enter_context(CheckpointStore(join(storage, name)))
+        store = stack.enter_context(CheckpointStore(join(storage, name), setting.commit_every_s))
         found = store.find_newest()
         if found is not None and (plan.folder / RESULT_FILE).exists() and is_finished(found.job.run_id):
             setting.console.print(f"{name} is finished")

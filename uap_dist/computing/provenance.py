@@ -47,6 +47,7 @@ class Setting:
         held_out: the others, which may still be decoded.
         provenance: network, data, config, versions; perhaps without the held-out images.
         console: for progress.
+        commit_every_s: seconds between two commits of a perturbation.
     """
 
     classifier: Classifier
@@ -55,6 +56,7 @@ class Setting:
     held_out: Future[Dataset]
     provenance: Mapping[str, Any]
     console: Console
+    commit_every_s: float
 
     @cached_property
     def class_names(self) -> Sequence[str]:

@@ -21,7 +21,7 @@ from uap_dist.method.rates import Predictions, Rate, rate_columns
 from uap_dist.method.state import RoundReport
 from uap_dist.models.classes import UNKNOWN_CLASS
 from uap_dist.perturbations.files import PERTURBATION_FILE, save_perturbation
-from uap_dist.tracking.history import RoundRecord
+from uap_dist.rounds.record import RoundRecord
 from uap_dist.tracking.outputs import RESULT_FILE, writes_files
 from uap_dist.workers.dataset import Dataset
 from uap_dist.workers.local import Workers

@@ -13,8 +13,9 @@ from uap_dist.method.norms import random_of_same_norms
 from uap_dist.method.state import RoundReport
 from uap_dist.rounds.loop import compute
 from uap_dist.rounds.plan import describe_steps
-from uap_dist.tracking.checkpoint import Checkpoint, CheckpointStore
-from uap_dist.tracking.history import RoundRecord
+from uap_dist.rounds.record import RoundRecord
+from uap_dist.tracking.checkpoint import Checkpoint
+from uap_dist.tracking.checkpoint_store import CheckpointStore
 from uap_dist.tracking.mlflow_run import Tracker
 from uap_dist.tracking.mlflow_server import CHECKPOINTS_TAG
 from uap_dist.workers.dataset import Dataset
@@ -59,7 +60,7 @@ class TrackedRun:
     def rounds(
         self, workers: Workers, train: Dataset, held_out: Future[Dataset], num_computations: Callable[[], int]
     ) -> Iterator[RoundReport]:
-        """Compute the remaining rounds, and have each committed and tracked; arguments as for `compute`.
+        """Compute the remaining rounds, and have them committed and tracked; arguments as for `compute`.
 
         Raises:
             ResumeError: other held-out images were measured before.
@@ -67,9 +68,10 @@ class TrackedRun:
         for report in compute(workers, train, held_out, self.config, self.state, num_computations=num_computations):
             if held_out.done():
                 self._job = with_held_out(self._job, held_out.result())
-            self._history.append(RoundRecord.of(report, workers.metrics(), self._history))
+            of_workers = workers.metrics() if report.has_arrays else {}  # once for all rounds of a span
+            self._history.append(RoundRecord.of(report, of_workers, self._history))
             if report.has_arrays and not report.is_last:
-                self._store.commit(Checkpoint(self._job, report.state, tuple(self._history)))
+                self._store.commit(Checkpoint(self._job, report.state, self._history))
             self._tracker.log_round(self._history[-1])
             yield report
 

@@ -38,8 +38,8 @@ from uap_dist.models.loading import load_classifier
 from uap_dist.models.weights import digest_weights, fill, write_weights
 from uap_dist.perturbations.files import Perturbation
 from uap_dist.perturbations.pool import POOL_FILE, PerturbationPool
+from uap_dist.rounds.record import RoundRecord
 from uap_dist.tracking.checkpoint import JobRecord
-from uap_dist.tracking.history import RoundRecord
 from uap_dist.tracking.mlflow_run import Tracker
 from uap_dist.tracking.outputs import writes_files
 from uap_dist.workers.behind import known
@@ -90,6 +90,7 @@ class Job:
         provenance: stored with every result.
         tracker: of the job's MLflow run.
         console: shows progress.
+        commit_every_s: seconds between two commits of a fresh perturbation.
     """
 
     model: str
@@ -104,6 +105,7 @@ class Job:
     provenance: Mapping[str, Any]
     tracker: Tracker
     console: Console
+    commit_every_s: float
 
     def network_storage(self, repetition: int) -> str:
         """Where workers on all nodes read the network that a repetition has trained."""
@@ -278,7 +280,7 @@ def _compute_pool(job: Job, repetition: int, pool: PerturbationPool, weights: st
     fleet = Fleet(job.model, weights, job.fleet, job.tracker.run_id, weights_digest=classifier.weights_digest)
     fleet.wait()
     train, val = reload_dataset(fleet, job.train), reload_dataset(fleet, job.val)
-    setting = Setting(classifier, fleet, train, known(val), provenance, job.console)
+    setting = Setting(classifier, fleet, train, known(val), provenance, job.console, job.commit_every_s)
     record = job_record(job.record.program, setting, run_id=job.tracker.run_id, options=job.record.options)
     with ExitStack() as stack:
         tracker = stack.enter_context(Tracker(run_name=f"repetition {repetition}: fresh pool", parent=job.tracker))

@@ -28,7 +28,7 @@ from uap_dist.data.locations import locate
 from uap_dist.errors import UapDistError, WorkerLostError
 from uap_dist.finetuning.trainer import HELD_OUT, NETWORK_FILE, Learner, Task
 from uap_dist.models.weights_file import read_weights
-from uap_dist.tracking.history import RoundRecord
+from uap_dist.rounds.record import RoundRecord
 from uap_dist.workers.reproducible import set_up_torch
 
 MAX_RESTARTS = 10  # after the loss of a worker, which restarts all of them

@@ -15,7 +15,7 @@ from uap_dist.figures import column, save_figure
 from uap_dist.finetuning.trainer import HELD_OUT, TRAINED_ON
 from uap_dist.foreign_text import escape_markdown
 from uap_dist.method.rates import Rate, flatten_rates
-from uap_dist.tracking.history import RoundRecord
+from uap_dist.rounds.record import RoundRecord
 from uap_dist.tracking.outputs import RESULT_FILE, markdown_table, save_table, writes_files
 
 BEFORE = "before"

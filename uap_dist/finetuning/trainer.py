@@ -25,7 +25,7 @@ from uap_dist.models.loading import check_same_weights, load_classifier
 from uap_dist.models.weights import fill, write_weights
 from uap_dist.models.weights_file import read_weights
 from uap_dist.perturbations.pool import PerturbationPool
-from uap_dist.tracking.history import RoundRecord
+from uap_dist.rounds.record import RoundRecord
 from uap_dist.workers.dataset import Dataset
 
 NETWORK_FILE, OPTIMISER_FILE = "network.safetensors", "optimiser.pt"

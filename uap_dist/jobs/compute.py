@@ -26,7 +26,8 @@ from uap_dist.method.config import warn_of_default_radius
 from uap_dist.method.state import State
 from uap_dist.models.loading import load_usable_classifier
 from uap_dist.planning.comparison import PLAN_FILE, Spent, read_plan
-from uap_dist.tracking.checkpoint import Checkpoint, CheckpointStore
+from uap_dist.tracking.checkpoint import Checkpoint
+from uap_dist.tracking.checkpoint_store import CheckpointStore
 from uap_dist.tracking.mlflow_run import Tracker
 from uap_dist.tracking.outputs import output_folder
 from uap_dist.tracking.resume import Resumed
@@ -93,7 +94,7 @@ def _set_up(
     train = classify_images(fleet, options.model, train, "training")
     data = describe_training(train)
     held_out = behind(lambda: read_held_out(fleet, options.data, val_urls, train, options.model))
-    setting = Setting(classifier, fleet, train, held_out, settings | data, console)
+    setting = Setting(classifier, fleet, train, held_out, settings | data, console, options.record.commit_every_s)
     record = job_record("compute", setting, run_id=tracker.run_id, options=to_json(options))
     if resumed is not None:
         check_resumed(resumed.checkpoint.job, record)

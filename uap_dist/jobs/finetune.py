@@ -20,7 +20,8 @@ from uap_dist.jobs.images import classify_images, list_images
 from uap_dist.method.state import State
 from uap_dist.models.loading import load_classifier, load_usable_classifier
 from uap_dist.perturbations.pool import PerturbationPool
-from uap_dist.tracking.checkpoint import Checkpoint, CheckpointStore, check_identity
+from uap_dist.tracking.checkpoint import Checkpoint, check_identity
+from uap_dist.tracking.checkpoint_store import CheckpointStore
 from uap_dist.tracking.mlflow_run import Tracker, log_classifier
 from uap_dist.tracking.mlflow_server import CHECKPOINTS_TAG
 from uap_dist.tracking.outputs import deliverable, output_folder, publish, resumable
@@ -87,7 +88,7 @@ def _set_up(options: FinetuneOptions, pool: PerturbationPool, tracker: Tracker, 
     provenance = describe_finetuning(options, classifier, first, pool, train, val)
     own = {key: provenance[key] for key in ("pool_sha256", "repetitions", "fleet.num_workers")}
     own |= {key: value for key, value in provenance.items() if key.startswith("finetune.")}
-    setting = Setting(classifier, fleet, train, known(val), provenance, console)
+    setting = Setting(classifier, fleet, train, known(val), provenance, console, options.record.commit_every_s)
     record = job_record("finetune", setting, run_id=tracker.run_id, options=to_json(options), decisive=own)
     if resumed is not None:
         check_identity(resumed.checkpoint.job, record)
@@ -110,4 +111,5 @@ def _set_up(options: FinetuneOptions, pool: PerturbationPool, tracker: Tracker, 
         provenance=provenance,
         tracker=tracker,
         console=console,
+        commit_every_s=options.record.commit_every_s,
     )

@@ -23,8 +23,9 @@ from uap_dist.planning.profiling import measure_costs
 from uap_dist.planning.report import Plan, fleet_sizes
 from uap_dist.planning.shard_sizes import count_bytes, size_shards
 from uap_dist.planning.work import count_work
-from uap_dist.tracking.checkpoint import Checkpoint, CheckpointStore, JobRecord
-from uap_dist.tracking.history import RoundRecord
+from uap_dist.rounds.record import RoundRecord
+from uap_dist.tracking.checkpoint import Checkpoint, JobRecord
+from uap_dist.tracking.checkpoint_store import CheckpointStore
 from uap_dist.tracking.mlflow_run import Tracker
 from uap_dist.versions import seconds_since_start
 
@@ -85,7 +86,7 @@ class Profiler:
     ) -> None:
         """Commit and track a round as a job does; its MLflow metrics have a prefix."""
         record = JobRecord(self.tracker.run_id, {}, {}, {}, program="plan")
-        store.commit(Checkpoint(record, report.state, tuple(history)))
+        store.commit(Checkpoint(record, report.state, history))
         metrics = {f"profiling-{num_workers}/{name}": value for name, value in history[-1].metrics.items()}
         self.tracker.log_round(replace(history[-1], metrics=metrics))
 

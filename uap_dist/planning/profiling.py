@@ -16,8 +16,8 @@ from uap_dist.planning.cost_model import Costs
 from uap_dist.planning.range import Range
 from uap_dist.planning.work import OF_LOG_ODDS
 from uap_dist.rounds.loop import compute
+from uap_dist.rounds.record import RoundRecord
 from uap_dist.rounds.round import evaluate
-from uap_dist.tracking.history import RoundRecord
 from uap_dist.workers.dataset import CLASSIFY_SIZE, Dataset, list_dataset, predict
 from uap_dist.workers.local import R, Shared, T, Workers
 from uap_dist.workers.messages import Examples

@@ -26,7 +26,7 @@ from mlflow.types import Schema, TensorSpec
 from uap_dist.errors import ResumeError, TrackingError, is_mistake
 from uap_dist.foreign_text import HIDDEN, first_line, hide_credentials, in_one_line, printable, redact
 from uap_dist.models.classifier import Classifier
-from uap_dist.tracking.history import RoundRecord
+from uap_dist.rounds.record import RoundRecord
 from uap_dist.tracking.mlflow_server import (
     CHECKPOINTS_TAG,
     JOB_TAG,

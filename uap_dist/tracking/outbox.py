@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from threading import Condition, Event, Thread
 
 from uap_dist.foreign_text import first_line, redact
-from uap_dist.tracking.history import RoundRecord
+from uap_dist.rounds.record import RoundRecord
 
 SECONDS_BETWEEN_ATTEMPTS = 5.0
 SECONDS_BETWEEN_LAST_ATTEMPTS = 0.5  # when the queue is being closed
@@ -43,11 +43,13 @@ class Outbox:
             self._changed.notify_all()
 
     def close(self, timeout_s: float) -> int:
-        """Wait at most `timeout_s` seconds until the queue is empty, and return the number of records that are still in it."""
-        deadline = time.monotonic() + timeout_s
+        """Wait until the queue is empty, or nothing was delivered for `timeout_s` seconds; return the number of records left."""
         self._closing.set()
         with self._changed:
-            self._changed.wait_for(lambda: not self._waiting, timeout=max(0.0, deadline - time.monotonic()))
+            while self._waiting:
+                first = self._waiting[0]
+                if not self._changed.wait_for(lambda: not self._waiting or self._waiting[0] is not first, timeout_s):
+                    break
             return len(self._waiting)
 
     def _deliver(self) -> None:

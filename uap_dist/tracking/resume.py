@@ -12,7 +12,8 @@ from cattrs.errors import CattrsError
 from uap_dist.data.locations import absolute
 from uap_dist.errors import ResumeError
 from uap_dist.job_options import from_json
-from uap_dist.tracking.checkpoint import Checkpoint, CheckpointStore
+from uap_dist.tracking.checkpoint import Checkpoint
+from uap_dist.tracking.checkpoint_store import CheckpointStore
 from uap_dist.tracking.mlflow_server import RunFacts, look_up
 from uap_dist.tracking.process import command
 

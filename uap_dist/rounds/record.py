@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 
 from uap_dist.method.rates import Rate, running_rates
 from uap_dist.method.state import RoundReport
@@ -46,9 +45,9 @@ class RoundRecord:
         metrics = {"fooling_rate/running": running.rate, "num_images/running": float(running.num_examples)}
         return cls(report.round_number + 1, int(1000 * report.finished), report.metrics() | metrics | dict(workers))
 
-    @cached_property
+    @property
     def json(self) -> str:
-        """One line of JSON, cached because every later checkpoint contains it."""
+        """One line of JSON."""
         return json.dumps(asdict(self))
 
     @classmethod
