@@ -52,3 +52,16 @@ def test_what_is_undelivered_at_the_end_is_counted():
     for record in RECORDS[:7]:
         box.put(record)
     assert box.close(0.2) == 7 and not server.taken
+
+
+def test_a_slow_server_is_waited_for_as_long_as_it_accepts_something():
+    server = Server()
+
+    def take_slowly(records):
+        time.sleep(0.4)
+        server.take(records)
+
+    box = Outbox(take_slowly)
+    for record in RECORDS:  # in three deliveries, longer than the timeout together
+        box.put(record)
+    assert box.close(0.8) == 0 and server.taken == RECORDS

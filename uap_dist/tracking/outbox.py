@@ -34,6 +34,7 @@ class Outbox:
         self._changed = Condition()
         self._closing = Event()
         self.failure: Exception | None = None
+        self._last_success = time.monotonic()
         Thread(target=self._deliver, name="outbox", daemon=True).start()
 
     def put(self, record: RoundRecord) -> None:
@@ -46,10 +47,9 @@ class Outbox:
         """Wait until the queue is empty, or nothing was delivered for `timeout_s` seconds; return the number of records left."""
         self._closing.set()
         with self._changed:
-            while self._waiting:
-                first = self._waiting[0]
-                if not self._changed.wait_for(lambda: not self._waiting or self._waiting[0] is not first, timeout_s):
-                    break
+            self._last_success = time.monotonic()
+            while self._waiting and (left_s := self._last_success + timeout_s - time.monotonic()) > 0:
+                self._changed.wait(left_s)
             return len(self._waiting)
 
     def _deliver(self) -> None:
@@ -74,6 +74,7 @@ class Outbox:
                 logger.info("the tracking server accepts metrics again")
             failing, self.failure = False, None
             with self._changed:
+                self._last_success = time.monotonic()
                 for _ in records:
                     self._waiting.popleft()
                 self._changed.notify_all()
