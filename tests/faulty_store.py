@@ -19,6 +19,7 @@ class FaultyStore:
         requests: method and path of each, and whether it was signed.
         fault: of method and path; gives None, a status to answer with, seconds to wait, or bytes after which the connection is cut.
         query: options of its URLs.
+        bytes_put: of the bodies of all PUT requests.
     """
 
     def __init__(self) -> None:
@@ -30,6 +31,7 @@ class FaultyStore:
 
     def reset(self) -> None:
         self.requests: list[tuple[str, str, bool]] = []
+        self.bytes_put = 0
         self.fault: Callable[[str, str], Any] = lambda method, path: None
 
     def fail_first(self, count: int, fault: Any, method: str = "GET", action: Callable[[], Any] = lambda: None) -> None:
@@ -53,6 +55,7 @@ class FaultyStore:
     def _answer(self, environ, start_response):
         method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
         self.requests.append((method, path, "HTTP_AUTHORIZATION" in environ))
+        self.bytes_put += int(environ.get("CONTENT_LENGTH") or 0) if method == "PUT" else 0
         fault = self.fault(method, path)
         match fault:
             case ("status", status):

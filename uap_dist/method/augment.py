@@ -25,11 +25,28 @@ def augment(images: np.ndarray, augmentation: Augmentation, rng: np.random.Gener
     if augmentation == "none":
         return images
     flips = rng.random(len(images)) < 0.5
-    views = np.where(flips[:, None, None, None], images[..., ::-1], images)
-    if augmentation == "flip":
-        return views
-    reach = max(1, images.shape[-1] // SHIFT_SHARE)
-    height, width = images.shape[2:]
-    padded = np.pad(views, ((0, 0), (0, 0), (reach, reach), (reach, reach)), mode="edge")
-    corners = rng.integers(0, 2 * reach + 1, size=(len(images), 2))
-    return np.stack([image[:, y : y + height, x : x + width] for image, (y, x) in zip(padded, corners, strict=True)])
+    reach = max(1, images.shape[-1] // SHIFT_SHARE) if augmentation == "flip-shift" else 0
+    shifts = reach - rng.integers(0, 2 * reach + 1, size=(len(images), 2))
+    views = np.empty_like(images)
+    for view, image, is_flipped, (down, right) in zip(views, images, flips, shifts.tolist(), strict=True):
+        _shift(image[..., ::-1] if is_flipped else image, down, right, out=view)
+    return views
+
+
+def _shift(image: np.ndarray, down: int, right: int, out: np.ndarray) -> None:
+    """Write an image (C×H×W), moved by so many pixels, to `out`; edge pixels are repeated."""
+    (to_rows, rows), (to_columns, columns) = (_overlap(shift) for shift in (down, right))
+    out[:, to_rows, to_columns] = image[:, rows, columns]
+    if right > 0:
+        out[:, to_rows, :right] = out[:, to_rows, right : right + 1]
+    elif right < 0:
+        out[:, to_rows, right:] = out[:, to_rows, right - 1 : right]
+    if down > 0:
+        out[:, :down] = out[:, down : down + 1]
+    elif down < 0:
+        out[:, down:] = out[:, down - 1 : down]
+
+
+def _overlap(shift: int) -> tuple[slice, slice]:
+    """Where pixels go along an axis that is shifted, and where they come from."""
+    return (slice(shift, None), slice(None, -shift)) if shift > 0 else (slice(None, shift or None), slice(-shift, None))

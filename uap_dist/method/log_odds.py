@@ -70,6 +70,6 @@ def log_odds_sum(
 def _sum_finite(slopes: Tensor) -> Tensor:
     """Sum of N gradients with a leading dimension of 1; those that are not finite are left out."""
     total = reduce(torch.add, slopes)  # Tensor.sum takes ten times as long on channels-last memory
-    if not total.isfinite().all():
+    if not total.sum().isfinite():  # much quicker than looking at each entry
         total = slopes[slopes.flatten(1).isfinite().all(1)].sum(0)
     return total[None]

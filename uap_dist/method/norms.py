@@ -28,7 +28,7 @@ def check_ball(norm: str, radius: float) -> None:
 
 def add_perturbation(pixels: Tensor, perturbation: Tensor) -> Tensor:
     """clip(x + v, 0, 255), N×C×H×W: what the classifier is shown of images x (N×C×H×W) perturbed by v (C×H×W)."""
-    return (pixels + perturbation).clamp(0, 255)
+    return (pixels + perturbation).clamp_(0, 255)
 
 
 def measure(v: Tensor, norm: Norm) -> float:

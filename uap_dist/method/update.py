@@ -5,6 +5,7 @@ constants are all defined here; benchmarks/rules_tried.md says how they were cho
 """
 
 from dataclasses import dataclass, replace
+from functools import cache
 from math import cos, exp, inf, pi
 
 import numpy as np
@@ -153,14 +154,24 @@ def repeat_mean(total: Tensor, period: int) -> Tensor:
     _, height, width = total.shape
     if period >= max(height, width):
         return total
-    rows, columns = -(-height // period), -(-width // period)
+    tile = _fold(total.numpy(), period) / _counts(height, width, period)
+    copies = -(-height // period), -(-width // period)
+    return torch.from_numpy(np.ascontiguousarray(np.tile(tile, copies)[:, :height, :width]))
 
-    def fold(values: np.ndarray) -> np.ndarray:
-        whole = np.pad(values, ((0, 0), (0, -height % period), (0, -width % period)))
-        return whole.reshape(-1, rows, period, columns, period).sum((1, 3))
 
-    tile = fold(total.numpy()) / np.maximum(fold(np.ones((1, height, width))), 1)
-    return torch.from_numpy(np.tile(tile, (rows, columns))[:, :height, :width].copy())
+def _fold(values: np.ndarray, period: int) -> np.ndarray:
+    """The sum of all tiles of C×H×W, C×period×period; NumPy adds them in a fixed order."""
+    _, height, width = values.shape
+    if height % period or width % period:
+        values = np.pad(values, ((0, 0), (0, -height % period), (0, -width % period)))
+    rows, columns = (side // period for side in values.shape[1:])
+    return values.reshape(-1, rows, period, columns, period).sum((1, 3))
+
+
+@cache
+def _counts(height: int, width: int, period: int) -> np.ndarray:
+    """How many pixels of H×W are added up in each place of a tile; at least 1."""
+    return np.maximum(_fold(np.ones((1, height, width)), period), 1)
 
 
 def cosine(start: float, step: int, num_steps: int) -> float:

@@ -64,10 +64,11 @@ def run_round(
     shape = tuple(state.iterate.v.shape)
     steps = config.steps(num_rounds, shape)
     sizes = steps.sizes(round_.number) if steps is not None else ()
-    v, momentum = (field.float().numpy() for field in (state.iterate.v, state.iterate.momentum))
-    solver, local = replace(config.solver, scale=state.iterate.scale), None
+    v, solver, local = state.iterate.v.float().numpy(), replace(config.solver, scale=state.iterate.scale), None
     if steps is not None and config.local_steps:
-        local = LocalSteps(momentum, sizes, config.block_size // config.local_steps, steps)
+        local = LocalSteps(
+            state.iterate.momentum.float().numpy(), sizes, config.block_size // config.local_steps, steps
+        )
     total, results = np.zeros((2, *shape) if config.local_steps else shape), []
     for result in workers.map(Worker.solve, round_.blocks, v, solver, local):
         total += result.total
