@@ -3,7 +3,7 @@
 import logging
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from shutil import disk_usage
 from tempfile import TemporaryFile, gettempdir
 from threading import Lock
@@ -39,10 +39,10 @@ class Traffic:
     retries: int = 0
 
     def __add__(self, other: "Traffic") -> "Traffic":
-        return Traffic(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        return Traffic(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
     def __sub__(self, other: "Traffic") -> "Traffic":
-        return Traffic(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        return Traffic(*(a - b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
 
 class ShardCache:
