@@ -28,6 +28,11 @@ def environment(**extra: str) -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.startswith(SETTINGS)} | extra
 
 
+def committed(folder: Path) -> int:
+    """Rounds that jobs in a folder have committed so far, at most."""
+    return max((int(path.name.split("-")[1]) for path in folder.glob("checkpoints/**/round-*")), default=0)
+
+
 class JobProcess:
     """The process of a script, with the interface of subprocess.Popen."""
 

@@ -103,7 +103,7 @@ def test_committing_the_same_again_never_leaves_less(tmp_path):
 
 def test_commits_to_s3(s3):
     store = committed(f"s3://bucket/runs/one?{s3}", 5)
-    assert same(store.newest(), checkpoint(5)) and len(store._paths()) == 3
+    assert same(store.newest(), checkpoint(5)) and len(store._files.names("round-")) == 3
 
 
 def test_a_storage_that_cannot_be_written_to_is_known_at_the_start(tmp_path):
@@ -171,7 +171,7 @@ def test_what_is_written_grows_with_the_rounds_and_resumed_runs_go_on_from_the_s
     first = committed(tmp_path, 20)
     second = CheckpointStore(str(tmp_path))
     found = first.newest()
-    second._put("history-00000021-00000022", "jsonl", b"of a job that was killed before it wrote the state")
+    second._files.put("history-00000021-00000022", "jsonl", b"of a job that was killed before it wrote the state")
     with second:
         second.start(found)
         second.commit(replace(checkpoint(40), segment=""))

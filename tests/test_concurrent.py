@@ -10,7 +10,7 @@ from conftest import tiny_worker
 
 from uap_dist.errors import WorkerLostError
 from uap_dist.method.config import ComputeConfig
-from uap_dist.rounds.concurrent import compute_concurrently, keep_last_arrays
+from uap_dist.rounds.concurrent import compute_concurrently, describe_idle, keep_last_arrays, num_concurrent
 from uap_dist.rounds.loop import compute
 from uap_dist.workers.local import LocalWorkers
 
@@ -71,6 +71,17 @@ def test_no_more_than_so_many_share_the_workers(tiny_data):
         if report.is_last
     ]
     assert sorted(ended) == sorted(configs(5)) and max(largest) == 2
+
+
+def test_a_fleet_that_one_perturbation_cannot_use_is_told_what_would():
+    said = describe_idle(8, 1, ComputeConfig())
+    assert "6 of 8 workers will have nothing to do" in said and "--num-perturbations 8" in said
+    assert describe_idle(2, 1, ComputeConfig()) == describe_idle(8, 4, ComputeConfig()) == ""
+
+
+def test_few_computations_all_run_at_once_and_of_many_one_more_than_workers():
+    config = ComputeConfig()
+    assert [num_concurrent(4, left, config) for left in (1, 4, 7, 8, 100)] == [1, 4, 7, 5, 5]
 
 
 def test_what_one_raises_reaches_the_caller(tiny_data, local_workers):

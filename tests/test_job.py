@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import TINY, random_samples, tiny_worker
-from processes import JobProcess, environment, run_job
+from processes import JobProcess, committed, environment, run_job
 from safetensors import safe_open
 
 from uap_dist.computing.options import ComputeOptions
@@ -163,9 +163,20 @@ def test_the_log_is_plain_lines(finished):
 
 def test_sigterm_ends_the_run_killed(shards, tmp_path):
     process = start(
-        tmp_path, *data(shards), "--max-passes", "100000", "--round-size", "10", "--block-size", "5", "--output", "out"
+        tmp_path,
+        *data(shards),
+        "--max-passes",
+        "100000",
+        "--round-size",
+        "10",
+        "--block-size",
+        "5",
+        "--commit-every-s",
+        "0",
+        "--output",
+        "out",
     )
-    while not list(tmp_path.glob("checkpoints/*/round-0000002*")):
+    while not committed(tmp_path):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
     stopped = time.time()
@@ -191,8 +202,8 @@ def test_a_killed_driver_resumes_to_the_same_bits_with_every_metric_once(shards,
         "--radius",
         "20",
     )
-    process = start(tmp_path, *data(shards), *options, "--output", "out")
-    while not list(tmp_path.glob("checkpoints/*/round-0000002*")):
+    process = start(tmp_path, *data(shards), *options, "--output", "out", "--commit-every-s", "0")
+    while not committed(tmp_path):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
     process.kill()

@@ -25,7 +25,18 @@ from uap_dist.workers.local import LocalWorkers
 
 SEEDS = range(4, 8)
 NUM_PASSES, NUM_ROUNDS = 10, 50
-OPTIONS = ("--num-perturbations", "4", "--seed", "4", "--max-passes", str(NUM_PASSES), "--evaluate-every", "5")
+OPTIONS = (
+    "--commit-every-s",
+    "0",
+    "--num-perturbations",
+    "4",
+    "--seed",
+    "4",
+    "--max-passes",
+    str(NUM_PASSES),
+    "--evaluate-every",
+    "5",
+)
 OPTIONS += (
     "--round-size",
     "10",

@@ -22,7 +22,20 @@ VICTIM = f"{ROOT / 'benchmarks/faults/victim.py'}:Victim"
 RAY = str(Path(sys.executable).with_name("ray"))
 SEEDS = (4, 5)
 CONFIG = ComputeConfig(max_passes=4, round_size=20, block_size=5, radius=20.0, evaluate_every=4)
-OPTIONS = ("--max-passes", "4", "--round-size", "20", "--block-size", "5", "--radius", "20", "--evaluate-every", "4")
+OPTIONS = (
+    "--commit-every-s",
+    "0",
+    "--max-passes",
+    "4",
+    "--round-size",
+    "20",
+    "--block-size",
+    "5",
+    "--radius",
+    "20",
+    "--evaluate-every",
+    "4",
+)
 
 
 class Head:

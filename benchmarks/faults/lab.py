@@ -114,7 +114,7 @@ class Lab:
         self.options = (
             *("--model", VICTIM, *shard_options(folder / "shards")),
             *("--num-workers", "2", "--round-size", "20", "--block-size", "5", "--radius", "20"),
-            *("--max-passes", str(size.max_passes), "--evaluate-every", "5"),
+            *("--max-passes", str(size.max_passes), "--evaluate-every", "5", "--commit-every-s", "0"),
         )
         self.undisturbed = Trial(self, "undisturbed")
         self.undisturbed.start()

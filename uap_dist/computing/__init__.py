@@ -1,1 +1,1 @@
-"""The loop over rounds (section 2 of the paper), and whole runs of it: one perturbation or a pool."""
+"""A tracked run of the loop over rounds, and a pool of such runs."""

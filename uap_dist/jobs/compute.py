@@ -26,6 +26,7 @@ from uap_dist.method.config import warn_of_default_radius
 from uap_dist.method.state import State
 from uap_dist.models.loading import load_usable_classifier
 from uap_dist.planning.comparison import PLAN_FILE, Spent, read_plan
+from uap_dist.rounds.concurrent import describe_idle
 from uap_dist.tracking.checkpoint import Checkpoint
 from uap_dist.tracking.checkpoint_store import CheckpointStore
 from uap_dist.tracking.mlflow_run import Tracker
@@ -84,6 +85,8 @@ def _set_up(
     urls = list_shards(options, output)
     CheckpointStore(storage).prepare()  # before any work is done
     fleet = start_fleet(classifier, options.weights, options.fleet, tracker)
+    if idle := describe_idle(fleet.num_asked, options.num_perturbations, options.config):
+        console.print(idle)
     check_demo(options, urls[0], fleet.need)
     train_urls, val_urls = urls
     console.print(

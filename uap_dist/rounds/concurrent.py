@@ -71,6 +71,18 @@ def num_filling(num_workers: int, config: ComputeConfig) -> int:
     return 1 + ceil(num_workers * config.block_size / config.round_size)
 
 
+def describe_idle(num_workers: int, num_computations: int, config: ComputeConfig) -> str:
+    """How many workers cannot be busy, and what would keep them so; empty if all can."""
+    num_blocks = config.round_size // config.block_size
+    num_busy = num_computations * num_blocks
+    if num_busy >= num_workers:
+        return ""
+    return (
+        f"{num_workers - num_busy} of {num_workers} workers will have nothing to do: a round of one perturbation has {num_blocks} "
+        f"blocks (--round-size, --block-size); --num-perturbations {num_workers} would use all of them"
+    )
+
+
 def num_concurrent(num_workers: int, num_left: int, config: ComputeConfig) -> int:
     """How many of the computations that are left to run at once.
 

@@ -49,6 +49,7 @@ class CheckpointStore:
         """
         self.location = location
         self._filesystem, self._folder = locate(location)
+        self._files = _Files(self._filesystem, self._folder)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._every_s, self._last_begun = every_s, -inf
         self._last: Future[None] | None = None
@@ -146,8 +147,9 @@ class CheckpointStore:
         return found
 
     def _read_newest(self) -> Checkpoint | None:
-        for path in reversed(self._paths()):
-            data = self._read(path)
+        for name in reversed(self._files.names("round-")):
+            path = f"{self._folder}/{name}"
+            data = self._files.read(name)
             if data is not None:
                 checkpoint = self._unpack(data, path)
                 history = self._read_history(checkpoint.segment)
@@ -160,21 +162,12 @@ class CheckpointStore:
         """The records in a segment and in all before it; None if one of them is damaged."""
         records: list[RoundRecord] = []
         while segment:
-            data = self._read(f"{self._folder}/{segment}")
+            data = self._files.read(segment)
             if data is None:
                 return None
             segment, *lines = data.decode().splitlines()
             records[:0] = map(RoundRecord.from_json, lines)
         return records
-
-    def _read(self, path: str) -> bytes | None:
-        """The contents of a file; None if they do not match its name, or it is not there."""
-        try:
-            with self._filesystem.open_input_stream(path, compression=None) as stream:
-                data: bytes = stream.read()
-        except FileNotFoundError:
-            return None
-        return data if f"-{_digest(data)}." in path else None
 
     def _unpack(self, data: bytes, path: str) -> Checkpoint:
         try:
@@ -215,13 +208,20 @@ class CheckpointStore:
         first = 1 + (int(segment.split("-")[2]) if segment else 0)
         if first <= last:
             lines = [segment, *(record.json for record in checkpoint.history[first - 1 : last])]
-            segment = self._put(f"history-{first:08d}-{last:08d}", "jsonl", "\n".join(lines).encode())
+            segment = self._files.put(f"history-{first:08d}-{last:08d}", "jsonl", "\n".join(lines).encode())
         self._segment = segment
-        self._put(f"round-{last:08d}", "npz", replace(checkpoint, segment=segment).to_bytes())
-        for path in self._paths()[:-NUM_KEPT]:
-            self._filesystem.delete_file(path)
+        self._files.put(f"round-{last:08d}", "npz", replace(checkpoint, segment=segment).to_bytes())
+        for name in self._files.names("round-")[:-NUM_KEPT]:
+            self._files.delete(name)
 
-    def _put(self, name: str, extension: str, data: bytes) -> str:
+
+class _Files:
+    """Files in a folder whose names end in the digests of their bytes."""
+
+    def __init__(self, filesystem: fs.FileSystem, folder: str) -> None:
+        self._filesystem, self._folder = filesystem, folder
+
+    def put(self, name: str, extension: str, data: bytes) -> str:
         """Write a file, and return its name with the digest."""
         name = f"{name}-{_digest(data)}.{extension}"
         # object stores show only complete objects; on a local disk this takes a rename
@@ -235,10 +235,23 @@ class CheckpointStore:
             self._filesystem.move(target, f"{self._folder}/{name}")
         return name
 
-    def _paths(self) -> list[str]:
-        """Paths of all states, the newest last."""
+    def read(self, name: str) -> bytes | None:
+        """The contents of a file; None if they do not match its name, or it is not there."""
+        try:
+            with self._filesystem.open_input_stream(f"{self._folder}/{name}", compression=None) as stream:
+                data: bytes = stream.read()
+        except FileNotFoundError:
+            return None
+        return data if f"-{_digest(data)}." in name else None
+
+    def names(self, prefix: str) -> list[str]:
+        """Those that begin so, in the order of the alphabet."""
         infos = self._filesystem.get_file_info(fs.FileSelector(self._folder, allow_not_found=True))
-        return sorted(info.path for info in infos if info.base_name.startswith("round-"))
+        return sorted(info.base_name for info in infos if info.base_name.startswith(prefix))
+
+    def delete(self, name: str) -> None:
+        """Delete a file."""
+        self._filesystem.delete_file(f"{self._folder}/{name}")
 
 
 def _digest(data: bytes) -> str:
