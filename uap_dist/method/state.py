@@ -11,6 +11,8 @@ from uap_dist.method.norms import Norm, random_perturbation
 from uap_dist.method.rates import Predictions, Rate
 from uap_dist.method.update import Iterate
 
+NOTHING = torch.empty(0)  # one object, which is sent once with many reports
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -84,14 +86,13 @@ class RoundReport:
 
     def without_arrays(self) -> "RoundReport":
         """The report with empty arrays for perturbation, iterate and predictions, which take 3 MB at 224×224."""
-        nothing = torch.empty(0)
-        state = replace(self.state, iterate=replace(self.state.iterate, v=nothing, momentum=nothing))
+        state = replace(self.state, iterate=replace(self.state.iterate, v=NOTHING, momentum=NOTHING))
         evaluation = self.evaluation
         if evaluation is not None:
             evaluation = replace(
                 evaluation, val_predictions=Predictions(np.empty(0, np.int64), np.empty(0, np.float32))
             )
-        return replace(self, perturbation=nothing, state=state, evaluation=evaluation)
+        return replace(self, perturbation=NOTHING, state=state, evaluation=evaluation)
 
     def metrics(self) -> dict[str, float]:
         """The round in numbers, by the names that MLflow and the plots use."""

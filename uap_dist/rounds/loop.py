@@ -54,16 +54,21 @@ def compute(
     sharing = Sharing(workers, train.num_bytes, num_computations)
     upcoming = _Upcoming(train, plan, before.num_rounds)
     waiting = _Waiting(workers, train, held_out, plan)
+    outgoing: Iterator[RoundReport] = iter(())
     while True:
         if held_out.done():
             check_shapes(train, held_out.result())
-        reports = _advance(workers, upcoming, before, plan, sharing)
+        coming = _begin(workers, upcoming, before, plan, sharing)
+        yield from outgoing  # while workers compute
+        reports, outgoing = coming(), iter(())
         last_round = upcoming.take(len(reports))
         start, before = reports[-2].state if len(reports) > 1 else before, reports[-1].state
         ends = plan.ends_with(before)
         waiting.add(reports, is_due=ends or plan.is_due(last_round, start, before))
         if ends or not waiting.is_for_images:
-            for report in waiting.take(ends):
+            outgoing = waiting.take(ends)
+        if ends or plan.measurements.num_images is None:  # the run may end here
+            for report in outgoing:
                 yield report
                 if report.is_last:
                     return
@@ -106,19 +111,28 @@ class _Waiting:
             yield replace(report, evaluation=evaluation, is_last=is_last or reached)
 
 
-def _advance(
+def _begin(
     workers: Workers, upcoming: "_Upcoming", state: State, plan: RunPlan, sharing: Sharing
-) -> list[RoundReport]:
-    """The reports of the next round, or of those of a span."""
+) -> Callable[[], list[RoundReport]]:
+    """Begin the next span, or get ready for the next round; the result waits for their reports."""
     length = sharing.span_length()
     rounds = upcoming.look_ahead(max(1, length))
     if length:
-        (reports,) = workers.map(compute_span, [Span(rounds)], state, plan)
-        sharing.note_span(reports)
-        return reports
-    report = run_round(workers, rounds[0], state, plan.config, plan.num_rounds)
-    sharing.note_shared(report)
-    return [report]
+        answers = workers.map(compute_span, [Span(rounds)], state, plan)
+
+        def finish_span() -> list[RoundReport]:
+            (reports,) = answers
+            sharing.note_span(reports)
+            return reports
+
+        return finish_span
+
+    def share_round() -> list[RoundReport]:
+        report = run_round(workers, rounds[0], state, plan.config, plan.num_rounds)
+        sharing.note_shared(report)
+        return [report]
+
+    return share_round
 
 
 class _Upcoming:
