@@ -145,11 +145,13 @@ def run_job(
         client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
         experiment = client.get_experiment_by_name("uap_dist")
         assert experiment is not None
-        ends: list[int] = []
+        ends, number = [], -1  # MLflow does not get each round of a long run
         for run in client.search_runs([experiment.experiment_id], run_view_type=ViewType.ALL):
-            ends += [metric.timestamp for metric in client.get_metric_history(run.info.run_id, "total/solves")]
+            found = client.get_metric_history(run.info.run_id, "total/solves")
+            ends += [metric.timestamp for metric in found]
+            number += max((metric.step for metric in found), default=0)
         megabytes = None if store is None else store.bytes_put / 1e6
-        return Rounds((max(ends) - min(ends)) / 1000, len(ends) - 1, megabytes)
+        return Rounds((max(ends) - min(ends)) / 1000, number, megabytes)
 
 
 @contextmanager
@@ -159,6 +161,7 @@ def slow_store(delay_s: float) -> Iterator[FaultyStore]:
     store = FaultyStore()
     try:
         fs.FileSystem.from_uri(f"s3://bucket/?{store.query}&allow_bucket_creation=true")[0].create_dir("bucket")
+        store.reset()
         store.fault = lambda method, path: ("wait", delay_s)
         yield store
     finally:

@@ -55,7 +55,10 @@ class FaultyStore:
     def _answer(self, environ, start_response):
         method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
         self.requests.append((method, path, "HTTP_AUTHORIZATION" in environ))
-        self.bytes_put += int(environ.get("CONTENT_LENGTH") or 0) if method == "PUT" else 0
+        if method == "PUT":  # of a body in chunks the header says its length before that
+            self.bytes_put += int(
+                environ.get("HTTP_X_AMZ_DECODED_CONTENT_LENGTH") or environ.get("CONTENT_LENGTH") or 0
+            )
         fault = self.fault(method, path)
         match fault:
             case ("status", status):

@@ -21,6 +21,17 @@ from uap_dist.tracking.mlflow_server import CHECKPOINTS_TAG
 from uap_dist.workers.dataset import Dataset
 from uap_dist.workers.local import Workers
 
+MAX_LOGGED = 1_000  # rounds in MLflow, whose charts show fewer points
+
+
+def is_logged(record: RoundRecord, num_rounds: int | None) -> bool:
+    """Whether MLflow gets a round: of a run of n rounds each (n/MAX_LOGGED)th, rounded down, and all that are measured.
+
+    MLflow stores a metric in a tenth of a millisecond. With all of a round it would be what a run of quick rounds waits for.
+    """
+    every = max(1, (num_rounds or 0) // MAX_LOGGED)
+    return record.step % every == 0 or record.step == 1 or "fooling_rate/val" in record.metrics
+
 
 class TrackedRun:
     """The computation of one perturbation with its checkpoints and its MLflow run.
@@ -36,7 +47,7 @@ class TrackedRun:
     def __init__(
         self, config: ComputeConfig, checkpoint: Checkpoint, *, store: CheckpointStore, folder: Path, tracker: Tracker
     ) -> None:
-        """Commit the checkpoint, so that the run can be resumed from now on, and send MLflow the rounds that it may lack.
+        """Commit the checkpoint, so that the run can be resumed from now on.
 
         Args:
             config: of the computation.
@@ -54,8 +65,6 @@ class TrackedRun:
         self.finished: FinishedRun | None = None
         store.start(checkpoint)
         tracker.set_tag(CHECKPOINTS_TAG, store.location)
-        for record in self._history:
-            tracker.log_round(record)
 
     def rounds(
         self, workers: Workers, train: Dataset, held_out: Future[Dataset], num_computations: Callable[[], int]
@@ -72,7 +81,10 @@ class TrackedRun:
             self._history.append(RoundRecord.of(report, of_workers, self._history))
             if report.has_arrays and not report.is_last:
                 self._store.commit(Checkpoint(self._job, report.state, self._history))
-            self._tracker.log_round(self._history[-1])
+            # with the first report also those of earlier processes, which MLflow may lack
+            for record in self._history if report.round_number == self.state.num_rounds else self._history[-1:]:
+                if report.is_last or is_logged(record, report.num_rounds):
+                    self._tracker.log_round(record)
             yield report
 
     def finish(
