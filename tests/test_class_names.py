@@ -18,7 +18,7 @@ def names(folder, own=()):
     classifier = load_classifier(TINY)
     classifier.class_names = own
     data = load_dataset(LocalWorkers(tiny_worker()), [str(folder / "train-0000.tar")])
-    return list(Setting(classifier, None, data, data, {}, Console()).class_names)
+    return list(Setting(classifier, None, data, data, {}, Console(), commit_every_s=10.0).class_names)
 
 
 def test_the_names_beside_the_shards_are_those_of_a_network_without_its_own(tmp_path, caplog):
