@@ -98,7 +98,9 @@ class Sharing:
         self._workers, self._fits = workers, train_bytes <= workers.room_for_spans
         self._num_computations = num_computations
         self._num_workers = 0
-        self._shared: deque[RoundReport] = deque(maxlen=NUM_MEASURED)
+        self._spared_s: deque[float] = deque(
+            maxlen=NUM_MEASURED
+        )  # of shared rounds: their time beyond that of their solves
         self._round_s: float | None = None  # of a round within the last span
 
     def span_length(self) -> int:
@@ -106,7 +108,7 @@ class Sharing:
         num_workers = self._workers.num_workers
         if num_workers != self._num_workers:
             self._num_workers = num_workers
-            self._shared.clear()
+            self._spared_s.clear()
         if not self._fits:
             return 0
         if self._num_computations() < num_workers and not self._is_quicker_alone():
@@ -117,13 +119,11 @@ class Sharing:
 
     def note_shared(self, report: RoundReport) -> None:
         """Note how long a round took that the workers shared."""
-        self._shared.append(report.without_arrays())
+        self._spared_s.append(report.seconds - report.solve_seconds)
 
     def note_span(self, reports: Sequence[RoundReport]) -> None:
         """Note how long the rounds of a span took."""
         self._round_s = median(report.seconds for report in reports)
 
     def _is_quicker_alone(self) -> bool:
-        shared = self._shared
-        is_known = len(shared) == NUM_MEASURED
-        return is_known and sum(each.solve_seconds for each in shared) <= sum(each.seconds for each in shared)
+        return len(self._spared_s) == NUM_MEASURED and sum(self._spared_s) >= 0
