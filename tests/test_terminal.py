@@ -26,6 +26,28 @@ with one_line_errors(debug=False):
     time.sleep({seconds})
 """
 
+TRANSACTION = """
+import sqlite3, time
+from uap_dist.tracking.console import one_line_errors
+from uap_dist.tracking.mlflow_server import tracking_errors
+from uap_dist.tracking.process import raise_on_sigterm
+with one_line_errors(debug=False):
+    raise_on_sigterm()
+    try:
+        with tracking_errors("sqlite:///file.db"), tracking_errors("sqlite:///file.db"):
+            connection = sqlite3.connect("file.db")
+            connection.execute("create table runs (status)")
+            connection.execute("begin immediate")
+            print("ready", flush=True)
+            time.sleep(1)
+            connection.commit()
+        print("not reached")
+    finally:
+        other = sqlite3.connect("file.db", timeout=0)
+        other.execute("insert into runs values ('KILLED')")
+        print("marked", flush=True)
+"""
+
 FULL_DISK = """
 from pathlib import Path
 from uap_dist.tracking.checkpoint_store import CheckpointStore
@@ -52,6 +74,15 @@ def test_a_second_interrupt_ends_the_process_at_once(kinds):
         process.send_signal(kind)
     _, err = process.communicate(timeout=20)
     assert process.returncode == 130 and err == "stopping; interrupt again to stop at once\ninterrupted\n"
+
+
+def test_an_interrupt_lets_a_call_of_mlflow_end_so_that_no_lock_is_left(tmp_path):
+    process = start("-c", TRANSACTION, cwd=tmp_path)
+    assert process.stdout.readline() == "ready\n", process.stderr.read()
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out) == (130, "marked\n"), err
+    assert err == "stopping; interrupt again to stop at once\ninterrupted\n"
 
 
 def test_an_interrupt_after_all_is_done_is_quiet():

@@ -17,6 +17,7 @@ from mlflow.exceptions import MlflowException
 
 from uap_dist.errors import ResumeError, TrackingError, UapDistError, is_mistake
 from uap_dist.foreign_text import first_line, redact
+from uap_dist.tracking.process import finishing_first
 from uap_dist.tracking.sqlite_store import prepare_store, sqlite_path
 
 CHECKPOINTS_TAG, JOB_TAG, PARENT_TAG = "checkpoints", "job", "mlflow.parentRunId"
@@ -105,7 +106,8 @@ def tracking_errors(uri: str) -> Iterator[None]:
     Errors of this package, and those that only a bug raises (`is_mistake`), pass unchanged.
     """
     try:
-        yield
+        with finishing_first():
+            yield
     except UapDistError:
         raise
     except Exception as error:

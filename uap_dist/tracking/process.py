@@ -4,7 +4,9 @@ import atexit
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -65,10 +67,38 @@ def raise_on_sigterm() -> None:
     atexit.register(_exit_on_signals)  # runs before Ray's exit handler, which takes seconds
 
 
+@contextmanager
+def finishing_first() -> Iterator[None]:
+    """Let this block end before an interrupt raises KeyboardInterrupt.
+
+    A call of a database that is broken off leaves its lock behind for as long as the traceback lives, and what is called next waits
+    for it.
+    """
+    if threading.current_thread() is not threading.main_thread():  # only the main thread is interrupted
+        yield
+        return
+    _Interrupts.num_blocks += 1
+    try:
+        yield
+    finally:
+        _Interrupts.num_blocks -= 1
+        if _Interrupts.is_due and not _Interrupts.num_blocks:
+            _Interrupts.is_due = False
+            raise KeyboardInterrupt
+
+
+class _Interrupts:
+    """Of this process: how many blocks end first, and whether an interrupt waits for them."""
+
+    num_blocks, is_due = 0, False
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:
     _exit_on_signals()
     os.write(sys.stderr.fileno(), b"stopping; interrupt again to stop at once\n")
-    raise KeyboardInterrupt
+    if not _Interrupts.num_blocks:
+        raise KeyboardInterrupt
+    _Interrupts.is_due = True
 
 
 def _exit_on_signals() -> None:
