@@ -54,7 +54,7 @@ def test_the_drivers_sums_do_not_depend_on_the_number_of_threads():
     threads, found = torch.get_num_threads(), []
     for count in (1, 2, 4):
         torch.set_num_threads(count)
-        found.append([(measure(v, "l2"), root_mean_square(v)) for v in values])
+        found.append([(measure(v, "l2"), float(root_mean_square(v))) for v in values])
     torch.set_num_threads(threads)
     assert found[0] == found[1] == found[2]
     for v, (norm, rms) in zip(values, found[0], strict=True):

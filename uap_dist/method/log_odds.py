@@ -20,7 +20,7 @@ class LogOddsSum:
     """Weighted increments of several images as one sum, and what it cost.
 
     Attributes:
-        total: C×H×W, logits per pixel value.
+        total: C×H×W, logits per pixel value; of M perturbations M×C×H×W.
         log_odds: N, of the clean labels at clip(x + v, 0, 255).
         is_fooled: N, bool, whether v fools the image.
         num_evaluations: images passed through the network, forward and backward passes counted separately.
@@ -51,25 +51,40 @@ def log_odds_sum(
     Args:
         classifier: as returned by `load_classifier`; faster after `accelerate`.
         pixels: N×C×H×W, 0..255.
-        perturbation: v, C×H×W, pixels.
+        perturbation: v, C×H×W, pixels; or M of them, M×C×H×W, each for its own N/M consecutive images, and with its own sum.
         labels: N, the clean labels.
         weigh: w, maps N log-odds to N weights.
     """
+    of_all = perturbation.view(-1, 1, *pixels.shape[1:])
+    shown = add_perturbation(pixels.unflatten(0, (len(of_all), -1)), of_all).flatten(0, 1)
     with torch.enable_grad():
-        logits, leaf = classifier.linearise(add_perturbation(pixels, perturbation))
-        gaps = log_odds(logits, labels)
+        logits, leaf = classifier.linearise(shown)
+        gaps = log_odds(_widen(logits), labels)
         (slopes,) = torch.autograd.grad((weigh(gaps.detach()) * gaps).sum(), leaf)
+    totals = -classifier.pull_back(_sum_finite(_widen(slopes), len(of_all)), pixels.shape[1:])
     return LogOddsSum(
-        total=-classifier.pull_back(_sum_finite(slopes), pixels.shape[1:]),
+        total=_widen(totals).view_as(perturbation),
         log_odds=gaps.detach(),
         is_fooled=logits.detach().argmax(1) != labels,
         num_evaluations=2 * len(pixels),
     )
 
 
-def _sum_finite(slopes: Tensor) -> Tensor:
-    """Sum of N gradients with a leading dimension of 1; those that are not finite are left out."""
-    total = reduce(torch.add, slopes)  # Tensor.sum takes ten times as long on channels-last memory
-    if not total.sum().isfinite():  # much quicker than looking at each entry
-        total = slopes[slopes.flatten(1).isfinite().all(1)].sum(0)
-    return total[None]
+def _widen(values: Tensor) -> Tensor:
+    """In float32 at least: the network may compute in bfloat16."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _sum_finite(slopes: Tensor, num_sums: int) -> Tensor:
+    """Sums of N gradients, so many for as many equal parts of them; those that are not finite are left out."""
+    totals = _sum(slopes, num_sums)
+    # on the CPU it is much quicker to look at the sums first; a GPU would have to be waited for
+    if slopes.is_cuda or not totals.sum().isfinite():
+        is_finite = slopes.flatten(1).isfinite().all(1)
+        totals = _sum(slopes.where(is_finite.view(-1, *(1 for _ in slopes.shape[1:])), 0), num_sums)
+    return totals
+
+
+def _sum(slopes: Tensor, num_sums: int) -> Tensor:
+    # Tensor.sum takes ten times as long on channels-last memory
+    return reduce(torch.add, slopes.unflatten(0, (num_sums, -1)).unbind(1))

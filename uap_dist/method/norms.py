@@ -9,12 +9,14 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from uap_dist.errors import ConfigError
 
 Norm = Literal["linf", "l2"]
 SYMBOLS: dict[Norm, str] = {"linf": "ℓ∞", "l2": "ℓ2"}
 IN_THE_CORNER = 0.99  # share of the largest ℓ2 norm within its ℓ∞ ball at which v counts as being in a corner
+TINY = 1e-300  # in place of a norm of zero that is divided by
 PAPER_NORM_L2, PAPER_NUM_VALUES = 2000.0, 3 * 224 * 224
 
 
@@ -27,27 +29,45 @@ def check_ball(norm: str, radius: float) -> None:
 
 
 def add_perturbation(pixels: Tensor, perturbation: Tensor) -> Tensor:
-    """clip(x + v, 0, 255), N×C×H×W: what the classifier is shown of images x (N×C×H×W) perturbed by v (C×H×W)."""
+    """clip(x + v, 0, 255): what the classifier is shown of images x (N×C×H×W) perturbed by v (C×H×W)."""
     return (pixels + perturbation).clamp_(0, 255)
 
 
 def measure(v: Tensor, norm: Norm) -> float:
-    """‖v‖ over all entries, computed in float64; the same bits for any number of threads."""
-    values = _values(v)
-    return float(np.abs(values).max() if norm == "linf" else np.sqrt(np.square(values).sum()))
+    """‖v‖ over all entries, computed in float64; the same bits on every device."""
+    return float(norms(v.reshape(1, 1, -1), norm))
 
 
-def root_mean_square(v: Tensor) -> float:
-    """√(mean of v²) over all entries, computed in float64; the same bits for any number of threads."""
-    return float(np.sqrt(np.square(_values(v)).mean()))
+def norms(v: Tensor, norm: Norm) -> Tensor:
+    """‖v‖ of one perturbation or of each of several (…×C×H×W, pixels), computed in float64; the same bits on every device."""
+    values = v.detach().double().flatten(-3)
+    return values.abs().amax(-1) if norm == "linf" else add_up(values.square()).sqrt()
+
+
+def root_mean_square(v: Tensor) -> Tensor:
+    """√(mean of v²) of each perturbation in …×C×H×W, computed in float64; the same bits on every device."""
+    values = v.detach().double().flatten(-3)
+    return (add_up(values.square()) / values.shape[-1]).sqrt()
+
+
+def add_up(values: Tensor) -> Tensor:
+    """Sums over the last dimension, with the same bits on every device and for any number of threads.
+
+    The second half is added to the first one until one value is left, because the order in which `Tensor.sum` adds is torch's affair.
+    """
+    while (count := values.shape[-1]) > 1:
+        if count % 2:
+            values, count = pad(values, (0, 1)), count + 1
+        values = values[..., : count // 2] + values[..., count // 2 :]
+    return values[..., 0]
 
 
 def project(v: Tensor, *, norm: Norm, radius: float) -> Tensor:
     """The point of the ball ‖·‖_p ≤ ξ that is nearest to v in ℓ2: P_{p,ξ}(v).
 
     Args:
-        v: any shape, pixels.
-        norm: p; "linf" clips each entry, "l2" scales the whole tensor.
+        v: one perturbation or several, …×C×H×W, pixels.
+        norm: p; "linf" clips each entry, "l2" scales the whole perturbation.
         radius: ξ, pixels.
 
     Raises:
@@ -58,7 +78,7 @@ def project(v: Tensor, *, norm: Norm, radius: float) -> Tensor:
     check_ball(norm, radius)
     if norm == "linf":
         return v.clamp(-radius, radius)
-    return v * min(1.0, radius / max(measure(v, "l2"), 1e-300))
+    return v * (radius / norms(v, "l2").clamp_min(TINY)).clamp_max(1.0)[..., None, None, None]
 
 
 def spread(norm: Norm, radius: float, num_values: int) -> float:
@@ -103,7 +123,3 @@ def random_of_same_norms(v: Tensor, *, seed: int) -> dict[Norm, Tensor]:
         return {"linf": signs, "l2": signs}
     return {"linf": signs, "l2": random_perturbation(tuple(v.shape), norm="l2", radius=length, seed=seed)}
 
-
-def _values(v: Tensor) -> np.ndarray:
-    """The values for NumPy, whose sums, unlike torch's, do not depend on the number of threads."""
-    return v.detach().cpu().double().numpy()

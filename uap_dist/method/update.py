@@ -5,14 +5,14 @@ constants are all defined here; benchmarks/rules_tried.md says how they were cho
 """
 
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, reduce
 from math import cos, exp, inf, pi
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from uap_dist.method.norms import Norm, project, root_mean_square, spread
+from uap_dist.method.norms import TINY, Norm, project, root_mean_square, spread
 
 WIDTH = 0.5  # width of the boundary that `weigh` smooths, in units of the mean |log-odds|
 REMEMBERED = 60  # images over which that mean runs
@@ -30,8 +30,8 @@ class Iterate:
     """What a round starts from.
 
     Attributes:
-        v: perturbation, C×H×W float64, pixels.
-        momentum: C×H×W float64.
+        v: perturbation, C×H×W float64, pixels; the updates take M of them as well, M×C×H×W.
+        momentum: float64, as many.
         scale: running mean of |f| over the images seen, f being the log-odds of the clean label; infinite before the first image.
     """
 
@@ -77,7 +77,7 @@ def paper_update(iterate: Iterate, total: Tensor, *, gain: float, norm: Norm, ra
 
     Args:
         iterate: before the round; its momentum is kept as it is.
-        total: Σ Δv_i, C×H×W float64, the sum of the round's increments in pixels.
+        total: Σ Δv_i, …×C×H×W float64, the sum of the round's increments in pixels.
         gain: factor on the sum; 1 in the paper.
         norm: of the ball.
         radius: of the ball, pixels.
@@ -88,25 +88,28 @@ def paper_update(iterate: Iterate, total: Tensor, *, gain: float, norm: Norm, ra
     return replace(iterate, v=project(iterate.v + gain * total, norm=norm, radius=radius))
 
 
-def log_odds_update(iterate: Iterate, total: Tensor, step_size: float, steps: Steps) -> Iterate:
+def log_odds_update(iterate: Iterate, total: Tensor, step_size: float | Tensor, steps: Steps) -> Iterate:
     """The log-odds rule: m ← 0.9 m + R(total), v ← P(v + step_size · d), with R the mean over periods (`repeat_mean`).
 
     The direction d is sign(m) for ℓ∞, and m scaled to root mean square 1 for ℓ2.
 
     Args:
         iterate: before the step.
-        total: C×H×W float64, weighted sum of increments (see `log_odds_sum` and `weigh`).
-        step_size: pixels, one of `steps.sizes`.
+        total: …×C×H×W float64, weighted sum of increments (see `log_odds_sum` and `weigh`).
+        step_size: pixels, one of `steps.sizes`; or such sizes for several perturbations, M×1×1×1.
         steps: gives the ball and the period.
     """
     momentum = MOMENTUM * iterate.momentum + repeat_mean(total, steps.period)
-    direction = momentum.sign() if steps.norm == "linf" else momentum / max(root_mean_square(momentum), 1e-300)
+    if steps.norm == "linf":
+        direction = momentum.sign()
+    else:
+        direction = momentum / root_mean_square(momentum).clamp_min(TINY)[..., None, None, None]
     return replace(
         iterate, v=project(iterate.v + step_size * direction, norm=steps.norm, radius=steps.radius), momentum=momentum
     )
 
 
-def weigh(log_odds: Tensor, scale: float) -> Tensor:
+def weigh(log_odds: Tensor, scale: float | Tensor) -> Tensor:
     """Weights of images in the sum, from the log-odds f of their clean labels (N): w = σ(f/s) σ(−f/s) with s = WIDTH · scale.
 
     This is, up to a constant, the derivative of σ(−f/s), a smoothed indicator of an image being fooled. So images near the
@@ -145,33 +148,32 @@ def average_update(iterate: Iterate, mean: Tensor, steps: Steps) -> Iterate:
 
 
 def repeat_mean(total: Tensor, period: int) -> Tensor:
-    """Each pixel of C×H×W replaced by the mean of all pixels that are whole periods away from it, down and across.
+    """Each pixel of …×C×H×W replaced by the mean of all pixels that are whole periods away from it, down and across.
 
     The result repeats itself with that period; a period of at least both sides changes nothing. Steps of this kind give v a
     texture that acts alike everywhere in every image, which is what the increments of few images agree on; benchmarks/rules.md,
     "Why", measures the effect.
     """
-    _, height, width = total.shape
+    *_, height, width = total.shape
     if period >= max(height, width):
         return total
-    tile = _fold(total.numpy(), period) / _counts(height, width, period)
+    tile = _fold(total, period) / _counts(height, width, period, total.device)
     copies = -(-height // period), -(-width // period)
-    return torch.from_numpy(np.ascontiguousarray(np.tile(tile, copies)[:, :height, :width]))
+    return tile.repeat(*(1 for _ in total.shape[:-2]), *copies)[..., :height, :width]
 
 
-def _fold(values: np.ndarray, period: int) -> np.ndarray:
-    """The sum of all tiles of C×H×W, C×period×period; NumPy adds them in a fixed order."""
-    _, height, width = values.shape
-    if height % period or width % period:
-        values = np.pad(values, ((0, 0), (0, -height % period), (0, -width % period)))
-    rows, columns = (side // period for side in values.shape[1:])
-    return values.reshape(-1, rows, period, columns, period).sum((1, 3))
+def _fold(values: Tensor, period: int) -> Tensor:
+    """The sum of all tiles of …×H×W, …×period×period; they are added one by one, with the same bits on every device."""
+    height, width = values.shape[-2:]
+    values = pad(values, (0, -width % period, 0, -height % period))
+    strips = reduce(torch.add, values.split(period, dim=-2))
+    return reduce(torch.add, strips.split(period, dim=-1))
 
 
 @cache
-def _counts(height: int, width: int, period: int) -> np.ndarray:
+def _counts(height: int, width: int, period: int, device: torch.device) -> Tensor:
     """How many pixels of H×W are added up in each place of a tile; at least 1."""
-    return np.maximum(_fold(np.ones((1, height, width)), period), 1)
+    return _fold(torch.ones(height, width, dtype=torch.float64), period).clamp_min(1).to(device)
 
 
 def cosine(start: float, step: int, num_steps: int) -> float:

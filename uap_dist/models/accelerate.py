@@ -106,7 +106,7 @@ def _respond(classifier: Classifier, pixels: Tensor) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
         logits, leaf = classifier.linearise(pixels)
         (slopes,) = torch.autograd.grad(logits.logsumexp(1).sum(), leaf)
-    return logits.detach(), classifier.pull_back(slopes.sum(0, keepdim=True), pixels.shape[1:])
+    return logits.detach(), classifier.pull_back(slopes.sum(0, keepdim=True), pixels.shape[1:])[0]
 
 
 def _is_close(ours: Tensor, theirs: Tensor) -> bool:

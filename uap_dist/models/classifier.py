@@ -85,14 +85,19 @@ class Classifier(nn.Module):
         finally:
             hook.remove()
 
-    def pull_back(self, slope: Tensor, shape: Sequence[int]) -> Tensor:
-        """The gradient with respect to the pixels (C×H×W, `shape`) from a sum of gradients (1×…) at the place `linearise` returned."""
+    def pull_back(self, slopes: Tensor, shape: Sequence[int]) -> Tensor:
+        """Gradients with respect to the pixels (M×C×H×W) from M sums of gradients at the place that `linearise` returned.
+
+        Args:
+            slopes: M×…, each the sum over some images.
+            shape: C×H×W of an image.
+        """
         if self.first_layer is None:
-            return slope[0]
-        x = torch.zeros(1, *shape, device=slope.device, requires_grad=True)
+            return slopes
+        x = torch.zeros(len(slopes), *shape, device=slopes.device, requires_grad=True)
         with torch.enable_grad():
             output = self.get_submodule(self.first_layer)(self.normalise(x))
-        return torch.autograd.grad(output, x, slope)[0][0]
+        return torch.autograd.grad(output, x, slopes.to(output.dtype))[0]
 
 
 def _find_logits(output: Any, num_images: int, name: str) -> Tensor:
