@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import prod
 from typing import Any, get_args
 
@@ -10,9 +10,11 @@ from uap_dist.errors import ConfigError, PerturbationError
 from uap_dist.method.augment import Augmentation, check_augmentation
 from uap_dist.method.deepfool import SLOPE_RATIO
 from uap_dist.method.norms import Norm, check_ball, paper_norm_l2
+from uap_dist.method.rates import Goal
 from uap_dist.method.schedule import check_sizes
 from uap_dist.method.solver import Rule, Solver
 from uap_dist.method.update import AVERAGED, Steps, default_period, default_step_size
+from uap_dist.models.classes import find_label
 
 POOL_RANDOM_START = 0.5  # fraction of the radius; benchmarks/pools.md says why
 
@@ -33,7 +35,9 @@ class ComputeConfig:
     max_passes: int | None = None
     """Stop after so many passes over the training images; if not given, 10, or no limit with --max-evaluations."""
     target_fooling_rate: float = 1.0
-    """Stop after a pass at whose end v fools this fraction (0..1) of the training images."""
+    """Stop after a pass at whose end v fools this fraction (0..1) of the training images; it has no part in --target."""
+    target: int | str | None = None
+    """Label that all images shall get, by number or name (of the network); if not given, any but their own will do."""
     rule: Rule = "log-odds"
     """How increments are computed and summed: one log-odds step per image, or the paper's DeepFool and plain sum."""
     seed: int = 0
@@ -93,6 +97,8 @@ class ComputeConfig:
         for name in foreign:
             if getattr(self, name) is not None:
                 raise ConfigError(f"{name.replace('_', ' ')} does not belong to rule {self.rule}; leave it out")
+        if self.target is not None and self.rule == "paper":
+            raise ConfigError("the paper's rule knows no target; give --target with --rule log-odds")
         if self.seed < 0:
             raise ConfigError(f"seed is {self.seed}; it must not be negative")
 
@@ -148,6 +154,31 @@ class ComputeConfig:
             per_round=per_round,
         )
 
+    def with_labels(self, class_names: Sequence[str], num_classes: int) -> "ComputeConfig":
+        """The same config with the target as a number, which `compute` needs.
+
+        Args:
+            class_names: of the network's labels; empty if unknown.
+            num_classes: how many labels it has.
+
+        Raises:
+            ConfigError: the target is no class of the network.
+        """
+        if self.target is None:
+            return self
+        return replace(self, target=find_label(self.target, class_names, num_classes, option="target"))
+
+    @property
+    def goal(self) -> Goal:
+        """What images shall be taken for.
+
+        Raises:
+            ConfigError: the target is still a name.
+        """
+        if isinstance(self.target, str):
+            raise ConfigError(f"target is the name {self.target!r}; call ComputeConfig.with_labels, or give its number")
+        return Goal(self.target)
+
     @property
     def solver(self) -> Solver:
         """The options that workers need, with defaults filled in."""
@@ -156,6 +187,7 @@ class ComputeConfig:
             augmentation="none" if self.rule == "paper" else self.augment or "flip-shift",
             candidates=self.candidates or 10,
             slope_ratio=self.slope_ratio or SLOPE_RATIO,
+            goal=self.goal,
         )
 
 

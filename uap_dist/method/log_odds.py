@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 
 from uap_dist.method.norms import add_perturbation
+from uap_dist.method.rates import Goal
 from uap_dist.models.classifier import Classifier
+
+UNTARGETED = Goal()
 
 
 @dataclass(frozen=True)
@@ -21,14 +24,14 @@ class LogOddsSum:
 
     Attributes:
         total: C×H×W, logits per pixel value; of M perturbations M×C×H×W.
-        log_odds: N, of the clean labels at clip(x + v, 0, 255).
-        is_fooled: N, bool, whether v fools the image.
+        log_odds: N, of the clean labels, or of the target, at clip(x + v, 0, 255); NaN for images that take no part.
+        predicted: N, the labels at clip(x + v, 0, 255).
         num_evaluations: images passed through the network, forward and backward passes counted separately.
     """
 
     total: Tensor
     log_odds: Tensor
-    is_fooled: Tensor
+    predicted: Tensor
     num_evaluations: int
 
 
@@ -40,11 +43,18 @@ def log_odds(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def log_odds_sum(
-    classifier: Classifier, pixels: Tensor, perturbation: Tensor, labels: Tensor, *, weigh: Callable[[Tensor], Tensor]
+    classifier: Classifier,
+    pixels: Tensor,
+    perturbation: Tensor,
+    labels: Tensor,
+    *,
+    weigh: Callable[[Tensor], Tensor],
+    goal: Goal = UNTARGETED,
 ) -> LogOddsSum:
     """The sum −Σ w(f) ∇f over the images, with f the log-odds of the clean label at clip(x + v, 0, 255).
 
-    −∇f is the direction of DeepFool's step to the boundary f = 0. Since only the sum is needed, the gradients of all images go
+    −∇f is the direction of DeepFool's step to the boundary f = 0. With a target, f is the target's log-odds, and the sum is
+    Σ w(f) ∇f over the images whose clean label is another. Since only the sum is needed, the gradients of all images go
     backward through the classifier's first layer at once (see `Classifier.linearise`). Images whose gradient is not finite are
     left out. The cost is one forward and one backward pass per image.
 
@@ -54,18 +64,20 @@ def log_odds_sum(
         perturbation: v, C×H×W, pixels; or M of them, M×C×H×W, each for its own N/M consecutive images, and with its own sum.
         labels: N, the clean labels.
         weigh: w, maps N log-odds to N weights.
+        goal: what the images shall be taken for.
     """
+    aims, signs = goal.aims(labels)
     of_all = perturbation.view(-1, 1, *pixels.shape[1:])
     shown = add_perturbation(pixels.unflatten(0, (len(of_all), -1)), of_all).flatten(0, 1)
     with torch.enable_grad():
         logits, leaf = classifier.linearise(shown)
-        gaps = log_odds(_widen(logits), labels)
-        (slopes,) = torch.autograd.grad((weigh(gaps.detach()) * gaps).sum(), leaf)
-    totals = -classifier.pull_back(_sum_finite(_widen(slopes), len(of_all)), pixels.shape[1:])
+        gaps = log_odds(_widen(logits), aims)
+        (slopes,) = torch.autograd.grad((signs * weigh(gaps.detach()) * gaps).sum(), leaf)
+    totals = classifier.pull_back(_sum_finite(_widen(slopes), len(of_all)), pixels.shape[1:])
     return LogOddsSum(
         total=_widen(totals).view_as(perturbation),
-        log_odds=gaps.detach(),
-        is_fooled=logits.detach().argmax(1) != labels,
+        log_odds=gaps.detach().where(signs != 0, torch.nan),
+        predicted=logits.detach().argmax(1),
         num_evaluations=2 * len(pixels),
     )
 

@@ -1,12 +1,19 @@
-"""Fooling rates and other proportions of examples, with 95 % intervals."""
+"""Fooling rates and other proportions of examples, with 95 % intervals, and the goal that says what they are of."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from uap_dist.errors import ConfigError
+
+FOOLING, TARGETED = "fooling", "targeted_success"  # kinds of rates, by which metrics and columns are named
+RATE_TITLES = {FOOLING: "fooling rate", TARGETED: "targeted success rate"}
+
+Labels = TypeVar("Labels", np.ndarray, Tensor)
 
 
 def wilson_interval(successes: int, total: int) -> tuple[float, float]:
@@ -30,8 +37,8 @@ class Rate:
     """A share of examples, such as that of the fooled ones (label of clip(x + v, 0, 255) ≠ clean label).
 
     Attributes:
-        num_hits: number of examples that are fooled, or classified correctly.
-        num_examples: number of all examples.
+        num_hits: number of examples that are fooled, get the target, or are classified correctly.
+        num_examples: number of all examples that count.
     """
 
     num_hits: int
@@ -47,26 +54,83 @@ class Rate:
         """95 % Wilson score interval."""
         return wilson_interval(self.num_hits, self.num_examples)
 
-    def metrics(self, name: str) -> dict[str, float]:
-        """A fooling rate, its interval and its count, by the names that MLflow and the plots use."""
-        low, high = self.interval
-        return {
-            f"fooling_rate/{name}": self.rate,
-            f"interval/{name}_low": low,
-            f"interval/{name}_high": high,
-            f"num_images/{name}": float(self.num_examples),
-        }
+    def point(self, name: str, kind: str = FOOLING) -> dict[str, float]:
+        """The rate and its count, by the names that MLflow and the plots use; the count alone where it is zero.
+
+        Args:
+            name: of the examples, such as val.
+            kind: FOOLING or TARGETED.
+        """
+        count = {f"num_images/{_examples(name, kind)}": float(self.num_examples)}
+        return {f"{kind}_rate/{name}": self.rate} | count if self.num_examples else count
+
+    def metrics(self, name: str, kind: str = FOOLING) -> dict[str, float]:
+        """The same with the rate's interval."""
+        (low, high), examples = self.interval, _examples(name, kind)
+        return self.point(name, kind) | {f"interval/{examples}_low": low, f"interval/{examples}_high": high}
 
     @classmethod
-    def from_metrics(cls, metrics: Mapping[str, float], name: str) -> "Rate":
-        """The fooling rate that stands in metrics under that name."""
-        num_examples = int(metrics[f"num_images/{name}"])
-        return cls(round(metrics[f"fooling_rate/{name}"] * num_examples), num_examples)
+    def from_metrics(cls, metrics: Mapping[str, float], name: str, kind: str = FOOLING) -> "Rate":
+        """The rate that stands in metrics under these names; one of no examples if there is none."""
+        num_examples = int(metrics.get(f"num_images/{_examples(name, kind)}") or 0)
+        return cls(round(metrics[f"{kind}_rate/{name}"] * num_examples), num_examples) if num_examples else cls(0, 0)
 
     def __str__(self) -> str:
         """Rate, interval and count, as printed everywhere."""
         low, high = self.interval
         return f"{self.rate:.3f} [{low:.3f}, {high:.3f}] of {self.num_examples}"
+
+
+Rates = Mapping[str, Rate]  # by kind, that of fooling first
+
+
+def _examples(name: str, kind: str) -> str:
+    return name if kind == FOOLING else f"{name}_{kind}"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What images shall be taken for under a perturbation.
+
+    Attributes:
+        target: label that they shall get; None where any other than their clean label will do.
+    """
+
+    target: int | None = None
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of rates that say how far the goal is reached."""
+        return (FOOLING,) if self.target is None else (FOOLING, TARGETED)
+
+    def takes_part(self, clean: Labels) -> Labels:
+        """Mask of the images (N, bool) that steps are computed from, by their clean labels: not those with the target's label."""
+        return clean == clean if self.target is None else clean != self.target
+
+    def aims(self, clean: Tensor) -> tuple[Tensor, Tensor]:
+        """What the step of each image does, by their clean labels (N).
+
+        Returns:
+            N labels whose log-odds it changes, and N signs: 1 raises them, −1 lowers them, 0 leaves the image out.
+        """
+        if self.target is None:
+            return clean, torch.full_like(clean, -1)
+        return torch.full_like(clean, self.target), self.takes_part(clean).to(clean.dtype)
+
+    def hits(self, clean: Labels, perturbed: Labels) -> dict[str, tuple[Labels, Labels]]:
+        """For each kind of rate, by clean and perturbed labels (N): masks of the images that are hits, and of those that count."""
+        found = {FOOLING: (perturbed != clean, clean == clean)}
+        if self.target is not None:
+            counts = self.takes_part(clean)
+            found[TARGETED] = (counts & (perturbed == self.target), counts)
+        return found
+
+    def rates(self, clean: np.ndarray, perturbed: np.ndarray) -> dict[str, Rate]:
+        """Rates by kind, from clean and perturbed labels (N); without those for which no image counts."""
+        found = {
+            k: Rate(int(hits.sum()), int(counts.sum())) for k, (hits, counts) in self.hits(clean, perturbed).items()
+        }
+        return {kind: rate for kind, rate in found.items() if rate.num_examples}
 
 
 def rate_columns(name: str, rate: Rate | None) -> dict[str, Any]:

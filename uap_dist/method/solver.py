@@ -13,7 +13,8 @@ from torch import Tensor
 
 from uap_dist.method.augment import Augmentation
 from uap_dist.method.deepfool import deepfool
-from uap_dist.method.log_odds import log_odds_sum
+from uap_dist.method.log_odds import UNTARGETED, log_odds_sum
+from uap_dist.method.rates import FOOLING, Goal
 from uap_dist.method.update import Iterate, Steps, log_odds_update, remember, weigh
 from uap_dist.models.classifier import Classifier
 
@@ -32,6 +33,7 @@ class Solver:
         candidates: see `deepfool`; paper's rule.
         slope_ratio: see `deepfool`; paper's rule.
         scale: of the log-odds so far, see `Iterate`; log-odds rule.
+        goal: what the images shall be taken for; log-odds rule.
     """
 
     rule: Rule
@@ -39,6 +41,7 @@ class Solver:
     candidates: int
     slope_ratio: float
     scale: float = inf
+    goal: Goal = UNTARGETED
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,8 @@ class BlockResult:
         num_examples: images in the block.
         num_fooled: of them, by the v that each was solved against.
         num_evaluations: images passed through the network, forward and backward passes counted separately.
-        sums: quantities of which a round reports the mean, by name: their sum, and the number of images summed over.
+        sums: quantities of which a round reports the mean, by name: their sum, and the number of images summed over. Those of the
+            goal's kinds of rates are hits, and the images that count.
         seconds: that it took, set by `Worker.solve`.
     """
 
@@ -137,13 +141,18 @@ def take_local_steps(
 def _solve_log_odds(
     classifier: Classifier, pixels: Tensor, perturbation: Tensor, labels: Tensor, solver: Solver
 ) -> BlockResult:
-    found = log_odds_sum(classifier, pixels, perturbation, labels, weigh=partial(weigh, scale=solver.scale))
+    weights = partial(weigh, scale=solver.scale)
+    found = log_odds_sum(classifier, pixels, perturbation, labels, weigh=weights, goal=solver.goal)
+    hits = {
+        kind: (int(hit.sum()), int(n.sum())) for kind, (hit, n) in solver.goal.hits(labels, found.predicted).items()
+    }
+    num_fooled, _ = hits.pop(FOOLING)
     return BlockResult(
         total=found.total.cpu().numpy(),
         num_examples=len(pixels),
-        num_fooled=int(found.is_fooled.sum()),
+        num_fooled=num_fooled,
         num_evaluations=found.num_evaluations,
-        sums={"mean_log_odds": _sum_finite(found.log_odds), LOG_ODDS_SIZE: _sum_finite(found.log_odds.abs())},
+        sums={"mean_log_odds": _sum_finite(found.log_odds), LOG_ODDS_SIZE: _sum_finite(found.log_odds.abs()), **hits},
     )
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from uap_dist.method.config import ComputeConfig
 from uap_dist.method.norms import Norm, random_perturbation
-from uap_dist.method.rates import Predictions, Rate
+from uap_dist.method.rates import FOOLING, Predictions, Rate, Rates
 from uap_dist.method.update import Iterate
 
 NOTHING = torch.empty(0)  # one object, which is sent once with many reports
@@ -16,17 +16,27 @@ NOTHING = torch.empty(0)  # one object, which is sent once with many reports
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Fooling rates of a perturbation as it would be delivered.
+    """Rates of a perturbation as it would be delivered.
 
     Attributes:
-        train: on all training images; None for an intermediate measurement on some of the held-out images.
-        val: on held-out images.
+        train_rates: on all training images; None for an intermediate measurement on some of the held-out images.
+        val_rates: on held-out images.
         val_predictions: of the classifier for these held-out images under the perturbation.
     """
 
-    train: Rate | None
-    val: Rate
+    train_rates: Rates | None
+    val_rates: Rates
     val_predictions: Predictions
+
+    @property
+    def train(self) -> Rate | None:
+        """Fooling rate on all training images, if they were measured."""
+        return None if self.train_rates is None else self.train_rates[FOOLING]
+
+    @property
+    def val(self) -> Rate:
+        """Fooling rate on held-out images."""
+        return self.val_rates[FOOLING]
 
 
 @dataclass(frozen=True)
@@ -37,12 +47,14 @@ class RoundReport:
         round_number: number of this round, from 0.
         pass_number: number of the pass that the round belongs to, from 0.
         num_rounds: rounds planned for the whole run; None if the paper's rule is limited by evaluations alone.
-        fooling: fooling rate, on the round's images, of the v that they were solved against, so before the round's update.
+        rates: on the round's images, of the v that they were solved against, so before the round's update; of no images where
+            none counts.
         perturbation: C×H×W float32, pixels: what the run would deliver if it ended with this round. Empty, and so are the arrays of
             `state`, in reports `without_arrays`.
         state: what the next round starts from.
         step: size of the round's first step in pixels (root mean square); under the paper's rule the gain.
-        means: means over the round's images. Under the log-odds rule: the log-odds of the clean labels, and their absolute values.
+        means: means over the round's images. Under the log-odds rule: the log-odds of the clean labels, or of the target, and their
+            absolute values.
             Under the paper's rule: the ℓ2 norms of the increments in pixels (of the images that have one; 0 if none has), and the
             share of images that their own increment fools.
         norms: ℓ2 and ℓ∞ norms of the iterate v, pixels.
@@ -57,7 +69,7 @@ class RoundReport:
     round_number: int
     pass_number: int
     num_rounds: int | None
-    fooling: Rate
+    rates: Rates
     perturbation: Tensor
     state: "State"
     step: float
@@ -68,6 +80,11 @@ class RoundReport:
     finished: float
     evaluation: Evaluation | None = None
     is_last: bool = False
+
+    @property
+    def fooling(self) -> Rate:
+        """The fooling rate among `rates`."""
+        return self.rates[FOOLING]
 
     @property
     def num_solves(self) -> int:
@@ -97,8 +114,7 @@ class RoundReport:
     def metrics(self) -> dict[str, float]:
         """The round in numbers, by the names that MLflow and the plots use."""
         metrics = {
-            "fooling_rate/round": self.fooling.rate,
-            "num_images/round": float(self.fooling.num_examples),
+            **{name: value for kind, rate in self.rates.items() for name, value in rate.point("round", kind).items()},
             "round/step": self.step,
             **{f"round/{name}": value for name, value in self.means.items()},
             "round/seconds": self.seconds,
@@ -108,9 +124,10 @@ class RoundReport:
             "total/evaluations": float(self.num_evaluations),
         }
         if self.evaluation is not None:
-            metrics |= self.evaluation.val.metrics("val")
-            if self.evaluation.train is not None:
-                metrics |= self.evaluation.train.metrics("train")
+            for kind, rate in self.evaluation.val_rates.items():
+                metrics |= rate.metrics("val", kind)
+            for kind, rate in (self.evaluation.train_rates or {}).items():
+                metrics |= rate.metrics("train", kind)
         return metrics
 
 

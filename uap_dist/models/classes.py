@@ -1,5 +1,6 @@
 """The classes of a network by their names, and the class that the label of a sample means."""
 
+import difflib
 import json
 import re
 from collections import Counter
@@ -8,6 +9,8 @@ from importlib.resources import files
 
 import numpy as np
 import torchvision.models
+
+from uap_dist.errors import ConfigError
 
 UNKNOWN_CLASS = -1
 MAX_SHOWN = 40  # characters of a label in messages
@@ -86,6 +89,48 @@ def find_classes(
     classes = ClassIndex(class_names)
     found = [find_class(label, classes, label_key) for label in labels]
     return np.array([index for index, _ in found], np.int64), tuple(reason for _, reason in found)
+
+
+def find_label(given: int | str, class_names: Sequence[str], num_classes: int, *, option: str) -> int:
+    """The label that a number or a name means.
+
+    Args:
+        given: label or name of a class.
+        class_names: of the network's labels; empty if unknown.
+        num_classes: how many labels the network has.
+        option: that it was given for, for messages.
+
+    Raises:
+        ConfigError: it is no class of the network.
+    """
+    if isinstance(given, int):
+        if not 0 <= given < num_classes:
+            raise ConfigError(f"{option} is {given}; the network has the labels 0 to {num_classes - 1}")
+        return given
+    if not class_names:
+        raise ConfigError(
+            f"{option} is {given!r}, but the classes have no names (class_names of the network, or classes.txt beside the training "
+            f"shards); give a label from 0 to {num_classes - 1}"
+        )
+    index = ClassIndex(class_names).find(given)
+    if index is not None:
+        return index
+    plain = [_plain(name) for name in class_names]
+    alike = [label for label, name in enumerate(plain) if name == _plain(given)]
+    if alike:
+        raise ConfigError(
+            f"{option} is {given!r}, the name of several classes; give one of the labels {_listed(alike)}"
+        )
+    holding = [name for name in plain if _plain(given) in name]
+    near = dict.fromkeys([*holding, *difflib.get_close_matches(_plain(given), plain, n=3, cutoff=0.4)])
+    shown = [f"{class_names[plain.index(name)]} ({plain.index(name)})" for name in list(near)[:3]]
+    raise ConfigError(
+        f"{option} is {given!r}, which is no class of the network; nearest names: {'; '.join(shown) or 'none'}"
+    )
+
+
+def _listed(labels: Sequence[int]) -> str:
+    return ", ".join(map(str, labels))
 
 
 def _unique(names: Sequence[str]) -> dict[str, int]:

@@ -6,6 +6,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from itertools import islice
 
+from uap_dist.errors import ConfigError
 from uap_dist.method.config import ComputeConfig
 from uap_dist.method.state import RoundReport, State
 from uap_dist.rounds.plan import RunPlan, plan_run, schedule_rounds
@@ -45,9 +46,14 @@ def compute(
         held-out images, come without these arrays (see `RoundReport.has_arrays`); a worker in this process computes no spans.
 
     Raises:
-        ConfigError: there are fewer training images than in a block, the evaluations do not allow one round, or the images of
-            both datasets differ in shape.
+        ConfigError: there are fewer training images than in a block, the evaluations do not allow one round, the images of
+            both datasets differ in shape, or all training images have the target's label already.
     """
+    if not config.goal.takes_part(train.clean.labels).any():
+        raise ConfigError(
+            f"the network gives all {train.num_examples} training images label {config.target}, which is the target: none is left to "
+            "compute from"
+        )
     held_out = val if isinstance(val, Future) else known(val)
     plan = plan_run(train.sizes, config)
     before = state or State.start(train.shape, train.num_examples, config)
@@ -106,7 +112,7 @@ class _Waiting:
             val = self._held_out.result()
             check_shapes(self._train, val)
             images = (self._train, val) if is_last else self._plan.measurements.choose(self._train, val)
-            evaluation = evaluate(self._workers, *images, report.perturbation)
+            evaluation = evaluate(self._workers, *images, report.perturbation, self._plan.config.goal)
             reached = evaluation.train is not None and evaluation.train.rate >= self._plan.config.target_fooling_rate
             yield replace(report, evaluation=evaluation, is_last=is_last or reached)
 

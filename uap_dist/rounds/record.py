@@ -21,7 +21,8 @@ class RoundRecord:
         timestamp_ms: milliseconds since 1970. It is never changed, because MLflow recognises a metric that is sent twice by its
             step, value and time.
         metrics: by name; see `RoundReport.metrics` and `Workers.metrics`. `fooling_rate/running` is the fooling rate over the last
-            rounds that have RUNNING_IMAGES images together, and `num_images/running` the number of these images.
+            rounds that have RUNNING_IMAGES images together, and `num_images/running` the number of these images; other kinds of
+            rates have the like, over RUNNING_IMAGES rounds at most.
     """
 
     step: int
@@ -40,9 +41,10 @@ class RoundRecord:
             earlier: records of the rounds before it, from which the running mean continues.
         """
         last = earlier[-RUNNING_IMAGES:]  # enough of them, because every round has at least one image
-        rates = [*(Rate.from_metrics(record.metrics, "round") for record in last), report.fooling]
-        running = running_rates(rates, RUNNING_IMAGES)[-1]
-        metrics = {"fooling_rate/running": running.rate, "num_images/running": float(running.num_examples)}
+        metrics: dict[str, float] = {}
+        for kind, rate in report.rates.items():
+            rates = [*(Rate.from_metrics(record.metrics, "round", kind) for record in last), rate]
+            metrics |= running_rates(rates, RUNNING_IMAGES)[-1].point("running", kind)
         return cls(report.round_number + 1, int(1000 * report.finished), report.metrics() | metrics | dict(workers))
 
     @property

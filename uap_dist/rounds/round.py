@@ -9,13 +9,14 @@ from torch import Tensor
 
 from uap_dist.method import update
 from uap_dist.method.config import ComputeConfig
+from uap_dist.method.log_odds import UNTARGETED
 from uap_dist.method.norms import SYMBOLS, measure
-from uap_dist.method.rates import Rate
+from uap_dist.method.rates import FOOLING, Goal, Rate
 from uap_dist.method.schedule import Round
 from uap_dist.method.solver import LOG_ODDS_SIZE, LocalSteps, add_sums
 from uap_dist.method.state import Evaluation, RoundReport, State
 from uap_dist.method.update import Iterate, Steps
-from uap_dist.workers.dataset import Dataset, classify, fooling_rate
+from uap_dist.workers.dataset import Dataset, classify
 from uap_dist.workers.local import Workers
 from uap_dist.workers.messages import Examples
 from uap_dist.workers.worker import Worker
@@ -75,6 +76,8 @@ def run_round(
         # without its array: a round may have more blocks than the driver has memory for
         results.append(replace(result, total=np.empty(0)))
     sums = add_sums(results)
+    rates = {FOOLING: Rate(sum(result.num_fooled for result in results), round_.num_examples)}
+    rates |= {kind: Rate(*map(int, sums.pop(kind))) for kind in config.goal.kinds if kind != FOOLING}
     iterate = _update(state.iterate, torch.from_numpy(total), len(results), round_.number, config, steps)
     if config.rule == "log-odds":
         iterate = update.remember(iterate, *sums[LOG_ODDS_SIZE])
@@ -82,7 +85,7 @@ def run_round(
         round_number=round_.number,
         pass_number=round_.pass_number,
         num_rounds=num_rounds,
-        fooling=Rate(sum(result.num_fooled for result in results), round_.num_examples),
+        rates=rates,
         perturbation=_deliver(iterate, config),
         state=State(
             iterate,
@@ -99,12 +102,14 @@ def run_round(
     )
 
 
-def evaluate(workers: Workers, train: Dataset | None, val: Dataset, perturbation: Tensor) -> Evaluation:
-    """Fooling rates of v (C×H×W, pixels) on held-out images and, if given, on training images."""
+def evaluate(
+    workers: Workers, train: Dataset | None, val: Dataset, perturbation: Tensor, goal: Goal = UNTARGETED
+) -> Evaluation:
+    """Rates of v (C×H×W, pixels) on held-out images and, if given, on training images."""
     v = perturbation.numpy()
-    train_rate = None if train is None else fooling_rate(train, classify(workers, train, v))
+    train_rates = None if train is None else goal.rates(train.clean.labels, classify(workers, train, v).labels)
     predictions = classify(workers, val, v)
-    return Evaluation(train_rate, fooling_rate(val, predictions), predictions)
+    return Evaluation(train_rates, goal.rates(val.clean.labels, predictions.labels), predictions)
 
 
 def _update(
