@@ -122,4 +122,3 @@ def random_of_same_norms(v: Tensor, *, seed: int) -> dict[Norm, Tensor]:
     if length >= IN_THE_CORNER * measure(signs, "l2"):
         return {"linf": signs, "l2": signs}
     return {"linf": signs, "l2": random_perturbation(tuple(v.shape), norm="l2", radius=length, seed=seed)}
-

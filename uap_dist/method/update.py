@@ -100,13 +100,15 @@ def log_odds_update(iterate: Iterate, total: Tensor, step_size: float | Tensor, 
         steps: gives the ball and the period.
     """
     momentum = MOMENTUM * iterate.momentum + repeat_mean(total, steps.period)
-    if steps.norm == "linf":
-        direction = momentum.sign()
-    else:
-        direction = momentum / root_mean_square(momentum).clamp_min(TINY)[..., None, None, None]
+    direction = momentum.sign() if steps.norm == "linf" else _of_unit_size(momentum)
     return replace(
         iterate, v=project(iterate.v + step_size * direction, norm=steps.norm, radius=steps.radius), momentum=momentum
     )
+
+
+def _of_unit_size(momentum: Tensor) -> Tensor:
+    """…×C×H×W scaled to a root mean square of 1; zero stays zero."""
+    return momentum / root_mean_square(momentum).clamp_min(TINY)[..., None, None, None]
 
 
 def weigh(log_odds: Tensor, scale: float | Tensor) -> Tensor:
