@@ -26,7 +26,7 @@ import tyro
 from networks import NETWORKS
 
 from uap_dist.data.patterns import expand_patterns
-from uap_dist.finetuning.config import FinetuneConfig
+from uap_dist.finetuning.options import FinetuneConfig
 from uap_dist.finetuning.report import BEFORE, FRESH, RANDOM
 from uap_dist.finetuning.trainer import HELD_OUT, NETWORK_FILE, TRAINED_ON, Learner, Task
 from uap_dist.method.config import ComputeConfig

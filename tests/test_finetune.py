@@ -10,9 +10,10 @@ from uap_dist.data.decode import Geometry
 from uap_dist.data.write import write_shards
 from uap_dist.errors import ClassifierError, ConfigError, ShardError
 from uap_dist.evaluation.evaluate import measure_perturbations
-from uap_dist.finetuning.batches import WorkerImages, smallest_factors
-from uap_dist.finetuning.config import FinetuneConfig
+from uap_dist.finetuning.adversarial import smallest_factors
+from uap_dist.finetuning.batches import WorkerImages
 from uap_dist.finetuning.network import check_labels, check_trainable, check_truths
+from uap_dist.finetuning.options import FinetuneConfig
 from uap_dist.finetuning.trainer import HELD_OUT, TRAINED_ON, Learner, Task
 from uap_dist.method.norms import random_perturbation
 from uap_dist.models.classifier import Classifier
@@ -29,7 +30,8 @@ NORMED = TINY.replace(":Tiny", ":Normed")
 def pool():
     """Two members of random signs: one to train on, one held out."""
     members = torch.stack([random_perturbation((3, 16, 16), norm="linf", radius=40.0, seed=seed) for seed in (0, 1)])
-    return PerturbationPool(members, {"norm": "linf", "radius": 40.0}, [{"name": "a"}, {"name": "b"}])
+    shared = {"norm": "linf", "radius": 40.0, "rule": "log-odds"}
+    return PerturbationPool(members, shared, [{"name": "a"}, {"name": "b"}])
 
 
 def learner(data, pool, model=TINY, **options):
@@ -111,7 +113,15 @@ def test_it_learns_and_repeats_to_the_bit(tiny_data, pool):
     assert last.metrics["total/evaluations"] == 8 * 2 * 40  # five batches of eight of 47 images
 
 
-@pytest.mark.parametrize("options", [{}, {"adaptive": True, "model": NORMED, "batch_norm": "train"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"adaptive": True, "model": NORMED, "batch_norm": "train"},
+        {"online": True, "online_perturbations": 2},
+        {"online": True, "adaptive": True},
+    ],
+)
 def test_an_interrupted_training_ends_in_the_same_bits(tiny_data, pool, tmp_path, options):
     whole = learner(tiny_data, pool, **options)
     finish(whole)
@@ -174,6 +184,11 @@ def test_two_workers_see_all_images_between_them(tiny_data, pool):
         ({"ladder": (0.5, 1.0)}, "ladder belongs to --adaptive"),
         ({"augment": "rotate"}, "augment is 'rotate'; it must be one of none, flip, flip-shift"),
         ({"batch_norm": "off"}, "batch norm is 'off'; it must be frozen or train"),
+        ({"online": True, "online_perturbations": 0}, "online perturbations is 0; it must be positive"),
+        ({"online": True, "online_step": float("nan")}, "online step is nan; it must be positive"),
+        ({"online_perturbations": 3}, "online perturbations belongs to --online; give that as well"),
+        ({"online_step": 0.5}, "online step belongs to --online"),
+        ({"online": True, "held_out_members": 1}, "no member of the pool is trained on; leave out --held-out-members"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options, message):

@@ -23,8 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from uap_dist.data.decode import Geometry
 from uap_dist.errors import ConfigError
 from uap_dist.finetuning.batches import WorkerImages
-from uap_dist.finetuning.config import FinetuneConfig
-from uap_dist.finetuning.options import FinetuneOptions
+from uap_dist.finetuning.options import FinetuneConfig, FinetuneOptions
 from uap_dist.finetuning.trainer import Learner, Task
 from uap_dist.fleet.config import FleetConfig
 from uap_dist.job_options import DataOptions

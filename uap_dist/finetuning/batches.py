@@ -1,7 +1,4 @@
-"""The batches of one training worker: its place among the workers, its images, and perturbations of the pool added to them.
-
-Source: Moosavi-Dezfooli et al., "Universal adversarial perturbations", CVPR 2017, section 3.2.
-"""
+"""The batches of one training worker: its place among the workers, and its images."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,12 +10,6 @@ from torch import Tensor, distributed, nn
 
 from uap_dist.data.decode import DecodedShard, Geometry, load_shard
 from uap_dist.errors import ShardError
-from uap_dist.finetuning.config import FinetuneConfig
-from uap_dist.finetuning.network import set_training_mode
-from uap_dist.method.norms import add_perturbation
-from uap_dist.models.classifier import Classifier
-from uap_dist.perturbations.pool import PerturbationPool
-from uap_dist.perturbations.transform import AddUniversalPerturbation
 from uap_dist.workers.dataset import Dataset
 
 LabelledImages = tuple[np.ndarray, np.ndarray]  # N×3×H×W uint8, N class indices (int64)
@@ -40,10 +31,13 @@ class WorkerGroup:
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Sums of each value over all workers, in float64."""
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        return self.add_up(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
+
+    def add_up(self, values: Tensor) -> Tensor:
+        """The sum of a tensor over all workers, in place; every worker gets the same bits."""
         if self.size > 1:
-            distributed.all_reduce(total)
-        return total.tolist()
+            distributed.all_reduce(values)
+        return values
 
     def share_buffers(self, module: nn.Module) -> None:
         """Copy the first worker's buffers (such as batch-norm statistics) to all workers."""
@@ -104,69 +98,6 @@ class WorkerImages:
         if shard.digest != known.digest or shard.keys != known.keys:
             raise ShardError(f"shard {known.url} changed during the run; start again with shards that stay as they are")
         return shard, known.truths
-
-
-class AdversarialImages:
-    """Adds a random member of a pool to each training image with some probability, at full or at the smallest fooling strength."""
-
-    def __init__(self, classifier: Classifier, pool: PerturbationPool, config: FinetuneConfig) -> None:
-        """Draw from torch's global generator.
-
-        Args:
-            classifier: the network in training; adaptive strengths depend on its current weights.
-            pool: members to train on.
-            config: probability, whether strengths are adaptive, and their ladder.
-        """
-        self._classifier, self._config = classifier, config
-        self._transform = AddUniversalPerturbation(pool, config.probability)
-
-    def perturb(self, pixels: Tensor) -> tuple[Tensor, int]:
-        """The images to train on, and the network evaluations that choosing the strengths took.
-
-        Args:
-            pixels: N×3×H×W float32, 0..255.
-        """
-        drawn = self._transform.draw(len(pixels), tuple(pixels.shape[1:]))
-        added, is_perturbed = (x.to(pixels.device) for x in drawn)
-        factors, num_evaluations = is_perturbed.float(), 0
-        rows = is_perturbed.nonzero().squeeze(1)
-        if self._config.adaptive and len(rows):
-            set_training_mode(self._classifier, False, self._config.batch_norm)
-            ladder = self._config.ladder
-            factors[rows], num_evaluations = smallest_factors(self._classifier, pixels[rows], added[rows], ladder)
-            set_training_mode(self._classifier, True, self._config.batch_norm)
-        return add_perturbation(pixels, factors.view(-1, 1, 1, 1) * added), num_evaluations
-
-
-def smallest_factors(
-    classifier: Classifier, pixels: Tensor, added: Tensor, ladder: Sequence[float]
-) -> tuple[Tensor, int]:
-    """For each image the smallest α of the ladder for which clip(x + α v) and x get different labels, else the largest α.
-
-    Args:
-        classifier: the network with its current weights, in inference mode.
-        pixels: N×C×H×W, 0..255.
-        added: N×C×H×W, pixels: the v of each image.
-        ladder: values of α in ascending order.
-
-    Returns:
-        α of each image (N), and the number of network evaluations.
-
-    Source: the footnote to section 3.2 of the paper, which does not give its ladder.
-    """
-    factors = torch.full((len(pixels),), float(ladder[-1]), device=pixels.device)
-    is_open = torch.ones(len(pixels), dtype=torch.bool, device=pixels.device)
-    with torch.no_grad():
-        labels, num_evaluations = classifier(pixels).argmax(1), len(pixels)
-        for factor in ladder[:-1]:
-            rows = is_open.nonzero().squeeze(1)
-            if not len(rows):
-                break
-            perturbed = add_perturbation(pixels[rows], factor * added[rows])
-            fooled = rows[classifier(perturbed).argmax(1) != labels[rows]]
-            factors[fooled], is_open[fooled] = factor, False
-            num_evaluations += len(rows)
-    return factors, num_evaluations
 
 
 def _stack(pairs: Sequence[tuple[np.ndarray, int]]) -> LabelledImages:

@@ -5,7 +5,8 @@ Source: Moosavi-Dezfooli et al., "Universal adversarial perturbations", CVPR 201
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,10 @@ from uap_dist.computing.provenance import Setting, describe_config, describe_set
 from uap_dist.data.locations import copy_folder, exists, join, make_own_folder, read_file, write_file
 from uap_dist.errors import ConfigError
 from uap_dist.evaluation.evaluate import Measurement, measure_perturbations
-from uap_dist.finetuning.config import FinetuneConfig
+from uap_dist.finetuning.options import FinetuneConfig
 from uap_dist.finetuning.ray_train import Training
-from uap_dist.finetuning.report import BEFORE, FRESH, RANDOM
-from uap_dist.finetuning.trainer import HELD_OUT, NETWORK_FILE, TRAINED_ON, Task
+from uap_dist.finetuning.report import BEFORE, FRESH, ONLINE_FOLDER, RANDOM
+from uap_dist.finetuning.trainer import HELD_OUT, NETWORK_FILE, ONLINE_FILE, TRAINED_ON, Task
 from uap_dist.fleet.config import FleetConfig
 from uap_dist.fleet.fleet import Fleet
 from uap_dist.method.config import ComputeConfig
@@ -37,7 +38,7 @@ from uap_dist.method.norms import random_of_same_norms
 from uap_dist.models.loading import load_classifier
 from uap_dist.models.weights import digest_weights, fill, write_weights
 from uap_dist.perturbations.files import Perturbation
-from uap_dist.perturbations.pool import POOL_FILE, PerturbationPool
+from uap_dist.perturbations.pool import MANIFEST_FILE, POOL_FILE, SHARED, PerturbationPool
 from uap_dist.rounds.record import RoundRecord
 from uap_dist.tracking.checkpoint import JobRecord
 from uap_dist.tracking.mlflow_run import Tracker
@@ -59,6 +60,7 @@ class Network:
         weights_digest: digest of the weights.
         pool: perturbations computed against it; before fine-tuning, the given pool.
         epochs: records of the training that led to it.
+        online: perturbations that moved with it in that training; None without --online.
     """
 
     name: str
@@ -66,12 +68,21 @@ class Network:
     weights_digest: str
     pool: PerturbationPool
     epochs: Sequence[RoundRecord] = ()
+    online: PerturbationPool | None = None
 
     @property
     def perturbations(self) -> list[Perturbation]:
         """Members of the pool, with names that say against which network they were computed."""
+        return self._name(self.pool)
+
+    @property
+    def online_perturbations(self) -> list[Perturbation]:
+        """Those of --online, with such names."""
+        return [] if self.online is None else self._name(self.online)
+
+    def _name(self, pool: PerturbationPool) -> list[Perturbation]:
         which = "given pool" if self.name == BEFORE else self.name
-        return [replace(p, name=f"{which}, {p.name}") for p in self.pool.to_perturbations()]
+        return [replace(p, name=f"{which}, {p.name}") for p in pool.to_perturbations()]
 
 
 @dataclass(frozen=True)
@@ -139,7 +150,8 @@ def repeat(job: Job, repetition: int, before: Network) -> Network:
         _compute_pool(job, repetition, before.pool, weights)
     epochs = [RoundRecord.from_json(line) for line in (folder / EPOCHS_FILE).read_text().splitlines()]
     digest = load_classifier(job.model, weights).weights_digest
-    return Network(name, weights, digest, PerturbationPool.load(pool), epochs)
+    online = PerturbationPool.load(folder / ONLINE_FOLDER) if job.config.online else None
+    return Network(name, weights, digest, PerturbationPool.load(pool), epochs, online)
 
 
 def measure(job: Job, networks: Sequence[Network]) -> list[Measurement]:
@@ -148,7 +160,7 @@ def measure(job: Job, networks: Sequence[Network]) -> list[Measurement]:
     shared = networks[0].pool.shared
     first = networks[0].perturbations[0].resized(job.val.shape)
     noise = random_of_same_norms(first, seed=job.config.seed)[shared["norm"]]
-    perturbations = [perturbation for network in networks for perturbation in network.perturbations]
+    perturbations = [p for network in networks for p in (*network.online_perturbations, *network.perturbations)]
     perturbations.append(Perturbation(RANDOM, noise, {"baseline": True}))
     measurements: list[Measurement] = []
     digest = networks[0].weights_digest
@@ -166,13 +178,25 @@ def measure(job: Job, networks: Sequence[Network]) -> list[Measurement]:
 def group(job: Job, networks: Sequence[Network]) -> dict[str, dict[str, list[str]]]:
     """Names of the perturbations of each network, by group (see `Comparison`)."""
     groups = {}
-    for before, network in zip([networks[0], *networks], networks, strict=False):
+    for before, after, network in zip([networks[0], *networks], [networks[1], *networks[1:]], networks, strict=False):
         names = [perturbation.name for perturbation in before.perturbations]
         size = len(job.config.split(before.pool)[0].members)
+        trained_on = names[:size] + [perturbation.name for perturbation in after.online_perturbations]
         is_own = network.name != BEFORE or job.provenance["weights_digest"] == network.pool.shared["weights_digest"]
         fresh = [perturbation.name for perturbation in network.perturbations] if is_own else []
-        groups[network.name] = {TRAINED_ON: names[:size], HELD_OUT: names[size:], FRESH: fresh, RANDOM: [RANDOM]}
+        groups[network.name] = {TRAINED_ON: trained_on, HELD_OUT: names[size:], FRESH: fresh, RANDOM: [RANDOM]}
     return groups
+
+
+def count_evaluations(job: Job, networks: Sequence[Network]) -> dict[str, int]:
+    """Network evaluations that led to each network: of all training, and of computing the members that were trained on."""
+    counts = {networks[0].name: 0}
+    for before, network in pairwise(networks):
+        trained_on, _ = job.config.split(before.pool)
+        own = int(network.epochs[-1].metrics["total/evaluations"])
+        own += sum(member["num_evaluations"] for member in trained_on.members)
+        counts[network.name] = counts[before.name] + own
+    return counts
 
 
 def _fine_tune(job: Job, repetition: int, before: Network) -> None:
@@ -197,31 +221,26 @@ def _fine_tune(job: Job, repetition: int, before: Network) -> None:
             job.console.print(f"epoch {record.step} of {job.config.epochs}: {_describe(record)}")
             tracker.log_round(record)
             records.append(record)
-        _save_network(job, repetition, before, training.weights(), records, tracker.run_id)
+        _save_network(job, repetition, before, training, records, tracker.run_id)
         tracker.wait_for_delivery(DELIVERY_TIMEOUT_S)
-        text = f"Fine-tuned on the pool of: {before.name}.\n\nFirst: {_describe(records[0])}.\n\nLast: {_describe(records[-1])}."
+        text = f"Fine-tuned from: {before.name}.\n\nFirst: {_describe(records[0])}.\n\nLast: {_describe(records[-1])}."
         tracker.complete(tags={}, metrics={}, step=0, markdown=text, folder=job.network_folder(repetition))
 
 
 def _describe(record: RoundRecord) -> str:
     m = record.metrics
     return (
-        f"clean top-1 {m['top1/clean']:.3f}, members trained on fool {m[f'fooling_rate/{TRAINED_ON}']:.3f}, "
-        f"held-out members {m[f'fooling_rate/{HELD_OUT}']:.3f}"
+        f"clean top-1 {m['top1/clean']:.3f}, perturbations trained on fool {m[f'fooling_rate/{TRAINED_ON}']:.3f}, "
+        f"held-out ones {m[f'fooling_rate/{HELD_OUT}']:.3f}"
     )
 
 
 def _save_network(
-    job: Job,
-    repetition: int,
-    before: Network,
-    weights: dict[str, Tensor],
-    records: Sequence[RoundRecord],
-    mlflow_run_id: str,
+    job: Job, repetition: int, before: Network, training: Training, records: Sequence[RoundRecord], mlflow_run_id: str
 ) -> None:
-    """Write the weights with their provenance, atomically, and the epochs to the output folder and, for workers, to the storage."""
+    """Write what was trained, with its provenance, and the epochs to the output folder and, for workers, to the storage."""
     classifier = load_classifier(job.model, before.weights)
-    fill(classifier.network, weights, f"repetition {repetition}")
+    fill(classifier.network, training.tensors(NETWORK_FILE), f"repetition {repetition}")
     provenance = dict(job.provenance) | {
         "repetition": repetition,
         "pool_sha256": before.pool.digest,
@@ -230,17 +249,32 @@ def _save_network(
         "mlflow_run_id": mlflow_run_id,
     }
     folder = job.network_folder(repetition)
-    _write_network(folder, classifier.network, provenance, records)
+    online = _online_pool(training.tensors(ONLINE_FILE)["v"].float(), provenance) if job.config.online else None
+    _write_network(folder, classifier.network, provenance, records, online)
     with _storage():
         copy_folder(folder, job.network_storage(repetition), last=NETWORK_FILE)
 
 
+def _online_pool(v: Tensor, provenance: Mapping[str, Any]) -> PerturbationPool:
+    """The perturbations of --online (M×C×H×W float32) as a pool. They were not computed by the config of the given pool."""
+    foreign = {field.name for field in fields(ComputeConfig)} - set(SHARED)
+    own = {key: value for key, value in provenance.items() if key not in foreign and not key.startswith("solver.")}
+    return PerturbationPool.of([Perturbation(f"online-{number}", each, own) for number, each in enumerate(v, 1)])
+
+
 @writes_files
 def _write_network(
-    folder: Path, network: nn.Module, provenance: Mapping[str, Any], records: Sequence[RoundRecord]
+    folder: Path,
+    network: nn.Module,
+    provenance: Mapping[str, Any],
+    records: Sequence[RoundRecord],
+    online: PerturbationPool | None,
 ) -> None:
+    """Write the network last, atomically."""
     make_own_folder(folder)
     (folder / EPOCHS_FILE).write_text("".join(f"{record.json}\n" for record in records))
+    if online is not None:
+        online.save(folder / ONLINE_FOLDER)
     unfinished = folder / f".{NETWORK_FILE}"
     write_weights(unfinished, network, provenance)
     unfinished.rename(folder / NETWORK_FILE)
@@ -249,9 +283,10 @@ def _write_network(
 def _restore(job: Job, repetition: int) -> None:
     """Restore the user's copy of a network, which may be missing if the job was resumed elsewhere or with another output folder."""
     folder = job.network_folder(repetition)
-    make_own_folder(folder)
-    for name in (EPOCHS_FILE, NETWORK_FILE):
+    online = [f"{ONLINE_FOLDER}/{name}" for name in (POOL_FILE, MANIFEST_FILE)] if job.config.online else []
+    for name in (*online, EPOCHS_FILE, NETWORK_FILE):
         if not (folder / name).exists():
+            make_own_folder((folder / name).parent)
             with _storage():
                 write_file(str(folder / name), read_file(join(job.network_storage(repetition), name)))
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from uap_dist.data.locations import locate
 from uap_dist.errors import UapDistError, WorkerLostError
-from uap_dist.finetuning.trainer import HELD_OUT, NETWORK_FILE, Learner, Task
+from uap_dist.finetuning.trainer import HELD_OUT, Learner, Task
 from uap_dist.models.weights_file import read_weights
 from uap_dist.rounds.record import RoundRecord
 from uap_dist.workers.reproducible import set_up_torch
@@ -110,11 +110,11 @@ class Training:
             raise WorkerLostError(f"the training was given up: {_last_line(outcome)}") from outcome
         self._result = outcome
 
-    def weights(self) -> dict[str, Tensor]:
-        """Tensors of the trained network, by name. To be called after the last epoch."""
+    def tensors(self, file: str) -> dict[str, Tensor]:
+        """Tensors by name of a file that `Learner.save` writes. To be called after the last epoch."""
         assert self._result is not None and self._result.checkpoint is not None
         with self._result.checkpoint.as_directory() as folder:
-            return read_weights(f"{folder}/{NETWORK_FILE}")
+            return read_weights(f"{folder}/{file}")
 
     def _fit(self) -> None:
         try:

@@ -9,16 +9,19 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
+from uap_dist.computing.plots import save_perturbations
 from uap_dist.evaluation.evaluate import Measurement
 from uap_dist.evaluation.report import save_evaluation
 from uap_dist.figures import column, save_figure
 from uap_dist.finetuning.trainer import HELD_OUT, TRAINED_ON
 from uap_dist.foreign_text import escape_markdown
 from uap_dist.method.rates import Rate, flatten_rates
+from uap_dist.perturbations.pool import PerturbationPool
 from uap_dist.rounds.record import RoundRecord
 from uap_dist.tracking.outputs import RESULT_FILE, markdown_table, save_table, writes_files
 
 BEFORE = "before"
+ONLINE_FOLDER = "online-pool"
 FRESH, RANDOM = "fresh", "random"
 TITLES = {
     TRAINED_ON: "members trained on",
@@ -26,6 +29,7 @@ TITLES = {
     FRESH: "**perturbations computed against this network**",
     RANDOM: "random, as large as the first member",
 }
+ONLINE_TITLES = {TRAINED_ON: "perturbations trained on", HELD_OUT: "members of the pool, held out"}
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,8 @@ class Comparison:
         network: BEFORE, or the repetition that trained it.
         group: TRAINED_ON and HELD_OUT are the members of the repetition's pool (BEFORE: of the first one). FRESH perturbations were
             computed against this network with the config and seeds of the pool (BEFORE: the given pool, unless it is of another
-            network). RANDOM is noise.
+            network), and with --online TRAINED_ON those that moved with the network (BEFORE: as they ended in the first repetition).
+            RANDOM is noise.
         num_perturbations: number of perturbations in the group.
         fooling, top1: means over the group, with the number of images and its interval.
         lowest, highest: extreme fooling rates within the group.
@@ -61,6 +66,8 @@ class FinishedFinetuning:
         measurements: every network (BEFORE, and after each repetition) under every perturbation.
         groups: names of the perturbations of each network, by group (see `Comparison`).
         epochs: records of all epochs of each repetition.
+        online: perturbations that moved with the last network; None without --online.
+        evaluations: network evaluations that led to each network.
         provenance: network, pool, data, config and versions.
         mlflow_run_id: MLflow run of the job.
     """
@@ -68,6 +75,8 @@ class FinishedFinetuning:
     measurements: Sequence[Measurement]
     groups: Mapping[str, Mapping[str, Sequence[str]]]
     epochs: Mapping[str, Sequence[RoundRecord]]
+    online: PerturbationPool | None
+    evaluations: Mapping[str, int]
     provenance: Mapping[str, Any]
     mlflow_run_id: str
 
@@ -87,6 +96,7 @@ class FinishedFinetuning:
         """The contents of result.json."""
         return {
             "comparisons": [flatten_rates(vars(comparison)) for comparison in self.comparisons],
+            "evaluations": dict(self.evaluations),
             "mlflow_run_id": self.mlflow_run_id,
             "provenance": dict(self.provenance),
         }
@@ -116,24 +126,31 @@ class FinishedFinetuning:
             else "(those before were another network's) "
         )
         variant = "adaptive magnitudes" if p["finetune.adaptive"] else "the perturbations as they are"
+        what = (
+            f"{len(self.online.members)} that moved with it"
+            if self.online is not None
+            else f"a pool of {p['pool_size']}"
+        )
         return (
-            f"**{model}** fine-tuned on a pool of {p['pool_size']} universal perturbations ({p['norm']} ≤ {p['radius']:g} pixels), "
+            f"**{model}** fine-tuned on universal perturbations, {what} ({p['norm']} ≤ {p['radius']:g} pixels), "
             f"{p['finetune.epochs']} epochs on {p['num_train_images']:,} images, {variant}; repetitions: {len(networks) - 1}.\n\n"
             f"Perturbations that are computed against the network itself, with one config and the same {last.num_perturbations} seeds, "
             f"fool {before}**{last.fooling}** after; clean top-1 {by_group[networks[0], RANDOM].top1_clean} before, "
             f"{last.top1_clean} after.\n\n{self.markdown()}\n\n"
             "Fooling rates are means over the perturbations of a group (in brackets lowest and highest) on held-out images; the 95 % "
-            "interval of such a mean is at most that of one rate. `network.safetensors` is the fine-tuned network, for `--weights`."
+            "interval of such a mean is at most that of one rate. Network evaluations (one image once forward or once backward) are those "
+            "of all training so far, and of computing the members that were trained on. `network.safetensors` is the fine-tuned network, "
+            "for `--weights`."
         )
 
     def markdown(self) -> str:
         """A table with a row for each network and a column for each group."""
-        rows = []
+        rows, titles = [], TITLES | ({} if self.online is None else ONLINE_TITLES)
         for network in self.groups:
             by_group = {c.group: c for c in self.comparisons if c.network == network}
-            cells = [_cell(by_group.get(group)) for group in TITLES]
-            rows.append([network, str(by_group[RANDOM].top1_clean), *cells])
-        return markdown_table(["network", "clean top-1", *TITLES.values()], rows)
+            cells = [_cell(by_group.get(group)) for group in titles]
+            rows.append([network, f"{self.evaluations[network]:,}", str(by_group[RANDOM].top1_clean), *cells])
+        return markdown_table(["network", "network evaluations", "clean top-1", *titles.values()], rows)
 
 
 @writes_files
@@ -147,6 +164,10 @@ def save_finetuning(folder: Path, finished: FinishedFinetuning) -> None:
     rows = [{name: row.get(name) for name in names} for row in epochs]
     save_table(folder / "tables/epochs", rows)
     _plot_epochs(folder / "pictures/2-epochs.png", finished.epochs)
+    if finished.online is not None:
+        finished.online.save(folder / ONLINE_FOLDER)
+        own = [member["name"] for member in finished.online.members]
+        save_perturbations(folder / "pictures/3-online.png", finished.online.perturbations, own)
     (folder / RESULT_FILE).write_text(json.dumps(finished.result(), indent=2) + "\n")
 
 

@@ -1,6 +1,6 @@
-"""Adversarial fine-tuning on a pool of perturbations: what one training worker does, independent of Ray.
+"""Adversarial fine-tuning on universal perturbations: what one training worker does, independent of Ray.
 
-Source: Moosavi-Dezfooli et al., "Universal adversarial perturbations", CVPR 2017, section 3.2.
+Source: Moosavi-Dezfooli et al., "Universal adversarial perturbations", CVPR 2017, section 3.2; adversarial.py has more.
 """
 
 import time
@@ -12,15 +12,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from uap_dist.errors import ConfigError
-from uap_dist.finetuning.batches import AdversarialImages, WorkerGroup, WorkerImages
-from uap_dist.finetuning.config import FinetuneConfig
+from uap_dist.finetuning.adversarial import OnlinePerturbations, perturb
+from uap_dist.finetuning.batches import WorkerGroup, WorkerImages
 from uap_dist.finetuning.network import batch_norms, make_trainable, set_training_mode
+from uap_dist.finetuning.options import FinetuneConfig
 from uap_dist.finetuning.validation import Validation
 from uap_dist.method.augment import augment
+from uap_dist.method.config import ComputeConfig
+from uap_dist.method.update import Steps
 from uap_dist.models.loading import check_same_weights, load_classifier
 from uap_dist.models.weights import fill, write_weights
 from uap_dist.models.weights_file import read_weights
@@ -28,7 +32,7 @@ from uap_dist.perturbations.pool import PerturbationPool
 from uap_dist.rounds.record import RoundRecord
 from uap_dist.workers.dataset import Dataset
 
-NETWORK_FILE, OPTIMISER_FILE = "network.safetensors", "optimiser.pt"
+NETWORK_FILE, OPTIMISER_FILE, ONLINE_FILE = "network.safetensors", "optimiser.pt", "online.safetensors"
 TRAINED_ON, HELD_OUT = "trained_on_members", "held_out_members"
 
 
@@ -89,12 +93,17 @@ class Learner:
         self._model = prepare(self.classifier)
         part = task.train.part(number, num_workers)
         self._images = WorkerImages(part, self.classifier.geometry, config.shuffle_shards)
-        trained_on, held_out = config.split(task.pool)
-        self._adversarial = AdversarialImages(self.classifier, trained_on, config)
-        pools = {TRAINED_ON: trained_on, HELD_OUT: held_out}
-        self._validation = Validation(self.classifier, task.val, pools, config, group)
+        self._validation = Validation(self.classifier, task.val, config, group)
         self._batch_size = config.batch_size // num_workers
         self._num_steps = task.train.num_examples // num_workers // self._batch_size
+        shape = task.train.shape
+        trained_on, held_out = config.split(task.pool)
+        self._held_out = held_out.resized(shape).to(group.device)
+        self._online: OnlinePerturbations | None = None
+        if config.online:
+            steps = _steps(task.pool, config.epochs * self._num_steps, shape)
+            self._online = OnlinePerturbations(shape, steps, config, group)
+        self._members = trained_on.resized(shape).to(group.device) if self._online is None else self._online.v
         self._optimiser = torch.optim.SGD(
             [parameter for parameter in self.classifier.parameters() if parameter.requires_grad],
             lr=config.learning_rate or (0.01 if any(batch_norms(self.classifier)) else 0.0001),
@@ -117,7 +126,8 @@ class Learner:
         if metrics:
             num_images = self._num_steps * self._config.batch_size
             metrics |= {"epoch/seconds": seconds, "epoch/images_per_second": num_images / seconds}
-        metrics |= self._validation.measure() | {"total/evaluations": float(self._num_evaluations)}
+        metrics |= self._validation.measure({TRAINED_ON: self._members, HELD_OUT: self._held_out})
+        metrics |= {"total/evaluations": float(self._num_evaluations)}
         record = RoundRecord(len(self.history), time.time_ns() // 1_000_000, metrics)
         self.history.append(record)
         return record
@@ -128,7 +138,7 @@ class Learner:
         return len(self.history) > self._config.epochs
 
     def save(self, folder: Path) -> None:
-        """Write weights, optimiser and history, from which `load` continues."""
+        """Write weights, optimiser, history and the perturbations of --online, from which `load` continues."""
         write_weights(folder / NETWORK_FILE, self.classifier.network, {"epoch": len(self.history) - 1})
         state = {
             "optimiser": self._optimiser.state_dict(),
@@ -137,6 +147,8 @@ class Learner:
             "history": [record.json for record in self.history],
         }
         torch.save(state, folder / OPTIMISER_FILE)
+        if self._online is not None:
+            (folder / ONLINE_FILE).write_bytes(save(self._online.state))
 
     def load(self, folder: Path) -> None:
         """Continue from what `save` wrote."""
@@ -147,6 +159,8 @@ class Learner:
         self._schedule.load_state_dict(state["schedule"])
         self._num_evaluations = state["num_evaluations"]
         self.history = [RoundRecord.from_json(line) for line in state["history"]]
+        if self._online is not None:
+            self._online.load(load_file(folder / ONLINE_FILE))
 
     def _train_epoch(self, epoch: int) -> dict[str, float]:
         rng = np.random.default_rng([self._config.seed, epoch, self._group.rank])
@@ -156,9 +170,11 @@ class Learner:
         set_training_mode(self.classifier, True, self._config.batch_norm)
         for images, truths in islice(self._images.shuffled(rng, self._batch_size), self._num_steps):
             pixels, labels = self._group.to_tensors((augment(images, self._config.augment, rng), truths))
-            perturbed, num_extra = self._adversarial.perturb(pixels)
-            loss_sum += self._step(perturbed, labels)
-            num_evaluations += num_extra + 2 * len(pixels)
+            batch = perturb(self.classifier, pixels, self._members, self._config)
+            loss_sum += self._step(batch.pixels, labels)
+            if self._online is not None:
+                self._online.step(batch)
+            num_evaluations += batch.num_evaluations + 2 * len(pixels)
         self._num_evaluations += int(self._group.sum([num_evaluations])[0])
         (total,) = self._group.sum([loss_sum])
         mean = total / self._num_steps / self._group.size
@@ -179,3 +195,11 @@ class Learner:
         self._optimiser.step()
         self._schedule.step()
         return float(loss.detach())
+
+
+def _steps(pool: PerturbationPool, num_steps: int, shape: tuple[int, ...]) -> Steps:
+    """Ball and period of steps like those that the pool was computed with; paper's steps have no period."""
+    first = pool.to_perturbations()[0]
+    config = ComputeConfig.from_provenance(first.provenance, first.name)
+    steps = config.steps(num_steps, shape)
+    return steps or Steps(config.norm, config.ball_radius, max(shape), first_size=0.0, num_rounds=num_steps)

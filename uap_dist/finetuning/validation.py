@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 
 from uap_dist.finetuning.batches import WorkerGroup, WorkerImages
-from uap_dist.finetuning.config import FinetuneConfig
 from uap_dist.finetuning.network import set_training_mode
+from uap_dist.finetuning.options import FinetuneConfig
 from uap_dist.method.norms import add_perturbation
 from uap_dist.method.rates import Rate
 from uap_dist.models.classifier import Classifier
-from uap_dist.perturbations.pool import PerturbationPool
 from uap_dist.workers.dataset import CLASSIFY_SIZE, Dataset
 
 
@@ -22,7 +21,6 @@ class Validation:
         self,
         classifier: Classifier,
         val: Dataset,
-        pools: Mapping[str, PerturbationPool],
         config: FinetuneConfig,
         group: WorkerGroup,
     ) -> None:
@@ -31,7 +29,6 @@ class Validation:
         Args:
             classifier: the network in training.
             val: all held-out images.
-            pools: parts of the pool by the names of their metrics; an image sees one member of each, members taking turns.
             config: of the training.
             group: the workers.
         """
@@ -39,33 +36,34 @@ class Validation:
         part = val.part(group.rank, group.size)
         self._images = WorkerImages(part, classifier.geometry, config.shuffle_shards)
         self._first = group.rank * val.num_examples // group.size
-        self._members = {
-            name: torch.stack([perturbation.resized(val.shape) for perturbation in pool.to_perturbations()])
-            for name, pool in pools.items()
-        }
 
-    def measure(self) -> dict[str, float]:
-        """Top-1 and top-5 accuracy of clean images; for each part of the pool, its fooling rate and the top-1 accuracy under it."""
+    def measure(self, groups: Mapping[str, Tensor]) -> dict[str, float]:
+        """Top-1 and top-5 accuracy of clean images; for each group of perturbations, its fooling rate and the top-1 under it.
+
+        Args:
+            groups: perturbations (M×C×H×W, pixels, on the worker's device) by the names of their metrics; an image sees one of each
+                group, in turn.
+        """
         set_training_mode(self._classifier, False, self._batch_norm)
         # workers gather batch-norm statistics of their own until the next step; the first worker's are saved
         self._group.share_buffers(self._classifier)
         counts = dict.fromkeys(("images", "top1/clean", "top5/clean"), 0)
-        counts |= {f"{what}/{name}": 0 for what in ("fooling_rate", "top1") for name in self._members}
+        counts |= {f"{what}/{name}": 0 for what in ("fooling_rate", "top1") for name in groups}
         first = self._first
         for batch in self._images.in_order(CLASSIFY_SIZE):
             pixels, truths = self._group.to_tensors(batch)
-            for name, count in self._count(pixels, truths, first).items():
+            for name, count in self._count(pixels, truths, first, groups).items():
                 counts[name] += count
             first += len(pixels)
         total = dict(zip(counts, map(int, self._group.sum(list(counts.values()))), strict=True))
         num_images = total.pop("images")
         metrics = {name: count / num_images for name, count in total.items() if name.startswith("top")}
-        for name in self._members:
+        for name in groups:
             metrics |= Rate(total[f"fooling_rate/{name}"], num_images).metrics(name)
         return metrics
 
     @torch.no_grad()
-    def _count(self, pixels: Tensor, truths: Tensor, first: int) -> dict[str, int]:
+    def _count(self, pixels: Tensor, truths: Tensor, first: int, groups: Mapping[str, Tensor]) -> dict[str, int]:
         """Correct and changed predictions in a batch whose first image is number `first` of all held-out images."""
         logits = self._classifier(pixels)
         clean = logits.argmax(1)
@@ -75,9 +73,9 @@ class Validation:
             "top1/clean": int((clean == truths).sum()),
             "top5/clean": int((top5 == truths[:, None]).sum()),
         }
-        for name, members in self._members.items():
-            turns = torch.arange(first, first + len(pixels)) % len(members)
-            labels = self._classifier(add_perturbation(pixels, members[turns].to(pixels.device))).argmax(1)
+        for name, members in groups.items():
+            turns = torch.arange(first, first + len(pixels), device=pixels.device) % len(members)
+            labels = self._classifier(add_perturbation(pixels, members[turns])).argmax(1)
             counts[f"fooling_rate/{name}"] = int((labels != clean).sum())
             counts[f"top1/{name}"] = int((labels == truths).sum())
         return counts

@@ -1,6 +1,7 @@
-"""Fine-tune a classifier on a pool of universal perturbations of it, and measure what that changes (the paper's section 3.2).
+"""Fine-tune a classifier on universal perturbations of it, and measure what that changes (the paper's section 3.2).
 
-Each repetition trains on a pool, then computes a fresh pool against the fine-tuned network, by the same config and seeds.
+Each repetition trains on a pool, or with --online on perturbations that move with the network, then computes a fresh pool against the
+fine-tuned network, by the same config and seeds.
 """
 
 import shutil
@@ -11,7 +12,7 @@ from uap_dist.data.patterns import expand_apart
 from uap_dist.finetuning.checks import check_network, check_pool, check_size, check_storage, describe_finetuning
 from uap_dist.finetuning.network import check_labels
 from uap_dist.finetuning.options import FinetuneOptions
-from uap_dist.finetuning.pipeline import REPETITIONS_FOLDER, Job, Network, group, measure, repeat
+from uap_dist.finetuning.pipeline import REPETITIONS_FOLDER, Job, Network, count_evaluations, group, measure, repeat
 from uap_dist.finetuning.report import BEFORE, FinishedFinetuning, save_finetuning
 from uap_dist.finetuning.trainer import NETWORK_FILE
 from uap_dist.job_options import to_json
@@ -48,6 +49,8 @@ def run(options: FinetuneOptions, tracker: Tracker, resumed: Resumed | None) -> 
             measurements=measure(job, networks),
             groups=group(job, networks),
             epochs={network.name: network.epochs for network in networks[1:]},
+            online=networks[-1].online,
+            evaluations=count_evaluations(job, networks),
             provenance=job.provenance,
             mlflow_run_id=tracker.run_id,
         )

@@ -187,6 +187,10 @@ class PerturbationPool:
         """Members `first` to `last` − 1."""
         return replace(self, perturbations=self.perturbations[first:last], members=self.members[first:last])
 
+    def resized(self, shape: Sequence[int]) -> Tensor:
+        """The members at an input size (C×H×W), M×C×H×W; see `Perturbation.resized`."""
+        return torch.stack([Perturbation("", v).resized(shape) for v in self.perturbations])
+
     def inner_products(self) -> Tensor:
         """Normalised inner products of the members: M×M float64, v_i · v_j / (‖v_i‖2 ‖v_j‖2).
 

@@ -8,7 +8,6 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from uap_dist.errors import PerturbationError
-from uap_dist.perturbations.files import Perturbation
 from uap_dist.perturbations.pool import PerturbationPool
 
 
@@ -37,7 +36,7 @@ class AddUniversalPerturbation(v2.Transform):
             raise PerturbationError(f"probability is {probability}; it must lie in [0, 1]")
         if float_range not in (1, 255):
             raise PerturbationError(f"float range is {float_range}; it must be 1 or 255")
-        self.perturbations = pool.perturbations
+        self._pool, self.perturbations = pool, pool.perturbations
         self._by_shape: dict[tuple[int, ...], Tensor] = {}
         self.probability = probability
         self.float_range = float(float_range)
@@ -57,8 +56,9 @@ class AddUniversalPerturbation(v2.Transform):
         if not (inpt.is_floating_point() or inpt.dtype == torch.uint8):
             raise PerturbationError(f"images are {inpt.dtype}; give uint8, or floats in 0..{self.float_range:g}")
         images = inpt.reshape(-1, *inpt.shape[-3:])
-        added, is_perturbed = self.draw(len(images), tuple(images.shape[-3:]))
-        added = added.to(images.device)
+        chosen = torch.randint(len(self.perturbations), (len(images),))
+        is_perturbed = torch.rand(len(images)) < self.probability
+        added = self._at_size(tuple(images.shape[-3:]))[chosen].to(images.device)
         unit = 1.0 if inpt.dtype == torch.uint8 else self.float_range / 255
         largest = 255.0 if inpt.dtype == torch.uint8 else self.float_range
         shown = (images.float() + unit * added).clamp(0, largest)
@@ -68,13 +68,7 @@ class AddUniversalPerturbation(v2.Transform):
         result = torch.where(mask, shown.to(inpt.dtype), images).reshape(inpt.shape)
         return tv_tensors.wrap(result, like=inpt) if isinstance(inpt, tv_tensors.TVTensor) else result
 
-    def draw(self, num_images: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """A random member for each of N images of size `shape` (N×C×H×W, pixels), and whether to add it (N, bool)."""
-        chosen = torch.randint(len(self.perturbations), (num_images,))
-        is_perturbed = torch.rand(num_images) < self.probability
-        return self._at_size(shape)[chosen], is_perturbed
-
     def _at_size(self, shape: tuple[int, ...]) -> Tensor:
         if shape not in self._by_shape:
-            self._by_shape[shape] = torch.stack([Perturbation("", v).resized(shape) for v in self.perturbations])
+            self._by_shape[shape] = self._pool.resized(shape)
         return self._by_shape[shape]
