@@ -1,4 +1,4 @@
-"""Fine-tuning on pools by real jobs: what it does to clean top-1 and to fresh perturbations. See benchmarks/finetune.md.
+"""Fine-tuning by real jobs: what it does to clean top-1 and to fresh perturbations. See benchmarks/finetune.md.
 
     python benchmarks/finetune.py                                  # all rows, about an hour on two cores
     python benchmarks/finetune.py --only resnet20-linf10-plain     # one row
@@ -38,6 +38,7 @@ from uap_dist.workers.dataset import load_dataset
 from uap_dist.workers.local import LocalWorkers
 from uap_dist.workers.worker import Worker
 
+ATTACK, ATTACK_EVALUATIONS = "attack", 32_000
 JOBS = Path(__file__).parents[1] / "jobs"
 POOLS = {  # network, members, options of jobs/compute.py
     "resnet20-linf10": ("resnet20", 10, ("--max-evaluations", "8000", "--augment", "none")),
@@ -49,6 +50,7 @@ ROWS = {  # pool, options of jobs/finetune.py
     "resnet20-linf10-plain": ("resnet20-linf10", ("--repetitions", "2")),
     "resnet20-linf10-adaptive": ("resnet20-linf10", ("--repetitions", "2", "--adaptive")),
     "resnet20-linf8-plain": ("resnet20-linf8", ("--repetitions", "2")),
+    "resnet20-linf8-online": ("resnet20-linf8", ("--online", "--epochs", "14")),
     "resnet20-linf8-adaptive": ("resnet20-linf8", ("--repetitions", "2", "--adaptive")),
     "squeezenet-linf10-plain": ("squeezenet-linf10", ("--learning-rate", "0.00001")),
 }
@@ -64,10 +66,14 @@ class Options:
     """Print the tables of what has been measured, and measure nothing."""
     tune: str | None = None
     """Network whose grid is measured on held-in images."""
+    tune_pool: str | None = None
+    """Pool for --tune; if not given, the network's first."""
     grid: str = "[{}]"
     """JSON list of FinetuneConfig fields, one object an entry."""
     data: Path = Path("../shared")
     """Folder of the images and networks."""
+    num_workers: int = 2
+    """Workers of each job."""
     folder: Path = Path("outputs/finetune")
     """Where the jobs leave their files."""
     output: Path = Path(__file__).with_name("finetune.jsonl")
@@ -80,7 +86,11 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     if options.tune is not None:
         for entry in json.loads(options.grid):
-            line = {"tune": options.tune, "entry": entry} | tune(options, options.tune, entry) | _provenance()
+            line = (
+                {"tune": options.tune, "pool": options.tune_pool, "entry": entry}
+                | tune(options, options.tune, entry)
+                | _provenance()
+            )
             print(json.dumps(line), flush=True)
             _write(options.output, [*_read(options.output), line])
     elif not options.table:
@@ -94,20 +104,38 @@ def main() -> None:
 def measure(options: Options, row: str) -> Iterator[dict[str, Any]]:
     """The comparisons of jobs/finetune.py, and what a command it was."""
     pool, words = ROWS[row]
-    network = POOLS[pool][0]
+    network, _, of_pool = POOLS[pool]
     output = options.folder / row
     if not (output / "result.json").exists():
         found = _compute_pool(options, pool)
         shutil.rmtree(output, ignore_errors=True)
         _run("finetune.py", *_describe(options, network), "--pool", str(found), *words, "--output", str(output))
-    yield from json.loads((output / "result.json").read_text())["comparisons"]
+    result = json.loads((output / "result.json").read_text())
+    evaluations = result["evaluations"]
+    for comparison in result["comparisons"]:
+        yield comparison | {"evaluations": evaluations[comparison["network"]]}
+    ball = of_pool[of_pool.index("--radius") :][:2] if "--radius" in of_pool else ()
+    weights = {BEFORE: None, list(evaluations)[-1]: str(output / NETWORK_FILE)}
+    for state, file in weights.items():
+        folder = options.folder / (f"attack-{pool}" if file is None else f"attack-{row}")
+        yield {"network": state, "group": ATTACK} | _attack(options, network, file, ball, folder)
+
+
+def _attack(options: Options, name: str, weights: str | None, ball: tuple[str, ...], output: Path) -> dict[str, Any]:
+    """A run of jobs/compute.py with its defaults against a network, which knows nothing of how that was trained."""
+    if not (output / "result.json").exists():
+        shutil.rmtree(output, ignore_errors=True)
+        words = _describe(options, name, weights)
+        _run("compute.py", *words, *ball, "--max-evaluations", str(ATTACK_EVALUATIONS), "--output", str(output))
+    result = json.loads((output / "result.json").read_text())
+    return {"fooling": result["val_fooling_rate"], "fooling_num_images": result["num_val_images"]}
 
 
 def tune(options: Options, name: str, entry: dict[str, Any]) -> dict[str, Any]:
     """After fine-tuning on all training shards but the last, on that one: clean top-1, held-out members, a fresh perturbation."""
     network = NETWORKS[name]
     model, weights = network.locate(options.data)
-    pool_name = next(pool for pool in POOLS if POOLS[pool][0] == name)
+    pool_name = options.tune_pool or next(pool for pool in POOLS if POOLS[pool][0] == name)
     pool = PerturbationPool.load(_compute_pool(options, pool_name))
     *shards, last = expand_patterns([str(options.data / network.train)])
     workers = LocalWorkers(Worker(load_classifier(model, weights), cache_bytes=8 << 30, num_threads=1))
@@ -144,13 +172,14 @@ def _compute_pool(options: Options, name: str) -> Path:
     return output / "pool"
 
 
-def _describe(options: Options, name: str) -> list[str]:
-    """Network and data as options of a job; all training images."""
+def _describe(options: Options, name: str, weights: str | None = None) -> list[str]:
+    """Network and data as options of a job; all training images, and the network's own weights unless others are given."""
     network = NETWORKS[name]
-    model, weights = network.locate(options.data)
+    model, own = network.locate(options.data)
+    weights = weights or own
     words = ["--model", model, *(("--weights", weights) if weights else ())]
     words += ["--train-shards", str(options.data / network.train), "--val-shards", str(options.data / network.val)]
-    return [*words, "--num-val-images", str(network.num_val_images), "--num-workers", "2"]
+    return [*words, "--num-val-images", str(network.num_val_images), "--num-workers", str(options.num_workers)]
 
 
 def _run(job: str, *words: str) -> None:
@@ -168,10 +197,19 @@ def _tables(path: Path) -> Iterator[str]:
             rates = (line["top1_clean_before"], line["top1_clean"], line[f"fooling_rate_{HELD_OUT}"])
             shown = " | ".join(f"{rate:.3f}" for rate in (*rates, line["fooling_rate_fresh"]))
             words = ", ".join(f"{key} {value}" for key, value in line["entry"].items()) or "default"
-            yield f"| {line['tune']} | {words} | {shown} | {line['num_images']} |"
+            yield f"| {line.get('pool') or line['tune']} | {words} | {shown} | {line['num_images']} |"
         yield ""
     yield _header(
-        "row", "network", "clean top-1", "members trained on", "members held out", "fresh", "random", "images"
+        "row",
+        "network",
+        "evaluations",
+        "clean top-1",
+        "trained on",
+        "held out",
+        "fresh",
+        "random",
+        f"{ATTACK_EVALUATIONS:,} evaluations",
+        "images",
     )
     for row in (row for row in ROWS if any(line.get("row") == row for line in lines)):
         own = [line for line in lines if line.get("row") == row]
@@ -183,7 +221,9 @@ def _tables(path: Path) -> Iterator[str]:
             ]
             fresh = by_group[FRESH]
             cells[2] = f"**{cells[2]}**" if network != BEFORE else cells[2]
-            yield f"| {row} | {network} | {fresh['top1_clean']:.3f} | {' | '.join(cells)} | {fresh['fooling_num_images']} |"
+            cells.append(f"**{by_group[ATTACK]['fooling']:.3f}**" if ATTACK in by_group else "–")
+            cost = f"{fresh['evaluations']:,}" if "evaluations" in fresh else "–"
+            yield f"| {row} | {network} | {cost} | {fresh['top1_clean']:.3f} | {' | '.join(cells)} | {fresh['fooling_num_images']} |"
 
 
 def _header(*columns: str) -> str:

@@ -56,7 +56,7 @@ def test_against_a_linear_network_each_ends_where_the_loss_is_largest(norm):
     """For images of one class that is the point of the ball farthest against the normal of the boundary."""
     classifier, (moving, config) = linear(3), online(norm, online_perturbations=2, online_step=0.1, probability=1.0)
     pixels = 100 + images(3) / 5  # none is clipped
-    for _ in range(60):
+    for _ in range(100):
         batch = perturb(classifier, pixels, moving.v, config)
         cross_entropy(classifier(batch.pixels), torch.zeros(len(pixels), dtype=torch.int64)).backward()
         moving.step(batch)

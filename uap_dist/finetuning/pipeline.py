@@ -189,12 +189,16 @@ def group(job: Job, networks: Sequence[Network]) -> dict[str, dict[str, list[str
 
 
 def count_evaluations(job: Job, networks: Sequence[Network]) -> dict[str, int]:
-    """Network evaluations that led to each network: of all training, and of computing the members that were trained on."""
+    """Network evaluations that led to each network: of all training so far, and of computing the members that were trained on.
+
+    The clean labels of the training images count once for a pool.
+    """
     counts = {networks[0].name: 0}
     for before, network in pairwise(networks):
-        trained_on, _ = job.config.split(before.pool)
         own = int(network.epochs[-1].metrics["total/evaluations"])
-        own += sum(member["num_evaluations"] for member in trained_on.members)
+        members = job.config.split(before.pool)[0].members
+        own += sum(member["num_evaluations"] - member["num_train_images"] for member in members)
+        own += max((member["num_train_images"] for member in members), default=0)
         counts[network.name] = counts[before.name] + own
     return counts
 
