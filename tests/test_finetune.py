@@ -185,7 +185,7 @@ def test_two_workers_see_all_images_between_them(tiny_data, pool):
         ({"augment": "rotate"}, "augment is 'rotate'; it must be one of none, flip, flip-shift"),
         ({"batch_norm": "off"}, "batch norm is 'off'; it must be frozen or train"),
         ({"online": True, "online_perturbations": 0}, "online perturbations is 0; it must be positive"),
-        ({"online": True, "online_step": float("nan")}, "online step is nan; it must be positive"),
+        ({"online": True, "online_step": float("nan")}, r"online step is nan; it must lie in \(0, 1\]"),
         ({"online_perturbations": 3}, "online perturbations belongs to --online; give that as well"),
         ({"online_step": 0.5}, "online step belongs to --online"),
         ({"online": True, "held_out_members": 1}, "no member of the pool is trained on; leave out --held-out-members"),

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from hashlib import sha256
 
 import numpy as np
@@ -132,21 +133,51 @@ def learn(number, task, folder):
     torch.distributed.destroy_process_group()
 
 
+def train_undisturbed(config, weights, data, pool, folder):
+    """What two workers without Ray end with."""
+    workers = LocalWorkers(Worker(load_classifier(SLOW, weights), cache_bytes=1 << 30, num_threads=1))
+    train, val = (load_dataset(workers, urls) for urls in data)
+    task = Task(SLOW, weights, train, val, PerturbationPool.load(pool), config, num_threads=1)
+    torch.multiprocessing.spawn(learn, (task, folder), nprocs=2)
+    learner = Learner(task)
+    learner.load(folder)
+    return learner
+
+
 @pytest.mark.slow
 def test_kills_change_no_bit_of_the_network(disturbed, weights, data, pool, tmp_path):
     folder, *_ = disturbed
-    workers = LocalWorkers(Worker(load_classifier(SLOW, weights), cache_bytes=1 << 30, num_threads=1))
-    train, val = (load_dataset(workers, urls) for urls in data)
-    task = Task(SLOW, weights, train, val, PerturbationPool.load(pool), CONFIG, num_threads=1)
-    torch.multiprocessing.spawn(learn, (task, tmp_path), nprocs=2)
-    undisturbed = Learner(task)
-    undisturbed.load(tmp_path)
+    undisturbed = train_undisturbed(CONFIG, weights, data, pool, tmp_path)
     written = load_classifier(SLOW, str(folder / "out/network.safetensors"))
     assert written.weights_digest == digest_weights(undisturbed.classifier.network)
     epochs = pq.read_table(folder / "out/tables/epochs.parquet").to_pylist()
     assert [row["epoch"] for row in epochs] == [0, 1, 2, 3]
     for row, record in zip(epochs, undisturbed.history, strict=True):
         assert all(row[name] == value for name, value in record.metrics.items() if "second" not in name)
+
+
+@pytest.mark.slow
+def test_perturbations_that_move_with_the_network_are_kept_through_a_kill(weights, data, pool, tmp_path):
+    process = start(tmp_path, words(weights, data, pool, "--online", "--online-perturbations", "2"))
+    wait_for(tmp_path, process, "epoch 1 of 3")
+    process.kill()
+    process.wait()
+    run_id = re.search("MLflow run ([0-9a-f]{32})", (tmp_path / "log").read_text())[1]
+    assert start(tmp_path, ["--resume", run_id]).wait(200) == 0, (tmp_path / "log").read_text()
+    config = replace(CONFIG, online=True, online_perturbations=2)
+    undisturbed = train_undisturbed(config, weights, data, pool, tmp_path)
+    tuned = load_classifier(SLOW, str(tmp_path / "out/network.safetensors"))
+    assert tuned.weights_digest == digest_weights(undisturbed.classifier.network)
+    kept, given = PerturbationPool.load(tmp_path / "out/online-pool"), PerturbationPool.load(pool)
+    assert torch.equal(kept.perturbations, undisturbed._online.v)
+    shared = {"weights_digest": tuned.weights_digest, "norm": "linf", "radius": 30.0}
+    assert {key: kept.shared[key] for key in shared} == shared
+    result = json.loads((tmp_path / "out/result.json").read_text())
+    counts = {(row["network"], row["group"]): row["num_perturbations"] for row in result["comparisons"]}
+    assert counts["repetition 1", "trained_on_members"] == 2 and counts["before", "trained_on_members"] == 2
+    assert counts["repetition 1", "held_out_members"] == len(given.members)
+    spent = undisturbed.history[-1].metrics["total/evaluations"]
+    assert result["evaluations"] == {"before": 0, "repetition 1": spent}
 
 
 @pytest.mark.slow

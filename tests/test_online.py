@@ -1,5 +1,7 @@
 """Perturbations that move with the network in training: their gradient, their steps, and that all workers hold the same."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import TINY
@@ -174,3 +176,13 @@ def test_what_is_measured_is_what_moved(task):
         shown = (val + learner._online.v[torch.arange(20) % 2]).clamp(0, 255)
         fooled = learner.classifier(shown).argmax(1) != learner.classifier(val).argmax(1)
     assert fooled.float().mean() == pytest.approx(rates[-1])
+
+
+@pytest.mark.parametrize(("config", "period"), [({"rule": "log-odds", "period": 4}, 4), ({"rule": "paper"}, 16)])
+def test_balls_and_periods_are_those_of_the_pool(task, config, period):
+    """The paper's rule has no period: steps against it do not repeat themselves."""
+    shared = {"norm": "l2", "radius": 300.0} | config
+    pool = PerturbationPool(task.pool.perturbations, shared, task.pool.members)
+    moving = Learner(replace(task, pool=pool))._online
+    assert (moving._steps.period == period) and moving._steps.norm == "l2"
+    assert all(measure(v, "l2") == pytest.approx(300) for v in moving.v)

@@ -52,7 +52,7 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         """Validate the settings; ConfigError names the invalid one."""
         positive = ("epochs", "held_out_members", "batch_size", "learning_rate", "shuffle_shards")
-        for name in (*positive, "online_perturbations", "online_step"):
+        for name in (*positive, "online_perturbations"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ConfigError(f"{name.replace('_', ' ')} is {value}; it must be positive")
@@ -67,6 +67,8 @@ class FinetuneConfig:
             raise ConfigError(f"ladder is {self.ladder}; it must hold ascending positive numbers")
         if not self.adaptive and self.ladder != FinetuneConfig.ladder:
             raise ConfigError("ladder belongs to --adaptive; give that as well, or leave it out")
+        if not 0 < self.online_step <= 1:
+            raise ConfigError(f"online step is {self.online_step}; it must lie in (0, 1], a fraction of the radius")
         for name in ("online_perturbations", "online_step"):
             if not self.online and getattr(self, name) != getattr(FinetuneConfig, name):
                 raise ConfigError(f"{name.replace('_', ' ')} belongs to --online; give that as well, or leave it out")
