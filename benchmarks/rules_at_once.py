@@ -20,8 +20,9 @@ import torch
 import tyro
 from comparison.bench import Bench
 from comparison.intervals import interval, spread
-from comparison.rows import RADII, Row
-from comparison.runs_at_once import Change, Pictures, Together
+from comparison.pictures import Pictures, fast
+from comparison.rows import MAX_LABEL_SHARE, RADII, Row
+from comparison.runs_at_once import Change, Together
 
 from uap_dist.method.config import ComputeConfig
 from uap_dist.method.norms import Norm
@@ -63,7 +64,7 @@ def run(options: Options) -> None:
     """A line for each norm, budget, seed and entry."""
     entries, changes = zip(*parse("--grid", options.grid), strict=True)
     bench = Bench(options.network, options.data)
-    pictures = Pictures(bench)
+    pictures = Pictures(bench.worker, bench.shards)
     if options.channels_last:
         bench.worker.classifier.to(memory_format=torch.channels_last)
     for budget, norm in product(options.budgets, options.norms):
@@ -78,8 +79,12 @@ def run(options: Options) -> None:
         started = time.perf_counter()
         radius = RADII[Row(options.network, norm, budget, "ours").collection][norm]
         configs = [ComputeConfig(norm=norm, radius=radius, max_evaluations=budget, seed=seed) for seed in seeds]
-        together = Together(bench, pictures, configs, changes)
-        for (i, j), measured in together.measure(together.compute()):
+        train, held_in = zip(*map(bench.split, seeds), strict=True)
+        train = [each.thin(min(each.num_examples, budget // MAX_LABEL_SHARE)) for each in train]
+        together = Together(bench.worker.classifier, pictures, train, configs, changes)
+        with fast(pictures.device):
+            found = together.compute()
+        for (i, j), measured in together.measure(found, held_in):
             seed = seeds[i]
             if j in wanted[seed]:
                 line = {"network": options.network, "norm": norm, "budget": budget, "entry": entries[j], "seed": seed}

@@ -14,9 +14,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import rules
 from comparison import opponents, rows
 from comparison.bench import Bench
+from comparison.pictures import Pictures
 from comparison.report import constants, draw, table
-from comparison.rows import RADII, RULES, Row, read
-from comparison.runs_at_once import Change, Pictures, Together
+from comparison.rows import MAX_LABEL_SHARE, RADII, RULES, Row, read
+from comparison.runs_at_once import Change, Together
 from networks import NETWORKS, Network
 
 from uap_dist.method.config import ComputeConfig
@@ -137,13 +138,15 @@ def test_runs_that_go_through_the_network_together_are_the_runs_of_the_rule(opti
         ComputeConfig(norm=norm, radius=RADII["imagenet"][norm], max_evaluations=BUDGET, seed=seed) for seed in (0, 1)
     ]
     changes = [Change(period=period) for period in (8, 224)]
-    together = Together(bench, Pictures(bench), configs, changes)
+    train, held_in = zip(*map(bench.split, (0, 1)), strict=True)
+    train = [each.thin(min(each.num_examples, BUDGET // MAX_LABEL_SHARE)) for each in train]
+    pictures = Pictures(bench.worker, bench.shards)
+    together = Together(bench.worker.classifier, pictures, train, configs, changes)
     found = together.compute()
     for i, config in enumerate(configs):
         for j, period in enumerate((8, 224)):
-            (*_, last) = compute(
-                LocalWorkers(bench.worker), together.train[i], together.held_in[i], replace(config, period=period)
-            )
+            (*_, last) = compute(LocalWorkers(bench.worker), train[i], held_in[i], replace(config, period=period))
+            assert together.num_evaluations[i] == last.num_evaluations
             error = (found[i, j] - last.perturbation).norm() / last.perturbation.norm()
             assert error < (0.05 if norm == "linf" else 1e-3)  # signs of momenta near zero depend on rounding
 
@@ -152,9 +155,11 @@ def test_starts_have_the_first_steps_of_one_run_and_what_goes_on_the_others(opti
     bench = Bench("tiny", options.data)
     config = ComputeConfig(radius=10.0, max_evaluations=BUDGET, seed=0)
     change = Change(starts=3, start_rounds=4, judges=6)
-    together = Together(bench, Pictures(bench), [config], [change])
+    train, _ = bench.split(0)
+    pictures = Pictures(bench.worker, bench.shards)
+    together = Together(bench.worker.classifier, pictures, [train], [config], [change])
     found = [together.size(number, 40, change) for number in range(40)]
     # of 40 rounds eight are those of other starts, and 18 images once forward pay for one and a half
-    steps = config.steps(31, together.train[0].shape)
+    steps = config.steps(31, train.shape)
     run = [steps.sizes(number)[0] for number in range(31)]
     assert found == run[:4] * 3 + run[4:] + [0.0]

@@ -24,20 +24,28 @@ MAX_HELD_IN = 1_000
 class Bench:
     """A network with its images, loaded when they are needed."""
 
-    def __init__(self, network: str, data: Path) -> None:
+    def __init__(self, network: str, data: Path, models: Path | None = None) -> None:
+        """Images lie in the folder `data`, weights in `models` if they do not lie there too."""
         self.network, self.data = NETWORKS[network], data
+        self.location = self.network.locate(models or data)
 
     @cached_property
     def worker(self) -> Worker:
         """Ours."""
         set_up_torch(1)  # and memory, as a worker's process
-        return Worker(load_classifier(*self.network.locate(self.data)), cache_bytes=8 << 30, num_threads=1)
+        return Worker(load_classifier(*self.location), cache_bytes=8 << 30, num_threads=1)
 
     @cached_property
     def shards(self) -> list[Dataset]:
         """Of training images."""
         urls = expand_patterns([str(self.data / self.network.train)])
         return [load_dataset(LocalWorkers(self.worker), [url]) for url in urls]
+
+    @cached_property
+    def train(self) -> Dataset:
+        """As the main job's."""
+        urls = expand_patterns([str(self.data / self.network.train)])
+        return load_dataset(LocalWorkers(self.worker), urls, num_images=self.network.num_train_images)
 
     @cached_property
     def held_out(self) -> Dataset:
