@@ -9,15 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from comparison.bench import stamp
 from comparison.pictures import Pictures
 from uap_dist.method.config import ComputeConfig
-from uap_dist.method.log_odds import log_odds
-from uap_dist.method.norms import add_perturbation
+from uap_dist.method.log_odds import log_odds_sum
+from uap_dist.method.norms import TINY, project, root_mean_square
 from uap_dist.method.schedule import plan_rounds
-from uap_dist.method.update import MOMENTUM, REMEMBERED, WIDTH, Steps, finish, weigh
+from uap_dist.method.update import MOMENTUM, REMEMBERED, WIDTH, Steps, finish, repeat_mean, weigh
 from uap_dist.models.classifier import Classifier
 from uap_dist.rounds.plan import count_rounds
 from uap_dist.workers.dataset import Dataset
@@ -88,12 +87,11 @@ class Together:
                 repeat_mean(total[:, i], self.period(change, counts[0])) for i, change in enumerate(self.changes)
             ]
             momentum = self.momenta.view(-1, 1, 1, 1) * momentum + torch.stack(periodic, 1)
-            direction = momentum.sign() if self.norm == "linf" else momentum / root_mean_squares(momentum)
-            v = v + sizes[..., None, None, None] * direction
             if self.norm == "linf":
-                v = v.clamp(-self.radius, self.radius)
+                direction = momentum.sign()
             else:
-                v = v * (self.radius / (root_mean_squares(v) * v[0, 0].numel() ** 0.5)).clamp(max=1)
+                direction = momentum / root_mean_square(momentum).clamp_min(TINY)[..., None, None, None]
+            v = project(v + sizes[..., None, None, None] * direction, norm=self.norm, radius=self.radius)
             for j, change in enumerate(self.changes):
                 num_done, is_between = divmod(number + 1, change.start_rounds)
                 if change.starts > 1 and not is_between and num_done <= change.starts:
@@ -169,27 +167,19 @@ class Together:
 
     def solve(self, x: Tensor, labels: Tensor, is_there: Tensor, v: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Weighted sums of increments (S×P×C×H×W float64), and the scales with these images in them."""
-        shown = add_perturbation(x[:, None], v[:, :, None].float())
-        lead = shown.shape[:3]
-        with torch.enable_grad():
-            logits, leaf = self.classifier.linearise(shown.flatten(0, 2))
-            gaps = log_odds(logits.float(), labels[:, None].expand(lead).flatten()).unflatten(0, lead)
-            weights = weigh(gaps.detach(), (self.widths / WIDTH * scale)[..., None]) * is_there[:, None]
-            (slopes,) = torch.autograd.grad((weights * gaps).sum(), leaf)
+        lead = (*v.shape[:2], x.shape[1])
+        widths = (self.widths / WIDTH * scale)[..., None]
+        found = log_odds_sum(
+            self.classifier,
+            x[:, None].expand(*lead, *x.shape[2:]).flatten(0, 2),
+            v.flatten(0, 1).float(),
+            labels[:, None].expand(lead).flatten(),
+            weigh=lambda gaps: (weigh(gaps.view(lead), widths) * is_there[:, None]).flatten(),
+        )
         counts = is_there.sum(1)[:, None]
-        size = (gaps.detach().abs() * is_there[:, None]).sum(2) / counts
+        size = (found.log_odds.abs().view(lead) * is_there[:, None]).sum(2) / counts
         scale = torch.where(scale.isinf(), size, size + torch.exp(-counts / REMEMBERED) * (scale - size))
-        totals = slopes.unflatten(0, lead).sum(2, dtype=torch.float32)
-        return -self.pull_back(totals.flatten(0, 1), shown.shape[3:]).unflatten(0, lead[:2]).double(), scale
-
-    def pull_back(self, slopes: Tensor, shape: Sequence[int]) -> Tensor:
-        """As the classifier's, of several sums at once (M×…): M×C×H×W."""
-        if self.classifier.first_layer is None:
-            return slopes
-        x = torch.zeros(len(slopes), *shape, device=self.device, requires_grad=True)
-        with torch.enable_grad():
-            output = self.classifier.get_submodule(self.classifier.first_layer)(self.classifier.normalise(x))
-        return torch.autograd.grad(output, x, slopes.to(output.dtype))[0]
+        return found.total.view_as(v).double(), scale
 
     def measure(self, v: Tensor, held_in: Sequence[Dataset]) -> Iterator[tuple[tuple[int, int], dict[str, Any]]]:
         """By seed and change: fooling rates on held-in images and on those that v was computed from."""
@@ -197,23 +187,3 @@ class Together:
             rate, share = self.pictures.fooled(self.classifier, held_in[i], v[i, j].float())
             train_rate, _ = self.pictures.fooled(self.classifier, self.train[i], v[i, j].float())
             yield (i, j), {"rate": rate, "train_rate": train_rate, "most_frequent_share": share} | stamp()
-
-
-def repeat_mean(totals: Tensor, period: int) -> Tensor:
-    """As update.py's, of S×C×H×W at once and on their device."""
-    height, width = totals.shape[2:]
-    if period >= max(height, width):
-        return totals
-    rows, columns = -(-height // period), -(-width // period)
-
-    def fold(values: Tensor) -> Tensor:
-        whole = F.pad(values, (0, -width % period, 0, -height % period))
-        return whole.unflatten(3, (columns, period)).unflatten(2, (rows, period)).sum((2, 4))
-
-    tile = fold(totals) / fold(torch.ones_like(totals[:1, :1])).clamp(min=1)
-    return tile.tile(rows, columns)[..., :height, :width]
-
-
-def root_mean_squares(values: Tensor) -> Tensor:
-    """S×P×1×1×1, of S×P×C×H×W."""
-    return values.square().mean((2, 3, 4), keepdim=True).sqrt().clamp(min=1e-300)
