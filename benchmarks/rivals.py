@@ -32,6 +32,7 @@ from uap_dist.method.config import ComputeConfig
 from uap_dist.method.norms import random_perturbation
 from uap_dist.models.classifier import Classifier
 from uap_dist.models.loading import load_classifier
+from uap_dist.workers.dataset import Dataset
 
 Method = Literal["random", "ours", "sga", "dm-uap", "ceiling"]
 RADIUS = 10.0
@@ -42,23 +43,20 @@ TITLES: dict[Method, str] = {
     "dm-uap": "DM-UAP, as published",
     "ceiling": "ceiling: ours, from the held-out images",
 }
+OURS = (("ours", 3_000), ("ours", 8_000), ("ours", 32_000), ("ceiling", 32_000))
 ALL = slice(None)
-ORDER: tuple[
-    tuple[Method, int | None, slice], ...
-] = (  # what is measured with which of the seeds, the most wanted first
-    ("random", None, ALL),
-    ("ours", 3_000, ALL),
-    ("ours", 8_000, ALL),
-    ("ours", 32_000, ALL),
-    ("sga", None, ALL),
-    ("dm-uap", None, slice(0, 1)),
-    ("ceiling", 32_000, ALL),
-    ("dm-uap", None, slice(1, 2)),
-    ("ours", 128_000, ALL),
-    ("dm-uap", None, slice(2, 3)),
-    ("dm-uap", None, slice(3, 4)),
-    ("dm-uap", None, slice(4, None)),
-    ("ceiling", 128_000, ALL),
+# what is measured with which of the seeds, the most wanted first; what stands together goes through the network together
+ORDER: tuple[tuple[tuple[tuple[Method, int | None], ...], slice], ...] = (
+    ((("random", None),), ALL),
+    (OURS, ALL),
+    ((("sga", None),), ALL),
+    ((("dm-uap", None),), slice(0, 1)),
+    ((("dm-uap", None),), slice(1, 2)),
+    ((("ours", 128_000),), ALL),
+    ((("dm-uap", None),), slice(2, 3)),
+    ((("ceiling", 128_000),), ALL),
+    ((("dm-uap", None),), slice(3, 4)),
+    ((("dm-uap", None),), slice(4, None)),
 )
 COLUMNS = (
     "evaluations",
@@ -100,18 +98,22 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Group:
-    """Runs of several seeds that are computed together."""
+class Run:
+    """One perturbation."""
 
     network: str
     method: Method
     budget: int | None
-    seeds: tuple[int, ...]
+    seed: int
 
     @property
     def name(self) -> str:
         """As --only selects it."""
         return self.method if self.budget is None else f"{self.method}-{self.budget}"
+
+    def cost(self, num_images: int) -> int:
+        """Network evaluations, nearly."""
+        return self.budget or {"random": 0, "sga": 161 * num_images, "dm-uap": 841 * num_images}[self.method]
 
 
 class Lab:
@@ -136,42 +138,36 @@ class Lab:
         classifier = load_classifier(*self.bench.location)
         return classifier.to(self.worker.device, memory_format=self.format)
 
-    def compute(self, group: Group) -> tuple[Tensor, int]:
-        """S×C×H×W perturbations, and the network evaluations of each."""
-        if group.method == "random":
-            noise = [
-                random_perturbation(self.train.shape, norm="linf", radius=RADIUS, seed=seed) for seed in group.seeds
-            ]
-            return torch.stack(noise), 0
+    def compute(self, runs: list[Run]) -> list[tuple[Tensor, int]]:
+        """Perturbations (C×H×W) of runs that stand together in ORDER, and the network evaluations of each."""
+        method, seeds = runs[0].method, [run.seed for run in runs]
+        if method == "random":
+            return [(random_perturbation(self.train.shape, norm="linf", radius=RADIUS, seed=seed), 0) for seed in seeds]
         with fast(self.worker.device, self.precision):
-            if group.budget is not None:
-                images = self.held_out if group.method == "ceiling" else self.train
-                configs = [
-                    ComputeConfig(radius=RADIUS, max_evaluations=group.budget, seed=seed) for seed in group.seeds
-                ]
-                together = Together(self.classifier, self.pictures, [images] * len(configs), configs)
-                return together.compute()[:, 0].float().cpu(), together.num_evaluations[0]
+            if runs[0].budget is not None:
+                configs = [ComputeConfig(radius=RADIUS, max_evaluations=run.budget, seed=run.seed) for run in runs]
+                together = Together(self.classifier, self.pictures, [self.source(run) for run in runs], configs)
+                found = together.compute()[:, 0].float().cpu()
+                return list(zip(found, together.num_evaluations, strict=True))
             rows = self.pictures.rows(self.train)
             pixels, labels = self.pictures.whole(rows), self.pictures.labels[rows]
-            if group.method == "sga":
-                v, cost = sga(self.classifier, pixels, labels, seeds=group.seeds, radius=RADIUS)
-                return v.cpu(), cost
-            (seed,) = group.seeds
-            v, cost = dm_uap(self.trainable, pixels, labels, seed=seed, radius=RADIUS)
-            return v[None].cpu(), cost
+            if method == "sga":
+                found, cost = sga(self.classifier, pixels, labels, seeds=seeds, radius=RADIUS)
+                return [(v, cost) for v in found.cpu()]
+            of_each = [dm_uap(self.trainable, pixels, labels, seed=seed, radius=RADIUS) for seed in seeds]
+            return [(v.cpu(), cost) for v, cost in of_each]
 
-    def measure(self, group: Group, v: Tensor) -> dict[str, Any]:
-        """Rates of one perturbation (C×H×W)."""
-        rate, share = self.pictures.fooled(self.classifier, self.held_out, v)
-        source = self.held_out if group.method == "ceiling" else self.train
-        source_rate, _ = self.pictures.fooled(self.classifier, source, v)
-        return {
-            "rate": rate,
-            "num_images": self.held_out.num_examples,
-            "source_rate": source_rate,
-            "num_source": source.num_examples,
-            "most_frequent_share": share,
-        }
+    def source(self, run: Run) -> Dataset:
+        """The images that a run computes from."""
+        return self.held_out if run.method == "ceiling" else self.train
+
+    def measure(self, run: Run, v: Tensor) -> dict[str, Any]:
+        """Rates of its perturbation."""
+        (rate, share), (source_rate, _) = (
+            self.pictures.fooled(self.classifier, images, v) for images in (self.held_out, self.source(run))
+        )
+        counts = {"num_images": self.held_out.num_examples, "num_source": self.source(run).num_examples}
+        return {"rate": rate, "source_rate": source_rate, "most_frequent_share": share} | counts
 
 
 def main() -> None:
@@ -185,46 +181,39 @@ def main() -> None:
 
 def run(options: Options) -> None:
     """A line for each run that is missing, as long as there is time."""
-    started, labs, speeds = time.perf_counter(), {}, dict[str, float]()
+    started, labs, speeds = time.perf_counter(), dict[str, Lab](), dict[str, float]()
     precision = options.precision if torch.cuda.is_available() else "float32"
+    provenance = {"precision": precision} | stamp() | ({"commit": options.commit} if options.commit else {})
     done = {key(line) for line in read(options.output)}
-    for group in groups(options, done, precision):
-        if group.network not in labs:
-            labs[group.network] = Lab(group.network, options)
-        lab = labs[group.network]
-        begun = time.perf_counter()
-        expected = num_evaluations(group, lab.train.num_examples) / speeds.get(group.network, float("inf"))
+    for runs in plan(options, done, precision):
+        network, names = runs[0].network, ", ".join(dict.fromkeys(run.name for run in runs))
+        if network not in labs:
+            labs[network] = Lab(network, options)
+        lab, begun = labs[network], time.perf_counter()
+        expected = sum(run.cost(lab.train.num_examples) for run in runs) / speeds.get(network, float("inf"))
         if begun - started + expected > options.time_limit_s:
-            print(f"{group.network} {group.name} {group.seeds}: no time left, {expected:.0f} s needed", flush=True)
+            print(f"{network} {names}: no time left, {expected:.0f} s needed", flush=True)
             continue
-        found, cost = lab.compute(group)
-        seconds = time.perf_counter() - begun
-        if cost:
-            speeds[group.network] = cost * len(group.seeds) / seconds
-        stamped = stamp() | ({"commit": options.commit} if options.commit else {})
-        for seed, v in zip(group.seeds, found, strict=True):
-            line = {"network": group.network, "method": group.method, "budget": group.budget, "seed": seed}
-            line |= {"precision": precision, "evaluations": cost, "seconds": round(seconds / len(group.seeds), 1)}
-            line |= {"seeds_at_once": len(group.seeds)} | lab.measure(group, v) | stamped
+        found = lab.compute(runs)
+        seconds, total = time.perf_counter() - begun, sum(cost for _, cost in found)
+        if total:
+            speeds[network] = total / seconds
+        for each, (v, cost) in zip(runs, found, strict=True):
+            shares = {"evaluations": cost, "seconds": round(seconds * cost / (total or 1), 1)}
+            line = vars(each) | shares | {"runs_at_once": len(runs)} | lab.measure(each, v) | provenance
             with options.output.open("a") as file:
                 file.write(json.dumps(line) + "\n")
-            print(group.network, group.name, seed, f"{line['rate']:.3f}", f"{line['seconds']} s", flush=True)
+            print(network, each.name, each.seed, f"{line['rate']:.3f}", f"{line['seconds']} s", flush=True)
 
 
-def groups(options: Options, done: set[tuple[Any, ...]], precision: str) -> Iterator[Group]:
+def plan(options: Options, done: set[tuple[Any, ...]], precision: str) -> Iterator[list[Run]]:
     """What is wanted and not done yet, in order."""
-    for (method, budget, some), network in product(ORDER, options.networks):
-        seeds = [s for s in options.seeds[some] if (network, method, budget, s, precision) not in done]
-        for together in [seeds] if method != "dm-uap" else [[seed] for seed in seeds]:
-            group = Group(network, method, budget, tuple(together))
-            if together and any(fnmatch(group.name, pattern) for pattern in options.only):
-                yield group
-
-
-def num_evaluations(group: Group, num_images: int) -> int:
-    """About so many network evaluations of all its seeds."""
-    by_method = {"random": 0, "sga": 161 * num_images, "dm-uap": 841 * num_images}
-    return len(group.seeds) * (group.budget or by_method[group.method])
+    for (methods, some), network in product(ORDER, options.networks):
+        runs = [Run(network, *method, seed) for method in methods for seed in options.seeds[some]]
+        runs = [run for run in runs if (*vars(run).values(), precision) not in done]
+        wanted = [run for run in runs if any(fnmatch(run.name, pattern) for pattern in options.only)]
+        if wanted:
+            yield wanted
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -48,7 +48,7 @@ Best = dict[tuple[int, int], tuple[float, Tensor, Tensor, Tensor]]  # by seed an
 
 
 class Together:
-    """Runs of S configs that differ by their seed, with P changes each: v, momentum and sums are S×P×C×H×W.
+    """Runs of S configs of one ball and period, with P changes each: v, momentum and sums are S×P×C×H×W.
 
     Attributes:
         num_evaluations: of each of the S runs, once it has been computed.
@@ -80,7 +80,14 @@ class Together:
         momentum = torch.zeros_like(v)
         scale = torch.full(v.shape[:2], inf, device=self.device)
         best: Best = {}
-        for number, (rows, flips, corners, is_there, sizes) in enumerate(self.rounds(counts)):
+        lengths, final = torch.tensor(counts, device=self.device), torch.empty_like(v)
+        runs_left = torch.arange(len(counts), device=self.device)
+        for number, plan in enumerate(self.rounds(counts)):
+            if number in counts:
+                final[runs_left] = v
+                goes_on = lengths[runs_left] > number
+                runs_left, v, momentum, scale = (each[goes_on] for each in (runs_left, v, momentum, scale))
+            rows, flips, corners, is_there, sizes = (of_all[runs_left] for of_all in plan)
             x, labels = self.pictures.views(rows, flips, corners), self.pictures.labels[rows]
             total, scale = self.solve(x, labels, is_there, v, scale)
             periodic = [
@@ -96,7 +103,8 @@ class Together:
                 num_done, is_between = divmod(number + 1, change.start_rounds)
                 if change.starts > 1 and not is_between and num_done <= change.starts:
                     self.judge(j, num_done == change.starts, v, momentum, scale, best)
-        return self.deliver(v)
+        final[runs_left] = v
+        return self.deliver(final)
 
     def rounds(self, counts: Sequence[int]) -> Iterator[tuple[Tensor, ...]]:
         """Rows, flips, corners, presence (S×B) and sizes of the steps (S×P) in each round, on the device.
