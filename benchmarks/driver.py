@@ -29,7 +29,7 @@ from uap_dist.fleet.ray_cluster import Need, connect
 from uap_dist.method.config import ComputeConfig
 from uap_dist.method.rates import Predictions
 from uap_dist.method.schedule import Block, Round
-from uap_dist.method.solver import LOG_ODDS_SIZE, BlockResult
+from uap_dist.method.solver import BlockResult
 from uap_dist.method.state import State
 from uap_dist.method.update import Iterate
 from uap_dist.rounds.round import RoundTasks, run_round
@@ -60,7 +60,7 @@ class Sleeper:
 
     def __init__(self, sleep_s: float, side: int) -> None:
         self._sleep_s = sleep_s
-        self._total = np.ones((3, side, side), np.float32)
+        self._total = np.ones((1, 3, side, side), np.float32)
 
     def start(self, *_: Any, **__: Any) -> Introduction:
         """As actor.UapWorker."""
@@ -69,7 +69,7 @@ class Sleeper:
     def call(self, method: Any, task: Examples, upcoming: str, *shared: Any) -> Answer:
         """As actor.UapWorker, after a while."""
         time.sleep(self._sleep_s)
-        result = BlockResult(self._total, len(task.keys), 0, 2, {LOG_ODDS_SIZE: (0.0, 1)})
+        result = BlockResult(self._total, np.ones((1, len(ComputeConfig().solver.names), 2)))
         return Answer(result, Traffic(), self._sleep_s, len(task.keys), ())
 
 

@@ -25,7 +25,7 @@ from uap_dist.tracking.checkpoint_store import CheckpointStore
 from uap_dist.workers.messages import Examples
 
 AS_IS = Geometry()
-V = np.random.default_rng(0).normal(0, 5, size=(3, 16, 16)).astype(np.float32)
+V = np.random.default_rng(0).normal(0, 5, size=(1, 3, 16, 16)).astype(np.float32)
 
 
 @pytest.mark.parametrize("fault", [("status", 500), ("status", 503), ("cut", 1000)])

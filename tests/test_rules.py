@@ -122,13 +122,13 @@ def test_sgd_uap_climbs_the_clamped_cross_entropy(norm):
 def test_entropy_takes_the_place_of_our_increments(options):
     bench = Bench("tiny", options.data)
     (task, *_) = bench.shards[0].blocks(6)
-    solver, v = ComputeConfig(augment="none").solver, np.zeros(bench.shards[0].shape, np.float32)
+    solver, v = ComputeConfig(augment="none").solver, np.zeros((1, *bench.shards[0].shape), np.float32)
     (found,) = opponents.EntropyWorkers(bench.worker, clamp=np.inf).map(Worker.solve, [task], v, solver)
     x = torch.tensor(bench.worker.pixels(task)).float().requires_grad_()
     loss = torch.nn.functional.cross_entropy(bench.worker.classifier(x), torch.tensor(task.labels), reduction="sum")
     (slopes,) = torch.autograd.grad(loss, x)
     expected = slopes.sum(0) / slopes.sum(0).abs().mean()
-    torch.testing.assert_close(torch.tensor(found.total), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(torch.tensor(found.total)[0], expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])

@@ -20,7 +20,7 @@ from uap_dist.workers.messages import Examples
 from uap_dist.workers.worker import Worker
 
 AS_IS = Geometry()
-V = np.random.default_rng(0).normal(0, 5, size=(3, 16, 16)).astype(np.float32)
+V = np.random.default_rng(0).normal(0, 5, size=(1, 3, 16, 16)).astype(np.float32)
 
 
 def test_a_prefetched_shard_is_not_waited_for_and_read_once(store, put):

@@ -59,7 +59,7 @@ def test_spans_of_any_length_have_the_bits_and_the_reports_of_single_rounds(
         monkeypatch.setattr(span_module, "SPAN_S", seconds)
         state, found, lengths = State.start(train.shape, train.num_examples, CONFIGS[name]), [], []
         while len(found) < len(expected):
-            reports = compute_span(tiny_worker(), Span(tasks[len(found) :]), state, plan)
+            reports = compute_span(tiny_worker(), Span({0: tasks[len(found) :]}), {0: state}, plan)[0]
             assert [report.has_arrays for report in reports] == [False] * (len(reports) - 1) + [True]
             found, state = found + reports, reports[-1].state
             lengths.append(len(reports))

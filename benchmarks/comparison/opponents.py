@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from uap_dist.method.norms import Norm, add_perturbation, measure, project
-from uap_dist.method.solver import LOG_ODDS_SIZE, BlockResult, Solver
+from uap_dist.method.solver import EVALUATIONS, Batch, Solver
 from uap_dist.models.classifier import Classifier
-from uap_dist.workers import worker as workers_module
 from uap_dist.workers.local import LocalWorkers
+from uap_dist.workers.solving import block_solver
 from uap_dist.workers.worker import Worker
 
 BATCH, CLAMP, STEP_DECAY = 100, 12.0, 0.8
@@ -56,16 +56,16 @@ class EntropyWorkers(LocalWorkers):
 
     def map(self, method, tasks, *shared):  # type: ignore[no-untyped-def]
         """As a worker."""
-        with patch.object(workers_module, "solve_block", self._solve_block):
+        with patch.object(block_solver, "solve_block", self._solve_block):
             return iter(list(super().map(method, tasks, *shared)))
 
     def _solve_block(
-        self, classifier: Classifier, pixels: Tensor, perturbation: Tensor, labels: Tensor, solver: Solver
-    ) -> BlockResult:
+        self, classifier: Classifier, batch: Batch, perturbation: Tensor, scales: Tensor, solver: Solver
+    ) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
-            logits, leaf = classifier.linearise(add_perturbation(pixels, perturbation))
-            (slopes,) = torch.autograd.grad(clamped_cross_entropy(logits, labels, self.clamp).sum(), leaf)
-        slope = classifier.pull_back(slopes.sum(0, keepdim=True), pixels.shape[1:])
+            logits, leaf = classifier.linearise(add_perturbation(batch.pixels, perturbation))
+            (slopes,) = torch.autograd.grad(clamped_cross_entropy(logits, batch.labels, self.clamp).sum(), leaf)
+        slope = classifier.pull_back(slopes.sum(0, keepdim=True), batch.pixels.shape[1:])
         slope /= slope.abs().mean().clamp(min=1e-30)  # as when its constants were searched, a round being a block
-        nothing = {LOG_ODDS_SIZE: (0.0, 0)}
-        return BlockResult(slope.cpu().numpy(), len(pixels), 0, 2 * len(pixels), nothing)
+        pairs = [(2 * len(batch.pixels), 1) if name == EVALUATIONS else (0, 0) for name in solver.names]
+        return slope, torch.tensor([pairs], dtype=torch.float64)

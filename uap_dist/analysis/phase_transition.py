@@ -19,6 +19,7 @@ from uap_dist.method.rates import Rate
 from uap_dist.perturbations.files import Perturbation
 from uap_dist.workers.dataset import Dataset
 from uap_dist.workers.local import Workers
+from uap_dist.workers.messages import Examples
 from uap_dist.workers.worker import Worker
 
 UNIVERSAL = "universal perturbation"
@@ -141,7 +142,7 @@ def mean_image(workers: Workers, dataset: Dataset) -> Tensor:
     """
     if dataset.num_examples == 0:
         raise ConfigError("there is no mean image of zero images")
-    total = sum(workers.map(Worker.sum_pixels, dataset.blocks(BLOCK_SIZE)), np.zeros(dataset.shape, np.int64))
+    total = sum(workers.map(_sum_pixels, dataset.blocks(BLOCK_SIZE)), np.zeros(dataset.shape, np.int64))
     return torch.from_numpy(total / dataset.num_examples)
 
 
@@ -151,3 +152,9 @@ def _single_steps(workers: Workers, dataset: Dataset, seed: int) -> Iterator[Ten
         shard = bisect_right(dataset.starts, place) - 1
         (found,) = workers.map(Worker.normals, [dataset.examples(shard, [place - dataset.starts[shard]])])
         yield from torch.tensor(found.directions)  # Ray's arrays are read-only
+
+
+def _sum_pixels(worker: Worker, examples: Examples) -> np.ndarray:
+    """Sum of the examples' images, C×H×W int64."""
+    total: np.ndarray = worker.pixels(examples).sum(0, dtype=np.int64)
+    return total

@@ -1,6 +1,6 @@
 """All computations of a job on one fleet: one perturbation, or the members of a pool at the same time."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,14 +14,16 @@ from uap_dist.data.locations import join
 from uap_dist.errors import TrackingError
 from uap_dist.job_options import to_json
 from uap_dist.method.config import ComputeConfig
-from uap_dist.method.state import State
+from uap_dist.method.state import RoundReport, State
 from uap_dist.rounds.concurrent import compute_concurrently, keep_last_arrays, num_concurrent
+from uap_dist.rounds.group import in_groups, run_together
 from uap_dist.tracking.checkpoint import Checkpoint, JobRecord
 from uap_dist.tracking.checkpoint_store import CheckpointStore
 from uap_dist.tracking.console import RoundProgress
 from uap_dist.tracking.mlflow_run import Tracker, register
 from uap_dist.tracking.mlflow_server import CHECKPOINTS_TAG, is_finished
 from uap_dist.tracking.outputs import RESULT_FILE, deliverable, publish, resumable
+from uap_dist.workers.local import Workers
 
 DELIVERY_TIMEOUT_S, LAST_DELIVERY_TIMEOUT_S = 1.0, 20.0  # while other members compute; at the end
 
@@ -154,14 +156,7 @@ def compute_members(setting: Setting, members: Mapping[str, TrackedRun], tracker
         if member.state.num_rounds:
             setting.console.print(f"{name} resuming after round {member.state.num_rounds}".strip())
     config = next(iter(members.values())).config
-    rounds = {
-        name: keep_last_arrays(
-            member.rounds(
-                fleet, setting.train, setting.held_out, lambda: sum(m.finished is None for m in members.values())
-            )
-        )
-        for name, member in members.items()
-    }
+    rounds = _begin_all(setting, members)
     with RoundProgress(setting.console, config.max_evaluations, len(members)) as progress:
         for name, report in compute_concurrently(
             rounds, limit=lambda left: num_concurrent(fleet.num_workers, left, config)
@@ -177,6 +172,23 @@ def compute_members(setting: Setting, members: Mapping[str, TrackedRun], tracker
                 members[name].finish(report, fleet, val, provenance, setting.class_names)
                 with suppress(TrackingError):  # `deliver_members` tries again
                     members[name].deliver(DELIVERY_TIMEOUT_S, fleet.describe())
+
+
+def _begin_all(setting: Setting, members: Mapping[str, TrackedRun]) -> dict[str, Iterator[RoundReport]]:
+    """The remaining rounds of each member, by name."""
+
+    def begin(name: str, workers: Workers) -> Iterator[RoundReport]:
+        own = members[name].rounds(workers, setting.train, setting.held_out, num_unfinished)
+        return keep_last_arrays(own)
+
+    def num_unfinished() -> int:
+        return sum(member.finished is None for member in members.values())
+
+    configs = {name: member.config for name, member in members.items()}
+    if next(iter(configs.values())).members_at_once == 1:
+        return {name: begin(name, setting.fleet) for name in members}
+    groups = ({name: configs[name] for name in names} for names in in_groups(configs))
+    return {name: own for group in groups for name, own in run_together(setting.fleet, group, begin).items()}
 
 
 def record_held_out(tracker: Tracker, setting: Setting) -> None:

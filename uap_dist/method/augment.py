@@ -1,8 +1,11 @@
 """Random views of training images, drawn for each image separately."""
 
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from uap_dist.errors import ConfigError
 
@@ -16,21 +19,62 @@ def check_augmentation(augmentation: str) -> None:
         raise ConfigError(f"augment is {augmentation!r}; it must be one of {', '.join(get_args(Augmentation))}")
 
 
-def augment(images: np.ndarray, augmentation: Augmentation, rng: np.random.Generator) -> np.ndarray:
-    """Random views of N×C×H×W images, with their shape and dtype.
+@dataclass(frozen=True)
+class Views:
+    """Random views of N images.
 
-    Each image is mirrored with probability 1/2 and, for "flip-shift", moved by up to side/28 in both directions, its edge
-    pixels repeated. One draw for a whole batch instead would cost a tenth of the fooling rate on EfficientNet-Lite0.
+    Attributes:
+        flips: N, bool, which images are mirrored.
+        shifts: N×2 int64, pixels by which an image is then moved down and to the right; its edge pixels are repeated.
+    """
+
+    flips: np.ndarray
+    shifts: np.ndarray
+
+
+def draw_views(num_images: int, side: int, augmentation: Augmentation, rng: np.random.Generator) -> Views:
+    """Views of images of so many pixels across.
+
+    Each image is mirrored with probability 1/2 and, for "flip-shift", moved by up to side/28 in both directions. One draw for a
+    whole batch instead would cost a tenth of the fooling rate on EfficientNet-Lite0.
     """
     if augmentation == "none":
+        return Views(np.zeros(num_images, bool), np.zeros((num_images, 2), np.int64))
+    flips = rng.random(num_images) < 0.5
+    reach = max(1, side // SHIFT_SHARE) if augmentation == "flip-shift" else 0
+    return Views(flips, reach - rng.integers(0, 2 * reach + 1, size=(num_images, 2)))
+
+
+def augment(images: np.ndarray, augmentation: Augmentation, rng: np.random.Generator) -> np.ndarray:
+    """Random views (see `draw_views`) of N×C×H×W images, with their shape and dtype."""
+    if augmentation == "none":
         return images
-    flips = rng.random(len(images)) < 0.5
-    reach = max(1, images.shape[-1] // SHIFT_SHARE) if augmentation == "flip-shift" else 0
-    shifts = reach - rng.integers(0, 2 * reach + 1, size=(len(images), 2))
-    views = np.empty_like(images)
-    for view, image, is_flipped, (down, right) in zip(views, images, flips, shifts.tolist(), strict=True):
+    return show(images, draw_views(len(images), images.shape[-1], augmentation, rng))
+
+
+def show(images: np.ndarray, views: Views) -> np.ndarray:
+    """Views of N×C×H×W images, with their shape and dtype."""
+    shown = np.empty_like(images)
+    for view, image, is_flipped, (down, right) in zip(shown, images, views.flips, views.shifts.tolist(), strict=True):
         _shift(image[..., ::-1] if is_flipped else image, down, right, out=view)
-    return views
+    return shown
+
+
+def take_views(images: Tensor, rows: Tensor, flips: Tensor, shifts: Tensor) -> Tensor:
+    """What `show` makes of some of many images, in one operation on their device.
+
+    Args:
+        images: C×H×W each.
+        rows: N, indices of the images.
+        flips: N, as in `Views`.
+        shifts: N×2, likewise.
+    """
+    (channels, height, width), device = images.shape[1:], images.device
+    down = (torch.arange(height, device=device) - shifts[:, :1]).clamp(0, height - 1)
+    right = (torch.arange(width, device=device) - shifts[:, 1:]).clamp(0, width - 1)
+    right = torch.where(flips[:, None], width - 1 - right, right)
+    channel = torch.arange(channels, device=device).view(-1, 1, 1)
+    return images[rows.view(-1, 1, 1, 1), channel, down[:, None, :, None], right[:, None, None, :]]
 
 
 def _shift(image: np.ndarray, down: int, right: int, out: np.ndarray) -> None:

@@ -48,6 +48,8 @@ class ComputeConfig:
     """Training images per round, which are solved against the same v. It changes the result."""
     block_size: int = 3
     """Training images that one worker solves together; it must divide the round size. It changes the result."""
+    members_at_once: int = 1
+    """Perturbations of a pool that go through the network in one batch, on one worker. It changes the result."""
     local_steps: int | None = None
     """Log-odds rule: steps that each block takes on its own copy of v; if not given, a round is one step of all."""
     random_start: float | None = None
@@ -89,6 +91,10 @@ class ComputeConfig:
             raise ConfigError(
                 f"local steps is {self.local_steps}; it must be positive and divide the block size, {self.block_size}"
             )
+        if self.members_at_once < 1:
+            raise ConfigError(f"members at once is {self.members_at_once}; it must be positive")
+        if self.members_at_once > 1 and (self.rule == "paper" or self.local_steps):
+            raise ConfigError("members at once belongs to the log-odds rule without local steps; leave it out")
         foreign = (
             ("candidates", "slope_ratio", "gain")
             if self.rule == "log-odds"

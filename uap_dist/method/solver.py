@@ -1,9 +1,11 @@
-"""Solving one block of images against v: pure functions of the classifier, the images and the state of the run."""
+"""Solving one block of images against v: pure functions of the classifier, the images and the state of the run.
+
+Several perturbations can be solved at once, each against its own images: where a shape begins with M, their number.
+"""
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
+from functools import reduce
 from math import inf
 from typing import Literal
 
@@ -14,13 +16,19 @@ from torch import Tensor
 from uap_dist.method.augment import Augmentation
 from uap_dist.method.deepfool import deepfool
 from uap_dist.method.log_odds import UNTARGETED, log_odds_sum
-from uap_dist.method.rates import FOOLING, Goal
+from uap_dist.method.rates import Goal
 from uap_dist.method.update import Iterate, Steps, log_odds_update, remember, weigh
 from uap_dist.models.classifier import Classifier
 
-LOG_ODDS_SIZE = "mean_log_odds_size"  # in `BlockResult.sums`: |log-odds|, which the next round's weights depend on
+EVALUATIONS = "evaluations"  # of the network
+LOG_ODDS_SIZE = "mean_log_odds_size"  # |log-odds|, which the next round's weights depend on
 
 Rule = Literal["log-odds", "paper"]
+
+MEANS: dict[Rule, tuple[str, str]] = {
+    "log-odds": ("mean_log_odds", LOG_ODDS_SIZE),
+    "paper": ("mean_increment_norm", "deepfool_success"),
+}
 
 
 @dataclass(frozen=True)
@@ -32,16 +40,21 @@ class Solver:
         augmentation: random views of the images.
         candidates: see `deepfool`; paper's rule.
         slope_ratio: see `deepfool`; paper's rule.
-        scale: of the log-odds so far, see `Iterate`; log-odds rule.
         goal: what the images shall be taken for; log-odds rule.
+        scales: M, of the log-odds so far, see `Iterate`; log-odds rule.
     """
 
     rule: Rule
     augmentation: Augmentation
     candidates: int
     slope_ratio: float
-    scale: float = inf
     goal: Goal = UNTARGETED
+    scales: tuple[float, ...] = (inf,)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """K names of the sums over images: hits by kind of rate, network evaluations, and quantities of which a round reports means."""
+        return (*self.goal.kinds, EVALUATIONS, *MEANS[self.rule])
 
 
 @dataclass(frozen=True)
@@ -49,133 +62,127 @@ class LocalSteps:
     """Steps that a block takes on its own copy of v and momentum.
 
     Attributes:
-        momentum: C×H×W float32, that the block starts from.
+        momentum: 1×C×H×W float32, that the block starts from.
         sizes: of the steps, in pixels; a block with fewer images than `batch_size` per step takes only the first steps.
         batch_size: images per step at most.
         steps: gives the ball and the period.
     """
 
-    momentum: np.ndarray
+    momentum: np.ndarray | Tensor
     sizes: tuple[float, ...]
     batch_size: int
     steps: Steps
 
 
 @dataclass(frozen=True)
-class BlockResult:
-    """What a worker returns for a block: one array to reduce, and counts.
+class Batch:
+    """Images that are solved together.
 
     Attributes:
-        total: sum over the block. Paper's rule: increments in pixels, C×H×W float64. Log-odds rule: weighted increments in logits
-            per pixel value, C×H×W float32. After local steps: how far v moved (pixels), and the momentum at the end, 2×C×H×W float32.
-        num_examples: images in the block.
-        num_fooled: of them, by the v that each was solved against.
-        num_evaluations: images passed through the network, forward and backward passes counted separately.
-        sums: quantities of which a round reports the mean, by name: their sum, and the number of images summed over. Those of the
-            goal's kinds of rates are hits, and the images that count.
+        pixels: N×C×H×W float32, 0..255, augmented; N/M consecutive ones for each perturbation.
+        labels: N, the clean labels.
+        is_real: N, bool; the other images only fill the batch and count for nothing. None if all are real.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    is_real: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """What a worker returns for a block: one array to reduce, and sums.
+
+    Attributes:
+        total: sum over the images of each perturbation, in the perturbations' shape. Paper's rule: increments in pixels, float64.
+            Log-odds rule: weighted increments in logits per pixel value, float32. After local steps: how far v moved (pixels), and
+            the momentum at the end, with a leading dimension of 2, float32.
+        sums: M×K×2 float64; for each of `Solver.names` the sum over the images, and the number of images summed over.
         seconds: that it took, set by `Worker.solve`.
     """
 
-    total: np.ndarray
-    num_examples: int
-    num_fooled: int
-    num_evaluations: int
-    sums: dict[str, tuple[float, int]]
+    total: np.ndarray | Tensor
+    sums: np.ndarray | Tensor
     seconds: float = 0.0
 
     def digest(self) -> str:
         """SHA-256 (hex) over every bit of the result; the time it took is none."""
-        counts = [value for name, value in vars(self).items() if name not in ("total", "seconds")]
-        return hashlib.sha256(self.total.tobytes() + repr(counts).encode()).hexdigest()
-
-
-def add_sums(results: Sequence[BlockResult]) -> dict[str, tuple[float, int]]:
-    """`BlockResult.sums` added up over blocks."""
-    pairs = {name: [result.sums[name] for result in results] for name in results[0].sums}
-    return {name: (sum(s for s, _ in some), sum(n for _, n in some)) for name, some in pairs.items()}
+        return hashlib.sha256(np.asarray(self.total).tobytes() + np.asarray(self.sums).tobytes()).hexdigest()
 
 
 def solve_block(
-    classifier: Classifier, pixels: Tensor, perturbation: Tensor, labels: Tensor, solver: Solver
-) -> BlockResult:
-    """Increments of a block's images against v, summed.
+    classifier: Classifier, batch: Batch, perturbation: Tensor, scales: Tensor, solver: Solver
+) -> tuple[Tensor, Tensor]:
+    """Increments of a block's images against v, summed: `BlockResult.total` and `sums`. Nothing in it waits for a GPU, except DeepFool.
 
     Args:
         classifier: on the device of the images.
-        pixels: N×C×H×W, 0..255, augmented.
-        perturbation: v, C×H×W float32, pixels.
-        labels: N, the clean labels.
+        batch: the images.
+        perturbation: v, M×C×H×W float32, pixels; the paper's rule takes one only.
+        scales: M float32, `Solver.scales`.
         solver: gives the rule.
     """
-    solve = _solve_log_odds if solver.rule == "log-odds" else _solve_paper
-    return solve(classifier, pixels, perturbation, labels, solver)
+    if solver.rule == "paper":
+        return _solve_paper(classifier, batch, perturbation, solver)
+    return _solve_log_odds(classifier, batch, perturbation, scales, solver.goal)
 
 
 def take_local_steps(
-    classifier: Classifier, pixels: Tensor, perturbation: Tensor, labels: Tensor, solver: Solver, local: LocalSteps
-) -> BlockResult:
+    classifier: Classifier, batch: Batch, perturbation: Tensor, solver: Solver, local: LocalSteps
+) -> tuple[Tensor, Tensor]:
     """What local steps of the log-odds rule over a block's images make of v and momentum; arguments as for `solve_block`.
 
     The images are split into as few batches of nearly equal size as `local.batch_size` allows, one for each step.
     """
-    v, momentum = (array.cpu().double() for array in (perturbation, torch.tensor(local.momentum)))
-    start = end = Iterate(v, momentum, solver.scale)
-    results = []
-    num_batches = -(-len(pixels) // local.batch_size)
-    batches = zip(pixels.tensor_split(num_batches), labels.tensor_split(num_batches), strict=True)
-    for (some, some_labels), size in zip(batches, local.sizes, strict=False):
-        now = replace(solver, scale=end.scale)
-        found = _solve_log_odds(classifier, some, end.v.float().to(pixels.device), some_labels, now)
-        end = log_odds_update(end, torch.from_numpy(found.total).double(), size, local.steps)
-        end = remember(end, *found.sums[LOG_ODDS_SIZE])
-        results.append(found)
-    return BlockResult(
-        total=torch.stack([end.v - start.v, end.momentum]).float().numpy(),
-        num_examples=len(pixels),
-        num_fooled=sum(result.num_fooled for result in results),
-        num_evaluations=sum(result.num_evaluations for result in results),
-        sums=add_sums(results),
-    )
+    momentum = torch.as_tensor(local.momentum, device=perturbation.device)
+    start = end = Iterate(perturbation.double(), momentum.double(), solver.scales[0])
+    found = []
+    num_batches = -(-len(batch.pixels) // local.batch_size)
+    parts = zip(batch.pixels.tensor_split(num_batches), batch.labels.tensor_split(num_batches), strict=True)
+    for part, size in zip(parts, local.sizes, strict=False):
+        scale = torch.tensor([end.scale], device=perturbation.device)
+        total, sums = _solve_log_odds(classifier, Batch(*part), end.v.float(), scale, solver.goal)
+        end = log_odds_update(end, total.double(), size, local.steps)
+        end = remember(end, *sums[0, solver.names.index(LOG_ODDS_SIZE)].tolist())
+        found.append(sums)
+    return torch.stack([end.v - start.v, end.momentum]).float(), reduce(torch.add, found)
 
 
 def _solve_log_odds(
-    classifier: Classifier, pixels: Tensor, perturbation: Tensor, labels: Tensor, solver: Solver
-) -> BlockResult:
-    weights = partial(weigh, scale=solver.scale)
-    found = log_odds_sum(classifier, pixels, perturbation, labels, weigh=weights, goal=solver.goal)
-    hits = {
-        kind: (int(hit.sum()), int(n.sum())) for kind, (hit, n) in solver.goal.hits(labels, found.predicted).items()
-    }
-    num_fooled, _ = hits.pop(FOOLING)
-    return BlockResult(
-        total=found.total.cpu().numpy(),
-        num_examples=len(pixels),
-        num_fooled=num_fooled,
-        num_evaluations=found.num_evaluations,
-        sums={"mean_log_odds": _sum_finite(found.log_odds), LOG_ODDS_SIZE: _sum_finite(found.log_odds.abs()), **hits},
-    )
+    classifier: Classifier, batch: Batch, perturbation: Tensor, scales: Tensor, goal: Goal
+) -> tuple[Tensor, Tensor]:
+    labels, num_sums = batch.labels, len(scales)
+    is_real = torch.ones_like(labels, dtype=torch.bool) if batch.is_real is None else batch.is_real
+
+    def weigh_all(log_odds: Tensor) -> Tensor:
+        weights = weigh(log_odds.unflatten(0, (num_sums, -1)), scales[:, None]).flatten()
+        return weights if batch.is_real is None else weights.where(is_real, 0)
+
+    found = log_odds_sum(classifier, batch.pixels, perturbation, labels, weigh=weigh_all, goal=goal)
+    is_finite = found.log_odds.isfinite()
+    values = found.log_odds.where(is_finite, 0)
+    hits = [goal.hits(labels, found.predicted)[kind] for kind in goal.kinds]
+    pairs = [*hits, (2 * is_real, is_real), (values, is_finite), (values.abs(), is_finite)]
+    each = torch.stack([torch.stack([value.double(), count.double()], dim=-1) for value, count in pairs])
+    each = each * is_real[:, None]
+    # one by one, so that the order is known
+    return found.total, reduce(torch.add, each.unflatten(1, (num_sums, -1)).unbind(2)).transpose(0, 1)
 
 
-def _solve_paper(
-    classifier: Classifier, pixels: Tensor, perturbation: Tensor, labels: Tensor, solver: Solver
-) -> BlockResult:
+def _solve_paper(classifier: Classifier, batch: Batch, perturbation: Tensor, solver: Solver) -> tuple[Tensor, Tensor]:
     found = deepfool(
-        classifier, pixels, perturbation, labels, candidates=solver.candidates, slope_ratio=solver.slope_ratio
+        classifier,
+        batch.pixels,
+        perturbation,
+        batch.labels,
+        candidates=solver.candidates,
+        slope_ratio=solver.slope_ratio,
     )
-    lengths = found.steps.flatten(1).double().norm(dim=1)
-    return BlockResult(
-        total=found.steps.double().sum(0).cpu().numpy(),
-        num_examples=len(pixels),
-        num_fooled=int(found.is_fooled.sum()),
-        num_evaluations=found.num_evaluations,
-        sums={
-            "mean_increment_norm": (float(lengths.sum()), int((lengths > 0).sum())),
-            "deepfool_success": (float(found.is_solved.sum()), len(pixels)),
-        },
-    )
-
-
-def _sum_finite(values: Tensor) -> tuple[float, int]:
-    """Sum and number of the finite values."""
-    finite = values[values.isfinite()].double()
-    return float(finite.sum()), len(finite)
+    lengths, count = found.steps.flatten(1).double().norm(dim=1), len(batch.pixels)
+    pairs = [
+        (float(found.is_fooled.sum()), count),
+        (found.num_evaluations, count),
+        (float(lengths.sum()), int((lengths > 0).sum())),
+        (float(found.is_solved.sum()), count),
+    ]
+    return found.steps.double().sum(0, keepdim=True), torch.tensor([pairs], dtype=torch.float64)

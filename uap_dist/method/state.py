@@ -111,6 +111,13 @@ class RoundReport:
             )
         return replace(self, perturbation=NOTHING, state=state, evaluation=evaluation)
 
+    def to_send(self) -> "RoundReport":
+        """The report with arrays of its own in the memory of the CPU."""
+        iterate = self.state.iterate
+        v, momentum, perturbation = (a.to("cpu", copy=True) for a in (iterate.v, iterate.momentum, self.perturbation))
+        state = replace(self.state, iterate=replace(iterate, v=v, momentum=momentum))
+        return replace(self, perturbation=perturbation, state=state)
+
     def metrics(self) -> dict[str, float]:
         """The round in numbers, by the names that MLflow and the plots use."""
         metrics = {

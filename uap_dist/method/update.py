@@ -139,7 +139,7 @@ def average_update(iterate: Iterate, mean: Tensor, steps: Steps) -> Iterate:
 
     Args:
         iterate: that all blocks started from.
-        mean: 2×C×H×W float64, means over the blocks: how far they moved v, and the momentum at their end.
+        mean: 2×…×C×H×W float64, means over the blocks: how far they moved v, and the momentum at their end.
         steps: gives the ball.
 
     Source: Stich, "Local SGD converges fast and communicates little", ICLR 2019; Yu, Jin and Yang, "On the linear speedup

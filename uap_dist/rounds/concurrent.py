@@ -73,6 +73,8 @@ def num_filling(num_workers: int, config: ComputeConfig) -> int:
 
 def describe_idle(num_workers: int, num_computations: int, config: ComputeConfig) -> str:
     """How many workers cannot be busy, and what would keep them so; empty if all can."""
+    if config.members_at_once > 1:
+        return _describe_batches(num_workers, num_computations, config.members_at_once)
     num_blocks = config.round_size // config.block_size
     num_busy = num_computations * num_blocks
     if num_busy >= num_workers:
@@ -83,10 +85,30 @@ def describe_idle(num_workers: int, num_computations: int, config: ComputeConfig
     )
 
 
+def _describe_batches(num_workers: int, num_computations: int, members_at_once: int) -> str:
+    num_batches = ceil(num_computations / members_at_once)
+    found = []
+    if num_empty := num_batches * members_at_once - num_computations:
+        found.append(
+            f"{num_empty} of {members_at_once} places of a batch stay empty and take their time all the same: "
+            f"--num-perturbations {num_batches * members_at_once} would fill them"
+        )
+    if num_batches < num_workers:
+        found.append(
+            f"{num_workers - num_batches} of {num_workers} workers will have nothing to do: {num_computations} perturbations are "
+            f"{num_batches} batches of {members_at_once} (--members-at-once), each on one worker"
+        )
+    return "; ".join(found)
+
+
 def num_concurrent(num_workers: int, num_left: int, config: ComputeConfig) -> int:
     """How many of the computations that are left to run at once.
 
     All, if they are few: they take turns, and all workers are busy until the end. Otherwise one more than keep all workers busy,
-    in spans as well as in blocks, so that some are finished early.
+    in spans as well as in blocks, so that some are finished early. Those that are computed in one batch are all under way.
     """
-    return num_left if num_left < 2 * num_workers else max(1 + num_workers, num_filling(num_workers, config))
+    if num_left < 2 * num_workers * config.members_at_once:
+        return num_left
+    if config.members_at_once > 1:
+        return (1 + num_workers) * config.members_at_once
+    return max(1 + num_workers, num_filling(num_workers, config))

@@ -11,7 +11,7 @@ from uap_dist.method.config import ComputeConfig
 from uap_dist.method.state import RoundReport, State
 from uap_dist.rounds.plan import RunPlan, plan_run, schedule_rounds
 from uap_dist.rounds.round import RoundTasks, evaluate, run_round
-from uap_dist.rounds.span import Sharing, Span, compute_span
+from uap_dist.rounds.span import Sharing, Span, compute_span, place_of
 from uap_dist.workers.behind import known
 from uap_dist.workers.dataset import Dataset
 from uap_dist.workers.disjoint import check_shapes
@@ -57,7 +57,7 @@ def compute(
     held_out = val if isinstance(val, Future) else known(val)
     plan = plan_run(train.sizes, config)
     before = state or State.start(train.shape, train.num_examples, config)
-    sharing = Sharing(workers, train.num_bytes, num_computations)
+    sharing = Sharing(workers, train.num_bytes, num_computations, is_batched=config.members_at_once > 1)
     upcoming = _Upcoming(train, plan, before.num_rounds)
     waiting = _Waiting(workers, train, held_out, plan)
     outgoing: Iterator[RoundReport] = iter(())
@@ -124,12 +124,14 @@ def _begin(
     length = sharing.span_length()
     rounds = upcoming.look_ahead(max(1, length))
     if length:
-        answers = workers.map(compute_span, [Span(rounds)], state, plan)
+        place = place_of(plan.config)
+        span = Span({place: rounds}, plan.config.members_at_once)
+        answers = workers.map(compute_span, [span], {place: state}, plan)
 
         def finish_span() -> list[RoundReport]:
-            (reports,) = answers
-            sharing.note_span(reports)
-            return reports
+            (answer,) = answers
+            sharing.note_span(answer[place])
+            return answer[place]
 
         return finish_span
 

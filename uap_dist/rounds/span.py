@@ -5,14 +5,15 @@ Between two rounds whose blocks workers share lie two calls through Ray. A span 
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from statistics import median
 
+from uap_dist.method.config import ComputeConfig
 from uap_dist.method.state import RoundReport, State
 from uap_dist.rounds.plan import RunPlan
-from uap_dist.rounds.round import RoundTasks, run_round
+from uap_dist.rounds.round import Members, RoundTasks, run_rounds
 from uap_dist.workers.local import LocalWorkers, Workers
 from uap_dist.workers.worker import Worker
 
@@ -24,13 +25,15 @@ NUM_MEASURED = 5  # last rounds shared by the workers that are compared with spa
 
 @dataclass(frozen=True)
 class Span:
-    """A task: rounds of one perturbation, one after another.
+    """A task: rounds of one perturbation, or of several that one worker computes in one batch.
 
     Attributes:
-        rounds: that the worker computes until its time is over.
+        rounds: that the worker computes until its time is over, by place in the batch.
+        num_places: in the batch; empty ones are filled up.
     """
 
-    rounds: tuple[RoundTasks, ...]
+    rounds: Mapping[int, tuple[RoundTasks, ...]]
+    num_places: int = 1
 
     @property
     def shard(self) -> str:
@@ -40,61 +43,80 @@ class Span:
     @property
     def num_examples(self) -> int:
         """Number of examples in all rounds."""
-        return sum(round_.num_examples for round_ in self.rounds)
+        return sum(round_.num_examples for some in self.rounds.values() for round_ in some)
 
     @property
     def title(self) -> str:
-        """A title for logs: the seed and the first round."""
-        seed, number, _ = self.rounds[0].blocks[0].seed
-        return f"seed {seed}, from round {number}"
+        """A title for logs: seeds and first rounds."""
+        firsts = (some[0].blocks[0].seed for some in self.rounds.values())
+        return "; ".join(f"seed {seed}, from round {number}" for seed, number, _ in firsts)
 
     def describe(self) -> str:
         """Such as "rounds of seed 0 from round 12: key, key, …"."""
-        return f"rounds ({self.title}), the first with {self.rounds[0].blocks[0].describe()}"
+        first = next(iter(self.rounds.values()))[0]
+        return f"rounds ({self.title}), the first with {first.blocks[0].describe()}"
 
 
-def compute_span(worker: Worker, span: Span, state: State, plan: RunPlan) -> list[RoundReport]:
-    """Compute rounds from a state until SPAN_S is over, a measurement is due, or the run ends; at least one.
+def place_of(config: ComputeConfig) -> int:
+    """Place of a perturbation in the batch, which bits may depend on; not on what is at the other places."""
+    return config.seed % config.members_at_once
+
+
+def compute_span(
+    worker: Worker, span: Span, states: Mapping[int, State], plan: RunPlan
+) -> dict[int, list[RoundReport]]:
+    """Compute rounds from a state until SPAN_S is over, a measurement is due, or a run ends; at least one.
+
+    Everything happens on the worker's device.
 
     Args:
         worker: computes all of them.
         span: the rounds to come.
-        state: before the first of them.
-        plan: of the run.
+        states: before the first of them, by place.
+        plan: of the runs, which differ only in their seeds.
 
     Returns:
-        A report of each round, of which only the last has arrays.
+        By place, a report of each round, of which only the last has arrays.
     """
     started = time.perf_counter()
-    workers, reports = LocalWorkers(worker), []
+    workers, members = LocalWorkers(worker), Members.of(states, span.num_places, worker.device)
+    found: dict[int, list[RoundReport]] = {place: [] for place in span.rounds}
     with worker.reproducibly():
-        for round_ in span.rounds:
-            report = run_round(workers, round_, state, plan.config, plan.num_rounds)
-            reports.append(report)
-            if plan.ends_with(report.state) or plan.is_due(round_, state, report.state):
+        for each in zip(*span.rounds.values(), strict=False):
+            rounds, before = dict(zip(span.rounds, each, strict=True)), members.states
+            reports, members = run_rounds(workers, rounds, members, plan.config, plan.num_rounds, worker.graphs.call)
+            for place, report in reports.items():
+                found[place][-1:] = [last.without_arrays() for last in found[place][-1:]]
+                found[place].append(report)
+            ends = [
+                plan.ends_with(report.state) or plan.is_due(rounds[place], before[place], report.state)
+                for place, report in reports.items()
+            ]
+            if any(ends) or time.perf_counter() - started > SPAN_S:
                 break
-            if time.perf_counter() - started > SPAN_S:
-                break
-            state = report.state
-    return [*(report.without_arrays() for report in reports[:-1]), reports[-1]]
+    return {place: [*reports[:-1], reports[-1].to_send()] for place, reports in found.items()}
 
 
 class Sharing:
     """Chooses, before each round of a computation, whether all workers share its blocks or one takes a span. No bit depends on it.
 
-    A span it is if there is one worker, or at least as many computations as workers; otherwise if the solves of a round would
-    take one worker no longer than the workers take for the round together, calls included. That is measured again when their
-    number changes.
+    A span it is if several perturbations go through the network in one batch, if there is one worker, or if there are at least as
+    many computations as workers; otherwise if the solves of a round would take one worker no longer than the workers take for the
+    round together, calls included. That is measured again when their number changes.
     """
 
-    def __init__(self, workers: Workers, train_bytes: int, num_computations: Callable[[], int]) -> None:
+    def __init__(
+        self, workers: Workers, train_bytes: int, num_computations: Callable[[], int], *, is_batched: bool = False
+    ) -> None:
         """Begin with nothing measured.
 
         Args:
             workers: that compute.
             train_bytes: size of the decoded training images. Workers that cannot keep all of them get no spans.
             num_computations: computations that now use the workers, this one included.
+            is_batched: whether its config has several perturbations in one batch.
         """
+        self._is_batched = is_batched
         self._workers, self._fits = workers, train_bytes <= workers.room_for_spans
         self._num_computations = num_computations
         self._num_workers = 0
@@ -109,13 +131,11 @@ class Sharing:
         if num_workers != self._num_workers:
             self._num_workers = num_workers
             self._spared_s.clear()
-        if not self._fits:
-            return 0
-        if self._num_computations() < num_workers and not self._is_quicker_alone():
+        if not self._is_batched and not self._is_worth_it(num_workers):
             return 0
         if self._round_s is None:
             return FIRST_LENGTH
-        return min(MAX_LENGTH, ceil(SPARE * SPAN_S / self._round_s))
+        return min(MAX_LENGTH, max(1, ceil(SPARE * SPAN_S / self._round_s)))
 
     def note_shared(self, report: RoundReport) -> None:
         """Note how long a round took that the workers shared."""
@@ -124,6 +144,9 @@ class Sharing:
     def note_span(self, reports: Sequence[RoundReport]) -> None:
         """Note how long the rounds of a span took."""
         self._round_s = median(report.seconds for report in reports)
+
+    def _is_worth_it(self, num_workers: int) -> bool:
+        return self._fits and (self._num_computations() >= num_workers or self._is_quicker_alone())
 
     def _is_quicker_alone(self) -> bool:
         return len(self._spared_s) == NUM_MEASURED and sum(self._spared_s) >= 0

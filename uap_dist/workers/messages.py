@@ -68,6 +68,38 @@ class Examples:
 
 
 @dataclass(frozen=True)
+class Together:
+    """A task: blocks of several perturbations, each to be solved against its own, in one batch of fixed shape.
+
+    Attributes:
+        blocks: of each perturbation; None for one that has no block now. One at least has images.
+        size: images that each takes in the batch; what a block lacks is filled up and counts for nothing.
+    """
+
+    blocks: tuple[Examples | None, ...]
+    size: int
+
+    @property
+    def shard(self) -> str:
+        """That of the first block."""
+        return next(block.shard for block in self.blocks if block is not None)
+
+    @property
+    def num_examples(self) -> int:
+        """In all blocks."""
+        return sum(block.num_examples for block in self.blocks if block is not None)
+
+    @property
+    def title(self) -> str:
+        """A title for logs."""
+        return "; ".join(block.title for block in self.blocks if block is not None)
+
+    def describe(self) -> str:
+        """What each block is."""
+        return "; ".join(block.describe() for block in self.blocks if block is not None)
+
+
+@dataclass(frozen=True)
 class ShardListing:
     """The contents of a shard without its images, see `DecodedShard`.
 

@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import wraps
 from typing import Concatenate, ParamSpec, TypeVar
 
@@ -17,19 +16,21 @@ import torch
 from torch import Tensor
 
 from uap_dist.data.cache import ShardCache, Traffic
+from uap_dist.data.decode import DecodedShard
 from uap_dist.errors import ShardError
-from uap_dist.method.augment import augment
 from uap_dist.method.deepfool import deepfool
 from uap_dist.method.norms import add_perturbation
 from uap_dist.method.rates import Predictions
-from uap_dist.method.solver import BlockResult, LocalSteps, Solver, solve_block, take_local_steps
+from uap_dist.method.solver import BlockResult, LocalSteps, Solver
 from uap_dist.models.accelerate import accelerate
 from uap_dist.models.check import check_classifier
 from uap_dist.models.classes import find_classes
 from uap_dist.models.classifier import Classifier
 from uap_dist.models.loading import load_classifier
-from uap_dist.workers.messages import Examples, Normals, Resources, ShardListing
+from uap_dist.workers.messages import Examples, Normals, Resources, ShardListing, Together
 from uap_dist.workers.reproducible import reproducible
+from uap_dist.workers.solving.block_solver import BlockSolver
+from uap_dist.workers.solving.graphs import Graphs
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -58,6 +59,7 @@ class Worker:
         device: that the classifier runs on.
         classifier: accelerated once it has seen the first image.
         num_solves: increments computed so far.
+        graphs: CUDA graphs of what it computes.
     """
 
     def __init__(
@@ -88,6 +90,8 @@ class Worker:
             disk_bytes=disk_cache_bytes,
             num_threads=decode_threads or os.cpu_count() or 1,
         )
+        self.graphs = Graphs()
+        self._blocks = BlockSolver(self.device, self._shard, self.graphs)
         self._is_prepared = self._is_set_up = False
         self.num_solves = 0
 
@@ -160,12 +164,17 @@ class Worker:
         Raises:
             ShardError: the shard has changed since its digest was taken.
         """
+        shard = self._shard(examples)
+        return shard.images[[shard.rows[key] for key in examples.keys]]
+
+    def _shard(self, examples: Examples) -> DecodedShard:
+        """The examples' shard, with their images at least."""
         shard = self._cache.some(examples.shard, set(examples.keys))
         if shard.digest != examples.digest:
             raise ShardError(
                 f"shard {examples.shard} changed during the run; start again with shards that stay as they are"
             )
-        return shard.images[[shard.rows[key] for key in examples.keys]]
+        return shard
 
     @_reproducibly
     def classify(
@@ -189,20 +198,28 @@ class Worker:
 
     @_reproducibly
     def solve(
-        self, examples: Examples, perturbation: np.ndarray, solver: Solver, local: LocalSteps | None = None
+        self,
+        task: Examples | Together,
+        perturbation: np.ndarray | Tensor,
+        solver: Solver,
+        local: LocalSteps | None = None,
     ) -> BlockResult:
-        """Increments of a block against v (C×H×W float32, pixels), summed; or with `local`, what local steps make of v."""
+        """Increments of a block against v, summed; or with `local`, what local steps make of v. It returns arrays as it was given them.
+
+        Args:
+            task: the block, or those of M perturbations.
+            perturbation: v, M×C×H×W float32, pixels; an array, or a tensor on this worker's device.
+            solver: gives the rule and the views of the images.
+            local: local steps.
+        """
         started = time.perf_counter()
-        images = self.pixels(examples)
-        self._prepare_classifier(images.shape[1:])
-        x = self._tensor(augment(images, solver.augmentation, np.random.default_rng(examples.seed)))
-        v, labels = self._tensor(perturbation), torch.tensor(examples.labels, device=self.device)
-        self.num_solves += len(images)
-        if local is not None:
-            result = take_local_steps(self.classifier, x, v, labels, solver, local)
-        else:
-            result = solve_block(self.classifier, x, v, labels, solver)
-        return replace(result, seconds=time.perf_counter() - started)
+        v = perturbation if isinstance(perturbation, Tensor) else self._tensor(perturbation)
+        self._prepare_classifier(v.shape[1:])
+        self.num_solves += task.num_examples
+        total, sums = self._blocks.solve(self.classifier, task, v, solver, local)
+        if isinstance(perturbation, Tensor):
+            return BlockResult(total, sums, time.perf_counter() - started)
+        return BlockResult(total.cpu().numpy(), sums.cpu().numpy(), time.perf_counter() - started)
 
     @_reproducibly
     def normals(self, examples: Examples) -> Normals:
@@ -214,11 +231,6 @@ class Worker:
         is_found = found.is_solved & found.normals.flatten(1).any(1)
         total = found.steps[is_found].double().sum(0)
         return Normals(found.normals[is_found].cpu().numpy(), total.cpu().numpy(), int((~is_found).sum()))
-
-    def sum_pixels(self, examples: Examples) -> np.ndarray:
-        """Sum of the examples' images, C×H×W int64."""
-        total: np.ndarray = self.pixels(examples).sum(0, dtype=np.int64)
-        return total
 
     def resources(self, examples: Examples) -> Resources:
         """Memory used so far, and the CPUs of the worker's machine."""

@@ -1,0 +1,78 @@
+"""From blocks of examples to the batch that a solver gets: which images, which views of them, and what fills the batch up."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from uap_dist.method.augment import Augmentation, Views, draw_views, take_views
+from uap_dist.method.solver import Batch, Solver, solve_block
+from uap_dist.models.classifier import Classifier
+from uap_dist.workers.messages import Examples, Together
+from uap_dist.workers.solving.gpu_images import GpuImages
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one block adds to a batch.
+
+    Attributes:
+        examples: the block; of a perturbation that has none now, any other one.
+        index: which of its images, in the order of the batch; the last one fills the part up.
+        is_real: bool, for each of them.
+        views: of the block's images.
+    """
+
+    examples: Examples
+    index: np.ndarray
+    is_real: np.ndarray
+    views: Views
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Clean labels of its images."""
+        return np.array(self.examples.labels, np.int64)[self.index]
+
+
+def parts_of(task: Examples | Together, side: int, augmentation: Augmentation) -> list[Part]:
+    """The parts of the batch for a task, whose images are so many pixels across."""
+    blocks, size = (task.blocks, task.size) if isinstance(task, Together) else ((task,), task.num_examples)
+    any_block = next(block for block in blocks if block is not None)
+    places, parts = np.arange(size), []
+    for block in blocks:
+        examples = block or any_block
+        views = draw_views(examples.num_examples, side, augmentation, np.random.default_rng(examples.seed))
+        is_real = places < (examples.num_examples if block else 0)
+        parts.append(Part(examples, np.minimum(places, examples.num_examples - 1), is_real, views))
+    return parts
+
+
+def choose(parts: Sequence[Part], images: GpuImages) -> np.ndarray:
+    """N×6 int64: row in `images`, flip, shifts down and to the right, label, whether it is real; all images must be there."""
+    columns = []
+    for part in parts:
+        rows, views = images.rows(part.examples), part.views
+        assert rows is not None
+        each = np.column_stack([rows, views.flips, views.shifts, part.examples.labels])[part.index]
+        columns.append(np.column_stack([each, part.is_real]))
+    return np.concatenate(columns)
+
+
+def solve_chosen(
+    choice: Tensor, perturbation: Tensor, scales: Tensor, images: Tensor, classifier: Classifier, solver: Solver
+) -> tuple[Tensor, Tensor]:
+    """As `solve_block`, for views of images that are taken where they are.
+
+    Args:
+        choice: N×6, see `choose`.
+        perturbation: v, M×C×H×W float32, pixels.
+        scales: see `solve_block`.
+        images: as `GpuImages.pixels`.
+        classifier: likewise.
+        solver: likewise.
+    """
+    rows, flips, *_ = choice.unbind(1)
+    pixels = take_views(images, rows, flips.bool(), choice[:, 2:4]).to(torch.float32)
+    return solve_block(classifier, Batch(pixels, choice[:, 4], choice[:, 5].bool()), perturbation, scales, solver)

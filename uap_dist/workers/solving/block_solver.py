@@ -1,0 +1,82 @@
+"""Solves the blocks of a task: images of the CPU, or such as lie on the GPU already."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from uap_dist.data.decode import DecodedShard
+from uap_dist.method.augment import show
+from uap_dist.method.solver import Batch, LocalSteps, Solver, solve_block, take_local_steps
+from uap_dist.models.classifier import Classifier
+from uap_dist.workers.messages import Examples, Together
+from uap_dist.workers.solving.batches import Part, choose, parts_of, solve_chosen
+from uap_dist.workers.solving.gpu_images import GpuImages
+from uap_dist.workers.solving.graphs import Graphs
+
+
+class BlockSolver:
+    """Solves blocks on one device."""
+
+    def __init__(self, device: torch.device, read: Callable[[Examples], DecodedShard], graphs: Graphs) -> None:
+        """Begin without images.
+
+        Args:
+            device: of the classifier.
+            read: the decoded shard of some examples, with their images at least.
+            graphs: where CUDA graphs are kept.
+        """
+        self._device, self._read, self._graphs, self._images = device, read, graphs, GpuImages(device)
+
+    def solve(
+        self, classifier: Classifier, task: Examples | Together, v: Tensor, solver: Solver, local: LocalSteps | None
+    ) -> tuple[Tensor, Tensor]:
+        """`BlockResult.total` and `sums` of the blocks of a task.
+
+        Args:
+            classifier: on the device.
+            task: the blocks.
+            v: M×C×H×W float32 on the device, pixels.
+            solver: gives the rule and the views of the images.
+            local: local steps.
+        """
+        parts = parts_of(task, v.shape[-1], solver.augmentation)
+        if local is not None:
+            return take_local_steps(classifier, self._show(parts), v, solver, local)
+        scales = torch.tensor(solver.scales, dtype=torch.float32, device=self._device)
+        solver = replace(solver, scales=())
+        if solver.rule == "log-odds" and self._are_on_gpu(parts):
+            choice = torch.tensor(choose(parts, self._images), device=self._device)
+            total, sums = self._graphs.call(solve_chosen, [choice, v, scales], self._images.pixels, classifier, solver)
+            return total, sums
+        return solve_block(classifier, self._show(parts), v, scales, solver)
+
+    def _are_on_gpu(self, parts: Sequence[Part]) -> bool:
+        """Whether all images are on the GPU; those that are not are brought there, if there is room."""
+        if self._device.type == "cpu":
+            return False
+        before = self._images.pixels
+        missing = [part.examples for part in parts if self._images.rows(part.examples) is None]
+        are_there = all(self._images.add(self._read(examples)) for examples in missing)
+        if self._images.pixels is not before:
+            self._graphs.forget()  # they read the images where they were
+        return are_there
+
+    def _show(self, parts: Sequence[Part]) -> Batch:
+        """The views of all images as one batch."""
+        shown = [show(self._pixels(part.examples), part.views) for part in parts]
+        labels = torch.tensor(np.concatenate([part.labels for part in parts]), device=self._device)
+        if len(parts) == 1:  # nothing to fill up
+            return Batch(self._tensor(shown[0]), labels)
+        pixels = np.concatenate([images[part.index] for images, part in zip(shown, parts, strict=True)])
+        is_real = np.concatenate([part.is_real for part in parts])
+        return Batch(self._tensor(pixels), labels, torch.tensor(is_real, device=self._device))
+
+    def _pixels(self, examples: Examples) -> np.ndarray:
+        shard = self._read(examples)
+        return shard.images[[shard.rows[key] for key in examples.keys]]
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.tensor(array, dtype=torch.float32, device=self._device)
