@@ -11,7 +11,15 @@ from uap_dist.job_options import DataOptions, ResumableRecordOptions, to_json
 from uap_dist.method.config import POOL_RANDOM_START, ComputeConfig
 from uap_dist.rounds.plan import check_budget
 
-FLEET_COSTS = ("num_workers", "gpus_per_worker", "threads_per_worker", "decode_threads", "cache_gib", "disk_cache_gib")
+FLEET_COSTS = (
+    "num_workers",
+    "gpus_per_worker",
+    "threads_per_worker",
+    "precision",
+    "decode_threads",
+    "cache_gib",
+    "disk_cache_gib",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

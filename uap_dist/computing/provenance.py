@@ -23,7 +23,14 @@ from uap_dist.versions import describe_code
 from uap_dist.workers.accuracy import top1
 from uap_dist.workers.dataset import Dataset
 
-DECISIVE = ("weights_digest", "train_digest", "val_digest", "fleet.threads_per_worker", "num_perturbations")
+DECISIVE = (
+    "weights_digest",
+    "train_digest",
+    "val_digest",
+    "fleet.threads_per_worker",
+    "fleet.precision",
+    "num_perturbations",
+)
 HELD_OUT = (
     "val_digest",
     "val_shards",

@@ -1,15 +1,17 @@
 """Options of a fleet."""
 
 from dataclasses import dataclass
+from typing import get_args
 
 from uap_dist.errors import ConfigError
 from uap_dist.fleet import ray_cluster
 from uap_dist.fleet.ray_cluster import Need
+from uap_dist.workers.reproducible import Precision
 
 
 @dataclass(frozen=True, kw_only=True)
 class FleetConfig:
-    """Number and size of the workers. Only `threads_per_worker` can change the result."""
+    """Number and size of the workers. Only `threads_per_worker` and `precision` can change the result."""
 
     num_workers: int | str | None = None
     """Number of workers, or a range such as 1:64 on a cluster that grows; if not given, as many as fit."""
@@ -17,6 +19,8 @@ class FleetConfig:
     """GPUs of each worker: 0, a fraction such as 0.5, or a whole number; if not given, 1 where there are any."""
     threads_per_worker: int = 1
     """CPU threads of each worker, and CPUs that it takes from the cluster. It may change the bits of the result."""
+    precision: Precision = "float32"
+    """Of the network: tf32 and bfloat16 are faster on GPUs; labels and rates are computed in it too. It changes the result."""
     decode_threads: int | None = None
     """Threads of each worker that decode images; if not given, its share of the CPUs of its node."""
     cache_gib: float = 4.0
@@ -36,6 +40,8 @@ class FleetConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"{name.replace('_', ' ')} is {value}; it must be positive")
+        if self.precision not in get_args(Precision):
+            raise ConfigError(f"precision is {self.precision!r}; it must be one of {', '.join(get_args(Precision))}")
         if not self.disk_cache_gib >= 0:
             raise ConfigError(f"disk cache gib is {self.disk_cache_gib}; it must not be negative")
         gpus = self.gpus_per_worker or 0

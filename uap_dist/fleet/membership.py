@@ -237,6 +237,7 @@ class Membership:
             disk_cache_bytes=int(self._config.disk_cache_gib * GIB),
             num_threads=self._config.threads_per_worker,
             decode_threads=self._config.decode_threads,
+            precision=self._config.precision,
         )
         self.starting[ref] = worker
 

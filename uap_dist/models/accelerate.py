@@ -18,11 +18,11 @@ logger = logging.getLogger(__name__)
 TOLERANCE = 1e-2  # relative; rounding moves logits by 1e-6, gradients at the kinks of ReLUs by 1e-3
 
 
-def accelerate(classifier: Classifier, shape: Sequence[int]) -> Classifier:
+def accelerate(classifier: Classifier, shape: Sequence[int], precision: str = "float32") -> Classifier:
     """A faster copy of a classifier with the same logits and gradients up to rounding; benchmarks/deepfool.md measures the gain.
 
     * Batch norms are folded into the convolutions whose only consumer they are.
-    * On the CPU the network uses channels-last memory.
+    * The network uses channels-last memory, except in float32 on a GPU, whose fast kernels for TF32 and bfloat16 want it so.
     * If a convolution is the only layer that sees the pixels, it becomes `Classifier.first_layer`, which gradients of sums over
       images pass only once. On the CPU its backward pass is one matrix product, because torch's kernels are slow for three channels.
 
@@ -31,13 +31,16 @@ def accelerate(classifier: Classifier, shape: Sequence[int]) -> Classifier:
     Args:
         classifier: as returned by `load_classifier`, on its device.
         shape: C×H×W of its input.
+        precision: that it will be used in, see `reproducible`; the test is made in float32.
     """
-    pixels = 255 * torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)).to(classifier.mean.device)
+    device = classifier.mean.device
+    pixels = 255 * torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)).to(device)
     try:
-        fast = _rebuild(classifier, pixels)
-        responses = zip(_respond(fast, pixels), _respond(classifier, pixels), strict=True)
-        if all(_is_close(ours, theirs) for ours, theirs in responses):
-            return fast
+        with torch.autocast(device.type, enabled=False):
+            fast = _rebuild(classifier, pixels, is_channels_last=device.type == "cpu" or precision != "float32")
+            responses = zip(_respond(fast, pixels), _respond(classifier, pixels), strict=True)
+            if all(_is_close(ours, theirs) for ours, theirs in responses):
+                return fast
         reason = "logits or gradients would differ"
     except Exception as error:  # user code may raise anything
         reason = f"{type(error).__name__}: {error}"
@@ -45,12 +48,13 @@ def accelerate(classifier: Classifier, shape: Sequence[int]) -> Classifier:
     return classifier
 
 
-def _rebuild(classifier: Classifier, pixels: Tensor) -> Classifier:
+def _rebuild(classifier: Classifier, pixels: Tensor, *, is_channels_last: bool) -> Classifier:
     fast = copy.deepcopy(classifier)
     _fold_batch_norms(fast, pixels)
     fast.first_layer = _find_first_layer(fast, pixels)
-    if pixels.device.type == "cpu":
+    if is_channels_last:
         fast.to(memory_format=torch.channels_last)
+    if pixels.device.type == "cpu":
         _take_backward_by_product(fast)
     return fast
 

@@ -1,5 +1,6 @@
 """The costs of the parts of a computation, measured by doing a little of it on real workers."""
 
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -8,6 +9,9 @@ from math import ceil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+import psutil
+import torch
 
 from uap_dist.computing.report import FinishedRun, save_run
 from uap_dist.method.config import ComputeConfig
@@ -96,7 +100,7 @@ def measure_costs(
     images = predict(timed, listed.thin(min(num_images, listed.num_examples)))
     rounds = _measure_rounds(timed, images, config, commit)
     report_s = _measure_report(timed, images, rounds, class_names)
-    used = next(workers.map(Worker.resources, [Examples(urls[0])]))
+    used = next(workers.map(find_resources, [Examples(urls[0])]))
     evaluations_per_solve = Range.of(rounds.evaluations_per_solve[NUM_WARM_UPS:])
     solve_s = zip(timed.per_example[Worker.solve], rounds.evaluations_per_solve, strict=True)
     evaluation_s = [seconds / num_evaluations for seconds, num_evaluations in solve_s]
@@ -195,3 +199,30 @@ def _measure_report(timed: _TimedWorkers, images: Dataset, rounds: _Rounds, clas
     with TemporaryDirectory() as folder:
         save_run(Path(folder), finished, timed)
     return time.perf_counter() - started - (timed.seconds - in_calls)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a worker uses.
+
+    Attributes:
+        process_bytes: resident memory of its process.
+        decoded_bytes: of decoded images, part of that.
+        gpu_bytes: largest amount of GPU memory reserved so far.
+        num_cpus: of its machine.
+    """
+
+    process_bytes: int
+    decoded_bytes: int
+    gpu_bytes: int
+    num_cpus: int
+
+
+def find_resources(worker: Worker, examples: Examples) -> Resources:
+    """Memory that a worker has used so far, and the CPUs of its machine."""
+    return Resources(
+        process_bytes=psutil.Process().memory_info().rss,
+        decoded_bytes=worker.decoded_bytes,
+        gpu_bytes=torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0,
+        num_cpus=os.cpu_count() or 1,
+    )

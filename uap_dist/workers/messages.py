@@ -133,20 +133,3 @@ class Normals:
     directions: np.ndarray
     total: np.ndarray
     num_left_out: int
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What a worker uses.
-
-    Attributes:
-        process_bytes: resident memory of its process.
-        decoded_bytes: of decoded images, part of that.
-        gpu_bytes: largest amount of GPU memory reserved so far.
-        num_cpus: of its machine.
-    """
-
-    process_bytes: int
-    decoded_bytes: int
-    gpu_bytes: int
-    num_cpus: int

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -15,6 +15,9 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 # cuBLAS is deterministic only with a fixed workspace, and reads this variable when its first handle is created
 WORKSPACE, FIXED_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
 FULL = "ieee"  # precision: no TF32, no bfloat16
+TF32_ON_GPUS = ("tf32",) * 3 + (FULL,) * 3  # see `_places`
+
+Precision = Literal["float32", "tf32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -79,22 +82,31 @@ class Settings:
             os.environ[WORKSPACE] = self.workspace
 
 
-def set_up_torch(num_threads: int) -> None:
+def set_up_torch(num_threads: int, precision: Precision = "float32") -> None:
     """Set up a process that belongs to this package alone: number of CPU threads, deterministic kernels, full precision.
 
     Freed memory is kept for the next tensors.
     """
     _keep_freed_memory()
-    _ours(num_threads).apply()
+    _ours(num_threads, precision).apply()
 
 
 @contextmanager
-def reproducible(num_threads: int) -> Iterator[None]:
-    """Within this context results have the bits of a process set up by `set_up_torch`; the old settings are restored afterwards."""
-    before, ours = Settings.now(), _ours(num_threads)
+def reproducible(num_threads: int, precision: Precision = "float32") -> Iterator[None]:
+    """Within this context results have the bits of a process set up by `set_up_torch`; the old settings are restored afterwards.
+
+    Args:
+        num_threads: of torch on the CPU.
+        precision: of networks: "float32"; "tf32", in which GPUs multiply with 10 bits of mantissa; or "bfloat16", as torch.autocast
+            has it.
+    """
+    before, ours = Settings.now(), _ours(num_threads, precision)
     ours.apply()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        yield
+        # without its cache of converted weights, which CUDA graphs cannot use
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=False):
+            yield
     finally:
         before.apply()
 
@@ -118,8 +130,11 @@ def noticing_kernels() -> Iterator[set[str]]:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
-def _ours(num_threads: int) -> Settings:
-    return Settings(num_threads, workspace=os.environ.get(WORKSPACE, FIXED_WORKSPACE))
+def _ours(num_threads: int, precision: Precision) -> Settings:
+    workspace = os.environ.get(WORKSPACE, FIXED_WORKSPACE)
+    if precision == "tf32":
+        return Settings(num_threads, workspace=workspace, precisions=TF32_ON_GPUS, old_precisions=(None, None))
+    return Settings(num_threads, workspace=workspace)
 
 
 def _places() -> tuple[Any, ...]:

@@ -8,10 +8,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
@@ -27,8 +26,8 @@ from uap_dist.models.check import check_classifier
 from uap_dist.models.classes import find_classes
 from uap_dist.models.classifier import Classifier
 from uap_dist.models.loading import load_classifier
-from uap_dist.workers.messages import Examples, Normals, Resources, ShardListing, Together
-from uap_dist.workers.reproducible import reproducible
+from uap_dist.workers.messages import Examples, Normals, ShardListing, Together
+from uap_dist.workers.reproducible import Precision, reproducible
 from uap_dist.workers.solving.block_solver import BlockSolver
 from uap_dist.workers.solving.graphs import Graphs
 
@@ -70,6 +69,7 @@ class Worker:
         disk_cache_bytes: int = 0,
         num_threads: int,
         decode_threads: int | None = None,
+        precision: Precision = "float32",
     ) -> None:
         """Move a classifier to the GPU if there is one.
 
@@ -80,8 +80,9 @@ class Worker:
                 images of a block are read and decoded again for each block.
             num_threads: torch's threads on the CPU; results may depend on it.
             decode_threads: threads that decode images; None for as many as the machine has CPUs. Results do not depend on it.
+            precision: of the network, see `reproducible`.
         """
-        self._num_threads = num_threads
+        self._num_threads, self._precision = num_threads, precision
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.classifier = classifier.to(self.device)
         self._cache = ShardCache(
@@ -101,12 +102,17 @@ class Worker:
         if self._is_set_up:
             yield
             return
-        with reproducible(self._num_threads):
+        with reproducible(self._num_threads, self._precision):
             self._is_set_up = True
             try:
                 yield
             finally:
                 self._is_set_up = False
+
+    @property
+    def decoded_bytes(self) -> int:
+        """Of the decoded images in memory."""
+        return self._cache.memory_bytes
 
     @property
     def traffic(self) -> Traffic:
@@ -232,26 +238,17 @@ class Worker:
         total = found.steps[is_found].double().sum(0)
         return Normals(found.normals[is_found].cpu().numpy(), total.cpu().numpy(), int((~is_found).sum()))
 
-    def resources(self, examples: Examples) -> Resources:
-        """Memory used so far, and the CPUs of the worker's machine."""
-        return Resources(
-            process_bytes=psutil.Process().memory_info().rss,
-            decoded_bytes=self._cache.memory_bytes,
-            gpu_bytes=torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0,
-            num_cpus=os.cpu_count() or 1,
-        )
-
     def _prepare_classifier(self, shape: tuple[int, ...]) -> None:
         """Check the classifier and replace it by an accelerated one, once: before it sees the first image, on every worker."""
         if not self._is_prepared:
             check_classifier(self.classifier, shape)
-            self.classifier = accelerate(self.classifier, shape)
+            self.classifier = accelerate(self.classifier, shape, self._precision)
             self._is_prepared = True
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.tensor(array, dtype=torch.float32, device=self.device)
 
 
-def make_worker(model: str, weights: str | None, **options: int) -> Worker:
+def make_worker(model: str, weights: str | None, **options: Any) -> Worker:
     """A worker with the classifier that `load_classifier` returns for this model and weights; options as for `Worker`."""
     return Worker(load_classifier(model, weights), **options)
