@@ -71,7 +71,7 @@ def log_odds_sum(
     shown = add_perturbation(pixels.unflatten(0, (len(of_all), -1)), of_all).flatten(0, 1)
     with torch.enable_grad():
         logits, leaf = classifier.linearise(shown)
-        gaps = log_odds(_widen(logits), aims)
+        gaps = log_odds(logits, aims)
         (slopes,) = torch.autograd.grad((signs * weigh(gaps.detach()) * gaps).sum(), leaf)
     totals = classifier.pull_back(_sum_finite(_widen(slopes), len(of_all)), pixels.shape[1:])
     return LogOddsSum(

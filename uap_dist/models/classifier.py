@@ -51,13 +51,14 @@ class Classifier(nn.Module):
         self.eval()
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Logits (N×K) of pixels (N×3×H×W).
+        """Logits (N×K) of pixels (N×3×H×W); under torch.autocast they are float32 all the same.
 
         Raises:
             ClassifierError: the network returns several tensors, and it is not clear which are the logits.
         """
         output = self.network(self.normalise(pixels))
-        return output if isinstance(output, Tensor) else _find_logits(output, len(pixels), self.name)
+        logits = output if isinstance(output, Tensor) else _find_logits(output, len(pixels), self.name)
+        return logits.float() if torch.is_autocast_enabled(pixels.device.type) else logits
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """The network's own input: (pixels / 255 − mean) / std."""

@@ -133,7 +133,7 @@ class Worker:
 
         Args:
             examples: name the shard.
-            label_key: of the labels in .json files, see `find_class`.
+            label_key: see `find_class`.
 
         Raises:
             ShardError: see `fetch` and `decode_shard`.
@@ -223,9 +223,8 @@ class Worker:
         self._prepare_classifier(v.shape[1:])
         self.num_solves += task.num_examples
         total, sums = self._blocks.solve(self.classifier, task, v, solver, local)
-        if isinstance(perturbation, Tensor):
-            return BlockResult(total, sums, time.perf_counter() - started)
-        return BlockResult(total.cpu().numpy(), sums.cpu().numpy(), time.perf_counter() - started)
+        seconds, is_array = time.perf_counter() - started, isinstance(perturbation, np.ndarray)
+        return BlockResult(*(each.cpu().numpy() if is_array else each for each in (total, sums)), seconds)
 
     @_reproducibly
     def normals(self, examples: Examples) -> Normals:
@@ -239,10 +238,11 @@ class Worker:
         return Normals(found.normals[is_found].cpu().numpy(), total.cpu().numpy(), int((~is_found).sum()))
 
     def _prepare_classifier(self, shape: tuple[int, ...]) -> None:
-        """Check the classifier and replace it by an accelerated one, once: before it sees the first image, on every worker."""
+        """Check the classifier in float32 and accelerate it, once: before it sees the first image, on every worker."""
         if not self._is_prepared:
-            check_classifier(self.classifier, shape)
-            self.classifier = accelerate(self.classifier, shape, self._precision)
+            with torch.autocast(self.device.type, enabled=False):
+                check_classifier(self.classifier, shape)
+                self.classifier = accelerate(self.classifier, shape, self._precision)
             self._is_prepared = True
 
     def _tensor(self, array: np.ndarray) -> Tensor:
