@@ -150,18 +150,7 @@ class Worker:
         Raises:
             ShardError: see `fetch` and `decode_shard`.
         """
-        shard = self._cache.whole(examples.shard)
-        truths, reasons = find_classes(shard.labels, self.classifier.class_names, label_key)
-        return ShardListing(
-            keys=shard.keys,
-            truths=truths,
-            odd_labels=tuple(f"{key}: {reason}" for key, reason in zip(shard.keys, reasons, strict=True) if reason),
-            bad=shard.bad,
-            digest=shard.digest,
-            hashes=shard.hashes,
-            unused=shard.unused,
-            shape=shard.images.shape[1:],
-        )
+        return _list_examples(self._cache.whole(examples.shard), self.classifier, label_key)
 
     @_reproducibly
     def pixels(self, examples: Examples) -> np.ndarray:
@@ -223,8 +212,9 @@ class Worker:
         self._prepare_classifier(v.shape[1:])
         self.num_solves += task.num_examples
         total, sums = self._blocks.solve(self.classifier, task, v, solver, local)
-        seconds, is_array = time.perf_counter() - started, isinstance(perturbation, np.ndarray)
-        return BlockResult(*(each.cpu().numpy() if is_array else each for each in (total, sums)), seconds)
+        if isinstance(perturbation, Tensor):
+            return BlockResult(total, sums, time.perf_counter() - started)
+        return BlockResult(total.cpu().numpy(), sums.cpu().numpy(), time.perf_counter() - started)
 
     @_reproducibly
     def normals(self, examples: Examples) -> Normals:
@@ -247,6 +237,20 @@ class Worker:
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.tensor(array, dtype=torch.float32, device=self.device)
+
+
+def _list_examples(shard: DecodedShard, classifier: Classifier, label_key: str | None) -> ShardListing:
+    truths, reasons = find_classes(shard.labels, classifier.class_names, label_key)
+    return ShardListing(
+        keys=shard.keys,
+        truths=truths,
+        odd_labels=tuple(f"{key}: {reason}" for key, reason in zip(shard.keys, reasons, strict=True) if reason),
+        bad=shard.bad,
+        digest=shard.digest,
+        hashes=shard.hashes,
+        unused=shard.unused,
+        shape=shard.images.shape[1:],
+    )
 
 
 def make_worker(model: str, weights: str | None, **options: Any) -> Worker:
