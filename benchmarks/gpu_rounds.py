@@ -104,7 +104,8 @@ def time_rounds(network: str, precision: Precision, options: Options) -> None:
     workers, train, _ = load(network, precision, options, has_val=False)
     alone = 0.0
     for count in options.members:
-        for has_graphs in (False, True) if torch.cuda.is_available() else (False,):
+        ways = [False] * (count == options.members[0]) + [True] * torch.cuda.is_available()
+        for has_graphs in ways or [False]:
             config = ComputeConfig(members_at_once=count, max_passes=100)
             span, states, plan = first_span(train, config, range(count), MAX_ROUNDS)
             with launching(has_graphs), patch.object(span_module, "SPAN_S", options.seconds):

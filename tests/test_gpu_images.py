@@ -1,15 +1,15 @@
 """What a worker does on a GPU beside the network, exercised where there is none: images kept in one tensor, and views taken there."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_worker
+from conftest import TINY, tiny_worker
 
 from uap_dist.data.decode import load_shard
 from uap_dist.method.augment import augment, draw_views, take_views
 from uap_dist.method.config import ComputeConfig
+from uap_dist.method.rates import FOOLING
+from uap_dist.models.loading import load_classifier
 from uap_dist.workers.messages import Examples, Together
 from uap_dist.workers.solving import gpu_images
 from uap_dist.workers.solving.batches import choose, parts_of, solve_chosen
@@ -53,19 +53,23 @@ def test_images_are_kept_while_there_is_room_and_where_it_grows(decoded, monkeyp
 
 
 def test_a_block_has_the_same_sums_from_images_that_lie_there(decoded):
-    worker = tiny_worker()
     solver, images = ComputeConfig().solver, GpuImages(torch.device("cpu"), max_bytes=1 << 30)
     blocks = (examples(decoded[0], 2, 3), None, examples(decoded[1], 0, 2, seed=7))
-    v, scales = 5 * torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([1.0, 2.0, 3.0])
+    v, scales = (
+        5 * torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64),
+    )
     by_digest = {shard.digest: shard for shard in decoded}
     task = Together(blocks, size=3)
-    direct = BlockSolver(torch.device("cpu"), lambda some: by_digest[some.digest], Graphs())
-    expected = direct.solve(worker.classifier, task, v, replace(solver, scales=tuple(scales.tolist())), None)
+    direct, classifier = (
+        BlockSolver(torch.device("cpu"), lambda some: by_digest[some.digest], Graphs()),
+        load_classifier(TINY),
+    )
+    expected = direct.solve(classifier, task, v, scales, solver, None)
     for shard in decoded:
         images.add(shard)
     choice = torch.tensor(choose(parts_of(task, 16, solver.augmentation), images))
-    found = solve_chosen(choice, v, scales, images.pixels, worker.classifier, replace(solver, scales=()))
+    found = solve_chosen(choice, v, scales, images.pixels, classifier, solver)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert choice[:, 5].tolist() == [1, 1, 1, 0, 0, 0, 1, 1, 0]
-    names = list(solver.names)
-    assert found[1][:, names.index("evaluations"), 0].tolist() == [6, 0, 4]
+    assert found[1][:, solver.names.index(FOOLING), 1].tolist() == [3, 0, 2]

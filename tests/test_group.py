@@ -78,7 +78,7 @@ def test_each_member_is_solved_against_its_own_v_as_if_it_were_alone(tiny_data):
     classifier = tiny_worker().classifier
     rng = torch.Generator().manual_seed(0)
     pixels, v = 255 * torch.rand(6, 3, 16, 16, generator=rng), 10 * torch.randn(2, 3, 16, 16, generator=rng)
-    labels, scales = classifier(pixels).argmax(1), torch.tensor([0.5, 2.0])
+    labels, scales = classifier(pixels).argmax(1), torch.tensor([0.5, 2.0], dtype=torch.float64)
     solver = CONFIG.solver
     is_real = torch.tensor([True] * 5 + [False])
     total, sums = solve_block(classifier, Batch(pixels, labels, is_real), v, scales, solver)

@@ -74,14 +74,18 @@ def test_weights_are_the_slope_of_the_smoothed_fooling_rate():
 
 @given(sizes=st.lists(st.floats(0, 1e6), min_size=1, max_size=20), at_once=st.integers(1, 5))
 def test_the_scale_is_an_exponential_moving_average(sizes, at_once):
+
+    def after(iterate, some):
+        total, count = torch.tensor([sum(some), len(some)], dtype=torch.float64)
+        return remember(iterate, total, count, most_images=max(5, len(some)))
+
     iterate = Iterate.zero((1,))
-    assert iterate.scale == inf and remember(iterate, 0.0, 0) == iterate
+    assert iterate.scale == inf and after(iterate, []).scale == inf
     for start in range(0, len(sizes), at_once):
-        some = sizes[start : start + at_once]
-        iterate = remember(iterate, sum(some), len(some))
+        iterate = after(iterate, sizes[start : start + at_once])
     assert min(sizes) * (1 - 1e-12) <= iterate.scale <= max(sizes) * (1 + 1e-12)
-    after = remember(replace(iterate, scale=1.0), 0.0, REMEMBERED)
-    assert after.scale == pytest.approx(exp(-1))
+    assert after(replace(iterate, scale=torch.ones(())), [0.0] * REMEMBERED).scale == pytest.approx(exp(-1))
+    assert after(iterate, []).scale == iterate.scale
 
 
 def test_local_steps_of_blocks_are_averaged_and_projected():

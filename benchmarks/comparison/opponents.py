@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from uap_dist.method.norms import Norm, add_perturbation, measure, project
-from uap_dist.method.solver import EVALUATIONS, Batch, Solver
+from uap_dist.method.solver import Batch, Solver
 from uap_dist.models.classifier import Classifier
 from uap_dist.workers.local import LocalWorkers
 from uap_dist.workers.solving import block_solver
@@ -67,5 +67,4 @@ class EntropyWorkers(LocalWorkers):
             (slopes,) = torch.autograd.grad(clamped_cross_entropy(logits, batch.labels, self.clamp).sum(), leaf)
         slope = classifier.pull_back(slopes.sum(0, keepdim=True), batch.pixels.shape[1:])
         slope /= slope.abs().mean().clamp(min=1e-30)  # as when its constants were searched, a round being a block
-        pairs = [(2 * len(batch.pixels), 1) if name == EVALUATIONS else (0, 0) for name in solver.names]
-        return slope, torch.tensor([pairs], dtype=torch.float64)
+        return slope, torch.zeros(1, len(solver.names), 2, dtype=torch.float64)

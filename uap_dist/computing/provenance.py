@@ -101,9 +101,7 @@ def describe_setup(classifier: Classifier, weights: str | None, fleet: FleetConf
 
 def describe_config(config: ComputeConfig) -> dict[str, Any]:
     """What decides the perturbation beside network and data, defaults filled in."""
-    solver = {
-        f"solver.{key}": value for key, value in asdict(config.solver).items() if key != "scale"
-    }  # of a run's state
+    solver = {f"solver.{key}": value for key, value in asdict(config.solver).items()}
     return asdict(config) | {"radius": config.ball_radius} | solver
 
 

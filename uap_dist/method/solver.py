@@ -6,7 +6,6 @@ Several perturbations can be solved at once, each against its own images: where 
 import hashlib
 from dataclasses import dataclass
 from functools import reduce
-from math import inf
 from typing import Literal
 
 import numpy as np
@@ -20,7 +19,8 @@ from uap_dist.method.rates import Goal
 from uap_dist.method.update import Iterate, Steps, log_odds_update, remember, weigh
 from uap_dist.models.classifier import Classifier
 
-EVALUATIONS = "evaluations"  # of the network
+EVALUATIONS_PER_LOG_ODDS_SOLVE = 2
+EVALUATIONS = "evaluations"  # of the network, where they depend on the images: under the paper's rule
 LOG_ODDS_SIZE = "mean_log_odds_size"  # |log-odds|, which the next round's weights depend on
 
 Rule = Literal["log-odds", "paper"]
@@ -41,7 +41,6 @@ class Solver:
         candidates: see `deepfool`; paper's rule.
         slope_ratio: see `deepfool`; paper's rule.
         goal: what the images shall be taken for; log-odds rule.
-        scales: M, of the log-odds so far, see `Iterate`; log-odds rule.
     """
 
     rule: Rule
@@ -49,12 +48,11 @@ class Solver:
     candidates: int
     slope_ratio: float
     goal: Goal = UNTARGETED
-    scales: tuple[float, ...] = (inf,)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """K names of the sums over images: hits by kind of rate, network evaluations, and quantities of which a round reports means."""
-        return (*self.goal.kinds, EVALUATIONS, *MEANS[self.rule])
+        """K names of the sums over images: hits by kind of rate, and quantities of which a round reports means."""
+        return (*self.goal.kinds, *MEANS[self.rule], *([EVALUATIONS] if self.rule == "paper" else []))
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,7 @@ def solve_block(
         classifier: on the device of the images.
         batch: the images.
         perturbation: v, M×C×H×W float32, pixels; the paper's rule takes one only.
-        scales: M float32, `Solver.scales`.
+        scales: M float64, `Iterate.scale`; log-odds rule.
         solver: gives the rule.
     """
     if solver.rule == "paper":
@@ -128,22 +126,22 @@ def solve_block(
 
 
 def take_local_steps(
-    classifier: Classifier, batch: Batch, perturbation: Tensor, solver: Solver, local: LocalSteps
+    classifier: Classifier, batch: Batch, perturbation: Tensor, scales: Tensor, solver: Solver, local: LocalSteps
 ) -> tuple[Tensor, Tensor]:
     """What local steps of the log-odds rule over a block's images make of v and momentum; arguments as for `solve_block`.
 
     The images are split into as few batches of nearly equal size as `local.batch_size` allows, one for each step.
     """
     momentum = torch.as_tensor(local.momentum, device=perturbation.device)
-    start = end = Iterate(perturbation.double(), momentum.double(), solver.scales[0])
+    start = end = Iterate(perturbation.double(), momentum.double(), scales)
+    place = solver.names.index(LOG_ODDS_SIZE)
     found = []
     num_batches = -(-len(batch.pixels) // local.batch_size)
     parts = zip(batch.pixels.tensor_split(num_batches), batch.labels.tensor_split(num_batches), strict=True)
     for part, size in zip(parts, local.sizes, strict=False):
-        scale = torch.tensor([end.scale], device=perturbation.device)
-        total, sums = _solve_log_odds(classifier, Batch(*part), end.v.float(), scale, solver.goal)
+        total, sums = _solve_log_odds(classifier, Batch(*part), end.v.float(), end.scale, solver.goal)
         end = log_odds_update(end, total.double(), size, local.steps)
-        end = remember(end, *sums[0, solver.names.index(LOG_ODDS_SIZE)].tolist())
+        end = remember(end, sums[:, place, 0], sums[:, place, 1], most_images=local.batch_size)
         found.append(sums)
     return torch.stack([end.v - start.v, end.momentum]).float(), reduce(torch.add, found)
 
@@ -151,18 +149,18 @@ def take_local_steps(
 def _solve_log_odds(
     classifier: Classifier, batch: Batch, perturbation: Tensor, scales: Tensor, goal: Goal
 ) -> tuple[Tensor, Tensor]:
-    labels, num_sums = batch.labels, len(scales)
+    labels, num_sums, widths = batch.labels, len(scales), scales.to(perturbation.dtype)[:, None]
     is_real = torch.ones_like(labels, dtype=torch.bool) if batch.is_real is None else batch.is_real
 
     def weigh_all(log_odds: Tensor) -> Tensor:
-        weights = weigh(log_odds.unflatten(0, (num_sums, -1)), scales[:, None]).flatten()
+        weights = weigh(log_odds.unflatten(0, (num_sums, -1)), widths).flatten()
         return weights if batch.is_real is None else weights.where(is_real, 0)
 
     found = log_odds_sum(classifier, batch.pixels, perturbation, labels, weigh=weigh_all, goal=goal)
     is_finite = found.log_odds.isfinite()
     values = found.log_odds.where(is_finite, 0)
     hits = [goal.hits(labels, found.predicted)[kind] for kind in goal.kinds]
-    pairs = [*hits, (2 * is_real, is_real), (values, is_finite), (values.abs(), is_finite)]
+    pairs = [*hits, (values, is_finite), (values.abs(), is_finite)]
     each = torch.stack([torch.stack([value.double(), count.double()], dim=-1) for value, count in pairs])
     each = each * is_real[:, None]
     # one by one, so that the order is known
@@ -181,8 +179,8 @@ def _solve_paper(classifier: Classifier, batch: Batch, perturbation: Tensor, sol
     lengths, count = found.steps.flatten(1).double().norm(dim=1), len(batch.pixels)
     pairs = [
         (float(found.is_fooled.sum()), count),
-        (found.num_evaluations, count),
         (float(lengths.sum()), int((lengths > 0).sum())),
         (float(found.is_solved.sum()), count),
+        (found.num_evaluations, count),
     ]
-    return found.steps.double().sum(0, keepdim=True), torch.tensor([pairs], dtype=torch.float64)
+    return found.steps.double().sum(0, keepdim=True), torch.tensor([pairs], dtype=torch.float64, device=lengths.device)

@@ -103,7 +103,7 @@ class RoundReport:
 
     def without_arrays(self) -> "RoundReport":
         """The report with empty arrays for perturbation, iterate and predictions, which take 3 MB at 224×224."""
-        state = replace(self.state, iterate=replace(self.state.iterate, v=NOTHING, momentum=NOTHING))
+        state = replace(self.state, iterate=Iterate(NOTHING, NOTHING))
         evaluation = self.evaluation
         if evaluation is not None:
             evaluation = replace(
@@ -114,9 +114,8 @@ class RoundReport:
     def to_send(self) -> "RoundReport":
         """The report with arrays of its own in the memory of the CPU."""
         iterate = self.state.iterate
-        v, momentum, perturbation = (a.to("cpu", copy=True) for a in (iterate.v, iterate.momentum, self.perturbation))
-        state = replace(self.state, iterate=replace(iterate, v=v, momentum=momentum))
-        return replace(self, perturbation=perturbation, state=state)
+        *own, perturbation = (each.to("cpu", copy=True) for each in (*iterate, self.perturbation))
+        return replace(self, perturbation=perturbation, state=replace(self.state, iterate=Iterate(*own)))
 
     def metrics(self) -> dict[str, float]:
         """The round in numbers, by the names that MLflow and the plots use."""

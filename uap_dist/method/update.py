@@ -4,6 +4,7 @@ The paper's rule adds the sum and projects. The log-odds rule, the default, take
 constants are all defined here; benchmarks/rules_tried.md says how they were chosen.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache, reduce
 from math import cos, exp, inf, pi
@@ -32,12 +33,21 @@ class Iterate:
     Attributes:
         v: perturbation, C×H×W float64, pixels; the updates take M of them as well, M×C×H×W.
         momentum: float64, as many.
-        scale: running mean of |f| over the images seen, f being the log-odds of the clean label; infinite before the first image.
+        scale: float64; running mean of |f| over the images seen, f being the log-odds of the clean label or of the target; infinite
+            before the first image. Of M perturbations M.
     """
 
     v: Tensor
     momentum: Tensor
-    scale: float = inf
+    scale: Tensor = torch.tensor(inf, dtype=torch.float64)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Its three tensors."""
+        return iter((self.v, self.momentum, self.scale))
+
+    def at(self, place: int) -> "Iterate":
+        """One of several perturbations."""
+        return Iterate(self.v[place], self.momentum[place], self.scale[place])
 
     @classmethod
     def zero(cls, shape: tuple[int, ...]) -> "Iterate":
@@ -122,16 +132,28 @@ def weigh(log_odds: Tensor, scale: float | Tensor) -> Tensor:
     return widths.sigmoid() * (-widths).sigmoid()
 
 
-def remember(iterate: Iterate, total_size: float, num_images: int) -> Iterate:
-    """The iterate after some more images, the sum of whose |f| is `total_size`, have entered its scale.
+def remember(iterate: Iterate, total_size: Tensor, num_images: Tensor, *, most_images: int) -> Iterate:
+    """The iterate after some more images have entered its scale.
 
     The scale is an exponential moving average: after REMEMBERED more images an image's weight has fallen to 1/e.
+
+    Args:
+        iterate: before them.
+        total_size: float64, the sum of their |f|; for several perturbations M.
+        num_images: float64, how many they are, at most `most_images`; likewise.
+        most_images: a limit that is known without waiting for a GPU.
     """
-    if num_images == 0:
-        return iterate
-    mean = total_size / num_images
-    kept = exp(-num_images / REMEMBERED)
-    return replace(iterate, scale=mean if iterate.scale == inf else mean + kept * (iterate.scale - mean))
+    mean = total_size / num_images.clamp_min(1)
+    moved = mean + _kept(most_images, mean.device)[num_images.long()] * (iterate.scale - mean)
+    after = torch.where(iterate.scale.isinf(), mean, moved)
+    return replace(iterate, scale=torch.where(num_images == 0, iterate.scale, after))
+
+
+@cache
+def _kept(most_images: int, device: torch.device) -> Tensor:
+    """Weight that stays with earlier images after 0, 1, … more."""
+    kept = [exp(-count / REMEMBERED) for count in range(most_images + 1)]  # here, because devices round exp differently
+    return torch.tensor(kept, dtype=torch.float64, device=device)
 
 
 def average_update(iterate: Iterate, mean: Tensor, steps: Steps) -> Iterate:

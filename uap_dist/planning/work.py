@@ -9,9 +9,10 @@ import numpy as np
 
 from uap_dist.method.config import ComputeConfig
 from uap_dist.method.schedule import plan_rounds
+from uap_dist.method.solver import EVALUATIONS_PER_LOG_ODDS_SOLVE
 from uap_dist.planning.range import Range
 from uap_dist.planning.shard_sizes import ShardSizes
-from uap_dist.rounds.plan import EVALUATIONS_PER_LOG_ODDS_SOLVE, count_rounds, plan_measurements
+from uap_dist.rounds.plan import count_rounds, plan_measurements
 
 OF_LOG_ODDS = Range.exactly(EVALUATIONS_PER_LOG_ODDS_SOLVE)
 

@@ -7,12 +7,12 @@ from math import ceil, inf, sqrt
 from uap_dist.errors import ConfigError
 from uap_dist.method.config import ComputeConfig
 from uap_dist.method.schedule import Round, plan_rounds
+from uap_dist.method.solver import EVALUATIONS_PER_LOG_ODDS_SOLVE
 from uap_dist.method.state import State
 from uap_dist.rounds.round import RoundTasks
 from uap_dist.workers.dataset import Dataset
 
 DEFAULT_PASSES = 10
-EVALUATIONS_PER_LOG_ODDS_SOLVE = 2
 NUM_PLACES = 12  # points of the held-out curve, the end of the run among them
 MEASURED_SHARE = 0.02  # of the run's network evaluations, which the points before the end may cost
 MIN_MEASURED_IMAGES = 50  # of a point, also in short runs, where this costs more than that share

@@ -1,11 +1,10 @@
 """One round: workers compute increments against v, and whoever runs the round sums them, updates v and projects it."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import zip_longest
-from math import inf
 
 import numpy as np
 import torch
@@ -17,13 +16,13 @@ from uap_dist.method.log_odds import UNTARGETED
 from uap_dist.method.norms import SYMBOLS, norms
 from uap_dist.method.rates import Goal, Rate
 from uap_dist.method.schedule import Round
-from uap_dist.method.solver import EVALUATIONS, LOG_ODDS_SIZE, MEANS, LocalSteps
-from uap_dist.method.state import Evaluation, RoundReport, State
+from uap_dist.method.solver import EVALUATIONS, EVALUATIONS_PER_LOG_ODDS_SOLVE, LOG_ODDS_SIZE, MEANS, LocalSteps
+from uap_dist.method.state import NOTHING, Evaluation, RoundReport, State
 from uap_dist.method.update import Iterate, Steps
 from uap_dist.workers.dataset import Dataset, classify
 from uap_dist.workers.local import Workers
 from uap_dist.workers.messages import Examples, Together
-from uap_dist.workers.solving.graphs import Caller, plainly
+from uap_dist.workers.solving.graphs import Caller, Numbers, plainly
 from uap_dist.workers.worker import Worker
 
 
@@ -66,7 +65,10 @@ def run_round(
         config: of the computation.
         num_rounds: of the run (see `count_rounds`).
     """
-    return next(iter(run_rounds(workers, {0: round_}, Members.of({0: state}), config, num_rounds)[0].values()))
+    started = time.perf_counter()
+    outcome = run_rounds(workers, {0: round_}, Members.of({0: state}), config, num_rounds)
+    (report,) = outcome.reports(lambda: time.perf_counter() - started).values()
+    return report
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,8 @@ class Members:
     """Perturbations that take their rounds together, each at a place of its own. Their rounds need not have the same number.
 
     Attributes:
-        states: by place; empty places have none.
-        iterate: v and momentum of all M places, M×C×H×W, zero where a place is empty. Its scale means nothing.
+        states: by place, each with the iterate of all places; empty places have none.
+        iterate: of all M places: v and momentum M×C×H×W, zero where a place is empty, and M scales.
     """
 
     states: dict[int, State]
@@ -84,19 +86,68 @@ class Members:
     @classmethod
     def of(cls, states: Mapping[int, State], num_places: int = 1, device: torch.device | None = None) -> "Members":
         """Members with these states, one at least, on a device (that of the first state if not given)."""
-        some = next(iter(states.values())).iterate
-        v, momentum = (
-            torch.zeros(num_places, *some.v.shape, dtype=torch.float64, device=device or some.v.device)
-            for _ in range(2)
-        )
+        some = next(iter(states.values())).iterate.v
+        empty = Iterate.zero((num_places, *some.shape))
+        all_ = Iterate(empty.v, empty.momentum, empty.scale.repeat(num_places))
         for place, state in states.items():
-            v[place], momentum[place] = state.iterate.v, state.iterate.momentum
-        return cls(dict(states), replace(some, v=v, momentum=momentum))
+            for of_all, own in zip(all_, state.iterate, strict=True):
+                of_all[place] = own
+        iterate = Iterate(*(each.to(device or some.device) for each in all_))
+        return cls({place: replace(state, iterate=iterate) for place, state in states.items()}, iterate)
 
-    @property
-    def scales(self) -> tuple[float, ...]:
-        """Scale of the iterate at each place."""
-        return tuple(self.states[i].iterate.scale if i in self.states else inf for i in range(len(self.iterate.v)))
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a round of several members led to. Nothing of it has been waited for on a GPU.
+
+    Attributes:
+        after: the members after it.
+        rounds: of the members, by place.
+        delivered: M×C×H×W float32, pixels: what each would deliver.
+        numbers: for each place the sum and the number of images for each of `Solver.names`, then the norms of v.
+        sizes: of the first step, by place.
+        config: of the computations.
+        num_rounds: of each run.
+        solve_seconds: that solves took.
+    """
+
+    after: Members
+    rounds: Mapping[int, RoundTasks]
+    delivered: Tensor
+    numbers: Numbers
+    sizes: Sequence[float]
+    config: ComputeConfig
+    num_rounds: int | None
+    solve_seconds: float
+
+    def reports(self, seconds: Callable[[], float], *, has_arrays: bool = True) -> dict[int, RoundReport]:
+        """The reports of the members, by place.
+
+        Args:
+            seconds: that the round took, asked once it is over.
+            has_arrays: whether they hold arrays.
+        """
+        names, found, reports = self.config.solver.names, self.numbers.tolist(), {}
+        spent = seconds()
+        for place, round_ in self.rounds.items():
+            state, numbers = self.after.states[place], found[place]
+            sums = dict(zip(names, zip(numbers[0::2], numbers[1::2], strict=False), strict=False))
+            iterate = state.iterate.at(place) if has_arrays else Iterate(NOTHING, NOTHING)
+            reports[place] = RoundReport(
+                round_number=round_.number,
+                pass_number=round_.pass_number,
+                num_rounds=self.num_rounds,
+                rates={kind: Rate(*map(int, sums[kind])) for kind in self.config.goal.kinds},
+                perturbation=self.delivered[place] if has_arrays else NOTHING,
+                state=replace(state, iterate=iterate),
+                step=self.sizes[place],
+                means={name: sums[name][0] / max(1, sums[name][1]) for name in MEANS[self.config.rule]},
+                norms=dict(zip(SYMBOLS, numbers[2 * len(names) :], strict=True)),
+                seconds=spent,
+                solve_seconds=self.solve_seconds,
+                finished=time.time(),
+            )
+        return reports
 
 
 def run_rounds(
@@ -106,8 +157,8 @@ def run_rounds(
     config: ComputeConfig,
     num_rounds: int | None,
     call: Caller = plainly,
-) -> tuple[dict[int, RoundReport], Members]:
-    """A round of each of several members (see `run_round`), computed on the device of their tensors; and the members after it.
+) -> Outcome:
+    """A round of each of several members (see `run_round`), computed on the device of their tensors.
 
     Args:
         workers: solve the blocks; for several places one worker in this process.
@@ -117,42 +168,34 @@ def run_rounds(
         num_rounds: of each run.
         call: calls a pure function of tensors, see `Graphs.call`.
     """
-    started, before = time.perf_counter(), members.iterate
+    before = members.iterate
     steps = config.steps(num_rounds, tuple(before.v.shape[1:]))
     numbers = [rounds[i].number if i in rounds else 0 for i in range(len(before.v))]
     sizes = [(config.paper_gain,) if steps is None else steps.sizes(number) for number in numbers]
+    v, momentum, scales = (_shared(each) for each in (before.v.float(), before.momentum.float(), before.scale))
     local = None
     if steps is not None and config.local_steps:
-        momentum = _shared(before.momentum)
         local = LocalSteps(momentum, sizes[0], config.block_size // config.local_steps, steps)
-    solver = replace(config.solver, scales=members.scales)
+    tasks = _tasks(rounds, len(sizes), config)
     total, sums, solve_seconds = torch.zeros((), dtype=torch.float64, device=before.v.device), [], 0.0
-    for result in workers.map(Worker.solve, _tasks(rounds, len(sizes), config), _shared(before.v), solver, local):
+    for result in workers.map(Worker.solve, tasks, v, config.solver, scales, local):
         total = total + _double(result.total)
         sums.append(_double(result.sums))
         solve_seconds += result.seconds
     if local is not None:
         total = total / len(sums)
-    first_sizes = torch.tensor([each[0] for each in sizes], dtype=torch.float64, device=total.device).view(-1, 1, 1, 1)
-    v, momentum, delivered, lengths = call(_update, [before.v, before.momentum, total, first_sizes], config, steps)
-    counts = torch.cat([reduce(torch.add, sums).flatten(1), lengths], dim=1).tolist()  # the only wait for a GPU
-    reports = {}
+    first_sizes = torch.tensor([each[0] for each in sizes], dtype=torch.float64, device=total.device)
+    summed = reduce(torch.add, sums)
+    given = [before.v, before.momentum, before.scale, total, summed, first_sizes]
+    *arrays, delivered, found = call(_update, given, config, steps)
+    iterate = Iterate(*arrays)
+    after = {place: replace(state, iterate=iterate) for place, state in members.states.items()}
     for place, round_ in rounds.items():
-        before_it = members.states[place]
-        iterate = Iterate(v[place], momentum[place], before_it.iterate.scale)
-        reports[place] = _report(
-            round_,
-            replace(before_it, iterate=iterate),
-            counts[place],
-            config,
-            num_rounds=num_rounds,
-            perturbation=delivered[place],
-            step=sizes[place][0],
-            seconds=time.perf_counter() - started,
-            solve_seconds=solve_seconds,
-        )
-    states = members.states | {place: report.state for place, report in reports.items()}
-    return reports, Members(states, replace(before, v=v, momentum=momentum))
+        after[place] = _count(after[place], round_, summed[place], config)
+    firsts = [each[0] for each in sizes]
+    return Outcome(
+        Members(after, iterate), rounds, delivered, Numbers(found), firsts, config, num_rounds, solve_seconds
+    )
 
 
 def evaluate(
@@ -173,9 +216,8 @@ def _tasks(rounds: Mapping[int, RoundTasks], num_places: int, config: ComputeCon
     return [Together(each, config.block_size) for each in zip_longest(*blocks)]
 
 
-def _shared(arrays: Tensor) -> np.ndarray | Tensor:
-    """In float32 as workers take them: NumPy's arrays, which Ray need not copy, or tensors where they are on a GPU."""
-    values = arrays.float()
+def _shared(values: Tensor) -> np.ndarray | Tensor:
+    """As workers take them: NumPy's arrays, which Ray need not copy, or tensors where they are on a GPU."""
     return values.numpy() if values.device.type == "cpu" else values
 
 
@@ -185,68 +227,39 @@ def _double(values: np.ndarray | Tensor) -> Tensor:
 
 
 def _update(
-    v: Tensor, momentum: Tensor, total: Tensor, size: Tensor, config: ComputeConfig, steps: Steps | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """v, momentum and what would be delivered after a round (M×C×H×W each), and the norms of v (M×2)."""
-    before = Iterate(v, momentum)
+    v: Tensor,
+    momentum: Tensor,
+    scales: Tensor,
+    total: Tensor,
+    sums: Tensor,
+    sizes: Tensor,
+    config: ComputeConfig,
+    steps: Steps | None,
+) -> tuple[Tensor, ...]:
+    """v, momentum (M×C×H×W each) and scales after a round, what would be delivered, and `Outcome.numbers`."""
+    before = Iterate(v, momentum, scales)
     if steps is None:
         after = update.paper_update(before, total, gain=config.paper_gain, norm=config.norm, radius=config.ball_radius)
     elif config.local_steps:
         after = update.average_update(before, total, steps)
     else:
-        after = update.log_odds_update(before, total, size, steps)
+        after = update.log_odds_update(before, total, sizes.view(-1, 1, 1, 1), steps)
+    if steps is not None:
+        place = config.solver.names.index(LOG_ODDS_SIZE)
+        after = update.remember(after, sums[:, place, 0], sums[:, place, 1], most_images=config.round_size)
     delivered = after.v if steps is None else update.finish(after.v, norm=config.norm, radius=config.ball_radius)
-    lengths = torch.stack([norms(after.v, norm) for norm in SYMBOLS], dim=1)
-    return after.v, after.momentum, delivered.float(), lengths
+    numbers = [sums.flatten(1), *(norms(after.v, norm)[:, None] for norm in SYMBOLS)]
+    return after.v, after.momentum, after.scale, delivered.float(), torch.cat(numbers, dim=1)
 
 
-def _report(
-    round_: RoundTasks,
-    state: State,
-    counts: Sequence[float],
-    config: ComputeConfig,
-    *,
-    num_rounds: int | None,
-    perturbation: Tensor,
-    step: float,
-    seconds: float,
-    solve_seconds: float,
-) -> RoundReport:
-    """The report of a round.
-
-    Args:
-        round_: that was solved.
-        state: before it, but for v and momentum.
-        counts: sum and number for each of `Solver.names`, then the norms of v.
-        config: of the computation.
-        num_rounds: see `RoundReport`, and so for the others.
-        perturbation: likewise.
-        step: likewise.
-        seconds: likewise.
-        solve_seconds: likewise.
-    """
-    names = config.solver.names
-    sums = dict(zip(names, zip(counts[0::2], counts[1::2], strict=False), strict=False))
-    iterate = state.iterate
-    if config.rule == "log-odds":
-        size, count = sums[LOG_ODDS_SIZE]
-        iterate = update.remember(iterate, size, int(count))
-    return RoundReport(
-        round_number=round_.number,
-        pass_number=round_.pass_number,
-        num_rounds=num_rounds,
-        rates={kind: Rate(*map(int, sums[kind])) for kind in config.goal.kinds},
-        perturbation=perturbation,
-        state=State(
-            iterate,
-            num_rounds=round_.number + 1,
-            num_solves=state.num_solves + round_.num_examples,
-            num_evaluations=state.num_evaluations + int(sums[EVALUATIONS][0]),
-        ),
-        step=step,
-        means={name: sums[name][0] / max(1, sums[name][1]) for name in MEANS[config.rule]},
-        norms=dict(zip(SYMBOLS, counts[2 * len(names) :], strict=True)),
-        seconds=seconds,
-        solve_seconds=solve_seconds,
-        finished=time.time(),
+def _count(state: State, round_: RoundTasks, sums: Tensor, config: ComputeConfig) -> State:
+    """The state with the counters after a round, whose sums are looked at only where they tell how often the network was evaluated."""
+    names, evaluations = config.solver.names, EVALUATIONS_PER_LOG_ODDS_SOLVE * round_.num_examples
+    if EVALUATIONS in names:
+        evaluations = int(sums[names.index(EVALUATIONS), 0])
+    return replace(
+        state,
+        num_rounds=round_.number + 1,
+        num_solves=state.num_solves + round_.num_examples,
+        num_evaluations=state.num_evaluations + evaluations,
     )

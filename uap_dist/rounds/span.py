@@ -5,7 +5,7 @@ Between two rounds whose blocks workers share lie two calls through Ray. A span 
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from statistics import median
@@ -13,13 +13,14 @@ from statistics import median
 from uap_dist.method.config import ComputeConfig
 from uap_dist.method.state import RoundReport, State
 from uap_dist.rounds.plan import RunPlan
-from uap_dist.rounds.round import Members, RoundTasks, run_rounds
+from uap_dist.rounds.round import Members, Outcome, RoundTasks, run_rounds
 from uap_dist.workers.local import LocalWorkers, Workers
 from uap_dist.workers.worker import Worker
 
 SPAN_S = 1.0  # a span ends with the first round after this time; what a lost worker costs at most
 FIRST_LENGTH, MAX_LENGTH = 32, 4096  # rounds that a worker is given at most, at first and later
 SPARE = 1.5  # times as many rounds as should fit into SPAN_S
+ROUNDS_AHEAD = 8  # that a GPU is given before the numbers of the first of them are waited for
 NUM_MEASURED = 5  # last rounds shared by the workers that are compared with spans
 
 
@@ -80,21 +81,46 @@ def compute_span(
     """
     started = time.perf_counter()
     workers, members = LocalWorkers(worker), Members.of(states, span.num_places, worker.device)
-    found: dict[int, list[RoundReport]] = {place: [] for place in span.rounds}
+    log = _Log(span.rounds)
     with worker.reproducibly():
         for each in zip(*span.rounds.values(), strict=False):
             rounds, before = dict(zip(span.rounds, each, strict=True)), members.states
-            reports, members = run_rounds(workers, rounds, members, plan.config, plan.num_rounds, worker.graphs.call)
-            for place, report in reports.items():
-                found[place][-1:] = [last.without_arrays() for last in found[place][-1:]]
-                found[place].append(report)
-            ends = [
-                plan.ends_with(report.state) or plan.is_due(rounds[place], before[place], report.state)
-                for place, report in reports.items()
-            ]
-            if any(ends) or time.perf_counter() - started > SPAN_S:
+            outcome = run_rounds(workers, rounds, members, plan.config, plan.num_rounds, worker.graphs.call)
+            log.add(outcome)
+            members = outcome.after
+            states = members.states
+            if any(plan.ends_with(states[i]) or plan.is_due(rounds[i], before[i], states[i]) for i in rounds):
                 break
-    return {place: [*reports[:-1], reports[-1].to_send()] for place, reports in found.items()}
+            if time.perf_counter() - started > SPAN_S:
+                break
+    return log.finish()
+
+
+class _Log:
+    """The reports of a span. They are taken from a GPU some rounds late, so that it never has to wait for the next round."""
+
+    def __init__(self, places: Iterable[int]) -> None:
+        self._reports: dict[int, list[RoundReport]] = {place: [] for place in places}
+        self._waiting: deque[Outcome] = deque()
+        self._last = time.perf_counter()
+
+    def add(self, outcome: Outcome) -> None:
+        self._waiting.append(outcome)
+        if len(self._waiting) > ROUNDS_AHEAD:
+            self._take(has_arrays=False)
+
+    def finish(self) -> dict[int, list[RoundReport]]:
+        while self._waiting:
+            self._take(has_arrays=len(self._waiting) == 1)
+        return {place: [*some[:-1], some[-1].to_send()] for place, some in self._reports.items()}
+
+    def _take(self, *, has_arrays: bool) -> None:
+        for place, report in self._waiting.popleft().reports(self._lap, has_arrays=has_arrays).items():
+            self._reports[place].append(report)
+
+    def _lap(self) -> float:
+        before, self._last = self._last, time.perf_counter()
+        return self._last - before
 
 
 class Sharing:

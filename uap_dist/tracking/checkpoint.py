@@ -80,7 +80,7 @@ class Checkpoint:
                 raise ResumeError(
                     f"is of another version of uap_dist (its format is {found}, this version reads {FORMAT})"
                 )
-            v, momentum, scale = torch.tensor(file["v"]), torch.tensor(file["momentum"]), file["scale"].item()
+            v, momentum, scale = (torch.tensor(file[name]) for name in ("v", "momentum", "scale"))
             job, counters, segment = (file[name].tobytes().decode() for name in ("job", "counters", "segment"))
         return cls(JobRecord(**json.loads(job)), State(Iterate(v, momentum, scale), *json.loads(counters)), (), segment)
 

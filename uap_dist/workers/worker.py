@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from math import inf
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
@@ -197,6 +198,7 @@ class Worker:
         task: Examples | Together,
         perturbation: np.ndarray | Tensor,
         solver: Solver,
+        scales: np.ndarray | Tensor | None = None,
         local: LocalSteps | None = None,
     ) -> BlockResult:
         """Increments of a block against v, summed; or with `local`, what local steps make of v. It returns arrays as it was given them.
@@ -205,13 +207,15 @@ class Worker:
             task: the block, or those of M perturbations.
             perturbation: v, M×C×H×W float32, pixels; an array, or a tensor on this worker's device.
             solver: gives the rule and the views of the images.
+            scales: M float64, `Iterate.scale`; None before the first round.
             local: local steps.
         """
         started = time.perf_counter()
         v = perturbation if isinstance(perturbation, Tensor) else self._tensor(perturbation)
         self._prepare_classifier(v.shape[1:])
         self.num_solves += task.num_examples
-        total, sums = self._blocks.solve(self.classifier, task, v, solver, local)
+        known = torch.full((v[..., 0, 0, 0].numel(),), inf) if scales is None else torch.as_tensor(scales)
+        total, sums = self._blocks.solve(self.classifier, task, v, known.to(self.device), solver, local)
         if isinstance(perturbation, Tensor):
             return BlockResult(total, sums, time.perf_counter() - started)
         return BlockResult(total.cpu().numpy(), sums.cpu().numpy(), time.perf_counter() - started)

@@ -1,7 +1,6 @@
 """Solves the blocks of a task: images of the CPU, or such as lie on the GPU already."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -31,7 +30,13 @@ class BlockSolver:
         self._device, self._read, self._graphs, self._images = device, read, graphs, GpuImages(device)
 
     def solve(
-        self, classifier: Classifier, task: Examples | Together, v: Tensor, solver: Solver, local: LocalSteps | None
+        self,
+        classifier: Classifier,
+        task: Examples | Together,
+        v: Tensor,
+        scales: Tensor,
+        solver: Solver,
+        local: LocalSteps | None,
     ) -> tuple[Tensor, Tensor]:
         """`BlockResult.total` and `sums` of the blocks of a task.
 
@@ -39,14 +44,13 @@ class BlockSolver:
             classifier: on the device.
             task: the blocks.
             v: M×C×H×W float32 on the device, pixels.
+            scales: see `solve_block`.
             solver: gives the rule and the views of the images.
             local: local steps.
         """
         parts = parts_of(task, v.shape[-1], solver.augmentation)
         if local is not None:
-            return take_local_steps(classifier, self._show(parts), v, solver, local)
-        scales = torch.tensor(solver.scales, dtype=torch.float32, device=self._device)
-        solver = replace(solver, scales=())
+            return take_local_steps(classifier, self._show(parts), v, scales, solver, local)
         if solver.rule == "log-odds" and self._are_on_gpu(parts):
             choice = torch.tensor(choose(parts, self._images), device=self._device)
             total, sums = self._graphs.call(solve_chosen, [choice, v, scales], self._images.pixels, classifier, solver)

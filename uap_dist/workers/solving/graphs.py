@@ -85,3 +85,22 @@ def _capture(function: Function, tensors: Sequence[Tensor], constants: Sequence[
     except Exception as error:  # a network may do what a capture forbids
         logger.warning("%s runs without CUDA graphs: %s", function.__name__, str(error).partition("\n")[0])
         return None
+
+
+class Numbers:
+    """Values of a tensor on their way to the CPU. Asking for them waits for the tensor, but for nothing that the GPU does later."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._values, self._event = tensor, None
+        if tensor.is_cuda:
+            self._values = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            self._values.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def tolist(self) -> list[list[float]]:
+        """As Tensor.tolist."""
+        if self._event is not None:
+            self._event.synchronize()
+        values: list[list[float]] = self._values.tolist()
+        return values
