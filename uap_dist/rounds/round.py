@@ -22,7 +22,7 @@ from uap_dist.method.update import Iterate, Steps
 from uap_dist.workers.dataset import Dataset, classify
 from uap_dist.workers.local import Workers
 from uap_dist.workers.messages import Examples, Together
-from uap_dist.workers.solving.graphs import Caller, Numbers, plainly
+from uap_dist.workers.solving.graphs import Caller, Numbers, plainly, send
 from uap_dist.workers.worker import Worker
 
 
@@ -184,15 +184,14 @@ def run_rounds(
         solve_seconds += result.seconds
     if local is not None:
         total = total / len(sums)
-    first_sizes = torch.tensor([each[0] for each in sizes], dtype=torch.float64, device=total.device)
+    firsts = [each[0] for each in sizes]
     summed = reduce(torch.add, sums)
-    given = [before.v, before.momentum, before.scale, total, summed, first_sizes]
+    given = [before.v, before.momentum, before.scale, total, summed, send(np.array(firsts), total.device)]
     *arrays, delivered, found = call(_update, given, config, steps)
     iterate = Iterate(*arrays)
     after = {place: replace(state, iterate=iterate) for place, state in members.states.items()}
     for place, round_ in rounds.items():
         after[place] = _count(after[place], round_, summed[place], config)
-    firsts = [each[0] for each in sizes]
     return Outcome(
         Members(after, iterate), rounds, delivered, Numbers(found), firsts, config, num_rounds, solve_seconds
     )

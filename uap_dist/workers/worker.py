@@ -234,7 +234,7 @@ class Worker:
     def _prepare_classifier(self, shape: tuple[int, ...]) -> None:
         """Check the classifier in float32 and accelerate it, once: before it sees the first image, on every worker."""
         if not self._is_prepared:
-            with torch.autocast(self.device.type, enabled=False):
+            with reproducible(self._num_threads):
                 check_classifier(self.classifier, shape)
                 self.classifier = accelerate(self.classifier, shape, self._precision)
             self._is_prepared = True

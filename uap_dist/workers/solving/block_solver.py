@@ -13,7 +13,7 @@ from uap_dist.models.classifier import Classifier
 from uap_dist.workers.messages import Examples, Together
 from uap_dist.workers.solving.batches import Part, choose, parts_of, solve_chosen
 from uap_dist.workers.solving.gpu_images import GpuImages
-from uap_dist.workers.solving.graphs import Graphs
+from uap_dist.workers.solving.graphs import Graphs, send
 
 
 class BlockSolver:
@@ -52,7 +52,7 @@ class BlockSolver:
         if local is not None:
             return take_local_steps(classifier, self._show(parts), v, scales, solver, local)
         if solver.rule == "log-odds" and self._are_on_gpu(parts):
-            choice = torch.tensor(choose(parts, self._images), device=self._device)
+            choice = send(choose(parts, self._images), self._device)
             total, sums = self._graphs.call(solve_chosen, [choice, v, scales], self._images.pixels, classifier, solver)
             return total, sums
         return solve_block(classifier, self._show(parts), v, scales, solver)
