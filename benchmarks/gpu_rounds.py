@@ -52,6 +52,9 @@ import torch, torchvision
 def make():
     torch.manual_seed(0)
     network = torchvision.models.{call}
+    for weight in network.parameters():
+        if weight.dim() > 1 and not weight.any():  # the head of vit_b_16, which would have no gradient
+            torch.nn.init.normal_(weight, std=0.02)
     network.input_size = 224
     return network
 """
