@@ -8,7 +8,6 @@ from functools import cached_property
 from hashlib import sha256
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from uap_dist.data.write import read_classes
@@ -16,6 +15,7 @@ from uap_dist.errors import ConfigError
 from uap_dist.fleet.config import FleetConfig
 from uap_dist.fleet.fleet import Fleet
 from uap_dist.method.config import ComputeConfig
+from uap_dist.models.classes import label_name
 from uap_dist.models.classifier import Classifier
 from uap_dist.models.loading import describe_weights
 from uap_dist.tracking.checkpoint import JobRecord, check_identity
@@ -60,24 +60,25 @@ class Setting:
 
     @cached_property
     def class_names(self) -> Sequence[str]:
-        """Names of the network's labels: its own, else those of the training images' classes if there are as many; else none."""
-        url = self.train.shards[0].url
-        try:
-            names = self.classifier.class_names or read_classes(url)
-        except (OSError, ConfigError) as error:  # names are not worth a failed run
-            logger.warning("labels are shown as numbers: %s", error)
-            return ()
-        with torch.no_grad():
-            num_labels = self.classifier(torch.zeros(1, *self.train.shape)).shape[1]
-        if names and len(names) != num_labels:
-            logger.warning(
-                "labels are shown as numbers: the network has %d, classes.txt beside %s has %d",
-                num_labels,
-                url,
-                len(names),
-            )
-            return ()
-        return names
+        """Names of the network's labels, see `name_labels`."""
+        return name_labels(self.classifier, self.train)[0]
+
+
+def name_labels(classifier: Classifier, train: Dataset) -> tuple[Sequence[str], int]:
+    """Names of a network's labels and their number: its own names, else those of the training images' classes if as many, else none."""
+    num_labels = classifier.count_labels(train.shape)
+    url = train.shards[0].url
+    try:
+        names = classifier.class_names or read_classes(url)
+    except (OSError, ConfigError) as error:  # names are not worth a failed run
+        logger.warning("labels are shown as numbers: %s", error)
+        return (), num_labels
+    if names and len(names) != num_labels:
+        logger.warning(
+            "labels are shown as numbers: the network has %d, classes.txt beside %s has %d", num_labels, url, len(names)
+        )
+        return (), num_labels
+    return names, num_labels
 
 
 def describe_setup(classifier: Classifier, weights: str | None, fleet: FleetConfig) -> dict[str, Any]:
@@ -93,11 +94,21 @@ def describe_setup(classifier: Classifier, weights: str | None, fleet: FleetConf
 
 
 def describe_config(config: ComputeConfig) -> dict[str, Any]:
-    """What decides the perturbation beside network and data, defaults filled in."""
-    solver = {
-        f"solver.{key}": value for key, value in asdict(config.solver).items() if key != "scale"
-    }  # of a run's state
-    return asdict(config) | {"radius": config.ball_radius} | solver
+    """What decides the perturbation beside network and data, defaults filled in; without a target that is still a name."""
+    solver = asdict(replace(config, target=None).solver)
+    config_as_given = asdict(config)
+    if isinstance(config.target, str):
+        del config_as_given["target"]
+    # the scale is of a run's state
+    derived = {f"solver.{key}": value for key, value in solver.items() if key not in ("scale", "goal")}
+    return config_as_given | {"radius": config.ball_radius} | derived
+
+
+def describe_target(config: ComputeConfig, class_names: Sequence[str]) -> dict[str, Any]:
+    """The target of a computation, by number and by name; empty without one."""
+    if config.goal.target is None:
+        return {}
+    return {"target": config.goal.target, "target_name": label_name(config.goal.target, class_names)}
 
 
 def describe_training(train: Dataset) -> dict[str, Any]:
@@ -122,7 +133,8 @@ def _describe_top1(name: str, dataset: Dataset) -> dict[str, float]:
 
 def describe_member(config: ComputeConfig) -> dict[str, Any]:
     """What the provenance of a member of a pool has instead of the pool's."""
-    return {"seed": config.seed, "random_start": config.random_start, "num_perturbations": 1}
+    own = {name: getattr(config, name) for name in ("seed", "random_start", "target")}
+    return own | {"num_perturbations": 1}
 
 
 def identity(provenance: Mapping[str, Any], train: Dataset) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from uap_dist.evaluation import plots
 from uap_dist.evaluation.coverage import PoolCoverage, by_symbol, coverage_rows
 from uap_dist.evaluation.evaluate import Measurement
 from uap_dist.foreign_text import escape_markdown
-from uap_dist.method.rates import Rate, rate_columns
+from uap_dist.method.rates import FOOLING, RATE_TITLES, TARGETED, rate_columns
 from uap_dist.tracking.outputs import markdown_table, save_table, writes_files
 
 MAX_ROWS_IN_SUMMARY = 40  # MLflow cuts a description at 8,000 characters
@@ -23,7 +23,7 @@ def save_evaluation(folder: Path, measurements: Sequence[Measurement], covered: 
     """Write tables/ and pictures/ of an evaluation."""
     for name in ("pictures", "tables"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    save_table(folder / "tables/evaluation", [_columns(measurement) for measurement in measurements])
+    save_table(folder / "tables/evaluation", _table(measurements))
     (folder / "tables/evaluation.md").write_text(markdown(measurements) + "\n")
     rows = [
         {"classifier": each.classifier, "dataset": each.dataset, "pool": each.pool} | row
@@ -40,7 +40,9 @@ def save_evaluation(folder: Path, measurements: Sequence[Measurement], covered: 
         own = [m for m in measurements if m.dataset == dataset]
         full = [m for m in own if m.scale == 1]
         if full:
-            _save_transfer(folder, dataset, full)
+            _save_rates(folder, f"transfer-{dataset}", full, FOOLING)
+        if targeted := [m for m in full if TARGETED in m.rates]:
+            _save_rates(folder, f"targeted-success-{dataset}", targeted, TARGETED)
         if len({m.scale for m in own}) > 1:
             plots.save_rates_by_norm(folder / f"pictures/2-fooling-rate-by-norm-{dataset}.png", own)
 
@@ -58,16 +60,23 @@ def summary(measurements: Sequence[Measurement], covered: Sequence[PoolCoverage]
         ]
         lines += [_best(classifier, own) for classifier in dict.fromkeys(m.classifier for m in own)]
         lines += [each.sentence() for each in covered if each.dataset == dataset]
-        lines += ["", _matrix(own), ""]
+        lines += ["", _matrix(own, FOOLING), ""]
+        targeted = [m for m in own if TARGETED in m.rates]
+        if targeted:
+            lines += ["Targeted success rates: images whose label is the target already do not count.", ""]
+            lines += [
+                _best_of_target(*names, targeted) for names in dict.fromkeys((m.classifier, m.target) for m in targeted)
+            ]
+            lines += ["", _matrix(targeted, TARGETED), ""]
     return "\n".join(
         [*lines, "See `pictures/1-transfer-….png`; `tables/evaluation.csv` also has norms, and top-1 before and after."]
     )
 
 
-def _matrix(measurements: Sequence[Measurement]) -> str:
+def _matrix(measurements: Sequence[Measurement], kind: str) -> str:
     """Perturbations down, classifiers across. A dash: classifiers of that input size have other baselines."""
     classifiers = list(dict.fromkeys(m.classifier for m in measurements))
-    rates = {(m.perturbation, m.scale, m.classifier): f"{m.fooling.rate:.3f}" for m in measurements}
+    rates = {(m.perturbation, m.scale, m.classifier): f"{m.rates[kind].rate:.3f}" for m in measurements}
     named = list(dict.fromkeys((m.perturbation, m.scale) for m in measurements))
     rows = [
         [
@@ -89,9 +98,23 @@ def _best(classifier: str, measurements: Sequence[Measurement]) -> str:
     return f"* {names[0]}: **{names[1]}** fools {best.fooling}; {names[2]}: {noise.fooling}"
 
 
+def _best_of_target(classifier: str, target: str, measurements: Sequence[Measurement]) -> str:
+    """One line: the perturbation that gives a target on a classifier most often, beside the noise that does."""
+    own = [m for m in measurements if (m.classifier, m.target) == (classifier, target)]
+    best, *noise = (
+        max((m for m in own if m.is_baseline == b), key=lambda m: m.rates[TARGETED].rate, default=None)
+        for b in (False, True)
+    )
+    names = [escape_markdown(name) for name in (classifier, target)]
+    said = [f"**{escape_markdown(m.perturbation)}** {m.rates[TARGETED]}" for m in (best, *noise) if m is not None]
+    return f"* {names[0]}, target {names[1]}: {'; '.join(said)}"
+
+
 def markdown(measurements: Sequence[Measurement]) -> str:
     """A Markdown table with a row for each measurement."""
     heads = ["classifier", "images", "perturbation", "scale", "ℓ2", "ℓ∞", "fooling rate", "top-1 before", "top-1 after"]
+    is_targeted = any(TARGETED in m.rates for m in measurements)
+    heads += ["target", "targeted success rate"] if is_targeted else []
     rows = [
         [
             *map(escape_markdown, (m.classifier, m.dataset, m.perturbation)),
@@ -99,27 +122,36 @@ def markdown(measurements: Sequence[Measurement]) -> str:
             f"{m.norm_l2:.0f}",
             f"{m.norm_linf:.1f}",
             *(str(rate or "–") for rate in (m.fooling, m.top1_clean, m.top1)),
+            *((escape_markdown(m.target or "–"), str(m.rates.get(TARGETED, "–"))) if is_targeted else ()),
         ]
         for m in measurements
     ]
     return markdown_table(heads, rows)
 
 
-def _columns(m: Measurement) -> dict[str, Any]:
-    columns = {name: value for name, value in vars(m).items() if not isinstance(value, Rate | np.ndarray | None)}
-    for name, rate in (("fooling_rate", m.fooling), ("top1_clean", m.top1_clean), ("top1", m.top1)):
-        columns |= rate_columns(name, rate)
-    return columns
+def _table(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:
+    """A row for each measurement; columns on targets only where there are some."""
+    is_targeted, rows = any(m.target for m in measurements), []
+    for m in measurements:
+        row = {name: value for name, value in vars(m).items() if isinstance(value, str | bool | float)}
+        row |= rate_columns("fooling_rate", m.fooling)
+        if is_targeted:
+            row |= rate_columns("targeted_success_rate", m.rates.get(TARGETED))
+        else:
+            del row["target"]
+        rows.append(row | rate_columns("top1_clean", m.top1_clean) | rate_columns("top1", m.top1))
+    return rows
 
 
-def _save_transfer(folder: Path, dataset: str, measurements: Sequence[Measurement]) -> None:
-    """Fooling rates as heat map and CSV: perturbations down, classifiers across, as in table 2 of the paper."""
+def _save_rates(folder: Path, name: str, measurements: Sequence[Measurement], kind: str) -> None:
+    """Rates of one kind as heat map and CSV: perturbations down, classifiers across, as in table 2 of the paper."""
     rows = list(dict.fromkeys(m.perturbation for m in measurements))
     columns = list(dict.fromkeys(m.classifier for m in measurements))
     rates = np.full((len(rows), len(columns)), np.nan)
     for m in measurements:
-        rates[rows.index(m.perturbation), columns.index(m.classifier)] = m.fooling.rate
-    title = f"fooling rate on {measurements[0].fooling.num_examples} images"
-    plots.save_matrix(folder / f"pictures/1-transfer-{dataset}.png", rates, rows, columns, title=title, limits=(0, 1))
+        rates[rows.index(m.perturbation), columns.index(m.classifier)] = m.rates[kind].rate
+    counts = sorted({m.rates[kind].num_examples for m in measurements})  # those of a target leave out others
+    title = f"{RATE_TITLES[kind]} on {'–'.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} images"
+    plots.save_matrix(folder / f"pictures/1-{name}.png", rates, rows, columns, title=title, limits=(0, 1))
     table = pa.table({"perturbation": rows, **dict(zip(columns, rates.T, strict=True))})
-    pyarrow.csv.write_csv(table, folder / f"tables/transfer-{dataset}.csv")
+    pyarrow.csv.write_csv(table, folder / f"tables/{name}.csv")

@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 
 from uap_dist.method.norms import add_perturbation
-from uap_dist.method.rates import Goal
+from uap_dist.method.rates import UNTARGETED, Goal
 from uap_dist.models.classifier import Classifier
-
-UNTARGETED = Goal()
 
 
 @dataclass(frozen=True)

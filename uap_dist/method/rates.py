@@ -11,7 +11,7 @@ from torch import Tensor
 from uap_dist.errors import ConfigError
 
 FOOLING, TARGETED = "fooling", "targeted_success"  # kinds of rates, by which metrics and columns are named
-RATE_TITLES = {FOOLING: "fooling rate", TARGETED: "targeted success rate"}
+RATE_TITLES = {TARGETED: "targeted success rate", FOOLING: "fooling rate"}
 
 Labels = TypeVar("Labels", np.ndarray, Tensor)
 
@@ -81,7 +81,7 @@ class Rate:
         return f"{self.rate:.3f} [{low:.3f}, {high:.3f}] of {self.num_examples}"
 
 
-Rates = Mapping[str, Rate]  # by kind, that of fooling first
+Rates = Mapping[str, Rate]  # by kind, that of the goal first
 
 
 def _examples(name: str, kind: str) -> str:
@@ -100,8 +100,8 @@ class Goal:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds of rates that say how far the goal is reached."""
-        return (FOOLING,) if self.target is None else (FOOLING, TARGETED)
+        """The kinds of rates that say how far the goal is reached, its own first."""
+        return (FOOLING,) if self.target is None else (TARGETED, FOOLING)
 
     def takes_part(self, clean: Labels) -> Labels:
         """Mask of the images (N, bool) that steps are computed from, by their clean labels: not those with the target's label."""
@@ -119,11 +119,11 @@ class Goal:
 
     def hits(self, clean: Labels, perturbed: Labels) -> dict[str, tuple[Labels, Labels]]:
         """For each kind of rate, by clean and perturbed labels (N): masks of the images that are hits, and of those that count."""
-        found = {FOOLING: (perturbed != clean, clean == clean)}
-        if self.target is not None:
-            counts = self.takes_part(clean)
-            found[TARGETED] = (counts & (perturbed == self.target), counts)
-        return found
+        fooled = {FOOLING: (perturbed != clean, clean == clean)}
+        if self.target is None:
+            return fooled
+        counts = self.takes_part(clean)
+        return {TARGETED: (counts & (perturbed == self.target), counts)} | fooled
 
     def rates(self, clean: np.ndarray, perturbed: np.ndarray) -> dict[str, Rate]:
         """Rates by kind, from clean and perturbed labels (N); without those for which no image counts."""
@@ -131,6 +131,9 @@ class Goal:
             k: Rate(int(hits.sum()), int(counts.sum())) for k, (hits, counts) in self.hits(clean, perturbed).items()
         }
         return {kind: rate for kind, rate in found.items() if rate.num_examples}
+
+
+UNTARGETED = Goal()
 
 
 def rate_columns(name: str, rate: Rate | None) -> dict[str, Any]:

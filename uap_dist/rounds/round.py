@@ -9,9 +9,8 @@ from torch import Tensor
 
 from uap_dist.method import update
 from uap_dist.method.config import ComputeConfig
-from uap_dist.method.log_odds import UNTARGETED
 from uap_dist.method.norms import SYMBOLS, measure
-from uap_dist.method.rates import FOOLING, Goal, Rate
+from uap_dist.method.rates import FOOLING, UNTARGETED, Goal, Rate
 from uap_dist.method.schedule import Round
 from uap_dist.method.solver import LOG_ODDS_SIZE, LocalSteps, add_sums
 from uap_dist.method.state import Evaluation, RoundReport, State
