@@ -3,13 +3,17 @@
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from uap_dist.errors import ConfigError
 from uap_dist.fleet.config import FleetConfig
 from uap_dist.job_options import DataOptions, ResumableRecordOptions
-from uap_dist.method.augment import Augmentation, check_augmentation
+from uap_dist.method.augment import Augmentation
 from uap_dist.perturbations.pool import PerturbationPool
+
+RANDOM_RESIZED_CROP: Literal["random-resized-crop"] = "random-resized-crop"
+TrainingAugmentation = Augmentation | Literal["random-resized-crop"]
+Precision = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +46,12 @@ class FinetuneConfig:
     """Weight decay of SGD."""
     batch_norm: Literal["train", "frozen"] = "train"
     """train: statistics of each worker's batches. frozen: running ones, and only scale and shift are trained."""
-    augment: Augmentation = "flip"
-    """Random augmentation of each training image."""
+    augment: TrainingAugmentation = "flip"
+    """Random view of each training image; random-resized-crop takes it from the whole picture, and mirrors it too."""
+    precision: Precision | None = None
+    """Of the steps; bfloat16 has weights in float32 (autocast). If not given, bfloat16 on GPUs, else float32."""
     shuffle_shards: int = 16
-    """Shards whose images a worker keeps decoded and shuffles together."""
+    """Shards whose images a worker shuffles together; it reads as many ahead."""
     seed: int = 0
     """Seed of the order of images, augmentation, pool members and dropout."""
 
@@ -61,7 +67,13 @@ class FinetuneConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must lie in [0, 1]")
         if not 0 <= self.weight_decay < float("inf") or self.seed < 0:
             raise ConfigError(f"weight decay is {self.weight_decay}, seed {self.seed}; they must not be negative")
-        check_augmentation(self.augment)
+        for name, allowed in (
+            ("augment", (*get_args(Augmentation), RANDOM_RESIZED_CROP)),
+            ("precision", get_args(Precision)),
+        ):
+            value = getattr(self, name)
+            if value is not None and value not in allowed:
+                raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
         steps = (0.0, *self.ladder)
         if len(steps) < 2 or not all(0 <= a < b < float("inf") for a, b in zip(steps, steps[1:], strict=False)):
             raise ConfigError(f"ladder is {self.ladder}; it must hold ascending positive numbers")
