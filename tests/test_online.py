@@ -106,7 +106,7 @@ def test_they_start_apart_on_the_ball_and_stay_in_it(norm):
 
 
 def test_steps_repeat_themselves_as_those_of_the_attack():
-    moving, config = online(period=2, online_step=0.1)
+    moving, config = online(period=2, online_step=0.1, online_perturbations=1)
     first = moving.v.clone()
     batch = perturb(linear(0), images(0), moving.v, config)
     cross_entropy(linear(0)(batch.pixels), torch.zeros(12, dtype=torch.int64)).backward()

@@ -30,9 +30,9 @@ class FinetuneConfig:
     """Values of α for --adaptive, in ascending order; 1 is the perturbation as it was computed."""
     online: bool = False
     """Train on perturbations that the same backward passes keep moving against the network; the pool only tests it."""
-    online_perturbations: int = 1
+    online_perturbations: int = 4
     """With --online: number of perturbations that are trained on."""
-    online_step: float = 0.1
+    online_step: float = 0.05
     """With --online: their step at each batch, as a fraction of the radius."""
     held_out_members: int | None = None
     """Members, the last ones of the pool, that are not trained on; if not given, a fifth of it, at least one."""
