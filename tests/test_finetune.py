@@ -1,5 +1,7 @@
 """Fine-tuning in this process: the learner, its images, its factors."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from uap_dist.errors import ClassifierError, ConfigError, ShardError
 from uap_dist.evaluation.evaluate import measure_perturbations
 from uap_dist.finetuning.adversarial import smallest_factors
 from uap_dist.finetuning.batches import ImageReader, WorkerImages
-from uap_dist.finetuning.network import check_labels, check_trainable, check_truths
+from uap_dist.finetuning.network import check_labels, check_trainable, check_truths, make_optimiser
 from uap_dist.finetuning.options import FinetuneConfig
 from uap_dist.finetuning.trainer import HELD_OUT, TRAINED_ON, Learner, Task
 from uap_dist.fleet.config import FleetConfig
@@ -129,6 +131,7 @@ def test_it_learns_and_repeats_to_the_bit(tiny_data, pool):
         {"online": True, "online_perturbations": 2},
         {"online": True, "adaptive": True},
         {"precision": "bfloat16", "augment": "random-resized-crop"},
+        {"optimiser": "adamw"},
     ],
 )
 def test_an_interrupted_training_ends_in_the_same_bits(tiny_data, pool, tmp_path, options):
@@ -142,6 +145,34 @@ def test_an_interrupted_training_ends_in_the_same_bits(tiny_data, pool, tmp_path
     assert same(finish(rest), whole.classifier.network.state_dict())
     metrics = [[{k: v for k, v in r.metrics.items() if "second" not in k} for r in x.history] for x in (rest, whole)]
     assert metrics[0] == metrics[1]
+
+
+@pytest.mark.parametrize(("smoothing", "is_same"), [(1.0, True), (0.0, False), (0.5, False)])
+def test_labels_that_are_spread_over_all_classes_are_no_longer_seen(tiny_data, pool, smoothing, is_same):
+    train, val = tiny_data
+    other = replace(train, shards=tuple(replace(shard, truths=0 * shard.truths) for shard in train.shards))
+    a, b = (finish(learner((data, val), pool, label_smoothing=smoothing, epochs=1)) for data in (train, other))
+    assert same(a, b) == is_same
+
+
+@pytest.mark.parametrize(
+    ("norm", "kind", "rate"),
+    [
+        (nn.Identity(), torch.optim.SGD, 0.0001),
+        (nn.BatchNorm2d(3), torch.optim.SGD, 0.01),
+        (nn.LayerNorm(8), torch.optim.AdamW, 0.00001),
+        (nn.Sequential(nn.LayerNorm(8), nn.BatchNorm2d(3)), torch.optim.SGD, 0.01),
+    ],
+)
+def test_the_optimiser_follows_the_networks_norms_unless_it_is_given(norm, kind, rate):
+    network = nn.Sequential(nn.Conv2d(3, 3, 1), norm)
+    classifier = Classifier(network, name="n", geometry=Geometry())
+    for parameter in network.parameters():
+        parameter.requires_grad_(True)
+    found = make_optimiser(classifier, FinetuneConfig())
+    assert type(found) is kind and found.param_groups[0]["lr"] == rate
+    given = make_optimiser(classifier, FinetuneConfig(optimiser="adamw", learning_rate=0.5))
+    assert type(given) is torch.optim.AdamW and given.param_groups[0]["lr"] == 0.5
 
 
 def test_steps_in_bfloat16_are_nearly_those_in_float32(tiny_data, pool):
@@ -202,6 +233,9 @@ def test_two_workers_see_all_images_between_them(tiny_data, pool):
         ({"ladder": ()}, "ladder is"),
         ({"ladder": (0.5, 1.0)}, "ladder belongs to --adaptive"),
         ({"augment": "rotate"}, "augment is 'rotate'; it must be one of none, flip, flip-shift, random-resized-crop"),
+        ({"momentum": 1.0}, r"momentum is 1.0; it must lie in \[0, 1\)"),
+        ({"label_smoothing": 1.5}, r"label smoothing is 1.5; it must lie in \[0, 1\]"),
+        ({"optimiser": "adam"}, "optimiser is 'adam'; it must be one of sgd, adamw"),
         ({"precision": "half"}, "precision is 'half'; it must be one of float32, bfloat16"),
         ({"batch_norm": "off"}, "batch norm is 'off'; it must be frozen or train"),
         ({"online": True, "online_perturbations": 0}, "online perturbations is 0; it must be positive"),

@@ -14,6 +14,7 @@ from uap_dist.perturbations.pool import PerturbationPool
 RANDOM_RESIZED_CROP: Literal["random-resized-crop"] = "random-resized-crop"
 TrainingAugmentation = Augmentation | Literal["random-resized-crop"]
 Precision = Literal["float32", "bfloat16"]
+Optimiser = Literal["sgd", "adamw"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +39,16 @@ class FinetuneConfig:
     """Members, the last ones of the pool, that are not trained on; if not given, a fifth of it, at least one."""
     batch_size: int = 64
     """Images per step, over all workers."""
+    optimiser: Optimiser | None = None
+    """If not given, adamw for networks with layer norms and no batch norms (transformers, ConvNeXt), else sgd."""
     learning_rate: float | None = None
-    """Initial learning rate; it falls to zero on a cosine. If not given, 0.01 with batch norm, else 0.0001."""
+    """At first; it falls to zero on a cosine. If not given, sgd: 0.01 with batch norm, else 0.0001; adamw: 0.00001."""
     momentum: float = 0.9
-    """Momentum of SGD."""
+    """Momentum of sgd, and the first beta of adamw."""
     weight_decay: float = 1e-4
-    """Weight decay of SGD."""
+    """Weight decay of the optimiser."""
+    label_smoothing: float = 0.0
+    """Share (0..1) of each label that is spread over all classes, as networks for photographs are often trained."""
     batch_norm: Literal["train", "frozen"] = "train"
     """train: statistics of each worker's batches. frozen: running ones, and only scale and shift are trained."""
     augment: TrainingAugmentation = "flip"
@@ -62,14 +67,17 @@ class FinetuneConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ConfigError(f"{name.replace('_', ' ')} is {value}; it must be positive")
-        for name in ("probability", "momentum"):
+        if not 0 <= self.momentum < 1:
+            raise ConfigError(f"momentum is {self.momentum}; it must lie in [0, 1)")
+        for name in ("probability", "label_smoothing"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must lie in [0, 1]")
+                raise ConfigError(f"{name.replace('_', ' ')} is {getattr(self, name)}; it must lie in [0, 1]")
         if not 0 <= self.weight_decay < float("inf") or self.seed < 0:
             raise ConfigError(f"weight decay is {self.weight_decay}, seed {self.seed}; they must not be negative")
         for name, allowed in (
             ("augment", (*get_args(Augmentation), RANDOM_RESIZED_CROP)),
             ("precision", get_args(Precision)),
+            ("optimiser", get_args(Optimiser)),
         ):
             value = getattr(self, name)
             if value is not None and value not in allowed:

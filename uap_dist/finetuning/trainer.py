@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from uap_dist.errors import ConfigError
 from uap_dist.finetuning.adversarial import OnlinePerturbations, perturb
 from uap_dist.finetuning.batches import ImageReader, WorkerGroup, WorkerImages
-from uap_dist.finetuning.network import batch_norms, make_trainable, set_training_mode
+from uap_dist.finetuning.network import make_optimiser, make_trainable, set_training_mode
 from uap_dist.finetuning.options import FinetuneConfig
 from uap_dist.finetuning.validation import Validation
 from uap_dist.fleet.config import FleetConfig
@@ -106,12 +106,7 @@ class Learner:
             steps = _steps(task.pool, config.epochs * self._num_steps, shape)
             self._online = OnlinePerturbations(shape, steps, config, group)
         self._members = trained_on.resized(shape).to(group.device) if self._online is None else self._online.v
-        self._optimiser = torch.optim.SGD(
-            [parameter for parameter in self.classifier.parameters() if parameter.requires_grad],
-            lr=config.learning_rate or (0.01 if any(batch_norms(self.classifier)) else 0.0001),
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-        )
+        self._optimiser = make_optimiser(self.classifier, config)
         self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimiser, config.epochs * self._num_steps)
         self._num_evaluations = 0
         self.history: list[RoundRecord] = []
@@ -192,7 +187,8 @@ class Learner:
         is_half = self._config.precision == "bfloat16"
         with torch.autocast(self._group.device.type, torch.bfloat16, enabled=is_half):
             output = self._model(pixels.contiguous(memory_format=torch.channels_last))
-            loss = cross_entropy(getattr(output, "logits", output), labels)  # Inception also returns auxiliary logits
+            logits = getattr(output, "logits", output)  # Inception also returns auxiliary logits
+            loss = cross_entropy(logits, labels, label_smoothing=self._config.label_smoothing)
         self._optimiser.zero_grad()
         loss.backward()
         self._optimiser.step()
