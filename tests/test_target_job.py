@@ -115,7 +115,7 @@ def test_an_evaluation_knows_the_target_and_takes_one_for_others(computed, shard
     own = json.loads((member(folder) / "result.json").read_text())
     assert rows["seed-0"]["targeted_success_rate"] == own["val_targeted_success_rate"]
     assert rows["seed-0"]["targeted_success_rate_num_images"] == own["num_val_images_targeted_success"]
-    targets = {name: row["target"] for name, row in rows.items()}
+    targets = {name: row["goal"].removeprefix("target ") for name, row in rows.items()}
     assert targets == {
         "other": "blue (2)",
         "seed-0": "red (0)",

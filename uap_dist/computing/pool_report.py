@@ -78,7 +78,7 @@ class FinishedPool:
         """Held-out rates of random perturbations, by kind and by the norms that they share with the first member."""
         first, found = next(iter(self.results.values())), {}
         for kind in self.mean_rates:
-            count = _rate_of(first, "val", kind).num_examples
+            count = first["num_val_images" + ("" if kind == FOOLING else f"_{kind}")]
             by_norm = {norm: _rate(share, count) for norm, share in first[f"val_{kind}_rate_random_by_norm"].items()}
             found[kind] = name_random_rates(self.pool.shared["norm"], by_norm)
         return found
@@ -136,7 +136,7 @@ class FinishedPool:
         verdict = "diverse" if value <= DIVERSE else "**not diverse**"
         return (
             f"Pool of {len(self.results)} universal perturbations of **{model}**, {p['norm']} ≤ {p['radius']:g} pixels"
-            f"{self._target_in_words()}. {rates} "
+            f"{self._goal_in_words()}. {rates} "
             f"At least one member fools {self.coverage.rates[-1]}, the first alone {self.coverage.rates[0].rate:.3f}; as many random "
             f"perturbations of the {chance}. "
             f"By the paper's criterion (normalised inner products of at most {DIVERSE:g}) the pool is {verdict}: "
@@ -146,19 +146,20 @@ class FinishedPool:
             "below this one."
         )
 
-    def _target_in_words(self) -> str:
-        reached = [result["is_target_reached"] for result in self.results.values() if "is_target_reached" in result]
-        if not reached:
-            return ""
-        name, missed = next(iter(self.results.values()))["target_name"], reached.count(False)
-        failed = f", **which {missed} of {len(reached)} members did not reach**" if missed else ""
-        return f", **target {escape_markdown(name)}**{failed}"
+    def _goal_in_words(self) -> str:
+        first, reached = (
+            next(iter(self.results.values())),
+            [r.get("is_target_reached", True) for r in self.results.values()],
+        )
+        goal = "".join(f", **{escape_markdown(part)}**" for part in first["goal"])
+        missed = reached.count(False)
+        return goal + (f"; **{missed} of {len(reached)} members did not reach the target**" if missed else "")
 
     def markdown(self) -> str:
         """A table of the members."""
         rows = []
         for name, result in self.results.items():
-            rates = [_rate_of(result, part, kind) for kind in self.mean_rates for part in ("val", "train")]
+            rates = [_rate_of(result, part, kind) or "–" for kind in self.mean_rates for part in ("val", "train")]
             label, count = result["dominant_labels"][0] if result["dominant_labels"] else ("–", 0)
             size, taken = f"{result['norm_l2']:.0f}", f"{escape_markdown(label)} ({count})"
             rows.append([escape_markdown(name), *map(str, rates), size, taken])
@@ -167,10 +168,10 @@ class FinishedPool:
         return markdown_table(heads, rows)
 
 
-def _rate_of(result: Mapping[str, Any], part: str, kind: str) -> Rate:
-    """A rate of a member's result.json, on its held-out (val) or training (train) images."""
+def _rate_of(result: Mapping[str, Any], part: str, kind: str) -> Rate | None:
+    """A rate of a member's result.json, on its held-out (val) or training (train) images; None if none of these counts."""
     count = result[f"num_{part}_images" + ("" if kind == FOOLING else f"_{kind}")]
-    return _rate(result[f"{part}_{kind}_rate"], count)
+    return _rate(result[f"{part}_{kind}_rate"], count) if count else None
 
 
 def _rate(share: float, num_examples: int) -> Rate:

@@ -31,6 +31,7 @@ HELD_OUT = (
     "num_shared_images",
     "top1.clean_val",
 )  # see `describe_held_out`
+GOAL = ("target", "only_classes", "spare_classes")  # labels in a config, which may be names at first
 DECISIVE_VERSIONS = ("torch", "torchvision", "uap_dist")
 
 logger = logging.getLogger(__name__)
@@ -94,21 +95,25 @@ def describe_setup(classifier: Classifier, weights: str | None, fleet: FleetConf
 
 
 def describe_config(config: ComputeConfig) -> dict[str, Any]:
-    """What decides the perturbation beside network and data, defaults filled in; without a target that is still a name."""
-    solver = asdict(replace(config, target=None).solver)
-    config_as_given = asdict(config)
-    if isinstance(config.target, str):
-        del config_as_given["target"]
+    """What decides the perturbation beside network and data, defaults filled in; without target and classes where these are names."""
     # the scale is of a run's state
-    derived = {f"solver.{key}": value for key, value in solver.items() if key not in ("scale", "goal")}
-    return config_as_given | {"radius": config.ball_radius} | derived
+    solver = {
+        f"solver.{k}": value for k, value in asdict(config.without_goal().solver).items() if k not in ("scale", "goal")
+    }
+    given = {k: list(value) if isinstance(value, tuple) else value for k, value in asdict(config).items()}
+    is_named = any(isinstance(each, str) for each in (config.target, *config.only_classes, *config.spare_classes))
+    known = {key: value for key, value in given.items() if not (is_named and key in GOAL)}
+    return known | {"radius": config.ball_radius} | solver
 
 
-def describe_target(config: ComputeConfig, class_names: Sequence[str]) -> dict[str, Any]:
-    """The target of a computation, by number and by name; empty without one."""
-    if config.goal.target is None:
-        return {}
-    return {"target": config.goal.target, "target_name": label_name(config.goal.target, class_names)}
+def describe_goal(config: ComputeConfig, class_names: Sequence[str], train: Dataset) -> dict[str, Any]:
+    """What a computation makes of the labels of images: target and classes by number, the target by name, and the weight that is used."""
+    described = {name: describe_config(config)[name] for name in GOAL}
+    if config.goal.target is not None:
+        described["target_name"] = label_name(config.goal.target, class_names)
+    if config.goal.has_classes:
+        described["steps.spare_weight"] = config.balanced(train.clean.labels).spare_weight
+    return described
 
 
 def describe_training(train: Dataset) -> dict[str, Any]:
@@ -133,8 +138,8 @@ def _describe_top1(name: str, dataset: Dataset) -> dict[str, float]:
 
 def describe_member(config: ComputeConfig) -> dict[str, Any]:
     """What the provenance of a member of a pool has instead of the pool's."""
-    own = {name: getattr(config, name) for name in ("seed", "random_start", "target")}
-    return own | {"num_perturbations": 1}
+    described = describe_config(config)
+    return {name: described[name] for name in ("seed", "random_start", *GOAL)} | {"num_perturbations": 1}
 
 
 def identity(provenance: Mapping[str, Any], train: Dataset) -> dict[str, Any]:

@@ -17,9 +17,21 @@ from uap_dist.evaluation.label_graph import dominant_labels, label_graph, save_l
 from uap_dist.evaluation.plots import save_label_graph as draw_label_graph
 from uap_dist.foreign_text import escape_markdown
 from uap_dist.method.norms import SYMBOLS, Norm, measure
-from uap_dist.method.rates import FOOLING, RATE_TITLES, TARGETED, Goal, Predictions, Rate, Rates, rate_columns
+from uap_dist.method.rates import (
+    ATTACKED,
+    FOOLING,
+    RATE_TITLES,
+    SPARED,
+    TARGETED,
+    Goal,
+    Predictions,
+    Rate,
+    Rates,
+    goal_in_words,
+    rate_columns,
+)
 from uap_dist.method.state import RoundReport
-from uap_dist.models.classes import UNKNOWN_CLASS, label_name, name_with_label
+from uap_dist.models.classes import UNKNOWN_CLASS, label_name
 from uap_dist.perturbations.files import PERTURBATION_FILE, save_perturbation
 from uap_dist.rounds.record import RoundRecord
 from uap_dist.tracking.outputs import RESULT_FILE, writes_files
@@ -62,7 +74,7 @@ class FinishedRun:
     @property
     def goal(self) -> Goal:
         """What images shall be taken for."""
-        return Goal(self.provenance.get("target"))
+        return Goal.from_provenance(self.provenance)
 
     @property
     def train_rates(self) -> Rates:
@@ -113,12 +125,12 @@ class FinishedRun:
     def result(self) -> dict[str, Any]:
         """The contents of result.json, apart from the provenance."""
         final, target = self.final, self.goal.target
-        of_target: dict[str, Any] = {}
+        of_goal: dict[str, Any] = {"goal": goal_in_words(self.goal, self.class_names)}
         if target is not None:
             reached = is_target_reached(self.val_rates[TARGETED], self.random_of(TARGETED).values())
-            of_target = {"target_name": label_name(target, self.class_names), "is_target_reached": reached}
+            of_goal |= {"target_name": label_name(target, self.class_names), "is_target_reached": reached}
         return {
-            **of_target,
+            **of_goal,
             **{name: value for kind in self.val_rates for name, value in self._rates_of(kind).items()},
             "num_solves": final.num_solves,
             "num_evaluations": final.num_evaluations,
@@ -142,12 +154,10 @@ class FinishedRun:
             f"val_{kind}_rate_random": next(iter(random.values())).rate,
             f"val_{kind}_rate_random_by_norm": {norm: rate.rate for norm, rate in random.items()},
         }
-        train = self.train_rates[kind]
-        return rates | {
-            f"train_{kind}_rate": train.rate,
-            f"train_{kind}_rate_interval": train.interval,
-            f"num_train_images{which}": train.num_examples,
-        }
+        train = self.train_rates.get(kind)
+        if train is not None:
+            rates |= {f"train_{kind}_rate": train.rate, f"train_{kind}_rate_interval": train.interval}
+        return rates | {f"num_train_images{which}": train.num_examples if train else 0}
 
     def summary(self) -> str:
         """A summary in Markdown: what was computed, its rates and the random baseline."""
@@ -162,40 +172,32 @@ class FinishedRun:
         taken = ", ".join(f"{escape_markdown(name)} ({count})" for name, count in self.dominant_labels)
         return (
             f"Universal perturbation of **{model}**, {p['norm']} ≤ {p['radius']:g} pixels, rule {p['rule']}, seed {p['seed']}"
-            f"{self._target_in_words()}.\n\n{rates}\n\n"
+            f"{self._goal_in_words()}.\n\n{rates}\n\n"
             f"Most of the {self.val_rates[FOOLING].num_hits} fooled held-out images get the labels: {taken or 'nothing'}.\n\n"
             f"{final.num_evaluations} network evaluations in {final.round_number + 1} rounds of {self.seconds:.0f} s together.{demo}\n\n"
             "Look at the pictures in the order of their names (curve, held-out images clean and perturbed, the perturbation stretched "
             "and at true scale, where labels go) and at `tables/held-out-examples.parquet` (one row an image; the first rows as .csv)."
         )
 
-    def _target_in_words(self) -> str:
-        target = self.goal.target
-        if target is None:
-            return ""
-        return f", **target {escape_markdown(name_with_label(target, self.class_names))}**"
+    def _goal_in_words(self) -> str:
+        return "".join(f", **{escape_markdown(part)}**" for part in goal_in_words(self.goal, self.class_names))
 
     def _rate_in_words(self, kind: str) -> str:
         """A paragraph on one kind of rate; whether a target was reached is said first."""
-        val, train, random = self.val_rates[kind], self.train_rates[kind], self.random_of(kind)
+        val, train, random = self.val_rates[kind], self.train_rates.get(kind), self.random_of(kind)
         beside = ", of the ".join(
             f"{name}: {r}" for name, r in name_random_rates(self.provenance["norm"], random).items()
         )
         text = (
             f"{RATE_TITLES[kind].capitalize()} on held-out images: **{val}** (95 % interval); a random perturbation of the {beside}; "
-            f"on training images: {train}."
+            f"on training images: {train or 'none counts'}."
         )
         if kind != TARGETED:
             return text
-        left_out = (
-            self.val_rates[FOOLING].num_examples - val.num_examples,
-            self.train_rates[FOOLING].num_examples - train.num_examples,
-        )
-        text += (
-            " Images that have the target's label already do not count: {} held-out ones, {} training images.".format(
-                *left_out
-            )
-        )
+        rates = ((self.val_rates, "held-out ones"), (self.train_rates, "training images"))
+        left_out = [f"{each[FOOLING].num_examples - each[kind].num_examples} {name}" for each, name in rates]
+        others = " and those of classes that are not attacked" if self.goal.has_classes else ""
+        text += f" Images that have the target's label already{others} do not count: {', '.join(left_out)}."
         if not is_target_reached(val, random.values()):
             return f"**The target was not reached:** hardly more images get it than under a random perturbation. {text}"
         return text if val.rate >= 0.5 else f"**Most images do not get the target.** {text}"
@@ -275,5 +277,6 @@ def _table_of_examples(run: FinishedRun) -> pa.Table:
             "clean_name": [label_name(label, run.class_names) for label in clean.labels],
             "perturbed_name": [label_name(label, run.class_names) for label in perturbed.labels],
             **({"gets_target": hits[TARGETED][0]} if TARGETED in hits else {}),
+            **({"is_attacked": hits[ATTACKED][1], "is_spared": hits[SPARED][1]} if ATTACKED in hits else {}),
         }
     )

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from uap_dist.method.norms import SYMBOLS, Norm, measure, random_of_same_norms
-from uap_dist.method.rates import FOOLING, RATE_TITLES, UNTARGETED, Goal, Rate, Rates
-from uap_dist.models.classes import find_label, name_with_label
+from uap_dist.method.rates import FOOLING, RATE_TITLES, UNTARGETED, Goal, Rate, Rates, goal_in_words
+from uap_dist.models.classes import find_label
 from uap_dist.models.classifier import Classifier
 from uap_dist.perturbations.files import Perturbation
 from uap_dist.workers.accuracy import top1
@@ -32,10 +32,10 @@ class Measurement:
         is_baseline: whether it is zero or noise (see `baselines`).
         scale: factor that v was multiplied with.
         norm_l2, norm_linf: norms of the scaled v at the classifier's input size, in pixels (0..255).
-        rates: over all images: the fooling rate and, for a perturbation with a target, the targeted success rate.
+        rates: by kind: the fooling rate over all images, and those that its goal calls for.
         top1_clean, top1: top-1 accuracy without and with the perturbation, over the images whose class is known; None if there
             are none.
-        target: label that the perturbation shall give, with its name where labels have names; empty if there is none.
+        goal: the perturbation's target and classes in words; empty if it is to fool all images.
         is_fooled: N images, bool.
     """
 
@@ -49,7 +49,7 @@ class Measurement:
     rates: Rates
     top1_clean: Rate | None
     top1: Rate | None
-    target: str = ""
+    goal: str = ""
     is_fooled: np.ndarray = field(default_factory=lambda: np.zeros(0, bool), repr=False, compare=False)
 
     @property
@@ -102,7 +102,7 @@ def measure_perturbations(
                 goal.rates(dataset.clean.labels, labels.labels),
                 top1(dataset, dataset.clean.labels),
                 top1(dataset, labels.labels),
-                "" if goal.target is None else name_with_label(goal.target, class_names),
+                "; ".join(goal_in_words(goal, class_names)),
                 labels.labels != dataset.clean.labels,
             )
 
@@ -110,7 +110,7 @@ def measure_perturbations(
 def baselines(perturbations: Iterable[Perturbation], shape: tuple[int, ...], seed: int) -> list[Perturbation]:
     """Baselines for perturbations: zero, and for each of them noise of the same ℓ∞ norm and noise of the same ℓ2 norm.
 
-    Perturbations of one target whose norms differ by at most 1 % share their noise, which has their target and is named after the
+    Perturbations of one goal whose norms differ by at most 1 % share their noise, which has their goal and is named after the
     first of them. Norms are taken after resizing to the images (see `Perturbation.resized`).
 
     Args:
@@ -119,16 +119,16 @@ def baselines(perturbations: Iterable[Perturbation], shape: tuple[int, ...], see
         seed: seed of the noise.
     """
     found = [Perturbation(NOTHING, torch.zeros(shape), {"baseline": True})]
-    sizes: list[tuple[Norm, int | None, float]] = []
+    sizes: list[tuple[Norm, Goal, float]] = []
     for perturbation in perturbations:
         noise = random_of_same_norms(perturbation.resized(shape), seed=seed)
         for norm in ("linf", "l2") if noise["l2"] is not noise["linf"] else ("linf",):
-            size, target = measure(perturbation.v, norm), perturbation.goal.target
-            alike = (known for *kind, known in sizes if kind == [norm, target])
+            size, goal = measure(perturbation.v, norm), perturbation.goal
+            alike = (known for *kind, known in sizes if kind == [norm, goal])
             if not any(abs(size - known) <= SAME_NORM * known for known in alike):
-                sizes.append((norm, target, size))
+                sizes.append((norm, goal, size))
                 name = f"random, {SYMBOLS[norm]} norm of {perturbation.name}"
-                found.append(Perturbation(name, noise[norm], {"baseline": True, "target": target}))
+                found.append(Perturbation(name, noise[norm], {"baseline": True} | goal.provenance()))
     return found
 
 

@@ -12,9 +12,14 @@ from uap_dist.evaluation import plots
 from uap_dist.evaluation.coverage import PoolCoverage, by_symbol, coverage_rows
 from uap_dist.evaluation.evaluate import Measurement
 from uap_dist.foreign_text import escape_markdown
-from uap_dist.method.rates import FOOLING, RATE_TITLES, TARGETED, rate_columns
+from uap_dist.method.rates import ATTACKED, FOOLING, RATE_TITLES, SPARED, TARGETED, rate_columns
 from uap_dist.tracking.outputs import markdown_table, save_table, writes_files
 
+MEANINGS = {
+    TARGETED: "images whose label is the target already do not count",
+    ATTACKED: "images of the classes that the perturbation was computed to fool",
+    SPARED: "images of the classes that it was to leave alone, so less is better",
+}
 MAX_ROWS_IN_SUMMARY = 40  # MLflow cuts a description at 8,000 characters
 
 
@@ -41,8 +46,8 @@ def save_evaluation(folder: Path, measurements: Sequence[Measurement], covered: 
         full = [m for m in own if m.scale == 1]
         if full:
             _save_rates(folder, f"transfer-{dataset}", full, FOOLING)
-        if targeted := [m for m in full if TARGETED in m.rates]:
-            _save_rates(folder, f"targeted-success-{dataset}", targeted, TARGETED)
+        for kind in _other_kinds(full):
+            _save_rates(folder, f"{kind.replace('_', '-')}-{dataset}", [m for m in full if kind in m.rates], kind)
         if len({m.scale for m in own}) > 1:
             plots.save_rates_by_norm(folder / f"pictures/2-fooling-rate-by-norm-{dataset}.png", own)
 
@@ -61,13 +66,13 @@ def summary(measurements: Sequence[Measurement], covered: Sequence[PoolCoverage]
         lines += [_best(classifier, own) for classifier in dict.fromkeys(m.classifier for m in own)]
         lines += [each.sentence() for each in covered if each.dataset == dataset]
         lines += ["", _matrix(own, FOOLING), ""]
-        targeted = [m for m in own if TARGETED in m.rates]
-        if targeted:
-            lines += ["Targeted success rates: images whose label is the target already do not count.", ""]
+        for kind in _other_kinds(own):
+            counted = [m for m in own if kind in m.rates]
+            lines += [f"{RATE_TITLES[kind].capitalize()}: {MEANINGS[kind]}.", ""]
             lines += [
-                _best_of_target(*names, targeted) for names in dict.fromkeys((m.classifier, m.target) for m in targeted)
+                _best_of_goal(*names, counted, kind) for names in dict.fromkeys((m.classifier, m.goal) for m in counted)
             ]
-            lines += ["", _matrix(targeted, TARGETED), ""]
+            lines += ["", _matrix(counted, kind), ""]
     return "\n".join(
         [*lines, "See `pictures/1-transfer-….png`; `tables/evaluation.csv` also has norms, and top-1 before and after."]
     )
@@ -98,23 +103,28 @@ def _best(classifier: str, measurements: Sequence[Measurement]) -> str:
     return f"* {names[0]}: **{names[1]}** fools {best.fooling}; {names[2]}: {noise.fooling}"
 
 
-def _best_of_target(classifier: str, target: str, measurements: Sequence[Measurement]) -> str:
-    """One line: the perturbation that gives a target on a classifier most often, beside the noise that does."""
-    own = [m for m in measurements if (m.classifier, m.target) == (classifier, target)]
-    best, *noise = (
-        max((m for m in own if m.is_baseline == b), key=lambda m: m.rates[TARGETED].rate, default=None)
-        for b in (False, True)
-    )
-    names = [escape_markdown(name) for name in (classifier, target)]
-    said = [f"**{escape_markdown(m.perturbation)}** {m.rates[TARGETED]}" for m in (best, *noise) if m is not None]
-    return f"* {names[0]}, target {names[1]}: {'; '.join(said)}"
+def _other_kinds(measurements: Sequence[Measurement]) -> list[str]:
+    """The kinds of rates beside the fooling rate that some of the measurements have."""
+    return [kind for kind in RATE_TITLES if kind != FOOLING and any(kind in m.rates for m in measurements)]
+
+
+def _best_of_goal(classifier: str, goal: str, measurements: Sequence[Measurement], kind: str) -> str:
+    """One line: the perturbation of a goal with the largest rate on a classifier, beside the noise with the largest."""
+    own = [m for m in measurements if (m.classifier, m.goal) == (classifier, goal)]
+    best = [
+        max(some, key=lambda m: m.rates[kind].rate)
+        for is_baseline in (False, True)
+        if (some := [m for m in own if m.is_baseline == is_baseline])
+    ]
+    said = [f"**{escape_markdown(m.perturbation)}** {m.rates[kind]}" for m in best]
+    return f"* {escape_markdown(classifier)}, {escape_markdown(goal)}: {'; '.join(said)}"
 
 
 def markdown(measurements: Sequence[Measurement]) -> str:
     """A Markdown table with a row for each measurement."""
     heads = ["classifier", "images", "perturbation", "scale", "ℓ2", "ℓ∞", "fooling rate", "top-1 before", "top-1 after"]
-    is_targeted = any(TARGETED in m.rates for m in measurements)
-    heads += ["target", "targeted success rate"] if is_targeted else []
+    kinds = _other_kinds(measurements)
+    heads += ["goal", *(RATE_TITLES[kind] for kind in kinds)] if kinds else []
     rows = [
         [
             *map(escape_markdown, (m.classifier, m.dataset, m.perturbation)),
@@ -122,7 +132,7 @@ def markdown(measurements: Sequence[Measurement]) -> str:
             f"{m.norm_l2:.0f}",
             f"{m.norm_linf:.1f}",
             *(str(rate or "–") for rate in (m.fooling, m.top1_clean, m.top1)),
-            *((escape_markdown(m.target or "–"), str(m.rates.get(TARGETED, "–"))) if is_targeted else ()),
+            *((escape_markdown(m.goal or "–"), *(str(m.rates.get(kind, "–")) for kind in kinds)) if kinds else ()),
         ]
         for m in measurements
     ]
@@ -130,16 +140,16 @@ def markdown(measurements: Sequence[Measurement]) -> str:
 
 
 def _table(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:
-    """A row for each measurement; columns on targets only where there are some."""
-    is_targeted, rows = any(m.target for m in measurements), []
+    """A row for each measurement; columns on goals only where there are some."""
+    kinds, rows = _other_kinds(measurements), []
     for m in measurements:
         row = {name: value for name, value in vars(m).items() if isinstance(value, str | bool | float)}
-        row |= rate_columns("fooling_rate", m.fooling)
-        if is_targeted:
-            row |= rate_columns("targeted_success_rate", m.rates.get(TARGETED))
-        else:
-            del row["target"]
-        rows.append(row | rate_columns("top1_clean", m.top1_clean) | rate_columns("top1", m.top1))
+        if not kinds:
+            del row["goal"]
+        rates = {f"{kind}_rate": m.rates.get(kind) for kind in (FOOLING, *kinds)}
+        for name, rate in (rates | {"top1_clean": m.top1_clean, "top1": m.top1}).items():
+            row |= rate_columns(name, rate)
+        rows.append(row)
     return rows
 
 

@@ -12,8 +12,8 @@ from uap_dist.computing.provenance import (
     Setting,
     check_resumed,
     describe_config,
+    describe_goal,
     describe_setup,
-    describe_target,
     describe_training,
     job_record,
     name_labels,
@@ -102,7 +102,7 @@ def _set_up(
     options = options.with_labels(class_names, num_labels)
     train = classify_images(fleet, options.model, train, "training")
     say_who_takes_part(options.config.goal, train)
-    data = describe_training(train) | describe_target(options.config, class_names)
+    data = describe_training(train) | describe_goal(options.config, class_names, train)
     held_out = behind(lambda: read_held_out(fleet, options.data, val_urls, train, options.model))
     setting = Setting(classifier, fleet, train, held_out, settings | data, console, options.record.commit_every_s)
     record = job_record("compute", setting, run_id=tracker.run_id, options=to_json(options))

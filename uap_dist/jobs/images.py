@@ -44,11 +44,14 @@ def classify_images(fleet: Fleet, model: str, dataset: Dataset, what: str) -> Da
 
 
 def say_who_takes_part(goal: Goal, train: Dataset) -> None:
-    """Tell the console how many training images a computation with a target leaves out."""
-    num_left_out = int((~goal.takes_part(train.clean.labels)).sum())
-    if num_left_out:
+    """Tell the console how many training images a computation attacks and spares, and how many have the target's label already."""
+    labels, total = train.clean.labels, train.num_examples
+    num_attacked, num_pushed, num_spared = (int(m(labels).sum()) for m in (goal.attacks, goal.pushes, goal.spares))
+    if goal.has_classes:
+        console.print(f"of {total} training images {num_attacked} are of attacked classes, {num_spared} of spared ones")
+    if num_pushed < num_attacked:
         console.print(
-            f"{num_left_out} of {train.num_examples} training images take no part: the network gives them the target's label already"
+            f"{num_attacked - num_pushed} of {total} training images take no part: the network gives them the target's label already"
         )
 
 

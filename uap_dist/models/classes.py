@@ -139,6 +139,23 @@ def find_label(given: int | str, class_names: Sequence[str], num_classes: int, *
     )
 
 
+def find_labels(
+    given: Sequence[int | str], class_names: Sequence[str], num_classes: int, *, option: str
+) -> tuple[int, ...]:
+    """The labels that numbers and names mean, each once; a text with commas that is no name is a list of them.
+
+    Args and errors as for `find_label`.
+    """
+    index = ClassIndex(class_names)
+    parts: list[int | str] = []
+    for each in given:
+        is_list = isinstance(each, str) and "," in each and index.find(each) is None
+        parts += [part.strip() for part in str(each).split(",")] if is_list else [each]
+    numbers = (int(part) if isinstance(part, str) and part.isdecimal() else part for part in parts)
+    found = [find_label(part, class_names, num_classes, option=option) for part in numbers]
+    return tuple(dict.fromkeys(found))
+
+
 def _listed(labels: Sequence[int]) -> str:
     return ", ".join(map(str, labels))
 

@@ -44,8 +44,8 @@ class Perturbation:
 
     @property
     def goal(self) -> Goal:
-        """What images shall be taken for under it; one without provenance has no target."""
-        return Goal(self.provenance.get("target"))
+        """What images shall be taken for under it; one without provenance is to fool all images."""
+        return Goal.from_provenance(self.provenance)
 
     def aimed(self, target: int | None) -> "Perturbation":
         """With another target, or none."""

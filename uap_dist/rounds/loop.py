@@ -48,9 +48,10 @@ def compute(
 
     Raises:
         ConfigError: there are fewer training images than in a block, the evaluations do not allow one round, the images of
-            both datasets differ in shape, or all images of one have the target's label already.
+            both datasets differ in shape, or no image of one is to get another label.
     """
     _check_goal(config.goal, train, "training images")
+    config = config.balanced(train.clean.labels)
     held_out = val if isinstance(val, Future) else known(val)
     plan = plan_run(train.sizes, config)
     before = state or State.start(train.shape, train.num_examples, config)
@@ -78,10 +79,9 @@ def compute(
 
 
 def _check_goal(goal: Goal, images: Dataset, what: str) -> None:
-    if not goal.takes_part(images.clean.labels).any():
-        raise ConfigError(
-            f"the network gives all {images.num_examples} {what} label {goal.target}, which is the target: none is left that counts"
-        )
+    if not goal.pushes(images.clean.labels).any():
+        left_out = "the target's label" if goal.attacks(images.clean.labels).any() else "labels that are not attacked"
+        raise ConfigError(f"the network gives all {images.num_examples} {what} {left_out}; none is left that counts")
 
 
 class _Waiting:
