@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from uap_dist.method.norms import Norm, add_perturbation, measure, project
+from uap_dist.method.rates import FOOLING
 from uap_dist.method.solver import LOG_ODDS_SIZE, BlockResult, Solver
 from uap_dist.models.classifier import Classifier
 from uap_dist.workers import worker as workers_module
@@ -46,7 +47,10 @@ def clamped_cross_entropy(logits: Tensor, labels: Tensor, clamp: float = CLAMP) 
 
 
 class EntropyWorkers(LocalWorkers):
-    """Gives the gradient of the clamped cross-entropy where ours gives increments: schedule, momentum, steps and corner are our rule's."""
+    """Gives the gradient of the clamped cross-entropy where ours gives increments: schedule, momentum, steps and corner are our rule's.
+
+    With a target it is that of the target's cross-entropy, which falls.
+    """
 
     def __init__(self, worker: Worker, clamp: float = CLAMP) -> None:
         own = Worker(worker.classifier, cache_bytes=0, num_threads=1)
@@ -62,10 +66,12 @@ class EntropyWorkers(LocalWorkers):
     def _solve_block(
         self, classifier: Classifier, pixels: Tensor, perturbation: Tensor, labels: Tensor, solver: Solver
     ) -> BlockResult:
+        aims, factors = solver.goal.aims(labels)
         with torch.enable_grad():
             logits, leaf = classifier.linearise(add_perturbation(pixels, perturbation))
-            (slopes,) = torch.autograd.grad(clamped_cross_entropy(logits, labels, self.clamp).sum(), leaf)
-        slope = classifier.pull_back(slopes.sum(0, keepdim=True), pixels.shape[1:])
+            losses = clamped_cross_entropy(logits, aims, self.clamp)
+            (slopes,) = torch.autograd.grad(-(factors * losses).sum(), leaf)
+        (slope,) = classifier.pull_back(slopes.sum(0, keepdim=True), pixels.shape[1:])
         slope /= slope.abs().mean().clamp(min=1e-30)  # as when its constants were searched, a round being a block
-        nothing = {LOG_ODDS_SIZE: (0.0, 0)}
+        nothing = {LOG_ODDS_SIZE: (0.0, 0), **{kind: (0.0, 0) for kind in solver.goal.kinds if kind != FOOLING}}
         return BlockResult(slope.cpu().numpy(), len(pixels), 0, 2 * len(pixels), nothing)

@@ -199,7 +199,7 @@ class Trial:
                 is_dominant = labels == self.variant.aim
             weights = torch.where(is_dominant, 0.0, weigh(gaps.detach(), progress, self.variant, state.unit))
             (slopes,) = torch.autograd.grad((weights * gaps).sum(), leaf)
-        total = -self.classifier.pull_back(slopes.sum(0, keepdim=True), x.shape[1:]).double()
+        total = -self.classifier.pull_back(slopes.sum(0, keepdim=True), x.shape[1:])[0].double()
         answers = logits.detach().softmax(1).mean(0)
         return total.cpu(), answers.cpu(), gaps.detach().abs().mean().cpu()
 

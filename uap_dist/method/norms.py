@@ -78,7 +78,7 @@ def project(v: Tensor, *, norm: Norm, radius: float) -> Tensor:
     check_ball(norm, radius)
     if norm == "linf":
         return v.clamp(-radius, radius)
-    return v * (radius / norms(v, "l2").clamp_min(TINY)).clamp_max(1.0)[..., None, None, None]
+    return (v * (radius / norms(v, "l2").clamp_min(TINY)).clamp_max(1.0)[..., None, None, None]).to(v.dtype)
 
 
 def spread(norm: Norm, radius: float, num_values: int) -> float:
