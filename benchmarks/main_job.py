@@ -30,6 +30,7 @@ from uap_dist.fleet.ray_cluster import connect
 from uap_dist.method.config import ComputeConfig
 from uap_dist.method.norms import SYMBOLS, random_of_same_norms
 from uap_dist.method.norms import measure as measure_norm
+from uap_dist.method.rates import FOOLING
 from uap_dist.rounds.loop import compute
 from uap_dist.versions import git_commit
 from uap_dist.workers.dataset import load_dataset
@@ -129,8 +130,8 @@ def measure(network_name: str, names: list[str], options: Options) -> None:
             "seed": seed,
             "config": ROWS[name].config,
             "rate": final.evaluation.val.rate,
-            "random_rate": noise[config.norm].rate,
-            "random_rate_by_norm": {norm: rate.rate for norm, rate in noise.items()},
+            "random_rate": noise[config.norm][FOOLING].rate,
+            "random_rate_by_norm": {norm: rates[FOOLING].rate for norm, rates in noise.items()},
             "norm_l2": measure_norm(final.perturbation, "l2"),
             "norm_linf": measure_norm(final.perturbation, "linf"),
             "num_val_images": val.num_examples,

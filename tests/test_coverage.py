@@ -1,13 +1,21 @@
-"""What a pool covers."""
+"""What a pool covers, and the benchmark of it (benchmarks/pool_coverage.py) at toy size."""
+
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import TINY
 
 from uap_dist.evaluation.coverage import Coverage, by_symbol, class_rows, coverage_rows, measure_random_coverage
 from uap_dist.method.norms import random_of_same_norms
 from uap_dist.method.rates import Rate
 from uap_dist.workers.dataset import classify
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import pool_coverage
+from networks import NETWORKS, Network
 
 FOOLED = np.array([[1, 1, 1, 0, 0, 0], [1, 1, 0, 1, 0, 0], [0, 0, 0, 0, 1, 0], [1, 1, 1, 0, 0, 0]], bool)
 
@@ -41,3 +49,22 @@ def test_random_perturbations_are_as_many_and_as_large_as_the_members(local_work
     corners = measure_random_coverage(local_workers, val, 20 * members.sign())
     assert corners["l2"] is corners["linf"]  # measured once
     assert list(by_symbol(corners)) == ["ℓ∞ and ℓ2"] and list(by_symbol(found)) == ["ℓ∞", "ℓ2"]
+
+
+def test_pools_are_computed_once_and_stand_beside_as_many_random_perturbations(shards, tmp_path, monkeypatch, capsys):
+    tiny = {"train": "train-*.tar", "val": "val-*.tar", "num_train_images": 47, "num_val_images": 20, "tune_shards": 2}
+    monkeypatch.setitem(NETWORKS, "tiny", Network(model=TINY, weights=None, **tiny))
+    pool = pool_coverage.Pool("tiny", 3, {"max_evaluations": 200})
+    monkeypatch.setattr(pool_coverage, "POOLS", {"three of them": pool})
+    options = pool_coverage.Options(data=shards, output=tmp_path / "coverage.jsonl")
+    pool_coverage.run(options)
+    pool_coverage.run(options)
+    (line,) = pool_coverage.read(options.output)
+    assert sorted(line["members"]) == ["seed 0", "seed 1", "seed 2"]
+    assert line["covered"][0] == max(line["alone"]) and line["covered"] == sorted(line["covered"])
+    assert line["covered"][-1] <= min(20, sum(line["alone"]))
+    assert {norm: len(hits) for norm, hits in line["random"].items()} == {"ℓ∞": 3, "ℓ2": 3}
+    _, (row,) = (text.splitlines() for text in pool_coverage.table([line]))
+    assert f"| {20 - line['covered'][-1]} |" in row and f"{sum(line['alone']) / 60:.3f}" in row
+    pool_coverage.draw([line], tmp_path / "coverage.png")
+    assert (tmp_path / "coverage.png").stat().st_size > 1000

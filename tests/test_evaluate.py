@@ -16,7 +16,7 @@ from uap_dist.evaluation.evaluate import Measurement, baselines, measure_perturb
 from uap_dist.evaluation.report import markdown as as_table
 from uap_dist.evaluation.report import summary
 from uap_dist.method.norms import measure, random_perturbation
-from uap_dist.method.rates import Rate
+from uap_dist.method.rates import FOOLING, Rate
 from uap_dist.models.loading import load_classifier
 from uap_dist.models.weights import write_weights
 from uap_dist.perturbations.files import Perturbation
@@ -72,7 +72,7 @@ def test_baselines_are_as_large_as_the_perturbations_in_both_norms(local_workers
 def test_names_in_a_summary_are_text():
     names = {False: "<b>v|*w*", True: "random, ℓ2 norm of <b>v|*w*"}
     found = [
-        Measurement("[c](d)", "a_b", name, is_baseline, 1.0, 1.0, 1.0, Rate(1 + is_baseline, 10), None, None)
+        Measurement("[c](d)", "a_b", name, is_baseline, 1.0, 1.0, 1.0, {FOOLING: Rate(1 + is_baseline, 10)}, None, None)
         for is_baseline, name in names.items()
     ]
     parser = MarkdownIt("commonmark").enable("table")

@@ -1,5 +1,7 @@
 """Fine-tuning in this process: the learner, its images, its factors."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,10 +13,11 @@ from uap_dist.data.write import write_shards
 from uap_dist.errors import ClassifierError, ConfigError, ShardError
 from uap_dist.evaluation.evaluate import measure_perturbations
 from uap_dist.finetuning.adversarial import smallest_factors
-from uap_dist.finetuning.batches import WorkerImages
-from uap_dist.finetuning.network import check_labels, check_trainable, check_truths
+from uap_dist.finetuning.batches import ImageReader, WorkerImages
+from uap_dist.finetuning.network import check_labels, check_trainable, check_truths, make_optimiser
 from uap_dist.finetuning.options import FinetuneConfig
 from uap_dist.finetuning.trainer import HELD_OUT, TRAINED_ON, Learner, Task
+from uap_dist.fleet.config import FleetConfig
 from uap_dist.method.norms import random_perturbation
 from uap_dist.models.classifier import Classifier
 from uap_dist.models.loading import load_classifier
@@ -34,13 +37,17 @@ def pool():
     return PerturbationPool(members, shared, [{"name": "a"}, {"name": "b"}])
 
 
+def reader(**options):
+    return ImageReader(Geometry(), FleetConfig(**options))
+
+
 def learner(data, pool, model=TINY, **options):
     config = FinetuneConfig(**{"batch_size": 8, "epochs": 2, "learning_rate": 1e-3} | options)
-    return Learner(Task(model, None, *data, pool, config, num_threads=1))
+    return Learner(Task(model, None, *data, pool, config, FleetConfig()))
 
 
 def test_a_worker_with_other_weights_than_the_driver_is_refused(tiny_data, pool):
-    task = Task(TINY, None, *tiny_data, pool, FinetuneConfig(), num_threads=1, weights_digest="0" * 64)
+    task = Task(TINY, None, *tiny_data, pool, FinetuneConfig(), FleetConfig(), weights_digest="0" * 64)
     with pytest.raises(ClassifierError, match="training worker 0 loaded other weights of .*:Tiny than the driver"):
         Learner(task)
 
@@ -70,24 +77,25 @@ def test_factor_is_the_smallest_of_the_ladder_that_fools():
 
 def test_every_image_is_shown_once_an_epoch_in_an_order_of_its_own(tiny_data):
     train, _ = tiny_data
-    parts = [WorkerImages(train.part(number, 2), Geometry(), num_shards=1) for number in range(2)]
-    whole = WorkerImages(train, Geometry(), num_shards=9)
+    parts = [WorkerImages(train.part(number, 2), reader(), num_shards=1) for number in range(2)]
+    whole = WorkerImages(train, reader(), num_shards=9)
     everything = np.concatenate([images for images, _ in whole.in_order(7)])
     assert len(everything) == 47
     for seed in (0, 1):
-        batches = [b for part in parts for b in part.shuffled(np.random.default_rng(seed), 1)]
+        batches = [b for part in parts for b in part.views(np.random.default_rng(seed), 1, "none")]
         found = {images.tobytes(): truth for images, (truth,) in batches}
         assert len(batches) == len(found) == 47 and set(found) == {image[None].tobytes() for image in everything}
     first, second = (
-        np.concatenate([truths for _, truths in whole.shuffled(np.random.default_rng(seed), 5)]) for seed in (0, 1)
+        np.concatenate([truths for _, truths in whole.views(np.random.default_rng(seed), 5, "none")]) for seed in (0, 1)
     )
     assert len(first) == 45 and not np.array_equal(first, second)
 
 
-def test_images_and_truths_stay_together(tiny_data):
+@pytest.mark.parametrize("augmentation", ["none", "flip-shift", "random-resized-crop"])
+def test_images_and_truths_stay_together(tiny_data, augmentation):
     train, _ = tiny_data
-    part = WorkerImages(train, Geometry(), num_shards=2)
-    for images, truths in part.shuffled(np.random.default_rng(0), 4):
+    part = WorkerImages(train, reader(), num_shards=2)
+    for images, truths in part.views(np.random.default_rng(0), 4, augmentation):
         assert (images.mean((2, 3)).argmax(1) == truths).mean() > 0.7  # the class is the strongest colour
 
 
@@ -96,7 +104,9 @@ def test_a_shard_that_has_changed_is_refused(tmp_path, local_workers):
     dataset = load_dataset(local_workers, [str(tmp_path / "x-0000.tar")])
     write_shards(random_samples(9, seed=6), tmp_path, prefix="x", shard_size=9)
     with pytest.raises(ShardError, match="changed during the run"):
-        next(WorkerImages(dataset, Geometry(), 1).in_order(3))
+        next(WorkerImages(dataset, reader(), 1).in_order(3))
+    with pytest.raises(ShardError, match="changed during the run"):
+        next(WorkerImages(dataset, reader(), 1).views(np.random.default_rng(0), 3, "random-resized-crop"))
 
 
 def test_it_learns_and_repeats_to_the_bit(tiny_data, pool):
@@ -120,6 +130,8 @@ def test_it_learns_and_repeats_to_the_bit(tiny_data, pool):
         {"adaptive": True, "model": NORMED, "batch_norm": "train"},
         {"online": True, "online_perturbations": 2},
         {"online": True, "adaptive": True},
+        {"training_precision": "bfloat16", "augment": "random-resized-crop"},
+        {"optimiser": "adamw"},
     ],
 )
 def test_an_interrupted_training_ends_in_the_same_bits(tiny_data, pool, tmp_path, options):
@@ -133,6 +145,44 @@ def test_an_interrupted_training_ends_in_the_same_bits(tiny_data, pool, tmp_path
     assert same(finish(rest), whole.classifier.network.state_dict())
     metrics = [[{k: v for k, v in r.metrics.items() if "second" not in k} for r in x.history] for x in (rest, whole)]
     assert metrics[0] == metrics[1]
+
+
+@pytest.mark.parametrize(("smoothing", "is_same"), [(1.0, True), (0.0, False), (0.5, False)])
+def test_labels_that_are_spread_over_all_classes_are_no_longer_seen(tiny_data, pool, smoothing, is_same):
+    train, val = tiny_data
+    other = replace(train, shards=tuple(replace(shard, truths=0 * shard.truths) for shard in train.shards))
+    a, b = (finish(learner((data, val), pool, label_smoothing=smoothing, epochs=1)) for data in (train, other))
+    assert same(a, b) == is_same
+
+
+@pytest.mark.parametrize(
+    ("norm", "kind", "rate"),
+    [
+        (nn.Identity(), torch.optim.SGD, 0.0001),
+        (nn.BatchNorm2d(3), torch.optim.SGD, 0.01),
+        (nn.LayerNorm(8), torch.optim.AdamW, 0.00001),
+        (nn.Sequential(nn.LayerNorm(8), nn.BatchNorm2d(3)), torch.optim.SGD, 0.01),
+    ],
+)
+def test_the_optimiser_follows_the_networks_norms_unless_it_is_given(norm, kind, rate):
+    network = nn.Sequential(nn.Conv2d(3, 3, 1), norm)
+    classifier = Classifier(network, name="n", geometry=Geometry())
+    for parameter in network.parameters():
+        parameter.requires_grad_(True)
+    found = make_optimiser(classifier, FinetuneConfig())
+    assert type(found) is kind and found.param_groups[0]["lr"] == rate
+    given = make_optimiser(classifier, FinetuneConfig(optimiser="adamw", learning_rate=0.5))
+    assert type(given) is torch.optim.AdamW and given.param_groups[0]["lr"] == 0.5
+
+
+def test_steps_in_bfloat16_are_nearly_those_in_float32(tiny_data, pool):
+    """Weights stay in float32: they are not rounded after each step."""
+    half, full = (learner(tiny_data, pool, training_precision=precision) for precision in ("bfloat16", "float32"))
+    a, b, first = finish(half), finish(full), load_classifier(TINY).network.state_dict()
+    assert not same(a, b)
+    for key in a:
+        moved, error = (b[key] - first[key]).norm(), (a[key] - b[key]).norm()
+        assert a[key].dtype == torch.float32 and error < 0.1 * moved
 
 
 @pytest.mark.parametrize("batch_norm", ["frozen", "train"])
@@ -165,7 +215,7 @@ def test_rates_of_an_epoch_are_those_of_an_evaluation(tiny_data, pool):
 def test_two_workers_see_all_images_between_them(tiny_data, pool):
     """What each measures on its part of the held-out images, together, is what one measures on all."""
     config = FinetuneConfig(batch_size=8)
-    task = Task(TINY, None, *tiny_data, pool, config, num_threads=1)
+    task = Task(TINY, None, *tiny_data, pool, config, FleetConfig())
     parts = [task.val.part(number, 3) for number in range(3)]
     assert [key for part in parts for key in part.keys] == task.val.keys
     assert sorted(part.num_examples for part in parts) == [6, 7, 7]
@@ -182,7 +232,11 @@ def test_two_workers_see_all_images_between_them(tiny_data, pool):
         ({"ladder": (0.5, 0.5)}, "ladder is .*ascending positive numbers"),
         ({"ladder": ()}, "ladder is"),
         ({"ladder": (0.5, 1.0)}, "ladder belongs to --adaptive"),
-        ({"augment": "rotate"}, "augment is 'rotate'; it must be one of none, flip, flip-shift"),
+        ({"augment": "rotate"}, "augment is 'rotate'; it must be one of none, flip, flip-shift, random-resized-crop"),
+        ({"momentum": 1.0}, r"momentum is 1.0; it must lie in \[0, 1\)"),
+        ({"label_smoothing": 1.5}, r"label smoothing is 1.5; it must lie in \[0, 1\]"),
+        ({"optimiser": "adam"}, "optimiser is 'adam'; it must be one of sgd, adamw"),
+        ({"training_precision": "half"}, "training precision is 'half'; it must be one of float32, bfloat16"),
         ({"batch_norm": "off"}, "batch norm is 'off'; it must be frozen or train"),
         ({"online": True, "online_perturbations": 0}, "online perturbations is 0; it must be positive"),
         ({"online": True, "online_step": float("nan")}, r"online step is nan; it must lie in \(0, 1\]"),

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from uap_dist.data.decode import Geometry
 from uap_dist.errors import ConfigError
-from uap_dist.finetuning.batches import WorkerImages
+from uap_dist.finetuning.batches import ImageReader, WorkerImages
 from uap_dist.finetuning.options import FinetuneConfig, FinetuneOptions
 from uap_dist.finetuning.trainer import Learner, Task
 from uap_dist.fleet.config import FleetConfig
@@ -56,8 +56,9 @@ def weights(data, tmp_path_factory):
     train = load_dataset(LocalWorkers(Worker(classifier, cache_bytes=1 << 30, num_threads=1)), data[0])
     network = load_classifier(TINY).network.requires_grad_(True)
     optimiser = torch.optim.Adam(network.parameters(), 3e-3)
+    reader = ImageReader(Geometry(), FleetConfig())
     for epoch in range(12):
-        for images, truths in WorkerImages(train, Geometry(), 3).shuffled(np.random.default_rng(epoch), 8):
+        for images, truths in WorkerImages(train, reader, 3).views(np.random.default_rng(epoch), 8, "none"):
             loss = torch.nn.functional.cross_entropy(network(torch.tensor(images).float()), torch.tensor(truths))
             optimiser.zero_grad(), loss.backward(), optimiser.step()
     path = tmp_path_factory.mktemp("weights") / "taught.safetensors"
@@ -137,7 +138,7 @@ def train_undisturbed(config, weights, data, pool, folder):
     """What two workers without Ray end with."""
     workers = LocalWorkers(Worker(load_classifier(SLOW, weights), cache_bytes=1 << 30, num_threads=1))
     train, val = (load_dataset(workers, urls) for urls in data)
-    task = Task(SLOW, weights, train, val, PerturbationPool.load(pool), config, num_threads=1)
+    task = Task(SLOW, weights, train, val, PerturbationPool.load(pool), config, FleetConfig())
     torch.multiprocessing.spawn(learn, (task, folder), nprocs=2)
     learner = Learner(task)
     learner.load(folder)

@@ -16,6 +16,7 @@ from uap_dist.finetuning.adversarial import OnlinePerturbations, PerturbedImages
 from uap_dist.finetuning.batches import WorkerGroup
 from uap_dist.finetuning.options import FinetuneConfig
 from uap_dist.finetuning.trainer import TRAINED_ON, Learner, Task
+from uap_dist.fleet.config import FleetConfig
 from uap_dist.method.norms import measure, random_perturbation
 from uap_dist.method.update import Steps
 from uap_dist.models.classifier import Classifier
@@ -105,7 +106,7 @@ def test_they_start_apart_on_the_ball_and_stay_in_it(norm):
 
 
 def test_steps_repeat_themselves_as_those_of_the_attack():
-    moving, config = online(period=2, online_step=0.1)
+    moving, config = online(period=2, online_step=0.1, online_perturbations=1)
     first = moving.v.clone()
     batch = perturb(linear(0), images(0), moving.v, config)
     cross_entropy(linear(0)(batch.pixels), torch.zeros(12, dtype=torch.int64)).backward()
@@ -124,7 +125,7 @@ def task(tiny_data):
     shared = {"norm": "linf", "radius": 40.0, "rule": "log-odds"}
     pool = PerturbationPool(members, shared, [{"name": "a"}, {"name": "b"}])
     config = FinetuneConfig(batch_size=8, epochs=3, learning_rate=1e-3, online=True, online_perturbations=2)
-    return Task(TINY, None, *tiny_data, pool, config, num_threads=1)
+    return Task(TINY, None, *tiny_data, pool, config, FleetConfig())
 
 
 def gradients(number):

@@ -102,7 +102,7 @@ def test_images_of_the_target_cost_evaluations_but_do_not_change_the_result(loca
     train, val = tiny_data
     label = int(train.clean.labels[0])
     own = train.take(np.flatnonzero(train.clean.labels == label))
-    with pytest.raises(ConfigError, match=f"all {own.num_examples} training images label {label}, which is the target"):
+    with pytest.raises(ConfigError, match=f"all {own.num_examples} training images the target's label; none is left"):
         next(compute(local_workers, own, val, replace(CONFIG, target=label)))
     config = replace(CONFIG, target=label, augment="none", round_size=1, block_size=1, max_passes=1)
     scale, v = float("inf"), torch.zeros(train.shape)
@@ -125,16 +125,18 @@ def test_one_worker_and_two_give_the_same_bits_and_so_does_a_resumed_run(local_r
     fleet = make_fleet(2)
     train, val = load(fleet, shards)
     label = int(train.clean.labels[0])
-    config = replace(CONFIG, target=label)
-    *_, shared = compute(fleet, train, val, config)
+    plain = replace(CONFIG, target=None)
+    configs = (replace(CONFIG, target=label), replace(plain, only_classes=(label,)))
+    *_, untargeted = compute(LocalWorkers(tiny_worker()), train, val, plain)
+    for config in configs:
+        *_, shared = compute(fleet, train, val, config)
+        here = list(compute(LocalWorkers(tiny_worker()), train, val, config))
+        assert torch.equal(shared.perturbation, here[-1].perturbation)
+        assert shared.evaluation.val_rates == here[-1].evaluation.val_rates
+        *_, resumed = compute(LocalWorkers(tiny_worker()), train, val, config, here[6].state)
+        assert torch.equal(resumed.perturbation, here[-1].perturbation)
+        assert not torch.equal(untargeted.perturbation, here[-1].perturbation)
     fleet.close()
-    here = list(compute(LocalWorkers(tiny_worker()), train, val, config))
-    assert torch.equal(shared.perturbation, here[-1].perturbation)
-    assert shared.evaluation.val_rates == here[-1].evaluation.val_rates
-    *_, resumed = compute(LocalWorkers(tiny_worker()), train, val, config, here[6].state)
-    assert torch.equal(resumed.perturbation, here[-1].perturbation)
-    *_, other = compute(LocalWorkers(tiny_worker()), train, val, replace(config, target=None))
-    assert not torch.equal(other.perturbation, here[-1].perturbation)
 
 
 def test_records_hold_the_rate_its_interval_and_its_running_mean(local_workers, tiny_data):
@@ -180,9 +182,9 @@ def test_a_target_that_is_no_class_is_refused_with_the_nearest_names(given, mess
 
 
 def test_what_has_no_target_is_refused(local_workers, tiny_data):
-    with pytest.raises(ConfigError, match="the paper's rule knows no target; give --target with --rule log-odds"):
+    with pytest.raises(ConfigError, match="the paper's rule knows no target; give them with --rule log-odds"):
         ComputeConfig(rule="paper", target=1)
     with pytest.raises(ConfigError, match="target is 'red', but the classes have no names .* give a label from 0 to 3"):
         ComputeConfig(target="red").with_labels((), 4)
-    with pytest.raises(ConfigError, match="target is the name 'red'; call ComputeConfig.with_labels"):
+    with pytest.raises(ConfigError, match="'red' is the name of a class; call ComputeConfig.with_labels"):
         next(compute(local_workers, *tiny_data, replace(CONFIG, target="red")))

@@ -45,7 +45,7 @@ def test_classify_agrees_with_the_network(shards):
     worker = tiny_worker()
     task = examples(str(shards / "train-0000.tar"), worker)
     shown = np.clip(worker.pixels(task) + V[0], 0, 255)
-    probabilities = worker.classifier(torch.tensor(shown)).softmax(1)
+    probabilities = worker.classifier(torch.tensor(shown, device=worker.device)).softmax(1).cpu()
     found = worker.classify(task, V[0])
     assert found.labels.tolist() == probabilities.argmax(1).tolist()
     np.testing.assert_allclose(found.confidences, probabilities.max(1).values.numpy(), rtol=1e-5)

@@ -46,7 +46,10 @@ def clamped_cross_entropy(logits: Tensor, labels: Tensor, clamp: float = CLAMP) 
 
 
 class EntropyWorkers(LocalWorkers):
-    """Gives the gradient of the clamped cross-entropy where ours gives increments: schedule, momentum, steps and corner are our rule's."""
+    """Gives the gradient of the clamped cross-entropy where ours gives increments: schedule, momentum, steps and corner are our rule's.
+
+    With a target it is that of the target's cross-entropy, which falls.
+    """
 
     def __init__(self, worker: Worker, clamp: float = CLAMP) -> None:
         own = Worker(worker.classifier, cache_bytes=0, num_threads=1)
@@ -62,9 +65,11 @@ class EntropyWorkers(LocalWorkers):
     def _solve_block(
         self, classifier: Classifier, batch: Batch, perturbation: Tensor, scales: Tensor, solver: Solver
     ) -> tuple[Tensor, Tensor]:
+        aims, factors = solver.goal.aims(batch.labels)
         with torch.enable_grad():
             logits, leaf = classifier.linearise(add_perturbation(batch.pixels, perturbation))
-            (slopes,) = torch.autograd.grad(clamped_cross_entropy(logits, batch.labels, self.clamp).sum(), leaf)
+            losses = clamped_cross_entropy(logits, aims, self.clamp)
+            (slopes,) = torch.autograd.grad(-(factors * losses).sum(), leaf)
         slope = classifier.pull_back(slopes.sum(0, keepdim=True), batch.pixels.shape[1:])
         slope /= slope.abs().mean().clamp(min=1e-30)  # as when its constants were searched, a round being a block
         return slope, torch.zeros(1, len(solver.names), 2, dtype=torch.float64)

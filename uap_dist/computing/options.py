@@ -1,6 +1,7 @@
 """Options of jobs/compute.py."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,10 @@ class ComputeOptions:
         is_default = self.num_perturbations > 1 and self.compute.random_start is None
         return replace(self.compute, random_start=POOL_RANDOM_START) if is_default else self.compute
 
+    def with_labels(self, class_names: Sequence[str], num_classes: int) -> "ComputeOptions":
+        """The options with labels as numbers, see `ComputeConfig.with_labels`."""
+        return replace(self, compute=self.compute.with_labels(class_names, num_classes))
+
     @property
     def job(self) -> str:
         """Kind of job, which the MLflow run is tagged with."""
@@ -101,6 +106,8 @@ class ComputeOptions:
         model += re.sub(r"[^\w.=]+", "-", f"-{arguments}" if arguments else "")
         seed = self.compute.seed
         which = f"seed{seed}" if self.num_perturbations == 1 else f"pool{self.num_perturbations}-seed{seed}"
+        target = self.compute.target
+        which += "" if target is None else re.sub(r"[^\w.=]+", "-", f"-target-{target}")
         return f"{model.replace(':', '-')}-{self.compute.norm}-{which}{'-plan' * self.plan}"
 
     def costs(self) -> dict[str, Any]:

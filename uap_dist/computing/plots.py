@@ -1,6 +1,6 @@
 """Plots of a computation: its curve, clean and perturbed images, and perturbations."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from uap_dist.figures import column, readable, save_figure
 from uap_dist.method.norms import Norm
-from uap_dist.method.rates import Rate, running_rates
+from uap_dist.method.rates import RATE_TITLES, Rate, running_rates
 from uap_dist.rounds.record import RUNNING_IMAGES, RoundRecord
 
 PICTURE_SIDE = 224
@@ -41,27 +41,31 @@ def save_perturbations(path: Path, perturbations: Tensor, names: Sequence[str]) 
     save_figure(figure, path)
 
 
-def save_curve(path: Path, history: Sequence[RoundRecord], random_rates: Mapping[str, Rate]) -> None:
-    """Plot one computation against its network evaluations: fooling rates, and below them the norms of v.
+def save_curve(path: Path, history: Sequence[RoundRecord], random_rates: Mapping[str, Mapping[str, Rate]]) -> None:
+    """Plot one computation against its network evaluations: each kind of rate, and below them the norms of v.
 
     Args:
         path: PNG file.
         history: records of all rounds.
-        random_rates: held-out fooling rates of random perturbations, by the norms that they share with v.
+        random_rates: held-out rates of random perturbations, by kind and by the norms that they share with v.
     """
     rounds = [record.metrics for record in history]
-    figure, axes, norms = _curve_panels()
-    num_averaged = _draw_running(axes, rounds, color="tab:orange")
-    axes.lines[-1].set_label(f"images of the rounds, before their update (mean of {num_averaged:,})")
-    _draw_measured(axes, rounds, "train", color="0.3", label="training images")
-    _draw_measured(axes, rounds, "val", color="tab:blue", label="held-out images")
+    figure, panels, norms = _curve_panels(random_rates)
+    for kind, axes in panels.items():
+        num_averaged = _draw_running(axes, rounds, kind, color="tab:orange")
+        axes.lines[-1].set_label(f"images of the rounds, before their update (mean of {num_averaged:,})")
+        _draw_measured(axes, rounds, "train", kind, color="0.3", label="training images")
+        _draw_measured(axes, rounds, "val", kind, color="tab:blue", label="held-out images")
+        axes.set_title(f"{RATE_TITLES[kind].capitalize()} with 95 % Wilson intervals", fontsize=10)
     _draw_norms(norms, rounds, ("tab:green", "tab:purple"))
-    _finish_curves(figure, "Fooling rate with 95 % Wilson intervals", random_rates)
+    _finish_curves(figure, panels, norms, random_rates)
     save_figure(figure, path)
 
 
 def save_curves(
-    path: Path, histories: Mapping[str, Sequence[Mapping[str, float]]], random_rates: Mapping[str, Rate]
+    path: Path,
+    histories: Mapping[str, Sequence[Mapping[str, float]]],
+    random_rates: Mapping[str, Mapping[str, Rate]],
 ) -> None:
     """Plot several computations as `save_curve` plots one.
 
@@ -70,15 +74,18 @@ def save_curves(
         histories: metrics of every round, by the name of the computation.
         random_rates: as for `save_curve`.
     """
-    figure, axes, norms = _curve_panels()
+    figure, panels, norms = _curve_panels(random_rates)
     for number, (name, rounds) in enumerate(histories.items()):
         colour = f"C{number % 10}"
-        _draw_running(axes, rounds, color=colour, is_background=True)
-        _draw_measured(axes, rounds, "val", color=colour)
-        axes.lines[-1].set_label(f"{readable(name)}: {rounds[-1]['fooling_rate/val']:.3f}")
+        for kind, axes in panels.items():
+            _draw_running(axes, rounds, kind, color=colour, is_background=True)
+            _draw_measured(axes, rounds, "val", kind, color=colour)
+            axes.lines[-1].set_label(f"{readable(name)}: {rounds[-1][f'{kind}_rate/val']:.3f}")
         _draw_norms(norms, rounds, (colour, colour))
-    title = "Held-out fooling rate of each member; thin: training images of its rounds, running mean"
-    _finish_curves(figure, title, random_rates)
+    for kind, axes in panels.items():
+        title = f"Held-out {RATE_TITLES[kind]} of each member; thin: training images of its rounds, running mean"
+        axes.set_title(title, fontsize=10)
+    _finish_curves(figure, panels, norms, random_rates)
     save_figure(figure, path)
 
 
@@ -105,20 +112,23 @@ def _to_picture(perturbation: Tensor, *, stretch: bool) -> np.ndarray:
     return picture.repeat(zoom, axis=0).repeat(zoom, axis=1)
 
 
-def _curve_panels() -> tuple[Figure, Axes, tuple[Axes, Axes]]:
-    """A figure with axes for fooling rates and, below them, for ℓ2 norms (scale on the left) and ℓ∞ norms (on the right)."""
-    figure, (axes, below) = plt.subplots(
-        2, 1, figsize=(7.5, 6), height_ratios=(3, 1), sharex=True, layout="constrained"
+def _curve_panels(kinds: Collection[str]) -> tuple[Figure, dict[str, Axes], tuple[Axes, Axes]]:
+    """A figure with axes for each kind of rate, that of the goal first, and below for ℓ2 norms (scale on the left) and ℓ∞ norms."""
+    heights, size = (*(3 for _ in kinds), 1), (7.5, 2.2 + 3.8 * len(kinds))
+    figure, (*panels, below) = plt.subplots(
+        len(heights), 1, figsize=size, height_ratios=heights, sharex=True, layout="constrained"
     )
-    return figure, axes, (below, below.twinx())
+    return figure, dict(zip(kinds, panels, strict=True)), (below, below.twinx())
 
 
-def _draw_running(axes: Axes, rounds: Sequence[Mapping[str, float]], *, color: str, is_background: bool = False) -> int:
-    """Plot the running mean of the rounds' fooling rates, in the foreground with its interval; return the number of images averaged."""
-    rates = [Rate.from_metrics(metrics, "round") for metrics in rounds]
+def _draw_running(
+    axes: Axes, rounds: Sequence[Mapping[str, float]], kind: str, *, color: str, is_background: bool = False
+) -> int:
+    """Plot the running mean of the rounds' rates, in the foreground with its interval; return the number of images averaged."""
+    rates = [Rate.from_metrics(metrics, "round", kind) for metrics in rounds]
     num_averaged = max(RUNNING_IMAGES, int(RUNNING_SHARE * sum(rate.num_examples for rate in rates)))
-    running = running_rates(rates, num_averaged)
-    evaluations = column(rounds, "total/evaluations")
+    points = zip(column(rounds, "total/evaluations"), running_rates(rates, num_averaged), strict=True)
+    evaluations, running = zip(*((x, rate) for x, rate in points if rate.num_examples), strict=True)
     if not is_background:
         lows, highs = zip(*(rate.interval for rate in running), strict=True)
         axes.fill_between(evaluations, lows, highs, color=color, alpha=0.2, lw=0)
@@ -127,17 +137,17 @@ def _draw_running(axes: Axes, rounds: Sequence[Mapping[str, float]], *, color: s
 
 
 def _draw_measured(
-    axes: Axes, rounds: Sequence[Mapping[str, float]], name: str, *, color: str, label: str = ""
+    axes: Axes, rounds: Sequence[Mapping[str, float]], name: str, kind: str, *, color: str, label: str = ""
 ) -> None:
-    """Plot measured fooling rates with their intervals.
+    """Plot measured rates with their intervals.
 
     Only points of equally many images are connected: a step from a subset to all images would be one between images, not in time.
     """
-    measured = [metrics for metrics in rounds if metrics.get(f"fooling_rate/{name}") is not None]
     by_count: dict[int, list[tuple[float, Rate]]] = {}
-    for metrics in measured:
-        rate = Rate.from_metrics(metrics, name)
-        by_count.setdefault(rate.num_examples, []).append((metrics["total/evaluations"], rate))
+    for metrics in rounds:
+        rate = Rate.from_metrics(metrics, name, kind)
+        if rate.num_examples:
+            by_count.setdefault(rate.num_examples, []).append((metrics["total/evaluations"], rate))
     for number, (count, points) in enumerate(by_count.items()):
         evaluations, rates = zip(*points, strict=True)
         lows, highs = zip(*(rate.interval for rate in rates), strict=True)
@@ -155,21 +165,28 @@ def _draw_norms(axes: tuple[Axes, Axes], rounds: Sequence[Mapping[str, float]], 
         own.plot(column(rounds, "total/evaluations"), column(rounds, f"iterate/norm_{norm}"), color=colour, ls=style)
 
 
-def _finish_curves(figure: Figure, title: str, random_rates: Mapping[str, Rate]) -> None:
-    axes, left, right = figure.axes
-    for (name, rate), style in zip(random_rates.items(), ("--", ":"), strict=False):
-        label = f"random v of the {name}, held-out images"
-        axes.axhline(rate.rate, color="tab:red", ls=style, lw=1, label=label)
-    axes.set(ylabel="fooling rate", ylim=(0, 1))
-    axes.set_title(title, fontsize=10)
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8)
+def _finish_curves(
+    figure: Figure,
+    panels: Mapping[str, Axes],
+    norms: tuple[Axes, Axes],
+    random_rates: Mapping[str, Mapping[str, Rate]],
+) -> None:
+    for kind, axes in panels.items():
+        for (name, rate), style in zip(random_rates[kind].items(), ("--", ":"), strict=False):
+            axes.axhline(rate.rate, color="tab:red", ls=style, lw=1, label=f"random v of the {name}, held-out images")
+        axes.set(ylabel=RATE_TITLES[kind], ylim=(0, 1))
+        axes.grid(alpha=0.3)
+        if len(panels) > 1:  # the labels have other counts and values in each
+            axes.legend(fontsize=8)
+    if len(panels) == 1:
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8)
+    left, right = norms
     left.set_xlabel("network evaluations, clean labels of the training images included")
     left.set_ylabel("ℓ2 norm of v\n(line), pixels", fontsize=9)
     right.set_ylabel("ℓ∞ norm of v\n(dashed), pixels", fontsize=9)
-    for norms in (left, right):
-        norms.set_ylim(0, 1.15 * norms.dataLim.y1)
-    axes.grid(alpha=0.3)
+    for each in norms:
+        each.set_ylim(0, 1.15 * each.dataLim.y1)
     left.grid(alpha=0.3)
 
 

@@ -18,7 +18,7 @@ from uap_dist.evaluation.coverage import Coverage, by_symbol, class_rows, covera
 from uap_dist.evaluation.plots import save_coverage, save_matrix
 from uap_dist.foreign_text import escape_markdown
 from uap_dist.method.norms import Norm
-from uap_dist.method.rates import Rate
+from uap_dist.method.rates import FOOLING, RATE_TITLES, Rate
 from uap_dist.perturbations.files import load_perturbations
 from uap_dist.perturbations.pool import DIVERSE, PerturbationPool
 from uap_dist.tracking.outputs import RESULT_FILE, markdown_table, writes_files
@@ -67,27 +67,32 @@ class FinishedPool:
         return Coverage(list(self.examples), np.stack(fooled))
 
     @property
-    def mean_rate(self) -> float:
-        """Mean held-out fooling rate of the members."""
-        return sum(result["val_fooling_rate"] for result in self.results.values()) / len(self.results)
+    def mean_rates(self) -> dict[str, float]:
+        """Mean held-out rates of the members, by kind."""
+        results = self.results.values()
+        kinds = [kind for kind in RATE_TITLES if all(f"val_{kind}_rate" in result for result in results)]
+        return {kind: sum(result[f"val_{kind}_rate"] for result in results) / len(results) for kind in kinds}
 
     @property
-    def random_rates(self) -> dict[str, Rate]:
-        """Held-out fooling rates of random perturbations, by the norms that they share with the first member."""
-        first = next(iter(self.results.values()))
-        by_norm = first["val_fooling_rate_random_by_norm"]
-        rates = {norm: _rate(share, first["num_val_images"]) for norm, share in by_norm.items()}
-        return name_random_rates(self.pool.shared["norm"], rates)
+    def random_rates(self) -> dict[str, dict[str, Rate]]:
+        """Held-out rates of random perturbations, by kind and by the norms that they share with the first member."""
+        first, found = next(iter(self.results.values())), {}
+        for kind in self.mean_rates:
+            count = first["num_val_images" + ("" if kind == FOOLING else f"_{kind}")]
+            by_norm = {norm: _rate(share, count) for norm, share in first[f"val_{kind}_rate_random_by_norm"].items()}
+            found[kind] = name_random_rates(self.pool.shared["norm"], by_norm)
+        return found
 
     def result(self) -> dict[str, Any]:
         """The contents of result.json."""
         value, pair = self.pool.nearest_pairs()[0]
-        first = next(iter(self.results.values()))
+        first, rates = next(iter(self.results.values())), {}
+        for kind, mean in self.mean_rates.items():
+            rates[f"mean_val_{kind}_rate"] = mean
+            rates |= {name: first[name] for name in (f"val_{kind}_rate_random", f"val_{kind}_rate_random_by_norm")}
         return {
             "num_perturbations": len(self.results),
-            "mean_val_fooling_rate": self.mean_rate,
-            "val_fooling_rate_random": first["val_fooling_rate_random"],
-            "val_fooling_rate_random_by_norm": first["val_fooling_rate_random_by_norm"],
+            **rates,
             "num_val_images": first["num_val_images"],
             "val_coverage": self.coverage.rates[-1].rate,
             "val_coverage_random_by_norm": {norm: each.rates[-1].rate for norm, each in self.random_coverage.items()},
@@ -102,7 +107,7 @@ class FinishedPool:
     def metrics(self) -> dict[str, float]:
         """The pool's metrics by their names in MLflow."""
         return {
-            "pool/mean_val_fooling_rate": self.mean_rate,
+            **{f"pool/mean_val_{kind}_rate": mean for kind, mean in self.mean_rates.items()},
             "pool/val_coverage": self.coverage.rates[-1].rate,
             **{f"pool/val_coverage_random/{n}": each.rates[-1].rate for n, each in self.random_coverage.items()},
             "pool/largest_inner_product": self.pool.nearest_pairs()[0][0],
@@ -118,15 +123,20 @@ class FinishedPool:
         named = ", ".join(
             f"{escape_markdown(a)} and {escape_markdown(b)} ({product:z.2f})" for product, (a, b) in pairs
         )
-        random = ", of the ".join(f"{name}: {rate}" for name, rate in self.random_rates.items())
+        rates = " ".join(
+            f"Mean held-out {RATE_TITLES[kind]} **{mean:.3f}**; a random perturbation of the "
+            + ", of the ".join(f"{name}: {rate}" for name, rate in self.random_rates[kind].items())
+            + "."
+            for kind, mean in self.mean_rates.items()
+        )
         together = {norm: each.rates[-1] for norm, each in self.random_coverage.items()}
         chance = ", of the ".join(
             f"{name}: {rate.rate:.3f}" for name, rate in name_random_rates(p["norm"], together).items()
         )
         verdict = "diverse" if value <= DIVERSE else "**not diverse**"
         return (
-            f"Pool of {len(self.results)} universal perturbations of **{model}**, {p['norm']} ≤ {p['radius']:g} pixels. "
-            f"Mean held-out fooling rate **{self.mean_rate:.3f}**; a random perturbation of the {random}. "
+            f"Pool of {len(self.results)} universal perturbations of **{model}**, {p['norm']} ≤ {p['radius']:g} pixels"
+            f"{self._goal_in_words()}. {rates} "
             f"At least one member fools {self.coverage.rates[-1]}, the first alone {self.coverage.rates[0].rate:.3f}; as many random "
             f"perturbations of the {chance}. "
             f"By the paper's criterion (normalised inner products of at most {DIVERSE:g}) the pool is {verdict}: "
@@ -136,16 +146,32 @@ class FinishedPool:
             "below this one."
         )
 
+    def _goal_in_words(self) -> str:
+        first, reached = (
+            next(iter(self.results.values())),
+            [r.get("is_target_reached", True) for r in self.results.values()],
+        )
+        goal = "".join(f", **{escape_markdown(part)}**" for part in first["goal"])
+        missed = reached.count(False)
+        return goal + (f"; **{missed} of {len(reached)} members did not reach the target**" if missed else "")
+
     def markdown(self) -> str:
         """A table of the members."""
         rows = []
         for name, result in self.results.items():
-            rates = [_rate(result[f"{part}_fooling_rate"], result[f"num_{part}_images"]) for part in ("val", "train")]
+            rates = [_rate_of(result, part, kind) or "–" for kind in self.mean_rates for part in ("val", "train")]
             label, count = result["dominant_labels"][0] if result["dominant_labels"] else ("–", 0)
             size, taken = f"{result['norm_l2']:.0f}", f"{escape_markdown(label)} ({count})"
             rows.append([escape_markdown(name), *map(str, rates), size, taken])
-        heads = ["member", "held-out fooling rate", "training", "norm ℓ2", "label of most fooled images"]
+        rate_heads = [head for kind in self.mean_rates for head in (f"held-out {RATE_TITLES[kind]}", "training")]
+        heads = ["member", *rate_heads, "norm ℓ2", "label of most fooled images"]
         return markdown_table(heads, rows)
+
+
+def _rate_of(result: Mapping[str, Any], part: str, kind: str) -> Rate | None:
+    """A rate of a member's result.json, on its held-out (val) or training (train) images; None if none of these counts."""
+    count = result[f"num_{part}_images" + ("" if kind == FOOLING else f"_{kind}")]
+    return _rate(result[f"{part}_{kind}_rate"], count) if count else None
 
 
 def _rate(share: float, num_examples: int) -> Rate:

@@ -8,7 +8,6 @@ from functools import cached_property
 from hashlib import sha256
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from uap_dist.data.write import read_classes
@@ -16,6 +15,7 @@ from uap_dist.errors import ConfigError
 from uap_dist.fleet.config import FleetConfig
 from uap_dist.fleet.fleet import Fleet
 from uap_dist.method.config import ComputeConfig
+from uap_dist.models.classes import label_name
 from uap_dist.models.classifier import Classifier
 from uap_dist.models.loading import describe_weights
 from uap_dist.tracking.checkpoint import JobRecord, check_identity
@@ -38,6 +38,7 @@ HELD_OUT = (
     "num_shared_images",
     "top1.clean_val",
 )  # see `describe_held_out`
+GOAL = ("target", "only_classes", "spare_classes")  # labels in a config, which may be names at first
 DECISIVE_VERSIONS = ("torch", "torchvision", "uap_dist")
 
 logger = logging.getLogger(__name__)
@@ -67,24 +68,25 @@ class Setting:
 
     @cached_property
     def class_names(self) -> Sequence[str]:
-        """Names of the network's labels: its own, else those of the training images' classes if there are as many; else none."""
-        url = self.train.shards[0].url
-        try:
-            names = self.classifier.class_names or read_classes(url)
-        except (OSError, ConfigError) as error:  # names are not worth a failed run
-            logger.warning("labels are shown as numbers: %s", error)
-            return ()
-        with torch.no_grad():
-            num_labels = self.classifier(torch.zeros(1, *self.train.shape)).shape[1]
-        if names and len(names) != num_labels:
-            logger.warning(
-                "labels are shown as numbers: the network has %d, classes.txt beside %s has %d",
-                num_labels,
-                url,
-                len(names),
-            )
-            return ()
-        return names
+        """Names of the network's labels, see `name_labels`."""
+        return name_labels(self.classifier, self.train)[0]
+
+
+def name_labels(classifier: Classifier, train: Dataset) -> tuple[Sequence[str], int]:
+    """Names of a network's labels and their number: its own names, else those of the training images' classes if as many, else none."""
+    num_labels = classifier.count_labels(train.shape)
+    url = train.shards[0].url
+    try:
+        names = classifier.class_names or read_classes(url)
+    except (OSError, ConfigError) as error:  # names are not worth a failed run
+        logger.warning("labels are shown as numbers: %s", error)
+        return (), num_labels
+    if names and len(names) != num_labels:
+        logger.warning(
+            "labels are shown as numbers: the network has %d, classes.txt beside %s has %d", num_labels, url, len(names)
+        )
+        return (), num_labels
+    return names, num_labels
 
 
 def describe_setup(classifier: Classifier, weights: str | None, fleet: FleetConfig) -> dict[str, Any]:
@@ -100,9 +102,22 @@ def describe_setup(classifier: Classifier, weights: str | None, fleet: FleetConf
 
 
 def describe_config(config: ComputeConfig) -> dict[str, Any]:
-    """What decides the perturbation beside network and data, defaults filled in."""
-    solver = {f"solver.{key}": value for key, value in asdict(config.solver).items()}
-    return asdict(config) | {"radius": config.ball_radius} | solver
+    """What decides the perturbation beside network and data, defaults filled in; without target and classes where these are names."""
+    solver = {f"solver.{k}": value for k, value in asdict(config.without_goal().solver).items() if k != "goal"}
+    given = {k: list(value) if isinstance(value, tuple) else value for k, value in asdict(config).items()}
+    is_named = any(isinstance(each, str) for each in (config.target, *config.only_classes, *config.spare_classes))
+    known = {key: value for key, value in given.items() if not (is_named and key in GOAL)}
+    return known | {"radius": config.ball_radius} | solver
+
+
+def describe_goal(config: ComputeConfig, class_names: Sequence[str], train: Dataset) -> dict[str, Any]:
+    """What a computation makes of the labels of images: target and classes by number, the target by name, and the weight that is used."""
+    described = {name: describe_config(config)[name] for name in GOAL}
+    if config.goal.target is not None:
+        described["target_name"] = label_name(config.goal.target, class_names)
+    if config.goal.has_classes:
+        described["steps.spare_weight"] = config.balanced(train.clean.labels).spare_weight
+    return described
 
 
 def describe_training(train: Dataset) -> dict[str, Any]:
@@ -127,7 +142,8 @@ def _describe_top1(name: str, dataset: Dataset) -> dict[str, float]:
 
 def describe_member(config: ComputeConfig) -> dict[str, Any]:
     """What the provenance of a member of a pool has instead of the pool's."""
-    return {"seed": config.seed, "random_start": config.random_start, "num_perturbations": 1}
+    described = describe_config(config)
+    return {name: described[name] for name in ("seed", "random_start", *GOAL)} | {"num_perturbations": 1}
 
 
 def identity(provenance: Mapping[str, Any], train: Dataset) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The files of a computation: the perturbation, result.json, pictures/ and tables/."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -17,9 +17,21 @@ from uap_dist.evaluation.label_graph import dominant_labels, label_graph, save_l
 from uap_dist.evaluation.plots import save_label_graph as draw_label_graph
 from uap_dist.foreign_text import escape_markdown
 from uap_dist.method.norms import SYMBOLS, Norm, measure
-from uap_dist.method.rates import Predictions, Rate, rate_columns
+from uap_dist.method.rates import (
+    ATTACKED,
+    FOOLING,
+    RATE_TITLES,
+    SPARED,
+    TARGETED,
+    Goal,
+    Predictions,
+    Rate,
+    Rates,
+    goal_in_words,
+    rate_columns,
+)
 from uap_dist.method.state import RoundReport
-from uap_dist.models.classes import UNKNOWN_CLASS
+from uap_dist.models.classes import UNKNOWN_CLASS, label_name
 from uap_dist.perturbations.files import PERTURBATION_FILE, save_perturbation
 from uap_dist.rounds.record import RoundRecord
 from uap_dist.tracking.outputs import RESULT_FILE, writes_files
@@ -44,7 +56,7 @@ class FinishedRun:
     Attributes:
         final: report of the last round, with its evaluation.
         history: of every round.
-        random_rates: held-out fooling rate of a random perturbation that is as large in each norm (see `random_of_same_norms`).
+        random_rates: held-out rates of a random perturbation that is as large in each norm (see `random_of_same_norms`).
         val: the held-out examples.
         provenance: network, data, config, seed, versions.
         class_names: of the network's labels; empty where not known.
@@ -53,23 +65,28 @@ class FinishedRun:
 
     final: RoundReport
     history: Sequence[RoundRecord]
-    random_rates: Mapping[Norm, Rate]
+    random_rates: Mapping[Norm, Rates]
     val: Dataset
     provenance: Mapping[str, Any]
     class_names: Sequence[str]
     mlflow_run_id: str
 
     @property
-    def train_rate(self) -> Rate:
-        """Fooling rate of the final perturbation on all training images."""
-        assert self.final.evaluation is not None and self.final.evaluation.train is not None
-        return self.final.evaluation.train
+    def goal(self) -> Goal:
+        """What images shall be taken for."""
+        return Goal.from_provenance(self.provenance)
 
     @property
-    def val_rate(self) -> Rate:
-        """Fooling rate of the final perturbation on all held-out images."""
+    def train_rates(self) -> Rates:
+        """Rates of the final perturbation on all training images."""
+        assert self.final.evaluation is not None and self.final.evaluation.train_rates is not None
+        return self.final.evaluation.train_rates
+
+    @property
+    def val_rates(self) -> Rates:
+        """Rates of the final perturbation on all held-out images."""
         assert self.final.evaluation is not None
-        return self.final.evaluation.val
+        return self.final.evaluation.val_rates
 
     @property
     def perturbed(self) -> Predictions:
@@ -77,18 +94,22 @@ class FinishedRun:
         assert self.final.evaluation is not None
         return self.final.evaluation.val_predictions
 
-    @property
-    def random_rate(self) -> Rate:
-        """Held-out fooling rate of a random perturbation with the same norm, in the norm of the ball."""
-        return self.random_rates[self.provenance["norm"]]
+    def random_of(self, kind: str) -> dict[Norm, Rate]:
+        """Held-out rates of one kind of random perturbations, by the norm that they share with v; that of the ball first."""
+        norms = sorted(self.random_rates, key=lambda norm: norm != self.provenance["norm"])
+        return {norm: self.random_rates[norm][kind] for norm in norms}
 
     def random_metrics(self) -> dict[str, float]:
-        """Held-out fooling rates of random perturbations, by their names in MLflow.
+        """Held-out rates of random perturbations, by their names in MLflow.
 
         They have a group of their own: each is a single point, and MLflow shows the charts of a group in alphabetical order.
         """
-        by_norm = {f"random/fooling_rate_{norm}": rate.rate for norm, rate in self.random_rates.items()}
-        return rate_columns("random/fooling_rate", self.random_rate) | by_norm
+        metrics: dict[str, float] = {}
+        for kind in self.val_rates:
+            by_norm = self.random_of(kind)
+            metrics |= rate_columns(f"random/{kind}_rate", next(iter(by_norm.values())))
+            metrics |= {f"random/{kind}_rate_{norm}": rate.rate for norm, rate in by_norm.items()}
+        return metrics
 
     @property
     def seconds(self) -> float:
@@ -103,16 +124,14 @@ class FinishedRun:
 
     def result(self) -> dict[str, Any]:
         """The contents of result.json, apart from the provenance."""
-        final = self.final
+        final, target = self.final, self.goal.target
+        of_goal: dict[str, Any] = {"goal": goal_in_words(self.goal, self.class_names)}
+        if target is not None:
+            reached = is_target_reached(self.val_rates[TARGETED], self.random_of(TARGETED).values())
+            of_goal |= {"target_name": label_name(target, self.class_names), "is_target_reached": reached}
         return {
-            "val_fooling_rate": self.val_rate.rate,
-            "val_fooling_rate_interval": self.val_rate.interval,
-            "num_val_images": self.val_rate.num_examples,
-            "val_fooling_rate_random": self.random_rate.rate,
-            "val_fooling_rate_random_by_norm": {norm: rate.rate for norm, rate in self.random_rates.items()},
-            "train_fooling_rate": self.train_rate.rate,
-            "train_fooling_rate_interval": self.train_rate.interval,
-            "num_train_images": self.train_rate.num_examples,
+            **of_goal,
+            **{name: value for kind in self.val_rates for name, value in self._rates_of(kind).items()},
             "num_solves": final.num_solves,
             "num_evaluations": final.num_evaluations,
             "num_rounds": final.round_number + 1,
@@ -125,8 +144,23 @@ class FinishedRun:
             "mlflow_run_id": self.mlflow_run_id,
         }
 
+    def _rates_of(self, kind: str) -> dict[str, Any]:
+        """What result.json says of one kind of rate."""
+        val, random, which = self.val_rates[kind], self.random_of(kind), "" if kind == FOOLING else f"_{kind}"
+        rates = {
+            f"val_{kind}_rate": val.rate,
+            f"val_{kind}_rate_interval": val.interval,
+            f"num_val_images{which}": val.num_examples,
+            f"val_{kind}_rate_random": next(iter(random.values())).rate,
+            f"val_{kind}_rate_random_by_norm": {norm: rate.rate for norm, rate in random.items()},
+        }
+        train = self.train_rates.get(kind)
+        if train is not None:
+            rates |= {f"train_{kind}_rate": train.rate, f"train_{kind}_rate_interval": train.interval}
+        return rates | {f"num_train_images{which}": train.num_examples if train else 0}
+
     def summary(self) -> str:
-        """A summary in Markdown: what was computed, its fooling rates and the random baseline."""
+        """A summary in Markdown: what was computed, its rates and the random baseline."""
         p, final = self.provenance, self.final
         model = escape_markdown(p["model"])
         demo = (
@@ -134,19 +168,44 @@ class FinishedRun:
             if p["demo"]
             else ""
         )
-        random = ", of the ".join(
-            f"{name}: {rate}" for name, rate in name_random_rates(p["norm"], self.random_rates).items()
-        )
+        rates = "\n\n".join(map(self._rate_in_words, self.val_rates))
         taken = ", ".join(f"{escape_markdown(name)} ({count})" for name, count in self.dominant_labels)
         return (
-            f"Universal perturbation of **{model}**, {p['norm']} ≤ {p['radius']:g} pixels, rule {p['rule']}, seed {p['seed']}.\n\n"
-            f"Fooling rate on held-out images: **{self.val_rate}** (95 % interval); "
-            f"a random perturbation of the {random}; on training images: {self.train_rate}.\n\n"
-            f"Most of the {self.val_rate.num_hits} fooled held-out images get the labels: {taken or 'nothing'}.\n\n"
+            f"Universal perturbation of **{model}**, {p['norm']} ≤ {p['radius']:g} pixels, rule {p['rule']}, seed {p['seed']}"
+            f"{self._goal_in_words()}.\n\n{rates}\n\n"
+            f"Most of the {self.val_rates[FOOLING].num_hits} fooled held-out images get the labels: {taken or 'nothing'}.\n\n"
             f"{final.num_evaluations} network evaluations in {final.round_number + 1} rounds of {self.seconds:.0f} s together.{demo}\n\n"
             "Look at the pictures in the order of their names (curve, held-out images clean and perturbed, the perturbation stretched "
             "and at true scale, where labels go) and at `tables/held-out-examples.parquet` (one row an image; the first rows as .csv)."
         )
+
+    def _goal_in_words(self) -> str:
+        return "".join(f", **{escape_markdown(part)}**" for part in goal_in_words(self.goal, self.class_names))
+
+    def _rate_in_words(self, kind: str) -> str:
+        """A paragraph on one kind of rate; whether a target was reached is said first."""
+        val, train, random = self.val_rates[kind], self.train_rates.get(kind), self.random_of(kind)
+        beside = ", of the ".join(
+            f"{name}: {r}" for name, r in name_random_rates(self.provenance["norm"], random).items()
+        )
+        text = (
+            f"{RATE_TITLES[kind].capitalize()} on held-out images: **{val}** (95 % interval); a random perturbation of the {beside}; "
+            f"on training images: {train or 'none counts'}."
+        )
+        if kind != TARGETED:
+            return text
+        rates = ((self.val_rates, "held-out ones"), (self.train_rates, "training images"))
+        left_out = [f"{each[FOOLING].num_examples - each[kind].num_examples} {name}" for each, name in rates]
+        others = " and those of classes that are not attacked" if self.goal.has_classes else ""
+        text += f" Images that have the target's label already{others} do not count: {', '.join(left_out)}."
+        if not is_target_reached(val, random.values()):
+            return f"**The target was not reached:** hardly more images get it than under a random perturbation. {text}"
+        return text if val.rate >= 0.5 else f"**Most images do not get the target.** {text}"
+
+
+def is_target_reached(rate: Rate, random: Iterable[Rate]) -> bool:
+    """Whether a targeted success rate is above those of random perturbations by more than both intervals."""
+    return rate.interval[0] > max(each.interval[1] for each in random)
 
 
 def name_random_rates(norm: Norm, rates: Mapping[Norm, Rate]) -> dict[str, Rate]:
@@ -164,7 +223,7 @@ def save_run(folder: Path, run: FinishedRun, workers: Workers) -> None:
         (folder / name).mkdir(parents=True, exist_ok=True)
     result = run.result()
     save_perturbation(folder / PERTURBATION_FILE, run.final.perturbation, dict(run.provenance) | result)
-    graph = label_graph(run.val.clean.labels, run.perturbed.labels, run.class_names)
+    graph = label_graph(run.val.clean.labels, run.perturbed.labels, run.class_names, run.goal.target)
     _save_tables(folder / "tables", run)
     save_label_graph(folder / "tables", graph)
     _save_pictures(folder / "pictures", run, workers)
@@ -172,16 +231,11 @@ def save_run(folder: Path, run: FinishedRun, workers: Workers) -> None:
     (folder / RESULT_FILE).write_text(json.dumps(result | {"provenance": run.provenance}, indent=2) + "\n")
 
 
-def label_name(label: int, class_names: Sequence[str]) -> str:
-    """Name of a class, or its index if names are unknown."""
-    return class_names[label] if class_names else str(label)
-
-
 def _save_pictures(folder: Path, run: FinishedRun, workers: Workers) -> None:
     """Draw the pictures. Their names sort in the order in which to look at them."""
     val, v = run.val, run.final.perturbation
-    random_rates = name_random_rates(run.provenance["norm"], run.random_rates)
-    plots.save_curve(folder / "1-fooling-rate.png", run.history, random_rates)
+    random = {kind: name_random_rates(run.provenance["norm"], run.random_of(kind)) for kind in run.val_rates}
+    plots.save_curve(folder / "1-fooling-rate.png", run.history, random)
     chosen = np.unique(
         np.linspace(0, val.num_examples - 1, NUM_PICTURED).astype(int)
     )  # evenly spread: nobody chose them
@@ -210,6 +264,7 @@ def _table_of_examples(run: FinishedRun) -> pa.Table:
     """Key, true class, and predicted labels and confidences of each held-out example, clean and perturbed."""
     clean, perturbed = run.val.clean, run.perturbed
     truths = [None if truth == UNKNOWN_CLASS else int(truth) for truth in run.val.truths]
+    hits = run.goal.hits(clean.labels, perturbed.labels)
     return pa.table(
         {
             "key": run.val.keys,
@@ -221,5 +276,7 @@ def _table_of_examples(run: FinishedRun) -> pa.Table:
             "is_fooled": clean.labels != perturbed.labels,
             "clean_name": [label_name(label, run.class_names) for label in clean.labels],
             "perturbed_name": [label_name(label, run.class_names) for label in perturbed.labels],
+            **({"gets_target": hits[TARGETED][0]} if TARGETED in hits else {}),
+            **({"is_attacked": hits[ATTACKED][1], "is_spared": hits[SPARED][1]} if ATTACKED in hits else {}),
         }
     )

@@ -226,7 +226,7 @@ def _stack(pool: ThreadPoolExecutor, images: list[np.ndarray]) -> np.ndarray:
 
 
 def _decode(data: bytes, geometry: Geometry) -> np.ndarray:
-    image = _to_rgb(Image.open(io.BytesIO(data)))
+    image = to_rgb(Image.open(io.BytesIO(data)))
     if geometry.resize is not None and geometry.crop is not None:
         image = _fit(image, geometry.resize, geometry.crop, geometry)
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
@@ -245,7 +245,8 @@ def _fit(image: Image.Image, resize: int, crop: int, geometry: Geometry) -> Imag
     return F.center_crop(image, [crop, crop])
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The image as a viewer shows it: upright, in RGB, transparency on white."""
     image.load()
     turn = TO_UPRIGHT.get(_orientation(image))
     if turn is not None:

@@ -1,5 +1,6 @@
-"""How well perturbations work: fooling rate and top-1 accuracy of any perturbation on a classifier and a dataset."""
+"""How well perturbations work: fooling rate, targeted success and top-1 accuracy of any perturbation on a classifier and a dataset."""
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -8,14 +9,18 @@ import torch
 from torch import Tensor
 
 from uap_dist.method.norms import SYMBOLS, Norm, measure, random_of_same_norms
-from uap_dist.method.rates import Rate
+from uap_dist.method.rates import FOOLING, RATE_TITLES, UNTARGETED, Goal, Rate, Rates, goal_in_words
+from uap_dist.models.classes import find_label
+from uap_dist.models.classifier import Classifier
 from uap_dist.perturbations.files import Perturbation
 from uap_dist.workers.accuracy import top1
-from uap_dist.workers.dataset import Dataset, classify, fooling_rate
+from uap_dist.workers.dataset import Dataset, classify
 from uap_dist.workers.local import Workers
 
 NOTHING = "zero"  # name of the baseline that changes no pixel
 SAME_NORM = 0.01  # relative difference up to which two perturbations share a baseline
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -27,9 +32,10 @@ class Measurement:
         is_baseline: whether it is zero or noise (see `baselines`).
         scale: factor that v was multiplied with.
         norm_l2, norm_linf: norms of the scaled v at the classifier's input size, in pixels (0..255).
-        fooling: fooling rate over all images.
+        rates: by kind: the fooling rate over all images, and those that its goal calls for.
         top1_clean, top1: top-1 accuracy without and with the perturbation, over the images whose class is known; None if there
             are none.
+        goal: the perturbation's target and classes in words; empty if it is to fool all images.
         is_fooled: N images, bool.
     """
 
@@ -40,10 +46,21 @@ class Measurement:
     scale: float
     norm_l2: float
     norm_linf: float
-    fooling: Rate
+    rates: Rates
     top1_clean: Rate | None
     top1: Rate | None
+    goal: str = ""
     is_fooled: np.ndarray = field(default_factory=lambda: np.zeros(0, bool), repr=False, compare=False)
+
+    @property
+    def fooling(self) -> Rate:
+        """The fooling rate among `rates`."""
+        return self.rates[FOOLING]
+
+    def rates_in_words(self) -> Iterator[str]:
+        """Such as "targeted success rate 0.700 […] of 90"; a fooling rate alone goes without saying what it is."""
+        for kind, rate in self.rates.items():
+            yield f"{RATE_TITLES[kind]} {rate}" if len(self.rates) > 1 else str(rate)
 
 
 def measure_perturbations(
@@ -55,6 +72,7 @@ def measure_perturbations(
     *,
     scales: Sequence[float] = (1.0,),
     quantize: bool = False,
+    class_names: Sequence[str] = (),
 ) -> Iterator[Measurement]:
     """Yield one measurement for each perturbation and scale.
 
@@ -66,8 +84,10 @@ def measure_perturbations(
         perturbations: any size; resized to that of the images (`Perturbation.resized`).
         scales: factors that each is multiplied with.
         quantize: whether to round x + v to whole pixel values, as saving to 8 bits does.
+        class_names: of the classifier's labels; empty if unknown.
     """
     for perturbation in perturbations:
+        goal = perturbation.goal
         for scale in scales:
             v = scale * perturbation.resized(dataset.shape)
             labels = classify(workers, dataset, v.numpy(), quantize=quantize)
@@ -79,9 +99,10 @@ def measure_perturbations(
                 scale,
                 measure(v, "l2"),
                 measure(v, "linf"),
-                fooling_rate(dataset, labels),
+                goal.rates(dataset.clean.labels, labels.labels),
                 top1(dataset, dataset.clean.labels),
                 top1(dataset, labels.labels),
+                "; ".join(goal_in_words(goal, class_names)),
                 labels.labels != dataset.clean.labels,
             )
 
@@ -89,8 +110,8 @@ def measure_perturbations(
 def baselines(perturbations: Iterable[Perturbation], shape: tuple[int, ...], seed: int) -> list[Perturbation]:
     """Baselines for perturbations: zero, and for each of them noise of the same ℓ∞ norm and noise of the same ℓ2 norm.
 
-    Perturbations whose norms differ by at most 1 % share their noise, which is named after the first of them. Norms are
-    taken after resizing to the images (see `Perturbation.resized`).
+    Perturbations of one goal whose norms differ by at most 1 % share their noise, which has their goal and is named after the
+    first of them. Norms are taken after resizing to the images (see `Perturbation.resized`).
 
     Args:
         perturbations: computed perturbations.
@@ -98,21 +119,60 @@ def baselines(perturbations: Iterable[Perturbation], shape: tuple[int, ...], see
         seed: seed of the noise.
     """
     found = [Perturbation(NOTHING, torch.zeros(shape), {"baseline": True})]
-    sizes: list[tuple[Norm, float]] = []
+    sizes: list[tuple[Norm, Goal, float]] = []
     for perturbation in perturbations:
         noise = random_of_same_norms(perturbation.resized(shape), seed=seed)
         for norm in ("linf", "l2") if noise["l2"] is not noise["linf"] else ("linf",):
-            size = measure(perturbation.v, norm)
-            if not any(other == norm and abs(size - known) <= SAME_NORM * known for other, known in sizes):
-                sizes.append((norm, size))
+            size, goal = measure(perturbation.v, norm), perturbation.goal
+            alike = (known for *kind, known in sizes if kind == [norm, goal])
+            if not any(abs(size - known) <= SAME_NORM * known for known in alike):
+                sizes.append((norm, goal, size))
                 name = f"random, {SYMBOLS[norm]} norm of {perturbation.name}"
-                found.append(Perturbation(name, noise[norm], {"baseline": True}))
+                found.append(Perturbation(name, noise[norm], {"baseline": True} | goal.provenance()))
     return found
 
 
-def measure_noise(workers: Workers, dataset: Dataset, noise: Mapping[Norm, Tensor]) -> dict[Norm, Rate]:
-    """Fooling rates of noise from `random_of_same_norms`, by norm; one array that serves both norms is measured once."""
-    rates = {id(v): fooling_rate(dataset, classify(workers, dataset, v.numpy())) for v in noise.values()}
+def aim(
+    perturbations: Iterable[Perturbation], target: int | str | None, classifier: Classifier, shape: Sequence[int]
+) -> list[Perturbation]:
+    """Perturbations as they are measured on a classifier: with the target of their files, else with the one given.
+
+    Args:
+        perturbations: of any networks.
+        target: label, or its name; None for no other target than their own.
+        classifier: whose labels are meant.
+        shape: C×H×W of its images.
+
+    Raises:
+        ConfigError: the classifier has no such label.
+    """
+    num_labels = classifier.count_labels(shape)
+    label, found = find_target(target, classifier, num_labels), []
+    for each in perturbations:
+        own = each.goal.target
+        if own is not None and own >= num_labels:
+            logger.warning(
+                "%s is not measured by its target, %d: %s has %d labels", each.name, own, classifier.name, num_labels
+            )
+            found.append(each.aimed(None))
+        else:
+            found.append(each if own is not None else each.aimed(label))
+    return found
+
+
+def find_target(target: int | str | None, classifier: Classifier, num_labels: int) -> int | None:
+    """The label of a target, if there is one, on a classifier with so many; ConfigError if it has no such label."""
+    if target is None:
+        return None
+    return find_label(target, classifier.class_names, num_labels, option=f"the target for {classifier.name}")
+
+
+def measure_noise(
+    workers: Workers, dataset: Dataset, noise: Mapping[Norm, Tensor], goal: Goal = UNTARGETED
+) -> dict[Norm, Rates]:
+    """Rates of noise from `random_of_same_norms`, by norm; one array that serves both norms is measured once."""
+    labels = {id(v): classify(workers, dataset, v.numpy()).labels for v in noise.values()}
+    rates = {key: goal.rates(dataset.clean.labels, found) for key, found in labels.items()}
     return {norm: rates[id(v)] for norm, v in noise.items()}
 
 

@@ -11,23 +11,27 @@ import pyarrow.parquet as pq
 from uap_dist.foreign_text import printable
 
 
-def label_graph(clean: np.ndarray, perturbed: np.ndarray, class_names: Sequence[str] = ()) -> nx.DiGraph:
+def label_graph(
+    clean: np.ndarray, perturbed: np.ndarray, class_names: Sequence[str] = (), target: int | None = None
+) -> nx.DiGraph:
     """A node for each label that occurs, and an edge from each label of which an image was fooled.
 
     Args:
         clean: N labels of the unperturbed images.
         perturbed: N labels of the perturbed images.
         class_names: names by label index; without them, nodes are named by their index.
+        target: label that the images shall get, a node in any case; None if there is none.
 
     Returns:
         Nodes are label indices with `name` and `num_images` (images with that clean label). An edge leads to the label that
         most of the fooled images get, the smallest index among equals; it has `num_images` (fooled images that get it) and
-        `share` (their share of all images with the clean label).
+        `share` (their share of all images with the clean label). The target has `is_target`.
 
     Source: Moosavi-Dezfooli et al., "Universal adversarial perturbations", CVPR 2017, section 3.1.
     """
     graph = nx.DiGraph()
-    for label in np.union1d(clean, perturbed).tolist():
+    labels = {*clean.tolist(), *perturbed.tolist(), *(() if target is None else (target,))}
+    for label in sorted(labels):
         name = class_names[label] if class_names else str(label)
         graph.add_node(label, name=name, num_images=int((clean == label).sum()))
     for label in np.unique(clean[clean != perturbed]).tolist():
@@ -35,6 +39,8 @@ def label_graph(clean: np.ndarray, perturbed: np.ndarray, class_names: Sequence[
         count = int(counts.max())
         share = count / graph.nodes[label]["num_images"]
         graph.add_edge(label, int(targets[counts.argmax()]), num_images=count, share=share)
+    if target is not None:
+        graph.nodes[target]["is_target"] = True
     return graph
 
 

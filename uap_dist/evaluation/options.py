@@ -24,6 +24,8 @@ class EvaluateOptions:
     """How many images of each set, the first of its shards; if not given, all."""
     scales: tuple[float, ...] = (1.0,)
     """Factors for each perturbation and baseline; several give fooling rate against norm."""
+    target: int | str | None = None
+    """Label (number or name) that perturbations shall give whose files say no target; jobs/compute.py writes theirs."""
     quantize: bool = False
     """Round perturbed images to whole pixel values, as saving them does."""
     seed: int = 0

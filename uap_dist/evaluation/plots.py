@@ -79,7 +79,7 @@ def save_coverage(path: Path, coverage: Coverage, random: Mapping[str, Coverage]
 
 
 def save_label_graph(path: Path, graph: nx.DiGraph) -> None:
-    """Draw the largest components side by side, a dot for each label; the labels with most incoming edges are named."""
+    """Draw the largest components side by side, a dot for each label; those with most incoming edges and the target are named."""
     components = sorted(nx.weakly_connected_components(graph), key=len, reverse=True)
     shown = [graph.subgraph(component) for component in components[:NUM_COMPONENTS_DRAWN] if len(component) > 1]
     widths = [len(component) ** 0.5 for component in shown] or [1.0]
@@ -92,7 +92,8 @@ def save_label_graph(path: Path, graph: nx.DiGraph) -> None:
         _draw_component(axis, component)
     images = [count for _, count in graph.nodes(data="num_images") if count]
     figure.suptitle(
-        f"Label most often given to the fooled images of each label: the {len(shown)} largest components, with "
+        _target_line(graph)
+        + f"Label most often given to the fooled images of each label: the {len(shown)} largest components, with "
         f"{sum(map(len, shown))} of {graph.number_of_nodes()} labels\n"
         f"in brackets: number of incoming edges; images per label: mean {np.mean(images):.1f}, median {np.median(images):.0f}",
         fontsize=10,
@@ -100,15 +101,30 @@ def save_label_graph(path: Path, graph: nx.DiGraph) -> None:
     save_figure(figure, path)
 
 
+def _target_line(graph: nx.DiGraph) -> str:
+    """A line that names the target and says of how many labels most fooled images get it; empty without a target."""
+    for node, is_target in graph.nodes(data="is_target"):
+        if is_target:
+            name, others = (
+                readable(graph.nodes[node]["name"]),
+                [n for n in graph if n != node and graph.nodes[n]["num_images"]],
+            )
+            return f"The target {name} (star) is the one most often given for {graph.in_degree(node)} of {len(others)} other labels\n"
+    return ""
+
+
 def _draw_component(axes: Axes, graph: nx.DiGraph) -> None:
     places = nx.kamada_kawai_layout(graph.to_undirected())
     incoming = dict(graph.in_degree())
     hubs = sorted(graph, key=lambda node: -incoming[node])[:NUM_NODES_NAMED]
-    hubs = [node for node in hubs if node == hubs[0] or incoming[node] > 1]
+    targets = [node for node, is_target in graph.nodes(data="is_target") if is_target]
+    hubs = [node for node in hubs if node == hubs[0] or incoming[node] > 1 or node in targets]
+    hubs += [node for node in targets if node not in hubs]
     sizes = [12 + 5 * incoming[node] for node in graph]
     colours = ["tab:red" if node in hubs else "0.6" for node in graph]
     nx.draw_networkx_edges(graph, places, ax=axes, edge_color="0.8", arrowsize=6, node_size=sizes, width=0.6)
     nx.draw_networkx_nodes(graph, places, ax=axes, node_size=sizes, node_color=colours, linewidths=0)
+    nx.draw_networkx_nodes(graph, places, targets, ax=axes, node_size=250, node_color="tab:green", node_shape="*")
     for node in hubs:
         name = f"{readable(graph.nodes[node]['name'])} ({incoming[node]})"
         box = {"facecolor": "white", "alpha": 0.7, "lw": 0, "pad": 1}

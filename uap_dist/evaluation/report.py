@@ -12,9 +12,14 @@ from uap_dist.evaluation import plots
 from uap_dist.evaluation.coverage import PoolCoverage, by_symbol, coverage_rows
 from uap_dist.evaluation.evaluate import Measurement
 from uap_dist.foreign_text import escape_markdown
-from uap_dist.method.rates import Rate, rate_columns
+from uap_dist.method.rates import ATTACKED, FOOLING, RATE_TITLES, SPARED, TARGETED, rate_columns
 from uap_dist.tracking.outputs import markdown_table, save_table, writes_files
 
+MEANINGS = {
+    TARGETED: "images whose label is the target already do not count",
+    ATTACKED: "images of the classes that the perturbation was computed to fool",
+    SPARED: "images of the classes that it was to leave alone, so less is better",
+}
 MAX_ROWS_IN_SUMMARY = 40  # MLflow cuts a description at 8,000 characters
 
 
@@ -23,7 +28,7 @@ def save_evaluation(folder: Path, measurements: Sequence[Measurement], covered: 
     """Write tables/ and pictures/ of an evaluation."""
     for name in ("pictures", "tables"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    save_table(folder / "tables/evaluation", [_columns(measurement) for measurement in measurements])
+    save_table(folder / "tables/evaluation", _table(measurements))
     (folder / "tables/evaluation.md").write_text(markdown(measurements) + "\n")
     rows = [
         {"classifier": each.classifier, "dataset": each.dataset, "pool": each.pool} | row
@@ -40,7 +45,9 @@ def save_evaluation(folder: Path, measurements: Sequence[Measurement], covered: 
         own = [m for m in measurements if m.dataset == dataset]
         full = [m for m in own if m.scale == 1]
         if full:
-            _save_transfer(folder, dataset, full)
+            _save_rates(folder, f"transfer-{dataset}", full, FOOLING)
+        for kind in _other_kinds(full):
+            _save_rates(folder, f"{kind.replace('_', '-')}-{dataset}", [m for m in full if kind in m.rates], kind)
         if len({m.scale for m in own}) > 1:
             plots.save_rates_by_norm(folder / f"pictures/2-fooling-rate-by-norm-{dataset}.png", own)
 
@@ -58,16 +65,23 @@ def summary(measurements: Sequence[Measurement], covered: Sequence[PoolCoverage]
         ]
         lines += [_best(classifier, own) for classifier in dict.fromkeys(m.classifier for m in own)]
         lines += [each.sentence() for each in covered if each.dataset == dataset]
-        lines += ["", _matrix(own), ""]
+        lines += ["", _matrix(own, FOOLING), ""]
+        for kind in _other_kinds(own):
+            counted = [m for m in own if kind in m.rates]
+            lines += [f"{RATE_TITLES[kind].capitalize()}: {MEANINGS[kind]}.", ""]
+            lines += [
+                _best_of_goal(*names, counted, kind) for names in dict.fromkeys((m.classifier, m.goal) for m in counted)
+            ]
+            lines += ["", _matrix(counted, kind), ""]
     return "\n".join(
         [*lines, "See `pictures/1-transfer-….png`; `tables/evaluation.csv` also has norms, and top-1 before and after."]
     )
 
 
-def _matrix(measurements: Sequence[Measurement]) -> str:
+def _matrix(measurements: Sequence[Measurement], kind: str) -> str:
     """Perturbations down, classifiers across. A dash: classifiers of that input size have other baselines."""
     classifiers = list(dict.fromkeys(m.classifier for m in measurements))
-    rates = {(m.perturbation, m.scale, m.classifier): f"{m.fooling.rate:.3f}" for m in measurements}
+    rates = {(m.perturbation, m.scale, m.classifier): f"{m.rates[kind].rate:.3f}" for m in measurements}
     named = list(dict.fromkeys((m.perturbation, m.scale) for m in measurements))
     rows = [
         [
@@ -89,9 +103,28 @@ def _best(classifier: str, measurements: Sequence[Measurement]) -> str:
     return f"* {names[0]}: **{names[1]}** fools {best.fooling}; {names[2]}: {noise.fooling}"
 
 
+def _other_kinds(measurements: Sequence[Measurement]) -> list[str]:
+    """The kinds of rates beside the fooling rate that some of the measurements have."""
+    return [kind for kind in RATE_TITLES if kind != FOOLING and any(kind in m.rates for m in measurements)]
+
+
+def _best_of_goal(classifier: str, goal: str, measurements: Sequence[Measurement], kind: str) -> str:
+    """One line: the perturbation of a goal with the largest rate on a classifier, beside the noise with the largest."""
+    own = [m for m in measurements if (m.classifier, m.goal) == (classifier, goal)]
+    best = [
+        max(some, key=lambda m: m.rates[kind].rate)
+        for is_baseline in (False, True)
+        if (some := [m for m in own if m.is_baseline == is_baseline])
+    ]
+    said = [f"**{escape_markdown(m.perturbation)}** {m.rates[kind]}" for m in best]
+    return f"* {escape_markdown(classifier)}, {escape_markdown(goal)}: {'; '.join(said)}"
+
+
 def markdown(measurements: Sequence[Measurement]) -> str:
     """A Markdown table with a row for each measurement."""
     heads = ["classifier", "images", "perturbation", "scale", "ℓ2", "ℓ∞", "fooling rate", "top-1 before", "top-1 after"]
+    kinds = _other_kinds(measurements)
+    heads += ["goal", *(RATE_TITLES[kind] for kind in kinds)] if kinds else []
     rows = [
         [
             *map(escape_markdown, (m.classifier, m.dataset, m.perturbation)),
@@ -99,27 +132,36 @@ def markdown(measurements: Sequence[Measurement]) -> str:
             f"{m.norm_l2:.0f}",
             f"{m.norm_linf:.1f}",
             *(str(rate or "–") for rate in (m.fooling, m.top1_clean, m.top1)),
+            *((escape_markdown(m.goal or "–"), *(str(m.rates.get(kind, "–")) for kind in kinds)) if kinds else ()),
         ]
         for m in measurements
     ]
     return markdown_table(heads, rows)
 
 
-def _columns(m: Measurement) -> dict[str, Any]:
-    columns = {name: value for name, value in vars(m).items() if not isinstance(value, Rate | np.ndarray | None)}
-    for name, rate in (("fooling_rate", m.fooling), ("top1_clean", m.top1_clean), ("top1", m.top1)):
-        columns |= rate_columns(name, rate)
-    return columns
+def _table(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:
+    """A row for each measurement; columns on goals only where there are some."""
+    kinds, rows = _other_kinds(measurements), []
+    for m in measurements:
+        row = {name: value for name, value in vars(m).items() if isinstance(value, str | bool | float)}
+        if not kinds:
+            del row["goal"]
+        rates = {f"{kind}_rate": m.rates.get(kind) for kind in (FOOLING, *kinds)}
+        for name, rate in (rates | {"top1_clean": m.top1_clean, "top1": m.top1}).items():
+            row |= rate_columns(name, rate)
+        rows.append(row)
+    return rows
 
 
-def _save_transfer(folder: Path, dataset: str, measurements: Sequence[Measurement]) -> None:
-    """Fooling rates as heat map and CSV: perturbations down, classifiers across, as in table 2 of the paper."""
+def _save_rates(folder: Path, name: str, measurements: Sequence[Measurement], kind: str) -> None:
+    """Rates of one kind as heat map and CSV: perturbations down, classifiers across, as in table 2 of the paper."""
     rows = list(dict.fromkeys(m.perturbation for m in measurements))
     columns = list(dict.fromkeys(m.classifier for m in measurements))
     rates = np.full((len(rows), len(columns)), np.nan)
     for m in measurements:
-        rates[rows.index(m.perturbation), columns.index(m.classifier)] = m.fooling.rate
-    title = f"fooling rate on {measurements[0].fooling.num_examples} images"
-    plots.save_matrix(folder / f"pictures/1-transfer-{dataset}.png", rates, rows, columns, title=title, limits=(0, 1))
+        rates[rows.index(m.perturbation), columns.index(m.classifier)] = m.rates[kind].rate
+    counts = sorted({m.rates[kind].num_examples for m in measurements})  # those of a target leave out others
+    title = f"{RATE_TITLES[kind]} on {'–'.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} images"
+    plots.save_matrix(folder / f"pictures/1-{name}.png", rates, rows, columns, title=title, limits=(0, 1))
     table = pa.table({"perturbation": rows, **dict(zip(columns, rates.T, strict=True))})
-    pyarrow.csv.write_csv(table, folder / f"tables/transfer-{dataset}.csv")
+    pyarrow.csv.write_csv(table, folder / f"tables/{name}.csv")

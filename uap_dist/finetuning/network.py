@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from uap_dist.errors import ConfigError
+from uap_dist.finetuning.options import FinetuneConfig
 from uap_dist.models.classes import UNKNOWN_CLASS
 from uap_dist.models.classifier import Classifier
 from uap_dist.workers.dataset import Dataset
@@ -79,6 +80,26 @@ def make_trainable(classifier: Classifier, shape: Sequence[int]) -> None:
     for parameter in classifier.parameters():
         parameter.requires_grad_(parameter.grad is not None)
         parameter.grad = None
+
+
+def make_optimiser(classifier: Classifier, config: FinetuneConfig) -> torch.optim.Optimizer:
+    """The optimiser of the parameters that learn; its kind and learning rate follow the network's norms unless they are given."""
+    learning = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
+    has_batch_norms = any(batch_norms(classifier))
+    has_layer_norms = any(isinstance(module, nn.LayerNorm) for module in classifier.modules())
+    if (config.optimiser or ("adamw" if has_layer_norms and not has_batch_norms else "sgd")) == "adamw":
+        return torch.optim.AdamW(
+            learning,
+            lr=config.learning_rate or 0.00001,
+            betas=(config.momentum, 0.999),
+            weight_decay=config.weight_decay,
+        )
+    return torch.optim.SGD(
+        learning,
+        lr=config.learning_rate or (0.01 if has_batch_norms else 0.0001),
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+    )
 
 
 def set_training_mode(classifier: Classifier, is_training: bool, batch_norm: Literal["train", "frozen"]) -> None:

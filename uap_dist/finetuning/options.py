@@ -3,13 +3,18 @@
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from uap_dist.errors import ConfigError
 from uap_dist.fleet.config import FleetConfig
 from uap_dist.job_options import DataOptions, ResumableRecordOptions
-from uap_dist.method.augment import Augmentation, check_augmentation
+from uap_dist.method.augment import Augmentation
 from uap_dist.perturbations.pool import PerturbationPool
+
+RANDOM_RESIZED_CROP: Literal["random-resized-crop"] = "random-resized-crop"
+TrainingAugmentation = Augmentation | Literal["random-resized-crop"]
+Precision = Literal["float32", "bfloat16"]
+Optimiser = Literal["sgd", "adamw"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,26 +31,32 @@ class FinetuneConfig:
     """Values of α for --adaptive, in ascending order; 1 is the perturbation as it was computed."""
     online: bool = False
     """Train on perturbations that the same backward passes keep moving against the network; the pool only tests it."""
-    online_perturbations: int = 1
+    online_perturbations: int = 4
     """With --online: number of perturbations that are trained on."""
-    online_step: float = 0.1
+    online_step: float = 0.05
     """With --online: their step at each batch, as a fraction of the radius."""
     held_out_members: int | None = None
     """Members, the last ones of the pool, that are not trained on; if not given, a fifth of it, at least one."""
     batch_size: int = 64
     """Images per step, over all workers."""
+    optimiser: Optimiser | None = None
+    """If not given, adamw for networks with layer norms and no batch norms (transformers, ConvNeXt), else sgd."""
     learning_rate: float | None = None
-    """Initial learning rate; it falls to zero on a cosine. If not given, 0.01 with batch norm, else 0.0001."""
+    """At first; it falls to zero on a cosine. If not given, sgd: 0.01 with batch norm, else 0.0001; adamw: 0.00001."""
     momentum: float = 0.9
-    """Momentum of SGD."""
+    """Momentum of sgd, and the first beta of adamw."""
     weight_decay: float = 1e-4
-    """Weight decay of SGD."""
+    """Weight decay of the optimiser."""
+    label_smoothing: float = 0.0
+    """Share (0..1) of each label that is spread over all classes, as networks for photographs are often trained."""
     batch_norm: Literal["train", "frozen"] = "train"
     """train: statistics of each worker's batches. frozen: running ones, and only scale and shift are trained."""
-    augment: Augmentation = "flip"
-    """Random augmentation of each training image."""
+    augment: TrainingAugmentation = "flip"
+    """Random view of each training image; random-resized-crop takes it from the whole picture, and mirrors it too."""
+    training_precision: Precision | None = None
+    """Of the steps; bfloat16 has weights in float32 (autocast). If not given, bfloat16 on GPUs, else float32."""
     shuffle_shards: int = 16
-    """Shards whose images a worker keeps decoded and shuffles together."""
+    """Shards whose images a worker shuffles together; it reads as many ahead."""
     seed: int = 0
     """Seed of the order of images, augmentation, pool members and dropout."""
 
@@ -56,12 +67,21 @@ class FinetuneConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ConfigError(f"{name.replace('_', ' ')} is {value}; it must be positive")
-        for name in ("probability", "momentum"):
+        if not 0 <= self.momentum < 1:
+            raise ConfigError(f"momentum is {self.momentum}; it must lie in [0, 1)")
+        for name in ("probability", "label_smoothing"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must lie in [0, 1]")
+                raise ConfigError(f"{name.replace('_', ' ')} is {getattr(self, name)}; it must lie in [0, 1]")
         if not 0 <= self.weight_decay < float("inf") or self.seed < 0:
             raise ConfigError(f"weight decay is {self.weight_decay}, seed {self.seed}; they must not be negative")
-        check_augmentation(self.augment)
+        for name, allowed in (
+            ("augment", (*get_args(Augmentation), RANDOM_RESIZED_CROP)),
+            ("training_precision", get_args(Precision)),
+            ("optimiser", get_args(Optimiser)),
+        ):
+            value = getattr(self, name)
+            if value is not None and value not in allowed:
+                raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
         steps = (0.0, *self.ladder)
         if len(steps) < 2 or not all(0 <= a < b < float("inf") for a, b in zip(steps, steps[1:], strict=False)):
             raise ConfigError(f"ladder is {self.ladder}; it must hold ascending positive numbers")

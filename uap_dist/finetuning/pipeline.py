@@ -142,7 +142,8 @@ def repeat(job: Job, repetition: int, before: Network) -> Network:
     with _storage():
         is_stored = exists(weights)
     if not (is_stored and job.tracker.has_finished(f"{name}: fine-tuning")):
-        job.console.print(f"{name}: fine-tuning")
+        size, num_workers = job.config.batch_size, job.fleet.bounds[0]
+        job.console.print(f"{name}: fine-tuning, {size} images a step, {size // num_workers} of them on each worker")
         _fine_tune(job, repetition, before)
     _restore(job, repetition)
     if not ((pool / POOL_FILE).exists() and job.tracker.has_finished(f"{name}: fresh pool")):
@@ -214,7 +215,7 @@ def _fine_tune(job: Job, repetition: int, before: Network) -> None:
         val=job.val,
         pool=before.pool,
         config=job.config,
-        num_threads=job.fleet.threads_per_worker,
+        fleet=job.fleet,
     )
     name = f"{repetition}-finetune"
     training = Training(task, name=name, storage=job.storage, num_workers=num_workers, uses_gpu=job.uses_gpu)

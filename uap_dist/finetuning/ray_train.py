@@ -11,6 +11,7 @@ os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # keeps relative paths of 
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
@@ -27,6 +28,7 @@ from torch import Tensor
 from uap_dist.data.locations import locate
 from uap_dist.errors import UapDistError, WorkerLostError
 from uap_dist.finetuning.trainer import HELD_OUT, Learner, Task
+from uap_dist.fleet.ray_cluster import Need
 from uap_dist.models.weights_file import read_weights
 from uap_dist.rounds.record import RoundRecord
 from uap_dist.workers.reproducible import set_up_torch
@@ -68,7 +70,7 @@ class Training:
         self._mailbox: ActorHandle[Any] = mailbox_class.remote()
         self._outcome: SimpleQueue[Result | Exception] = SimpleQueue()
         filesystem, path = locate(storage)
-        resources = {"CPU": float(task.num_threads)} | ({"GPU": 1.0} if uses_gpu else {})
+        resources = {"CPU": float(task.fleet.threads_per_worker)} | ({"GPU": 1.0} if uses_gpu else {})
         self._trainer = ray.train.torch.TorchTrainer(
             _train,
             train_loop_config={"task": task, "mailbox": self._mailbox},
@@ -132,13 +134,17 @@ def _train(config: dict[str, Any]) -> None:
 
 
 def _train_to_the_end(task: Task, mailbox: ActorHandle[Any]) -> None:
-    set_up_torch(task.num_threads)
+    set_up_torch(task.fleet.threads_per_worker)
     context = ray.train.get_context()
+    device, size = ray.train.torch.get_device(), context.get_world_size()
+    need = Need(task.fleet.threads_per_worker, float(device.type == "cuda"))
+    threads = task.fleet.decode_threads or need.share_of_cpus(size)
+    task = replace(task, fleet=replace(task.fleet, decode_threads=threads))
     learner = Learner(
         task,
         number=context.get_world_rank(),
-        num_workers=context.get_world_size(),
-        device=ray.train.torch.get_device(),
+        num_workers=size,
+        device=device,
         prepare=ray.train.torch.prepare_model,
     )
     is_first = context.get_world_rank() == 0

@@ -18,11 +18,11 @@ from torch.nn.functional import cross_entropy
 
 from uap_dist.errors import ConfigError
 from uap_dist.finetuning.adversarial import OnlinePerturbations, perturb
-from uap_dist.finetuning.batches import WorkerGroup, WorkerImages
-from uap_dist.finetuning.network import batch_norms, make_trainable, set_training_mode
+from uap_dist.finetuning.batches import ImageReader, WorkerGroup, WorkerImages
+from uap_dist.finetuning.network import make_optimiser, make_trainable, set_training_mode
 from uap_dist.finetuning.options import FinetuneConfig
 from uap_dist.finetuning.validation import Validation
-from uap_dist.method.augment import augment
+from uap_dist.fleet.config import FleetConfig
 from uap_dist.method.config import ComputeConfig
 from uap_dist.method.update import Steps
 from uap_dist.models.loading import check_same_weights, load_classifier
@@ -45,7 +45,7 @@ class Task:
         train, val: training and held-out images.
         pool: perturbations of the network.
         config: of the training.
-        num_threads: CPU threads of each worker.
+        fleet: CPU threads and caches of each worker.
         weights_digest: digest of the weights that the driver loaded; if empty, the worker's are not compared with it.
     """
 
@@ -55,7 +55,7 @@ class Task:
     val: Dataset
     pool: PerturbationPool
     config: FinetuneConfig
-    num_threads: int
+    fleet: FleetConfig
     weights_digest: str = ""
 
 
@@ -87,13 +87,15 @@ class Learner:
         config = self._config = task.config
         group = self._group = WorkerGroup(number, num_workers, device or torch.device("cpu"))
         self.classifier = load_classifier(task.model, task.weights).to(group.device)
+        self.classifier.to(memory_format=torch.channels_last)
         digest, who = self.classifier.weights_digest, f"training worker {number}"
         check_same_weights(task.model, task.weights, digest, task.weights_digest or digest, who)
         make_trainable(self.classifier, task.train.shape)
         self._model = prepare(self.classifier)
         part = task.train.part(number, num_workers)
-        self._images = WorkerImages(part, self.classifier.geometry, config.shuffle_shards)
-        self._validation = Validation(self.classifier, task.val, config, group)
+        reader = ImageReader(self.classifier.geometry, task.fleet)
+        self._images = WorkerImages(part, reader, config.shuffle_shards)
+        self._validation = Validation(self.classifier, task.val, reader, config, group)
         self._batch_size = config.batch_size // num_workers
         self._num_steps = task.train.num_examples // num_workers // self._batch_size
         shape = task.train.shape
@@ -104,12 +106,7 @@ class Learner:
             steps = _steps(task.pool, config.epochs * self._num_steps, shape)
             self._online = OnlinePerturbations(shape, steps, config, group)
         self._members = trained_on.resized(shape).to(group.device) if self._online is None else self._online.v
-        self._optimiser = torch.optim.SGD(
-            [parameter for parameter in self.classifier.parameters() if parameter.requires_grad],
-            lr=config.learning_rate or (0.01 if any(batch_norms(self.classifier)) else 0.0001),
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-        )
+        self._optimiser = make_optimiser(self.classifier, config)
         self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimiser, config.epochs * self._num_steps)
         self._num_evaluations = 0
         self.history: list[RoundRecord] = []
@@ -166,17 +163,18 @@ class Learner:
         rng = np.random.default_rng([self._config.seed, epoch, self._group.rank])
         torch.manual_seed(int(rng.integers(2**62)))  # of the drawn pool members, and of dropout
         learning_rate = float(self._schedule.get_last_lr()[0])
-        loss_sum, num_evaluations = 0.0, 0
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self._group.device)  # not read before the end
+        num_evaluations = 0
         set_training_mode(self.classifier, True, self._config.batch_norm)
-        for images, truths in islice(self._images.shuffled(rng, self._batch_size), self._num_steps):
-            pixels, labels = self._group.to_tensors((augment(images, self._config.augment, rng), truths))
+        for views in islice(self._images.views(rng, self._batch_size, self._config.augment), self._num_steps):
+            pixels, labels = self._group.to_tensors(views)
             batch = perturb(self.classifier, pixels, self._members, self._config)
             loss_sum += self._step(batch.pixels, labels)
             if self._online is not None:
                 self._online.step(batch)
             num_evaluations += batch.num_evaluations + 2 * len(pixels)
         self._num_evaluations += int(self._group.sum([num_evaluations])[0])
-        (total,) = self._group.sum([loss_sum])
+        (total,) = self._group.sum([loss_sum.item()])
         mean = total / self._num_steps / self._group.size
         if not isfinite(mean):
             raise ConfigError(
@@ -184,17 +182,18 @@ class Learner:
             )
         return {"train/loss": mean, "train/learning_rate": learning_rate}
 
-    def _step(self, pixels: Tensor, labels: Tensor) -> float:
+    def _step(self, pixels: Tensor, labels: Tensor) -> Tensor:
         """One step of the optimiser; returns this worker's loss."""
-        device = self._group.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            output = self._model(pixels)
-            loss = cross_entropy(getattr(output, "logits", output), labels)  # Inception also returns auxiliary logits
+        is_half = self._config.training_precision == "bfloat16"
+        with torch.autocast(self._group.device.type, torch.bfloat16, enabled=is_half):
+            output = self._model(pixels.contiguous(memory_format=torch.channels_last))
+            logits = getattr(output, "logits", output)  # Inception also returns auxiliary logits
+            loss = cross_entropy(logits, labels, label_smoothing=self._config.label_smoothing)
         self._optimiser.zero_grad()
         loss.backward()
         self._optimiser.step()
         self._schedule.step()
-        return float(loss.detach())
+        return loss.detach()
 
 
 def _steps(pool: PerturbationPool, num_steps: int, shape: tuple[int, ...]) -> Steps:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from uap_dist.finetuning.batches import WorkerGroup, WorkerImages
+from uap_dist.finetuning.batches import ImageReader, WorkerGroup, WorkerImages
 from uap_dist.finetuning.network import set_training_mode
 from uap_dist.finetuning.options import FinetuneConfig
 from uap_dist.method.norms import add_perturbation
@@ -21,6 +21,7 @@ class Validation:
         self,
         classifier: Classifier,
         val: Dataset,
+        reader: ImageReader,
         config: FinetuneConfig,
         group: WorkerGroup,
     ) -> None:
@@ -29,12 +30,13 @@ class Validation:
         Args:
             classifier: the network in training.
             val: all held-out images.
+            reader: reads them.
             config: of the training.
             group: the workers.
         """
         self._classifier, self._group, self._batch_norm = classifier, group, config.batch_norm
         part = val.part(group.rank, group.size)
-        self._images = WorkerImages(part, classifier.geometry, config.shuffle_shards)
+        self._images = WorkerImages(part, reader, config.shuffle_shards)
         self._first = group.rank * val.num_examples // group.size
 
     def measure(self, groups: Mapping[str, Tensor]) -> dict[str, float]:

@@ -12,15 +12,17 @@ from uap_dist.computing.provenance import (
     Setting,
     check_resumed,
     describe_config,
+    describe_goal,
     describe_setup,
     describe_training,
     job_record,
+    name_labels,
 )
 from uap_dist.errors import TrackingError
 from uap_dist.job_options import to_json
 from uap_dist.jobs.common import console, run_job, start_fleet, storage_of
 from uap_dist.jobs.demo import check_demo, list_shards
-from uap_dist.jobs.images import classify_images, list_training, read_held_out
+from uap_dist.jobs.images import classify_images, list_training, read_held_out, say_who_takes_part
 from uap_dist.jobs.plan import plan
 from uap_dist.method.config import warn_of_default_radius
 from uap_dist.method.state import State
@@ -59,7 +61,7 @@ def compute(options: ComputeOptions, tracker: Tracker, resumed: Resumed | None, 
         planned = read_plan(Path(options.planned), options.costs())
         tracker.log_metrics(planned)
     options = replace(options, record=replace(options.record, output=output))
-    setting, checkpoint = _set_up(options, storage, tracker, resumed, output)
+    setting, checkpoint, options = _set_up(options, storage, tracker, resumed, output)
     text, results = compute_all(setting, options, checkpoint, tracker, output, storage)
     # how long the earlier processes of a resumed run took is not known
     seconds = None if resumed else seconds_since_start()
@@ -75,9 +77,11 @@ def compute(options: ComputeOptions, tracker: Tracker, resumed: Resumed | None, 
 
 def _set_up(
     options: ComputeOptions, storage: str, tracker: Tracker, resumed: Resumed | None, output: Path
-) -> tuple[Setting, Checkpoint]:
-    """Network, fleet and data, recorded by the run, and what the computation goes on from."""
+) -> tuple[Setting, Checkpoint, ComputeOptions]:
+    """Network, fleet and data, recorded by the run, what the computation goes on from, and the options with labels as numbers."""
     classifier = load_usable_classifier(options.model, options.weights)
+    if classifier.class_names:  # now, because a target that is none need not wait for the images
+        options = options.with_labels(classifier.class_names, len(classifier.class_names))
     settings = describe_setup(classifier, options.weights, options.fleet) | describe_config(options.config)
     settings |= {"demo": options.is_demo, "num_perturbations": options.num_perturbations}
     if resumed is None:
@@ -94,14 +98,17 @@ def _set_up(
     )
     train = list_training(fleet, options.data, train_urls)
     warn_of_default_radius(options.config, train.shape)
+    class_names, num_labels = name_labels(classifier, train)
+    options = options.with_labels(class_names, num_labels)
     train = classify_images(fleet, options.model, train, "training")
-    data = describe_training(train)
+    say_who_takes_part(options.config.goal, train)
+    data = describe_training(train) | describe_goal(options.config, class_names, train)
     held_out = behind(lambda: read_held_out(fleet, options.data, val_urls, train, options.model))
     setting = Setting(classifier, fleet, train, held_out, settings | data, console, options.record.commit_every_s)
     record = job_record("compute", setting, run_id=tracker.run_id, options=to_json(options))
     if resumed is not None:
         check_resumed(resumed.checkpoint.job, record)
-        return setting, resumed.checkpoint
+        return setting, resumed.checkpoint, options
     tracker.log_params(data)
     tracker.log_dataset(train, "training")
-    return setting, Checkpoint(record, State.start(train.shape, train.num_examples, options.config), ())
+    return setting, Checkpoint(record, State.start(train.shape, train.num_examples, options.config), ()), options

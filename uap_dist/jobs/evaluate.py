@@ -6,7 +6,7 @@ from dataclasses import asdict
 from uap_dist.data.patterns import expand_patterns
 from uap_dist.errors import ConfigError
 from uap_dist.evaluation.coverage import PoolCoverage, cover_pools
-from uap_dist.evaluation.evaluate import NOTHING, Measurement, baselines, measure_perturbations
+from uap_dist.evaluation.evaluate import NOTHING, Measurement, aim, baselines, find_target, measure_perturbations
 from uap_dist.evaluation.options import EvaluateOptions
 from uap_dist.evaluation.report import save_evaluation, summary
 from uap_dist.fleet.fleet import Fleet
@@ -37,6 +37,9 @@ def run(options: EvaluateOptions, tracker: Tracker) -> None:
     perturbations += load_members(options.pools, taken=[NOTHING, *(each.name for each in perturbations)])
     output = output_folder(options.record.output, options.name)
     classifiers = {name: load_usable_classifier(*model) for name, model in models.items()}
+    for classifier in classifiers.values():
+        if classifier.class_names:  # now, because a target that is none need not wait for the images
+            find_target(options.target, classifier, len(classifier.class_names))
     settings = {key: value for key, value in asdict(options).items() if key not in ("fleet", "record")}
     for name, classifier in classifiers.items():
         settings[f"weights_digest.{plain_key(name)}"] = classifier.weights_digest
@@ -78,12 +81,21 @@ def _measure(
     if check_accuracy(fleet, dataset, model) is None:
         console.print(f"{model}, {set_name}: top-1 is not measured, {dataset.lack_of_labels}")
     tracker.log_dataset(dataset, set_name)
+    perturbations = aim(perturbations, options.target, classifier, dataset.shape)
     everything = [*perturbations, *baselines(perturbations, dataset.shape, options.seed)]
     measurements = []
     for measurement in measure_perturbations(
-        fleet, model, set_name, dataset, everything, scales=options.scales, quantize=options.quantize
+        fleet,
+        model,
+        set_name,
+        dataset,
+        everything,
+        scales=options.scales,
+        quantize=options.quantize,
+        class_names=classifier.class_names,
     ):
-        console.print(f"{model}, {set_name}, {measurement.perturbation} × {measurement.scale:g}: {measurement.fooling}")
+        name, rates = f"{measurement.perturbation} × {measurement.scale:g}", "; ".join(measurement.rates_in_words())
+        console.print(f"{model}, {set_name}, {name}: {rates}")
         measurements.append(measurement)
     return measurements, cover_pools(fleet, dataset, perturbations, measurements)
 

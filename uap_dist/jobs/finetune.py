@@ -78,7 +78,9 @@ def _set_up(options: FinetuneOptions, pool: PerturbationPool, tracker: Tracker, 
     store.prepare()  # before any work is done
     fleet = start_fleet(classifier, options.weights, options.fleet, tracker)
     # the weights depend on the number of workers, and it has to divide the batch
-    options = replace(options, fleet=replace(options.fleet, num_workers=fleet.num_asked))
+    precision = options.finetune.training_precision or ("bfloat16" if fleet.need.gpus > 0 else "float32")
+    finetune = replace(options.finetune, training_precision=precision)
+    options = replace(options, finetune=finetune, fleet=replace(options.fleet, num_workers=fleet.num_asked))
     check_storage(store.location, fleet.need)
     train, val = list_images(fleet, options.data, *urls)
     options.finetune.check_images(train.num_examples)

@@ -3,8 +3,10 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from math import prod
+from math import inf, prod
 from typing import Any, get_args
+
+import numpy as np
 
 from uap_dist.errors import ConfigError, PerturbationError
 from uap_dist.method.augment import Augmentation, check_augmentation
@@ -14,7 +16,7 @@ from uap_dist.method.rates import Goal
 from uap_dist.method.schedule import check_sizes
 from uap_dist.method.solver import Rule, Solver
 from uap_dist.method.update import AVERAGED, Steps, default_period, default_step_size
-from uap_dist.models.classes import find_label
+from uap_dist.models.classes import find_label, find_labels
 
 POOL_RANDOM_START = 0.5  # fraction of the radius; benchmarks/pools.md says why
 
@@ -38,6 +40,12 @@ class ComputeConfig:
     """Stop after a pass at whose end v fools this fraction (0..1) of the training images; it has no part in --target."""
     target: int | str | None = None
     """Label that all images shall get, by number or name (of the network); if not given, any but their own will do."""
+    only_classes: tuple[int | str, ...] = ()
+    """Classes (labels or names) whose images shall be fooled, the others keeping their labels; if not given, all."""
+    spare_classes: tuple[int | str, ...] = ()
+    """Classes whose images shall keep their labels, the others being fooled; with --only-classes the rest has no part."""
+    spare_weight: float | None = None
+    """Weight of an image that shall keep its label; if not given, one with which such images count as much as the others."""
     rule: Rule = "log-odds"
     """How increments are computed and summed: one log-odds step per image, or the paper's DeepFool and plain sum."""
     seed: int = 0
@@ -103,10 +111,19 @@ class ComputeConfig:
         for name in foreign:
             if getattr(self, name) is not None:
                 raise ConfigError(f"{name.replace('_', ' ')} does not belong to rule {self.rule}; leave it out")
-        if self.target is not None and self.rule == "paper":
-            raise ConfigError("the paper's rule knows no target; give --target with --rule log-odds")
+        self._check_goal()
         if self.seed < 0:
             raise ConfigError(f"seed is {self.seed}; it must not be negative")
+
+    def _check_goal(self) -> None:
+        has_classes = bool(self.only_classes or self.spare_classes)
+        for name, is_given in (("target", self.target is not None), ("classes to attack or spare", has_classes)):
+            if is_given and self.rule == "paper":
+                raise ConfigError(f"the paper's rule knows no {name}; give them with --rule log-odds")
+        if self.spare_weight is not None and not has_classes:
+            raise ConfigError("--spare-weight belongs to --only-classes and --spare-classes; leave it out")
+        if self.spare_weight is not None and not 0 <= self.spare_weight < inf:
+            raise ConfigError(f"spare weight is {self.spare_weight}; it must not be negative")
 
     @classmethod
     def from_provenance(cls, provenance: Mapping[str, Any], name: str) -> "ComputeConfig":
@@ -123,7 +140,9 @@ class ComputeConfig:
             raise PerturbationError(
                 f"{name} does not say how it was computed; give a perturbation that jobs/compute.py has written"
             )
-        return cls(**{field.name: provenance[field.name] for field in fields(cls) if field.name in provenance})
+        said: dict[str, Any] = {field.name: provenance[field.name] for field in fields(cls) if field.name in provenance}
+        said |= {key: tuple(value) for key, value in said.items() if isinstance(value, list)}
+        return cls(**said)
 
     @property
     def ball_radius(self) -> float:
@@ -161,29 +180,46 @@ class ComputeConfig:
         )
 
     def with_labels(self, class_names: Sequence[str], num_classes: int) -> "ComputeConfig":
-        """The same config with the target as a number, which `compute` needs.
+        """The same config with target and classes as numbers, which `compute` needs.
 
         Args:
             class_names: of the network's labels; empty if unknown.
             num_classes: how many labels it has.
 
         Raises:
-            ConfigError: the target is no class of the network.
+            ConfigError: one is no class of the network, or no class is left to attack or to spare.
         """
-        if self.target is None:
-            return self
-        return replace(self, target=find_label(self.target, class_names, num_classes, option="target"))
+        known = (class_names, num_classes)
+        target = None if self.target is None else find_label(self.target, *known, option="target")
+        only = find_labels(self.only_classes, *known, option="--only-classes")
+        spare = find_labels(self.spare_classes, *known, option="--spare-classes")
+        found = replace(self, target=target, only_classes=only, spare_classes=spare)
+        found.goal.check(num_classes)
+        return found
+
+    def without_goal(self) -> "ComputeConfig":
+        """The same config to fool all images."""
+        return replace(self, target=None, only_classes=(), spare_classes=(), spare_weight=None)
+
+    def balanced(self, labels: np.ndarray) -> "ComputeConfig":
+        """The same config with the weight of spared images that training images with these clean labels (N) call for."""
+        has_weight = self.spare_weight is not None or not (self.only_classes or self.spare_classes)
+        return self if has_weight else replace(self, spare_weight=self.goal.balanced(labels))
 
     @property
     def goal(self) -> Goal:
         """What images shall be taken for.
 
         Raises:
-            ConfigError: the target is still a name.
+            ConfigError: a target or class is still a name.
         """
-        if isinstance(self.target, str):
-            raise ConfigError(f"target is the name {self.target!r}; call ComputeConfig.with_labels, or give its number")
-        return Goal(self.target)
+        for given in (self.target, *self.only_classes, *self.spare_classes):
+            if isinstance(given, str):
+                raise ConfigError(
+                    f"{given!r} is the name of a class; call ComputeConfig.with_labels, or give its number"
+                )
+        weight = 1.0 if self.spare_weight is None else self.spare_weight
+        return replace(Goal.from_provenance(vars(self)), spare_weight=weight)
 
     @property
     def solver(self) -> Solver:

@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 
 from uap_dist.method.norms import add_perturbation
-from uap_dist.method.rates import Goal
+from uap_dist.method.rates import UNTARGETED, Goal
 from uap_dist.models.classifier import Classifier
-
-UNTARGETED = Goal()
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,8 @@ def log_odds_sum(
     """The sum −Σ w(f) ∇f over the images, with f the log-odds of the clean label at clip(x + v, 0, 255).
 
     −∇f is the direction of DeepFool's step to the boundary f = 0. With a target, f is the target's log-odds, and the sum is
-    Σ w(f) ∇f over the images whose clean label is another. Since only the sum is needed, the gradients of all images go
+    Σ w(f) ∇f over the images whose clean label is another. Images of spared classes add w(f) ∇f with their clean label's f, times
+    their weight. Since only the sum is needed, the gradients of all images go
     backward through the classifier's first layer at once (see `Classifier.linearise`). Images whose gradient is not finite are
     left out. The cost is one forward and one backward pass per image.
 
@@ -66,17 +65,17 @@ def log_odds_sum(
         weigh: w, maps N log-odds to N weights.
         goal: what the images shall be taken for.
     """
-    aims, signs = goal.aims(labels)
+    aims, factors = goal.aims(labels)
     of_all = perturbation.view(-1, 1, *pixels.shape[1:])
     shown = add_perturbation(pixels.unflatten(0, (len(of_all), -1)), of_all).flatten(0, 1)
     with torch.enable_grad():
         logits, leaf = classifier.linearise(shown)
         gaps = log_odds(logits, aims)
-        (slopes,) = torch.autograd.grad((signs * weigh(gaps.detach()) * gaps).sum(), leaf)
+        (slopes,) = torch.autograd.grad((factors * weigh(gaps.detach()) * gaps).sum(), leaf)
     totals = classifier.pull_back(_sum_finite(_widen(slopes), len(of_all)), pixels.shape[1:])
     return LogOddsSum(
         total=_widen(totals).view_as(perturbation),
-        log_odds=gaps.detach().where(signs != 0, torch.nan),
+        log_odds=gaps.detach().where(factors != 0, torch.nan),
         predicted=logits.detach().argmax(1),
         num_evaluations=2 * len(pixels),
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -9,9 +10,16 @@ import torch
 from torch import Tensor
 
 from uap_dist.errors import ConfigError
+from uap_dist.models.classes import name_with_label
 
-FOOLING, TARGETED = "fooling", "targeted_success"  # kinds of rates, by which metrics and columns are named
-RATE_TITLES = {FOOLING: "fooling rate", TARGETED: "targeted success rate"}
+# kinds of rates, by which metrics and columns are named
+FOOLING, TARGETED, ATTACKED, SPARED = "fooling", "targeted_success", "attacked_fooling", "spared_fooling"
+RATE_TITLES = {
+    TARGETED: "targeted success rate",
+    ATTACKED: "fooling rate of attacked classes",
+    SPARED: "fooling rate of spared classes",
+    FOOLING: "fooling rate",
+}
 
 Labels = TypeVar("Labels", np.ndarray, Tensor)
 
@@ -59,7 +67,7 @@ class Rate:
 
         Args:
             name: of the examples, such as val.
-            kind: FOOLING or TARGETED.
+            kind: one of RATE_TITLES.
         """
         count = {f"num_images/{_examples(name, kind)}": float(self.num_examples)}
         return {f"{kind}_rate/{name}": self.rate} | count if self.num_examples else count
@@ -81,7 +89,7 @@ class Rate:
         return f"{self.rate:.3f} [{low:.3f}, {high:.3f}] of {self.num_examples}"
 
 
-Rates = Mapping[str, Rate]  # by kind, that of fooling first
+Rates = Mapping[str, Rate]  # by kind, that of the goal first
 
 
 def _examples(name: str, kind: str) -> str:
@@ -93,37 +101,94 @@ class Goal:
     """What images shall be taken for under a perturbation.
 
     Attributes:
-        target: label that they shall get; None where any other than their clean label will do.
+        target: label that the attacked images shall get; None where any other than their clean label will do.
+        only: labels whose images are attacked; empty for all that are not spared.
+        spare: labels whose images shall keep them; empty for all others than `only`, or none if that is empty, too.
+        spare_weight: of each spared image in the sum of the steps; an attacked one has 1.
     """
 
     target: int | None = None
+    only: tuple[int, ...] = ()
+    spare: tuple[int, ...] = ()
+    spare_weight: float = 1.0
+
+    @classmethod
+    def from_provenance(cls, provenance: Mapping[str, Any]) -> "Goal":
+        """That of a saved perturbation; without provenance it is to fool all images."""
+        only, spare = (tuple(provenance.get(name) or ()) for name in ("only_classes", "spare_classes"))
+        return cls(provenance.get("target"), only, spare)
+
+    def check(self, num_classes: int) -> None:
+        """Raise ConfigError where, of so many classes, one is both attacked and spared, none is left to attack, or none to spare."""
+        both, labels = sorted({*self.only} & {*self.spare}), np.arange(num_classes)
+        if both:
+            raise ConfigError(f"label {both[0]} is to be attacked (--only-classes) and spared (--spare-classes)")
+        if self.has_classes and not self.spares(labels).any():
+            raise ConfigError(f"--only-classes has all {num_classes} classes; leave it out")
+        if not self.attacks(labels).any():
+            raise ConfigError(f"--spare-classes has all {num_classes} classes; leave some to attack")
+        if not self.pushes(labels).any():
+            raise ConfigError(f"the only class to attack is the target, {self.target}; leave others")
+
+    def provenance(self) -> dict[str, Any]:
+        """Inverse of `from_provenance`."""
+        return {"target": self.target, "only_classes": self.only, "spare_classes": self.spare}
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether some classes are attacked and others are not."""
+        return bool(self.only or self.spare)
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds of rates that say how far the goal is reached."""
-        return (FOOLING,) if self.target is None else (FOOLING, TARGETED)
+        """The kinds of rates that say how far the goal is reached, its own first."""
+        none = np.zeros(0, np.int64)
+        return tuple(self.hits(none, none))
 
-    def takes_part(self, clean: Labels) -> Labels:
-        """Mask of the images (N, bool) that steps are computed from, by their clean labels: not those with the target's label."""
-        return clean == clean if self.target is None else clean != self.target
+    def attacks(self, clean: Labels) -> Labels:
+        """Mask of the images (N, bool) of attacked classes, by their clean labels."""
+        if self.only:
+            return _among(clean, self.only)
+        return ~_among(clean, self.spare) if self.spare else clean == clean
+
+    def spares(self, clean: Labels) -> Labels:
+        """Mask of the images (N, bool) of spared classes, by their clean labels."""
+        if self.spare:
+            return _among(clean, self.spare)
+        return ~_among(clean, self.only) if self.only else clean != clean
+
+    def pushes(self, clean: Labels) -> Labels:
+        """Mask of the images (N, bool) that shall get another label: the attacked ones but those with the target's label."""
+        return self.attacks(clean) if self.target is None else self.attacks(clean) & (clean != self.target)
 
     def aims(self, clean: Tensor) -> tuple[Tensor, Tensor]:
         """What the step of each image does, by their clean labels (N).
 
         Returns:
-            N labels whose log-odds it changes, and N signs: 1 raises them, −1 lowers them, 0 leaves the image out.
+            N labels whose log-odds it changes, and N factors: positive ones raise them, negative ones lower them, 0 leaves out the image.
         """
-        if self.target is None:
+        if self == UNTARGETED:
             return clean, torch.full_like(clean, -1)
-        return torch.full_like(clean, self.target), self.takes_part(clean).to(clean.dtype)
+        pushed, spared = self.pushes(clean), self.spares(clean)
+        factors = self.spare_weight * spared.float()
+        if self.target is None:
+            return clean, factors - pushed.float()
+        return clean.where(spared, self.target), factors + pushed.float()
+
+    def balanced(self, clean: np.ndarray) -> float:
+        """The weight of spared images with which they count as much as the pushed ones; by the clean labels of all images."""
+        num_spared = int(self.spares(clean).sum())
+        return int(self.pushes(clean).sum()) / num_spared if num_spared else 1.0
 
     def hits(self, clean: Labels, perturbed: Labels) -> dict[str, tuple[Labels, Labels]]:
         """For each kind of rate, by clean and perturbed labels (N): masks of the images that are hits, and of those that count."""
-        found = {FOOLING: (perturbed != clean, clean == clean)}
+        fooled, found = perturbed != clean, {}
         if self.target is not None:
-            counts = self.takes_part(clean)
-            found[TARGETED] = (counts & (perturbed == self.target), counts)
-        return found
+            found[TARGETED] = (perturbed == self.target, self.pushes(clean))
+        if self.has_classes:
+            found |= {ATTACKED: (fooled, self.attacks(clean)), SPARED: (fooled, self.spares(clean))}
+        found[FOOLING] = (fooled, clean == clean)
+        return {kind: (hits & counts, counts) for kind, (hits, counts) in found.items()}
 
     def rates(self, clean: np.ndarray, perturbed: np.ndarray) -> dict[str, Rate]:
         """Rates by kind, from clean and perturbed labels (N); without those for which no image counts."""
@@ -131,6 +196,30 @@ class Goal:
             k: Rate(int(hits.sum()), int(counts.sum())) for k, (hits, counts) in self.hits(clean, perturbed).items()
         }
         return {kind: rate for kind, rate in found.items() if rate.num_examples}
+
+
+def goal_in_words(goal: Goal, class_names: Sequence[str]) -> list[str]:
+    """Such as ["target goldfish (1)", "attacked: tench (0)", "spared: all others"]; empty where all images are to be fooled."""
+    words = [] if goal.target is None else [f"target {name_with_label(goal.target, class_names)}"]
+    if goal.has_classes:
+        named = [", ".join(name_with_label(label, class_names) for label in some) for some in (goal.only, goal.spare)]
+        words += [f"{part}: {names or 'all others'}" for part, names in zip(("attacked", "spared"), named, strict=True)]
+    return words
+
+
+def _among(labels: Labels, classes: tuple[int, ...]) -> Labels:
+    """Mask of the labels that are among those classes."""
+    if isinstance(labels, Tensor):
+        return torch.isin(labels, _on_device(classes, labels.device))
+    return np.isin(labels, classes)
+
+
+@cache
+def _on_device(classes: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(classes, device=device)
+
+
+UNTARGETED = Goal()
 
 
 def rate_columns(name: str, rate: Rate | None) -> dict[str, Any]:

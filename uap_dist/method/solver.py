@@ -14,8 +14,8 @@ from torch import Tensor
 
 from uap_dist.method.augment import Augmentation
 from uap_dist.method.deepfool import deepfool
-from uap_dist.method.log_odds import UNTARGETED, log_odds_sum
-from uap_dist.method.rates import Goal
+from uap_dist.method.log_odds import log_odds_sum
+from uap_dist.method.rates import UNTARGETED, Goal
 from uap_dist.method.update import Iterate, Steps, log_odds_update, remember, weigh
 from uap_dist.models.classifier import Classifier
 

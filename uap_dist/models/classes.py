@@ -22,6 +22,16 @@ def imagenet_names() -> Sequence[str]:
     return names
 
 
+def label_name(label: int, class_names: Sequence[str]) -> str:
+    """Name of a class, or its index if names are unknown."""
+    return class_names[label] if class_names else str(label)
+
+
+def name_with_label(label: int, class_names: Sequence[str]) -> str:
+    """Such as "goldfish (1)", or the index alone if names are unknown."""
+    return f"{class_names[label]} ({label})" if class_names else str(label)
+
+
 class ClassIndex:
     """Indices of a network's classes by name."""
 
@@ -109,8 +119,8 @@ def find_label(given: int | str, class_names: Sequence[str], num_classes: int, *
         return given
     if not class_names:
         raise ConfigError(
-            f"{option} is {given!r}, but the classes have no names (class_names of the network, or classes.txt beside the training "
-            f"shards); give a label from 0 to {num_classes - 1}"
+            f"{option} is {given!r}, but the classes have no names (class_names of the network or, to compute, classes.txt beside the "
+            f"training shards); give a label from 0 to {num_classes - 1}"
         )
     index = ClassIndex(class_names).find(given)
     if index is not None:
@@ -127,6 +137,23 @@ def find_label(given: int | str, class_names: Sequence[str], num_classes: int, *
     raise ConfigError(
         f"{option} is {given!r}, which is no class of the network; nearest names: {'; '.join(shown) or 'none'}"
     )
+
+
+def find_labels(
+    given: Sequence[int | str], class_names: Sequence[str], num_classes: int, *, option: str
+) -> tuple[int, ...]:
+    """The labels that numbers and names mean, each once; a text with commas that is no name is a list of them.
+
+    Args and errors as for `find_label`.
+    """
+    index = ClassIndex(class_names)
+    parts: list[int | str] = []
+    for each in given:
+        is_list = isinstance(each, str) and "," in each and index.find(each) is None
+        parts += [part.strip() for part in str(each).split(",")] if is_list else [each]
+    numbers = (int(part) if isinstance(part, str) and part.isdecimal() else part for part in parts)
+    found = [find_label(part, class_names, num_classes, option=option) for part in numbers]
+    return tuple(dict.fromkeys(found))
 
 
 def _listed(labels: Sequence[int]) -> str:

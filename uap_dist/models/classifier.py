@@ -60,6 +60,11 @@ class Classifier(nn.Module):
         logits = output if isinstance(output, Tensor) else _find_logits(output, len(pixels), self.name)
         return logits.float() if torch.is_autocast_enabled(pixels.device.type) else logits
 
+    def count_labels(self, shape: Sequence[int]) -> int:
+        """K, the number of logits for an image of that shape (C×H×W)."""
+        with torch.no_grad():
+            return self(torch.zeros(1, *shape, device=self.mean.device)).shape[1]
+
     def normalise(self, pixels: Tensor) -> Tensor:
         """The network's own input: (pixels / 255 − mean) / std."""
         return (pixels - self.mean) / self.std

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,6 +16,7 @@ from uap_dist.data.locations import join, split_query
 from uap_dist.errors import ConfigError, PerturbationError
 from uap_dist.foreign_text import first_line
 from uap_dist.method.norms import Norm, measure
+from uap_dist.method.rates import Goal
 from uap_dist.perturbations.names import Parts, canonical, name_rest, parts_of, refuse_twins
 from uap_dist.perturbations.published import load_published, split_unit
 from uap_dist.perturbations.reading import read
@@ -40,6 +41,15 @@ class Perturbation:
     v: Tensor
     provenance: Mapping[str, Any] = field(default_factory=dict)
     pool: str = ""
+
+    @property
+    def goal(self) -> Goal:
+        """What images shall be taken for under it; one without provenance is to fool all images."""
+        return Goal.from_provenance(self.provenance)
+
+    def aimed(self, target: int | None) -> "Perturbation":
+        """With another target, or none."""
+        return replace(self, provenance=dict(self.provenance) | {"target": target})
 
     def resized(self, shape: Sequence[int]) -> Tensor:
         """V at another input size (C×H×W), bilinear and antialiased. This keeps the size of pixel values, not the ℓ2 norm."""

@@ -72,7 +72,7 @@ class Profiler:
                 return measure_costs(
                     fleet,
                     self.train_urls,
-                    options.config,
+                    options.config.without_goal(),  # which costs nothing more
                     start_s=self.before_s + ready_s,
                     commit=partial(self._commit, store, num_workers),
                     class_names=classifier.class_names,

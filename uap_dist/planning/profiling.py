@@ -189,7 +189,7 @@ def _measure_report(timed: _TimedWorkers, images: Dataset, rounds: _Rounds, clas
     finished = FinishedRun(
         final=replace(rounds.final, evaluation=evaluation),
         history=rounds.history,
-        random_rates={"linf": evaluation.val, "l2": evaluation.val},
+        random_rates={"linf": evaluation.val_rates, "l2": evaluation.val_rates},
         val=images,
         provenance={"norm": "linf"},
         class_names=class_names,

@@ -8,6 +8,7 @@ from itertools import islice
 
 from uap_dist.errors import ConfigError
 from uap_dist.method.config import ComputeConfig
+from uap_dist.method.rates import Goal
 from uap_dist.method.state import RoundReport, State
 from uap_dist.rounds.plan import RunPlan, plan_run, schedule_rounds
 from uap_dist.rounds.round import RoundTasks, evaluate, run_round
@@ -47,13 +48,10 @@ def compute(
 
     Raises:
         ConfigError: there are fewer training images than in a block, the evaluations do not allow one round, the images of
-            both datasets differ in shape, or all training images have the target's label already.
+            both datasets differ in shape, or no image of one is to get another label.
     """
-    if not config.goal.takes_part(train.clean.labels).any():
-        raise ConfigError(
-            f"the network gives all {train.num_examples} training images label {config.target}, which is the target: none is left to "
-            "compute from"
-        )
+    _check_goal(config.goal, train, "training images")
+    config = config.balanced(train.clean.labels)
     held_out = val if isinstance(val, Future) else known(val)
     plan = plan_run(train.sizes, config)
     before = state or State.start(train.shape, train.num_examples, config)
@@ -78,6 +76,12 @@ def compute(
                 yield report
                 if report.is_last:
                     return
+
+
+def _check_goal(goal: Goal, images: Dataset, what: str) -> None:
+    if not goal.pushes(images.clean.labels).any():
+        left_out = "the target's label" if goal.attacks(images.clean.labels).any() else "labels that are not attacked"
+        raise ConfigError(f"the network gives all {images.num_examples} {what} {left_out}; none is left that counts")
 
 
 class _Waiting:
@@ -111,6 +115,7 @@ class _Waiting:
             is_last = ends and report is reports[-1]
             val = self._held_out.result()
             check_shapes(self._train, val)
+            _check_goal(self._plan.config.goal, val, "held-out images")
             images = (self._train, val) if is_last else self._plan.measurements.choose(self._train, val)
             evaluation = evaluate(self._workers, *images, report.perturbation, self._plan.config.goal)
             reached = evaluation.train is not None and evaluation.train.rate >= self._plan.config.target_fooling_rate

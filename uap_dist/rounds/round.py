@@ -12,9 +12,8 @@ from torch import Tensor
 
 from uap_dist.method import update
 from uap_dist.method.config import ComputeConfig
-from uap_dist.method.log_odds import UNTARGETED
 from uap_dist.method.norms import SYMBOLS, norms
-from uap_dist.method.rates import Goal, Rate
+from uap_dist.method.rates import UNTARGETED, Goal, Rate
 from uap_dist.method.schedule import Round
 from uap_dist.method.solver import EVALUATIONS, EVALUATIONS_PER_LOG_ODDS_SOLVE, LOG_ODDS_SIZE, MEANS, LocalSteps
 from uap_dist.method.state import NOTHING, Evaluation, RoundReport, State

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from uap_dist.foreign_text import in_one_line, printable, redact
-from uap_dist.method.state import RoundReport
+from uap_dist.method.rates import FOOLING, RATE_TITLES
+from uap_dist.method.state import Evaluation, RoundReport
 from uap_dist.tracking.process import INTERRUPTED
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -68,10 +69,8 @@ class RoundProgress:
         if not self._console.is_terminal and time.monotonic() > self._last_line + SECONDS_BETWEEN_LINES:
             self._write_line(status)
         if report.evaluation is not None:
-            training = f"training {report.evaluation.train}, " if report.evaluation.train else ""
-            self._write_line(
-                f"{prefix}after {report.num_evaluations} network evaluations: {training}held-out {report.evaluation.val}"
-            )
+            rates = "; ".join(_rates_in_words(report.evaluation))
+            self._write_line(f"{prefix}after {report.num_evaluations} network evaluations: {rates}")
 
     def _fraction_done(self, report: RoundReport) -> float:
         if report.num_rounds:
@@ -82,6 +81,14 @@ class RoundProgress:
     def _write_line(self, text: str) -> None:
         self._last_line = time.monotonic()
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _rates_in_words(evaluation: Evaluation) -> Iterator[str]:
+    """Each kind of rate on training images, if they were measured, and held-out ones; fooling rates go without saying."""
+    for kind, val in evaluation.val_rates.items():
+        name = "" if tuple(evaluation.val_rates) == (FOOLING,) else f"{RATE_TITLES[kind]} "
+        train = (evaluation.train_rates or {}).get(kind)
+        yield name + (f"training {train}, " if train else "") + f"held-out {val}"
 
 
 def set_up_logging(console: Console, *, debug: bool) -> None:

@@ -36,8 +36,9 @@ RUNS_COLUMNS = (
     "metrics.`fooling_rate/val`",
     "metrics.`random/fooling_rate`",
     "metrics.`fooling_rate/train`",
+    "metrics.`targeted_success_rate/val`",
     "metrics.`total/evaluations`",
-    *(f"params.`{name}`" for name in ("model", "norm", "radius", "rule", "seed")),
+    *(f"params.`{name}`" for name in ("model", "norm", "radius", "rule", "target_name", "seed")),
     "attributes.`Dataset`",
 )
 RUNS_VIEW_TAG = "mlflow.sharedViewState.uap_dist"

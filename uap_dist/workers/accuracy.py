@@ -3,7 +3,6 @@
 import logging
 
 import numpy as np
-import torch
 
 from uap_dist.errors import ClassifierError
 from uap_dist.method.rates import Rate
@@ -26,8 +25,7 @@ def top1(dataset: Dataset, labels: np.ndarray) -> Rate | None:
 
 def warn_of_other_classes(classifier: Classifier, dataset: Dataset, model: str) -> None:
     """Warn where labels of a data set are no classes of the network, which counts as wrong in its top-1 accuracy."""
-    with torch.no_grad():
-        num_classes = classifier(torch.zeros(1, *dataset.shape)).shape[1]
+    num_classes = classifier.count_labels(dataset.shape)
     outside = dataset.truths[dataset.truths >= num_classes]
     if len(outside):
         logger.warning(
