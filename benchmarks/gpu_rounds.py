@@ -75,6 +75,8 @@ class Options:
     """Of each measurement."""
     seeds: int = 5
     """Perturbations whose fooling rates are averaged."""
+    rates_of: str = "squeezenet"
+    """Network of the fooling rates, one with weights."""
     budget: int = 8_500
     """Network evaluations of each of them, clean labels included; 0: no fooling rates."""
     data: Path = Path("../shared")
@@ -164,7 +166,7 @@ def compare_bits(options: Options) -> None:
 
 def print_rates(precision: Precision, count: int, options: Options) -> None:
     """A row with the fooling rates of perturbations that are computed in batches of so many."""
-    workers, train, val = load("squeezenet", precision, options)
+    workers, train, val = load(options.rates_of, precision, options)
     config = ComputeConfig(members_at_once=count, max_evaluations=options.budget)
     rates = [rate_of(workers, val, last) for last in run(workers.worker, train, config, range(options.seeds))]
     each = ", ".join(f"{rate.rate:.3f}" for rate in rates)

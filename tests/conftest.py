@@ -70,8 +70,8 @@ def shards(tmp_path_factory):
     return folder
 
 
-def tiny_worker(cache_bytes: int = 1 << 30) -> Worker:
-    return Worker(load_classifier(TINY), cache_bytes=cache_bytes, num_threads=1)
+def tiny_worker(cache_bytes: int = 1 << 30, **options) -> Worker:
+    return Worker(load_classifier(TINY), cache_bytes=cache_bytes, num_threads=1, **options)
 
 
 def compute_here(model, weights, train, val, config):

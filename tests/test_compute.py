@@ -34,7 +34,7 @@ def test_blocks_of_one_image_follow_the_papers_loop(local_workers, tiny_data):
     train, _ = tiny_data
     options = {"round_size": 1, "block_size": 1, "rule": "paper", "max_passes": 1, "radius": 20.0}
     reports = run(local_workers, tiny_data, **options)
-    network = tiny_worker().classifier.double()
+    network = tiny_worker().classifier.double().cpu()
     v = torch.zeros(3, 16, 16)
     starts = np.cumsum([0, *train.sizes])
     for round_, report in zip(plan_rounds(train.sizes, seed=0, round_size=1, block_size=1), reports, strict=False):

@@ -2,6 +2,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from conftest import tiny_worker
 
 from uap_dist.errors import ShardError
@@ -40,7 +41,6 @@ def test_a_sum_is_the_sum_over_its_examples(shards):
 
 
 def test_classify_agrees_with_the_network(shards):
-    import torch
 
     worker = tiny_worker()
     task = examples(str(shards / "train-0000.tar"), worker)
@@ -71,3 +71,17 @@ def test_a_shard_that_changes_during_the_run_is_detected(shards, tmp_path):
     shutil.copy(shards / "train-0001.tar", url)
     with pytest.raises(ShardError, match="changed during the run"):
         tiny_worker().solve(task, V, ComputeConfig().solver)
+
+
+def test_precision_is_that_of_labels_and_increments_and_of_nothing_afterwards(shards):
+    url = str(shards / "train-0000.tar")
+    full, half, tf32 = (tiny_worker(precision=name) for name in ("float32", "bfloat16", "tf32"))
+    task = examples(url, full)
+    expected, found = (worker.classify(task, V[0]) for worker in (full, half))
+    assert found.labels.tolist() == expected.labels.tolist() and found.confidences.dtype == np.float32
+    assert 0 < np.abs(found.confidences - expected.confidences).max() < 0.05
+    expected, found, same = (worker.solve(task, V, ComputeConfig().solver) for worker in (full, half, tf32))
+    assert found.total.dtype == np.float32 and found.digest() != expected.digest()
+    assert np.linalg.norm(found.total - expected.total) < 0.05 * np.linalg.norm(expected.total)
+    assert same.digest() == expected.digest()  # CPUs have no tf32
+    assert not torch.is_autocast_enabled("cpu")
