@@ -34,6 +34,7 @@ FAULTS = (
     nodes.node_added,
     drivers.driver_kills,
     pools.pool_kills,
+    pools.batch_kills,
     pools.pool_outage,
     drivers.job_stop,
     storage.storage_fails,

@@ -55,11 +55,11 @@ def result(folder, seed):
     return json.loads((folder / f"out/members/seed-{seed}/result.json").read_text())
 
 
-@pytest.fixture(scope="module")
-def resumed(shards, tmp_path_factory):
+@pytest.fixture(scope="module", params=[1, 3], ids=["each-alone", "three-at-once"])
+def resumed(shards, tmp_path_factory, request):
     """A pool whose driver was killed after its first member was finished; the state of that member then."""
     folder = tmp_path_factory.mktemp("pool")
-    process = start(folder, *data(shards), *OPTIONS)
+    process = start(folder, *data(shards), *OPTIONS, "--members-at-once", str(request.param))
     client = None
     while client is None or not any(run.info.status == "FINISHED" for run in runs(folder)[1]):
         assert process.poll() is None, process.stderr.read()
@@ -90,6 +90,7 @@ def test_each_member_has_the_bits_of_its_seed_alone(resumed, shards):
             seed=seed,
             random_start=0.5,
             evaluate_every=NUM_PASSES,
+            members_at_once=result(folder, seed)["provenance"]["members_at_once"],
         )
         *_, final = compute(workers, train, val, config)
         assert torch.equal(v, final.perturbation)

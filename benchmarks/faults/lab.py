@@ -124,9 +124,14 @@ class Lab:
     @cached_property
     def alone(self) -> list[Trial]:
         """A run of its own for each member of a pool."""
+        return self.run_alone()
+
+    def run_alone(self, *options: str) -> list[Trial]:
+        """A run of its own for each member of a pool, with these options."""
         trials = []
         for seed in range(self.size.num_perturbations):
-            trials.append(Trial(self, f"alone-{seed}", "--seed", str(seed), "--random-start", "0.5"))
+            name = "-".join((f"alone-{seed}", *(option.strip("-") for option in options)))
+            trials.append(Trial(self, name, "--seed", str(seed), "--random-start", "0.5", *options))
             trials[-1].start()
             trials[-1].finish()
         return trials

@@ -10,15 +10,26 @@ from faults.runs import Line, Trial
 
 def pool_kills(lab: Lab) -> Iterator[Line]:
     """SIGKILL to the driver of a pool; each member must have the bits that its seed has alone."""
-    rounds = lab.num_rounds * len(lab.alone)
-    rng, trial, times = random.Random(1), _start_pool(lab, "pool-kills"), lab.size.num_pool_kills
+    yield _kill(lab, _start_pool(lab, "pool-kills"), lab.alone, "SIGKILL of the driver at a random point, resumed")
+
+
+def batch_kills(lab: Lab) -> Iterator[Line]:
+    """The same where members go through the network in batches: the bits of each are those it has alone in its batch."""
+    alone = lab.run_alone("--members-at-once", "3")
+    trial = _start_pool(lab, "batch-kills", "--members-at-once", "3")
+    yield _kill(lab, trial, alone, "three members at once, SIGKILL of the driver at a random point, resumed")
+
+
+def _kill(lab: Lab, trial: Trial, alone: list[Trial], fault: str) -> Line:
+    rounds, times = lab.num_rounds * len(alone), lab.size.num_pool_kills
+    rng = random.Random(1)
     for number in range(times):
         trial.reach(round(rounds * (number + 0.3) / (times + 0.3)))
         time.sleep(rng.uniform(0, 0.6))
         trial.kill()
         trial.resume("--num-workers", rng.choice("123"))
     trial.finish()
-    yield trial.pool_line("SIGKILL of the driver at a random point, resumed", times)
+    return trial.pool_line(fault, times, alone)
 
 
 def pool_outage(lab: Lab) -> Iterator[Line]:
@@ -33,10 +44,10 @@ def pool_outage(lab: Lab) -> Iterator[Line]:
     server.start()
     trial.resume()
     trial.finish()
-    yield trial.pool_line("MLflow server killed, back after the end; resumed", 1)
+    yield trial.pool_line("MLflow server killed, back after the end; resumed", 1, lab.alone)
 
 
-def _start_pool(lab: Lab, name: str, **environment: str) -> Trial:
-    trial = Trial(lab, name, "--num-perturbations", str(lab.size.num_perturbations), **environment)
+def _start_pool(lab: Lab, name: str, *options: str, **environment: str) -> Trial:
+    trial = Trial(lab, name, "--num-perturbations", str(lab.size.num_perturbations), *options, **environment)
     trial.start()
     return trial

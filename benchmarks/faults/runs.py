@@ -142,9 +142,9 @@ class Trial:
         complete = self.lab.has_all_metrics(self.result["mlflow_run_id"], reference.result["num_rounds"])
         return Line("", fault, times, self.ending, same, complete, round(self.seconds - reference.seconds, 1))
 
-    def pool_line(self, fault: str, times: int) -> Line:
+    def pool_line(self, fault: str, times: int, alone: "list[Trial]") -> Line:
         """Compare each member with the run that its seed has alone."""
-        pairs = list(zip(self.result["members"].values(), self.lab.alone, strict=True))
+        pairs = list(zip(self.result["members"].values(), alone, strict=True))
         same = all(m["perturbation_sha256"] == other.result["perturbation_sha256"] for m, other in pairs)
         complete = all(self.lab.has_all_metrics(m["mlflow_run_id"], other.result["num_rounds"]) for m, other in pairs)
         lost = round(self.seconds - sum(other.seconds for _, other in pairs), 1)

@@ -99,18 +99,7 @@ class ComputeConfig:
             raise ConfigError(
                 f"local steps is {self.local_steps}; it must be positive and divide the block size, {self.block_size}"
             )
-        if self.members_at_once < 1:
-            raise ConfigError(f"members at once is {self.members_at_once}; it must be positive")
-        if self.members_at_once > 1 and (self.rule == "paper" or self.local_steps):
-            raise ConfigError("members at once belongs to the log-odds rule without local steps; leave it out")
-        foreign = (
-            ("candidates", "slope_ratio", "gain")
-            if self.rule == "log-odds"
-            else ("step_size", "period", "augment", "local_steps")
-        )
-        for name in foreign:
-            if getattr(self, name) is not None:
-                raise ConfigError(f"{name.replace('_', ' ')} does not belong to rule {self.rule}; leave it out")
+        _check_rule(self)
         self._check_goal()
         if self.seed < 0:
             raise ConfigError(f"seed is {self.seed}; it must not be negative")
@@ -231,6 +220,22 @@ class ComputeConfig:
             slope_ratio=self.slope_ratio or SLOPE_RATIO,
             goal=self.goal,
         )
+
+
+def _check_rule(config: ComputeConfig) -> None:
+    """Raise ConfigError where an option does not belong to the rule."""
+    if config.members_at_once < 1:
+        raise ConfigError(f"members at once is {config.members_at_once}; it must be positive")
+    if config.members_at_once > 1 and (config.rule == "paper" or config.local_steps):
+        raise ConfigError("members at once belongs to the log-odds rule without local steps; leave it out")
+    foreign = (
+        ("candidates", "slope_ratio", "gain")
+        if config.rule == "log-odds"
+        else ("step_size", "period", "augment", "local_steps")
+    )
+    for name in foreign:
+        if getattr(config, name) is not None:
+            raise ConfigError(f"{name.replace('_', ' ')} does not belong to rule {config.rule}; leave it out")
 
 
 def warn_of_default_radius(config: ComputeConfig, shape: Sequence[int]) -> None:
