@@ -15,15 +15,19 @@ from test_deepfool import classifier_of, linear
 from test_job import JOB, data, empty_store, runs
 from torch.testing import assert_close
 
+from uap_dist.computing.options import ComputeOptions
+from uap_dist.computing.plots import save_curve
 from uap_dist.computing.provenance import describe_config
 from uap_dist.errors import ConfigError, ResumeError
 from uap_dist.evaluation.evaluate import baselines, measure_perturbations
 from uap_dist.evaluation.report import save_evaluation, summary
+from uap_dist.job_options import from_json, to_json
 from uap_dist.method.config import ComputeConfig
 from uap_dist.method.log_odds import log_odds_sum
 from uap_dist.method.rates import ATTACKED, FOOLING, SPARED, TARGETED, UNTARGETED, Goal, goal_in_words
 from uap_dist.perturbations.files import load_perturbations
 from uap_dist.rounds.loop import compute
+from uap_dist.rounds.record import RoundRecord
 from uap_dist.tracking.checkpoint import JobRecord, check_identity
 from uap_dist.workers.dataset import classify
 
@@ -65,7 +69,7 @@ def test_every_image_is_attacked_spared_or_neither(pairs, only, spare, target):
             assert (rates[kind].num_hits, rates[kind].num_examples) == ((clean != perturbed)[mask].sum(), mask.sum())
         else:
             assert kind not in rates
-    assert rates[FOOLING].num_examples == len(clean) and set(rates) <= set(goal.kinds)
+    assert rates[FOOLING].num_examples == len(clean) and tuple(goal.hits(clean, perturbed)) == goal.kinds
     of_tensors = goal.hits(torch.tensor(clean), torch.tensor(perturbed))
     for kind, masks in goal.hits(clean, perturbed).items():
         assert all(np.array_equal(a, b.numpy()) for a, b in zip(masks, of_tensors[kind], strict=True))
@@ -212,6 +216,24 @@ def test_the_job_reports_the_rates_of_both_sets(shards, tmp_path, local_workers,
     rows = pq.read_table(tmp_path / "evaluation/tables/evaluation.parquet").to_pylist()
     assert rows[0]["attacked_fooling_rate"] == result["val_attacked_fooling_rate"]
     assert "Fooling rate of spared classes: images of the classes that it was to leave alone" in summary(found)
+
+
+def test_options_come_back_from_a_checkpoint_as_they_were():
+    for config in (ComputeConfig(target=1, only_classes=(0, "cat"), spare_weight=0.5), ComputeConfig(target="cat")):
+        options = ComputeOptions(compute=config)
+        assert from_json(ComputeOptions, json.loads(json.dumps(to_json(options)))) == options
+
+
+def test_curves_are_drawn_where_no_training_image_is_spared(local_workers, tiny_data, tmp_path):
+    train, val = tiny_data
+    attacked = train.take(np.flatnonzero(train.clean.labels == 0))
+    history = []
+    for report in compute(local_workers, attacked, val, replace(CONFIG, max_passes=1)):
+        history.append(RoundRecord.of(report, {}, history))
+    rates = report.evaluation.val_rates
+    assert SPARED in rates and SPARED not in report.evaluation.train_rates
+    save_curve(tmp_path / "curve.png", history, {kind: {"same ℓ2 norm": rate} for kind, rate in rates.items()})
+    assert (tmp_path / "curve.png").stat().st_size > 1000
 
 
 def test_a_run_is_not_resumed_with_other_classes():

@@ -69,7 +69,9 @@ def test_mlflow_has_the_target_its_curve_and_its_baseline(computed):
     (pool,) = (run for run in found if "mlflow.parentRunId" not in run.data.tags)
     result = json.loads((folder / "out/result.json").read_text())
     assert pool.data.metrics["pool/mean_val_targeted_success_rate"] == result["mean_val_targeted_success_rate"] > 0.8
-    assert "pool2-seed0-target-Red" in pool.info.run_name and "**target red**" in pool.data.tags["mlflow.note.content"]
+    assert (
+        "pool2-seed0-target-Red" in pool.info.run_name and "**target red (0)**" in pool.data.tags["mlflow.note.content"]
+    )
     child = next(run for run in found if run is not pool and run.data.params["seed"] == "0")
     metrics, own = child.data.metrics, json.loads((member(folder) / "result.json").read_text())
     assert metrics["targeted_success_rate/val"] == own["val_targeted_success_rate"]

@@ -52,8 +52,7 @@ def save_curve(path: Path, history: Sequence[RoundRecord], random_rates: Mapping
     rounds = [record.metrics for record in history]
     figure, panels, norms = _curve_panels(random_rates)
     for kind, axes in panels.items():
-        num_averaged = _draw_running(axes, rounds, kind, color="tab:orange")
-        axes.lines[-1].set_label(f"images of the rounds, before their update (mean of {num_averaged:,})")
+        _draw_running(axes, rounds, kind, color="tab:orange")
         _draw_measured(axes, rounds, "train", kind, color="0.3", label="training images")
         _draw_measured(axes, rounds, "val", kind, color="tab:blue", label="held-out images")
         axes.set_title(f"{RATE_TITLES[kind].capitalize()} with 95 % Wilson intervals", fontsize=10)
@@ -123,17 +122,21 @@ def _curve_panels(kinds: Collection[str]) -> tuple[Figure, dict[str, Axes], tupl
 
 def _draw_running(
     axes: Axes, rounds: Sequence[Mapping[str, float]], kind: str, *, color: str, is_background: bool = False
-) -> int:
-    """Plot the running mean of the rounds' rates, in the foreground with its interval; return the number of images averaged."""
+) -> None:
+    """Plot the running mean of the rounds' rates, in the foreground with its interval and its number of images."""
     rates = [Rate.from_metrics(metrics, "round", kind) for metrics in rounds]
     num_averaged = max(RUNNING_IMAGES, int(RUNNING_SHARE * sum(rate.num_examples for rate in rates)))
-    points = zip(column(rounds, "total/evaluations"), running_rates(rates, num_averaged), strict=True)
-    evaluations, running = zip(*((x, rate) for x, rate in points if rate.num_examples), strict=True)
+    means = zip(column(rounds, "total/evaluations"), running_rates(rates, num_averaged), strict=True)
+    points = [(x, rate) for x, rate in means if rate.num_examples]
+    if not points:  # as of spared classes without training images
+        return
+    evaluations, running = zip(*points, strict=True)
     if not is_background:
         lows, highs = zip(*(rate.interval for rate in running), strict=True)
         axes.fill_between(evaluations, lows, highs, color=color, alpha=0.2, lw=0)
     axes.plot(evaluations, [rate.rate for rate in running], color=color, lw=0.8, alpha=0.5 if is_background else 1.0)
-    return num_averaged
+    if not is_background:
+        axes.lines[-1].set_label(f"images of the rounds, before their update (mean of {num_averaged:,})")
 
 
 def _draw_measured(

@@ -37,7 +37,7 @@ class ComputeConfig:
     max_passes: int | None = None
     """Stop after so many passes over the training images; if not given, 10, or no limit with --max-evaluations."""
     target_fooling_rate: float = 1.0
-    """Stop after a pass at whose end v fools this fraction (0..1) of the training images; it has no part in --target."""
+    """Stop after a pass at whose end v fools this fraction (0..1) of the training images. For a label: --target."""
     target: int | str | None = None
     """Label that all images shall get, by number or name (of the network); if not given, any but their own will do."""
     only_classes: tuple[int | str, ...] = ()
@@ -100,19 +100,9 @@ class ComputeConfig:
                 f"local steps is {self.local_steps}; it must be positive and divide the block size, {self.block_size}"
             )
         _check_rule(self)
-        self._check_goal()
+        _check_goal(self)
         if self.seed < 0:
             raise ConfigError(f"seed is {self.seed}; it must not be negative")
-
-    def _check_goal(self) -> None:
-        has_classes = bool(self.only_classes or self.spare_classes)
-        for name, is_given in (("target", self.target is not None), ("classes to attack or spare", has_classes)):
-            if is_given and self.rule == "paper":
-                raise ConfigError(f"the paper's rule knows no {name}; give them with --rule log-odds")
-        if self.spare_weight is not None and not has_classes:
-            raise ConfigError("--spare-weight belongs to --only-classes and --spare-classes; leave it out")
-        if self.spare_weight is not None and not 0 <= self.spare_weight < inf:
-            raise ConfigError(f"spare weight is {self.spare_weight}; it must not be negative")
 
     @classmethod
     def from_provenance(cls, provenance: Mapping[str, Any], name: str) -> "ComputeConfig":
@@ -249,3 +239,14 @@ def warn_of_default_radius(config: ComputeConfig, shape: Sequence[int]) -> None:
             alike,
             alike,
         )
+
+
+def _check_goal(config: ComputeConfig) -> None:
+    has_classes = bool(config.only_classes or config.spare_classes)
+    for name, is_given in (("target", config.target is not None), ("classes to attack or spare", has_classes)):
+        if is_given and config.rule == "paper":
+            raise ConfigError(f"the paper's rule knows no {name}; give them with --rule log-odds")
+    if config.spare_weight is not None and not has_classes:
+        raise ConfigError("--spare-weight belongs to --only-classes and --spare-classes; leave it out")
+    if config.spare_weight is not None and not 0 <= config.spare_weight < inf:
+        raise ConfigError(f"spare weight is {config.spare_weight}; it must not be negative")

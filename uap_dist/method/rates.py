@@ -142,8 +142,8 @@ class Goal:
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of rates that say how far the goal is reached, its own first."""
-        none = np.zeros(0, np.int64)
-        return tuple(self.hits(none, none))
+        targeted = () if self.target is None else (TARGETED,)
+        return (*targeted, *((ATTACKED, SPARED) if self.has_classes else ()), FOOLING)
 
     def attacks(self, clean: Labels) -> Labels:
         """Mask of the images (N, bool) of attacked classes, by their clean labels."""
