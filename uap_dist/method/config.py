@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from math import inf, prod
 from typing import Any, get_args
 
@@ -185,7 +186,7 @@ class ComputeConfig:
         has_weight = self.spare_weight is not None or not (self.only_classes or self.spare_classes)
         return self if has_weight else replace(self, spare_weight=self.goal.balanced(labels))
 
-    @property
+    @cached_property
     def goal(self) -> Goal:
         """What images shall be taken for.
 
@@ -200,7 +201,7 @@ class ComputeConfig:
         weight = 1.0 if self.spare_weight is None else self.spare_weight
         return replace(Goal.from_provenance(vars(self)), spare_weight=weight)
 
-    @property
+    @cached_property
     def solver(self) -> Solver:
         """The options that workers need, with defaults filled in."""
         return Solver(

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, TypeVar
 
 import numpy as np
@@ -139,7 +139,7 @@ class Goal:
         """Whether some classes are attacked and others are not."""
         return bool(self.only or self.spare)
 
-    @property
+    @cached_property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of rates that say how far the goal is reached, its own first."""
         targeted = () if self.target is None else (TARGETED,)

@@ -5,7 +5,7 @@ Several perturbations can be solved at once, each against its own images: where 
 
 import hashlib
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 from typing import Literal
 
 import numpy as np
@@ -49,7 +49,7 @@ class Solver:
     slope_ratio: float
     goal: Goal = UNTARGETED
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """K names of the sums over images: hits by kind of rate, and quantities of which a round reports means."""
         return (*self.goal.kinds, *MEANS[self.rule], *([EVALUATIONS] if self.rule == "paper" else []))
@@ -149,22 +149,24 @@ def take_local_steps(
 def _solve_log_odds(
     classifier: Classifier, batch: Batch, perturbation: Tensor, scales: Tensor, goal: Goal
 ) -> tuple[Tensor, Tensor]:
-    labels, num_sums, widths = batch.labels, len(scales), scales.to(perturbation.dtype)[:, None]
-    is_real = torch.ones_like(labels, dtype=torch.bool) if batch.is_real is None else batch.is_real
+    labels, is_real, num_sums = batch.labels, batch.is_real, len(scales)
+    widths = scales.to(perturbation.dtype)[:, None]
 
     def weigh_all(log_odds: Tensor) -> Tensor:
         weights = weigh(log_odds.unflatten(0, (num_sums, -1)), widths).flatten()
-        return weights if batch.is_real is None else weights.where(is_real, 0)
+        return weights if is_real is None else weights.where(is_real, 0)
 
     found = log_odds_sum(classifier, batch.pixels, perturbation, labels, weigh=weigh_all, goal=goal)
     is_finite = found.log_odds.isfinite()
-    values = found.log_odds.where(is_finite, 0)
-    hits = [goal.hits(labels, found.predicted)[kind] for kind in goal.kinds]
-    pairs = [*hits, (values, is_finite), (values.abs(), is_finite)]
-    each = torch.stack([torch.stack([value.double(), count.double()], dim=-1) for value, count in pairs])
-    each = each * is_real[:, None]
+    values, counted = found.log_odds.where(is_finite, 0).double(), is_finite.double()
+    hits = goal.hits(labels, found.predicted)
+    pairs = [each.double() for kind in goal.kinds for each in hits[kind]]
+    rows = torch.stack([*pairs, values, counted, values.abs(), counted])
+    if is_real is not None:
+        rows = rows * is_real
     # one by one, so that the order is known
-    return found.total, reduce(torch.add, each.unflatten(1, (num_sums, -1)).unbind(2)).transpose(0, 1)
+    sums = reduce(torch.add, rows.view(len(rows), num_sums, -1).unbind(2))
+    return found.total, sums.T.reshape(num_sums, -1, 2)
 
 
 def _solve_paper(classifier: Classifier, batch: Batch, perturbation: Tensor, solver: Solver) -> tuple[Tensor, Tensor]:

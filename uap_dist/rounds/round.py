@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
 from itertools import zip_longest
 
 import numpy as np
@@ -23,6 +22,8 @@ from uap_dist.workers.local import Workers
 from uap_dist.workers.messages import Examples, Together
 from uap_dist.workers.solving.graphs import Caller, Numbers, plainly, send
 from uap_dist.workers.worker import Worker
+
+Arrays = np.ndarray | Tensor
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,10 @@ class Members:
     def of(cls, states: Mapping[int, State], num_places: int = 1, device: torch.device | None = None) -> "Members":
         """Members with these states, one at least, on a device (that of the first state if not given)."""
         some = next(iter(states.values())).iterate.v
+        if num_places == 1:  # a view, which takes no time
+            (place, state), *_ = states.items()
+            iterate = Iterate(*(each[None].to(device or some.device) for each in state.iterate))
+            return cls({place: replace(state, iterate=iterate)}, iterate)
         empty = Iterate.zero((num_places, *some.shape))
         all_ = Iterate(empty.v, empty.momentum, empty.scale.repeat(num_places))
         for place, state in states.items():
@@ -176,15 +181,16 @@ def run_rounds(
     if steps is not None and config.local_steps:
         local = LocalSteps(momentum, sizes[0], config.block_size // config.local_steps, steps)
     tasks = _tasks(rounds, len(sizes), config)
-    total, sums, solve_seconds = torch.zeros((), dtype=torch.float64, device=before.v.device), [], 0.0
+    total, sums, solve_seconds, num_blocks = None, None, 0.0, 0
     for result in workers.map(Worker.solve, tasks, v, config.solver, scales, local):
-        total = total + _double(result.total)
-        sums.append(_double(result.sums))
+        total, sums = _add(total, result.total), _add(sums, result.sums)
         solve_seconds += result.seconds
+        num_blocks += 1
+    assert total is not None and sums is not None
+    total, summed = torch.as_tensor(total), torch.as_tensor(sums)
     if local is not None:
-        total = total / len(sums)
+        total = total / num_blocks
     firsts = [each[0] for each in sizes]
-    summed = reduce(torch.add, sums)
     given = [before.v, before.momentum, before.scale, total, summed, send(np.array(firsts), total.device)]
     *arrays, delivered, found = call(_update, given, config, steps)
     iterate = Iterate(*arrays)
@@ -214,14 +220,17 @@ def _tasks(rounds: Mapping[int, RoundTasks], num_places: int, config: ComputeCon
     return [Together(each, config.block_size) for each in zip_longest(*blocks)]
 
 
-def _shared(values: Tensor) -> np.ndarray | Tensor:
+def _shared(values: Tensor) -> Arrays:
     """As workers take them: NumPy's arrays, which Ray need not copy, or tensors where they are on a GPU."""
     return values.numpy() if values.device.type == "cpu" else values
 
 
-def _double(values: np.ndarray | Tensor) -> Tensor:
-    """In float64, where they are."""
-    return values.double() if isinstance(values, Tensor) else torch.from_numpy(values.astype(np.float64))
+def _add(total: Arrays | None, values: Arrays) -> Arrays:
+    """A sum in float64, where the values are."""
+    if total is None:
+        return values.double() if isinstance(values, Tensor) else values.astype(np.float64)
+    total += values
+    return total
 
 
 def _update(

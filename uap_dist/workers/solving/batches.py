@@ -20,32 +20,41 @@ class Part:
 
     Attributes:
         examples: the block; of a perturbation that has none now, any other one.
-        index: which of its images, in the order of the batch; the last one fills the part up.
-        is_real: bool, for each of them.
-        views: of the block's images.
+        views: of its images.
+        index: which of its images, in the order of the batch, of which the last one fills the part up; all if there is nothing to fill.
+        num_real: how many of them are no filling.
     """
 
     examples: Examples
-    index: np.ndarray
-    is_real: np.ndarray
     views: Views
+    index: np.ndarray | slice
+    num_real: int
 
     @property
     def labels(self) -> np.ndarray:
         """Clean labels of its images."""
         return np.array(self.examples.labels, np.int64)[self.index]
 
+    @property
+    def is_real(self) -> np.ndarray:
+        """Mask of its images."""
+        return np.arange(len(self.labels)) < self.num_real
+
 
 def parts_of(task: Examples | Together, side: int, augmentation: Augmentation) -> list[Part]:
     """The parts of the batch for a task, whose images are so many pixels across."""
-    blocks, size = (task.blocks, task.size) if isinstance(task, Together) else ((task,), task.num_examples)
-    any_block = next(block for block in blocks if block is not None)
-    places, parts = np.arange(size), []
-    for block in blocks:
+
+    def draw(examples: Examples) -> Views:
+        return draw_views(examples.num_examples, side, augmentation, np.random.default_rng(examples.seed))
+
+    if isinstance(task, Examples):
+        return [Part(task, draw(task), slice(None), task.num_examples)]
+    any_block = next(block for block in task.blocks if block is not None)
+    places, parts = np.arange(task.size), []
+    for block in task.blocks:
         examples = block or any_block
-        views = draw_views(examples.num_examples, side, augmentation, np.random.default_rng(examples.seed))
-        is_real = places < (examples.num_examples if block else 0)
-        parts.append(Part(examples, np.minimum(places, examples.num_examples - 1), is_real, views))
+        index = np.minimum(places, examples.num_examples - 1)
+        parts.append(Part(examples, draw(examples), index, examples.num_examples if block else 0))
     return parts
 
 
@@ -56,7 +65,7 @@ def choose(parts: Sequence[Part], images: GpuImages) -> np.ndarray:
         rows, views = images.rows(part.examples), part.views
         assert rows is not None
         each = np.column_stack([rows, views.flips, views.shifts, part.examples.labels])[part.index]
-        columns.append(np.column_stack([each, part.is_real]))
+        columns.append(np.column_stack([each, np.arange(len(each)) < part.num_real]))
     return np.concatenate(columns)
 
 
