@@ -64,12 +64,12 @@ def test_constants_are_tried_on_held_in_images_by_other_targets_and_seeds(option
 def test_the_gradient_attack_descends_the_cross_entropy_of_the_target(options):
     bench = Bench("tiny", options.data)
     (task, *_) = bench.shards[0].blocks(6)
-    solver, v = ComputeConfig(augment="none", target=0).solver, np.zeros(bench.shards[0].shape, np.float32)
+    solver, v = ComputeConfig(augment="none", target=0).solver, np.zeros((1, *bench.shards[0].shape), np.float32)
     (found,) = EntropyWorkers(bench.worker, clamp=np.inf).map(Worker.solve, [task], v, solver)
     others = torch.tensor(task.labels) != 0
     x = torch.tensor(bench.worker.pixels(task)).float().requires_grad_()
     losses = torch.nn.functional.cross_entropy(bench.worker.classifier(x), torch.zeros(6, dtype=int), reduction="none")
     (slopes,) = torch.autograd.grad(losses[others].sum(), x)
     expected = -slopes.sum(0) / slopes.sum(0).abs().mean()
-    torch.testing.assert_close(torch.tensor(found.total), expected, rtol=1e-3, atol=1e-4)
-    assert others.any() and not others.all() and TARGETED in found.sums
+    torch.testing.assert_close(torch.tensor(found.total)[0], expected, rtol=1e-3, atol=1e-4)
+    assert others.any() and not others.all() and TARGETED in solver.names

@@ -8,9 +8,8 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from uap_dist.method.augment import SHIFT_SHARE
+from uap_dist.method.augment import draw_views, take_views
 from uap_dist.method.norms import add_perturbation
 from uap_dist.method.schedule import Round
 from uap_dist.workers.dataset import Dataset
@@ -21,19 +20,18 @@ Precision = Literal["tf32", "bfloat16"]
 
 
 @dataclass(frozen=True)
-class Views:
+class Shown:
     """What is shown of which images in R rounds of B images at most.
 
     Attributes:
         rows: R×B, of `Pictures`.
-        flips: R×B, whether the image is mirrored.
-        corners: R×B×2, of the view within the padded image.
+        flips, shifts: R×B and R×B×2, as in `Views`.
         is_there: R×B; rounds at a pass's end have fewer than B images.
     """
 
     rows: np.ndarray
     flips: np.ndarray
-    corners: np.ndarray
+    shifts: np.ndarray
     is_there: np.ndarray
 
 
@@ -50,13 +48,8 @@ class Pictures:
         blocks = [block for part in parts for block in part.blocks(part.num_examples)]
         for block in blocks:
             self._rows |= {(block.shard, k): len(self._rows) + i for i, k in enumerate(block.keys)}
-        pixels = torch.tensor(np.concatenate([worker.pixels(block) for block in blocks]))
+        self._images = torch.tensor(np.concatenate([worker.pixels(block) for block in blocks])).to(self.device)
         self.labels = torch.tensor([label for block in blocks for label in block.labels], device=self.device)
-        self.side = pixels.shape[-1]
-        self.edge = max(1, self.side // SHIFT_SHARE)
-        self._padded = F.pad(pixels.float(), [self.edge] * 4, mode="replicate").byte().to(self.device)
-        self._range = torch.arange(self.side, device=self.device)
-        self._colours = torch.arange(pixels.shape[1], device=self.device)[:, None, None]
 
     def rows(self, images: Dataset) -> np.ndarray:
         """Of a data set's images, in their order."""
@@ -64,31 +57,27 @@ class Pictures:
 
     def whole(self, rows: np.ndarray) -> Tensor:
         """N×C×H×W float32 of images as they are."""
-        inside = slice(self.edge, self.edge + self.side)
-        return self._padded[torch.as_tensor(rows, device=self.device), :, inside, inside].float()
+        return self._images[torch.as_tensor(rows, device=self.device)].float()
 
-    def plan_views(self, images: Dataset, rounds: Sequence[Round], *, seed: int, size: int) -> Views:
-        """Of the rounds of a run on these images, of at most `size` each, as `augment` shows them."""
+    def plan_views(self, images: Dataset, rounds: Sequence[Round], *, seed: int, size: int) -> Shown:
+        """Of the rounds of a run on these images, of at most `size` each, as the rule's augmentation shows them."""
         own, shape = self.rows(images), (len(rounds), size)
-        views = Views(np.zeros(shape, int), np.zeros(shape, bool), np.zeros((*shape, 2), int), np.zeros(shape, bool))
+        shown = Shown(np.zeros(shape, int), np.zeros(shape, bool), np.zeros((*shape, 2), int), np.zeros(shape, bool))
         for place, round_ in enumerate(rounds):
             end = 0
             for number, block in enumerate(round_.blocks):
                 start, end = end, end + len(block.examples)
                 rng, where = np.random.default_rng((seed, round_.number, number)), (place, slice(start, end))
-                views.rows[where] = own[images.starts[block.shard] + np.array(block.examples)]
-                views.flips[where] = rng.random(end - start) < 0.5
-                views.corners[where] = rng.integers(0, 2 * self.edge + 1, size=(end - start, 2))
-            views.is_there[place, :end] = True
-        return views
+                views = draw_views(end - start, self._images.shape[-1], "flip-shift", rng)
+                shown.rows[where] = own[images.starts[block.shard] + np.array(block.examples)]
+                shown.flips[where], shown.shifts[where] = views.flips, views.shifts
+            shown.is_there[place, :end] = True
+        return shown
 
-    def views(self, rows: Tensor, flips: Tensor, corners: Tensor) -> Tensor:
-        """…×C×H×W float32 views of … images; all on the device."""
-        y, x = (corners[..., axis, None] + self._range for axis in (0, 1))
-        x = torch.where(flips[..., None], self.side + 2 * self.edge - 1 - x, x)
-        return self._padded[
-            rows[..., None, None, None], self._colours, y[..., None, :, None], x[..., None, None, :]
-        ].float()
+    def views(self, rows: Tensor, flips: Tensor, shifts: Tensor) -> Tensor:
+        """S×B×C×H×W float32 views of S×B images; all on the device."""
+        found = take_views(self._images, rows.flatten(), flips.flatten(), shifts.flatten(0, 1))
+        return found.unflatten(0, rows.shape).float()
 
     def fooled(self, classifier: nn.Module, images: Dataset, v: Tensor) -> tuple[float, float]:
         """The share of the images that v (C×H×W) fools, and the share of them that get the most frequent answer."""

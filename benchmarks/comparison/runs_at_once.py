@@ -87,8 +87,8 @@ class Together:
                 final[runs_left] = v
                 goes_on = lengths[runs_left] > number
                 runs_left, v, momentum, scale = (each[goes_on] for each in (runs_left, v, momentum, scale))
-            rows, flips, corners, is_there, sizes = (of_all[runs_left] for of_all in plan)
-            x, labels = self.pictures.views(rows, flips, corners), self.pictures.labels[rows]
+            rows, flips, shifts, is_there, sizes = (of_all[runs_left] for of_all in plan)
+            x, labels = self.pictures.views(rows, flips, shifts), self.pictures.labels[rows]
             total, scale = self.solve(x, labels, is_there, v, scale)
             periodic = [
                 repeat_mean(total[:, i], self.period(change, counts[0])) for i, change in enumerate(self.changes)
@@ -107,7 +107,7 @@ class Together:
         return self.deliver(final)
 
     def rounds(self, counts: Sequence[int]) -> Iterator[tuple[Tensor, ...]]:
-        """Rows, flips, corners, presence (S×B) and sizes of the steps (S×P) in each round, on the device.
+        """Rows, flips, shifts, presence (S×B) and sizes of the steps (S×P) in each round, on the device.
 
         Many rounds are sent there together, so that it need not wait for the next one.
         """

@@ -151,7 +151,7 @@ class FinishedPool:
             next(iter(self.results.values())),
             [r.get("is_target_reached", True) for r in self.results.values()],
         )
-        goal = "".join(f", **{escape_markdown(part)}**" for part in first["goal"])
+        goal = "".join(f", **{escape_markdown(part)}**" for part in first.get("goal", ()))
         missed = reached.count(False)
         return goal + (f"; **{missed} of {len(reached)} members did not reach the target**" if missed else "")
 
