@@ -132,7 +132,9 @@ def take_local_steps(
 
     The images are split into as few batches of nearly equal size as `local.batch_size` allows, one for each step.
     """
-    momentum = torch.as_tensor(local.momentum, device=perturbation.device)
+    momentum = local.momentum
+    if not isinstance(momentum, Tensor):
+        momentum = torch.tensor(momentum, device=perturbation.device)
     start = end = Iterate(perturbation.double(), momentum.double(), scales)
     place = solver.names.index(LOG_ODDS_SIZE)
     found = []

@@ -83,4 +83,4 @@ class BlockSolver:
         return shard.images[[shard.rows[key] for key in examples.keys]]
 
     def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.tensor(array, dtype=torch.float32, device=self._device)
+        return torch.tensor(array, device=self._device).to(torch.float32)
