@@ -1,7 +1,7 @@
 """Rounds on one device as a worker computes them in a span. See benchmarks/gpu.md.
 
     python benchmarks/gpu_rounds.py                                                           # a GPU, about four minutes
-    python benchmarks/gpu_rounds.py --networks squeezenet --members 1 2 --seconds 1 --budget 0    # a toy, on the CPU
+    python benchmarks/gpu_rounds.py --networks squeezenet --members 1 2 --seconds 1 --bits 0 --budget 0    # a toy, on the CPU
 
 Three parts: how long a round of six photographs takes for each member of a batch, by network, precision and number of members, with CUDA
 graphs and without; whether bits repeat, with graphs and without and in rounds that the driver runs; and what precision and batches do to
@@ -75,8 +75,10 @@ class Options:
     """Of each measurement."""
     seeds: int = 5
     """Perturbations whose fooling rates are averaged."""
+    bits: int = 200
+    """Rounds whose bits are compared; 0: none."""
     rates_of: str = "squeezenet"
-    """Network of the fooling rates, one with weights."""
+    """Network of bits and fooling rates, one with weights."""
     budget: int = 8_500
     """Network evaluations of each of them, clean labels included; 0: no fooling rates."""
     data: Path = Path("../shared")
@@ -93,9 +95,10 @@ def main() -> None:
     for network in options.networks:
         for precision in options.precisions:
             time_rounds(network, precision, options)
-    if options.budget:
+    if options.bits:
         print()
         compare_bits(options)
+    if options.budget:
         print(
             "\n| precision | members | fooling rate of held-out images, mean of seeds | each |\n| --- | --- | --- | --- |"
         )
@@ -133,9 +136,9 @@ def time_rounds(network: str, precision: Precision, options: Options) -> None:
 
 def compare_bits(options: Options) -> None:
     """Whether the same rounds give the same bits however they are computed."""
-    workers, train, _ = load("squeezenet", options.precisions[0], options, has_val=False)
+    workers, train, _ = load(options.rates_of, options.precisions[0], options, has_val=False)
     config = ComputeConfig(max_passes=100)
-    span, states, plan = first_span(train, config, [0], 200)
+    span, states, plan = first_span(train, config, [0], options.bits)
     found = {}
     with patch.object(span_module, "SPAN_S", 1e9):
         for name, has_graphs in (("with graphs", True), ("again", True), ("without graphs", False)):
@@ -144,14 +147,12 @@ def compare_bits(options: Options) -> None:
         batch = replace(config, members_at_once=4)
         together, alone = ([0, 1, 2, 3], [1])
         for name, seeds in (("beside others", together), ("alone in its batch", alone)):
-            of_batch, starts, plan_of_batch = first_span(train, batch, seeds, 100)
+            of_batch, starts, plan_of_batch = first_span(train, batch, seeds, options.bits // 2)
             found[name] = compute_span(workers.worker, of_batch, starts, plan_of_batch)[1][-1]
     state = states[0]
-    for round_ in span.rounds[0][: len(found and span.rounds[0])]:
+    for round_ in span.rounds[0]:
         report = run_round(workers, round_, state, config, plan.num_rounds)
         state = report.state
-        if report.round_number == found["with graphs"].round_number:
-            break
     found["rounds of the driver"] = report
     for one, other in (
         ("with graphs", "again"),
@@ -240,8 +241,11 @@ def load(
     if network in RANDOM:  # the shards' images are larger
         classifier.geometry = load_classifier(*NETWORKS["squeezenet"].locate(options.data)).geometry
     workers = Here(Worker(classifier, cache_bytes=8 << 30, num_threads=1, precision=precision))
-    patterns = [source.train] + [source.val] * has_val
-    found = [load_dataset(workers, expand_patterns([str(options.data / pattern)])) for pattern in patterns]
+    wanted = [(source.train, source.num_train_images), (source.val, source.num_val_images)][: 1 + has_val]
+    found = [
+        load_dataset(workers, expand_patterns([str(options.data / pattern)]), num_images=count)
+        for pattern, count in wanted
+    ]
     return workers, found[0], found[1] if has_val else None
 
 
