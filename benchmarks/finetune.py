@@ -202,6 +202,7 @@ def _tables(path: Path) -> Iterator[str]:
         yield ""
     yield _header(
         "row",
+        "date",
         "network",
         "evaluations",
         "clean top-1",
@@ -224,7 +225,16 @@ def _tables(path: Path) -> Iterator[str]:
             cells[2] = f"**{cells[2]}**" if network != BEFORE else cells[2]
             cells.append(f"**{by_group[ATTACK]['fooling']:.3f}**" if ATTACK in by_group else "–")
             cost = f"{fresh['evaluations']:,}" if "evaluations" in fresh else "–"
-            yield f"| {row} | {network} | {cost} | {fresh['top1_clean']:.3f} | {' | '.join(cells)} | {fresh['fooling_num_images']} |"
+            words = (
+                row,
+                fresh["date"],
+                network,
+                cost,
+                f"{fresh['top1_clean']:.3f}",
+                *cells,
+                str(fresh["fooling_num_images"]),
+            )
+            yield f"| {' | '.join(words)} |"
 
 
 def _header(*columns: str) -> str:

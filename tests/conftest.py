@@ -1,6 +1,7 @@
 import io
 import os
 import tarfile
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 
@@ -80,7 +81,7 @@ def compute_here(model, weights, train, val, config):
     workers = LocalWorkers(Worker(classifier, cache_bytes=1 << 30, num_threads=1))
     train = load_dataset(workers, train)
     *_, final = compute(workers, train, load_dataset(workers, val), config)
-    provenance = vars(config) | {
+    provenance = asdict(config) | {
         "radius": config.ball_radius,
         "model": model,
         "weights_digest": classifier.weights_digest,

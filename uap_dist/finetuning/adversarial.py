@@ -112,17 +112,11 @@ class OnlinePerturbations:
         """
         self._steps, self._group = steps, group
         self._step_size = config.online_step * spread(steps.norm, steps.radius, int(np.prod(shape)))
-        seeds = np.random.SeedSequence(config.seed).generate_state(config.online_perturbations)
-        self.v = torch.empty((config.online_perturbations, *shape), device=group.device)
-        self._hold(
-            [
-                Iterate(
-                    random_perturbation(shape, norm=steps.norm, radius=steps.radius, seed=int(seed)).double(),
-                    Iterate.zero(shape).momentum,
-                )
-                for seed in seeds
-            ]
-        )
+        seeds = np.random.SeedSequence(config.seed).generate_state(config.online_perturbations).tolist()
+        first = [random_perturbation(shape, norm=steps.norm, radius=steps.radius, seed=seed) for seed in seeds]
+        v = torch.stack(first).double().to(group.device)
+        self._iterate = Iterate(v, torch.zeros_like(v))
+        self.v = v.float()
 
     def step(self, batch: PerturbedImages) -> None:
         """Move each v by one step of the log-odds rule along the gradient of the loss, summed over its images of all workers.
@@ -132,23 +126,18 @@ class OnlinePerturbations:
         """
         assert batch.added.grad is not None
         gradients = [batch.added.grad[batch.members == m].sum(0, dtype=torch.float64) for m in range(len(self.v))]
-        totals = self._group.add_up(torch.stack(gradients)).cpu()
-        self._hold(
-            [
-                log_odds_update(iterate, total, self._step_size, self._steps)
-                for iterate, total in zip(self._iterates, totals, strict=True)
-            ]
-        )
+        totals = self._group.add_up(torch.stack(gradients))
+        self._hold(log_odds_update(self._iterate, totals, self._step_size, self._steps))
 
     @property
     def state(self) -> dict[str, Tensor]:
         """What `load` continues from: v and its momentum, M×C×H×W float64 each."""
-        return {name: torch.stack([getattr(each, name) for each in self._iterates]) for name in ("v", "momentum")}
+        return {"v": self._iterate.v, "momentum": self._iterate.momentum}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Continue from a `state`."""
-        self._hold([Iterate(v, momentum) for v, momentum in zip(state["v"], state["momentum"], strict=True)])
+        self._hold(Iterate(*(state[name].to(self._group.device) for name in ("v", "momentum"))))
 
-    def _hold(self, iterates: Sequence[Iterate]) -> None:
-        self._iterates = iterates
-        self.v.copy_(torch.stack([iterate.v for iterate in iterates]))
+    def _hold(self, iterate: Iterate) -> None:
+        self._iterate = iterate
+        self.v.copy_(iterate.v)

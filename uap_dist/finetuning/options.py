@@ -81,7 +81,7 @@ class FinetuneConfig:
         ):
             value = getattr(self, name)
             if value is not None and value not in allowed:
-                raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+                raise ConfigError(f"{name.replace('_', ' ')} is {value!r}; it must be one of {', '.join(allowed)}")
         steps = (0.0, *self.ladder)
         if len(steps) < 2 or not all(0 <= a < b < float("inf") for a, b in zip(steps, steps[1:], strict=False)):
             raise ConfigError(f"ladder is {self.ladder}; it must hold ascending positive numbers")
