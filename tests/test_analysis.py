@@ -1,5 +1,5 @@
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import islice
 
 import numpy as np
@@ -208,7 +208,7 @@ CONFIG = ComputeConfig(round_size=10, block_size=5, max_evaluations=47 + 100, ra
 @pytest.fixture
 def given(local_workers, tiny_data):
     *_, last = compute(local_workers, *tiny_data, CONFIG)
-    provenance = {**vars(CONFIG), "num_evaluations": last.num_evaluations, "num_train_images": 47}
+    provenance = {**asdict(CONFIG), "num_evaluations": last.num_evaluations, "num_train_images": 47}
     return Perturbation("given", last.perturbation, provenance), last
 
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import mlflow
@@ -95,7 +96,7 @@ def job_options(shards, output, *more):
 
 def digest_of(shards, **changes):
     urls = [str(shards / f"train-{i:04d}.tar") for i in range(3)], [str(shards / "val-0000.tar")]
-    v, _ = compute_here(VICTIM, None, *urls, ComputeConfig(**vars(CONFIG) | changes))
+    v, _ = compute_here(VICTIM, None, *urls, replace(CONFIG, **changes))
     return v.provenance["perturbation_sha256"]
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import networkx as nx
@@ -172,7 +173,7 @@ def test_a_target_that_is_not_reached_is_said_plainly(local_workers, tiny_data, 
         history=history,
         random_rates=measure_noise(local_workers, val, noise, config.goal),
         val=val,
-        provenance=vars(config) | {"model": "tiny", "demo": False},
+        provenance=asdict(config) | {"model": "tiny", "demo": False},
         class_names=(),
         mlflow_run_id="",
     )
