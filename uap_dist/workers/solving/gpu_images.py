@@ -8,7 +8,7 @@ from uap_dist.data.decode import DecodedShard
 from uap_dist.workers.messages import Examples
 
 FIRST_ROOM = 256  # images; the room is doubled whenever it is full
-SHARE_OF_FREE = 0.5  # of the GPU memory that is free when the first image arrives
+SHARE_OF_FREE = 0.25  # of the GPU memory that is free when the first image arrives: two workers may share a GPU
 
 
 class GpuImages:
@@ -23,7 +23,7 @@ class GpuImages:
 
         Args:
             device: that they are kept on.
-            max_bytes: room for them; None for half of what is free on the GPU when the first image arrives.
+            max_bytes: room for them; None for a quarter of what is free on the GPU when the first image arrives.
         """
         self.pixels = torch.empty(0, dtype=torch.uint8, device=device)
         self._max_bytes, self._count = max_bytes, 0
@@ -43,7 +43,7 @@ class GpuImages:
         if not self._make_room(end, shard.images.shape[1:]):
             return False
         chosen = shard.images if len(new) == len(shard.keys) else shard.images[[shard.rows[key] for key in new]]
-        self.pixels[self._count : end] = torch.from_numpy(chosen).to(self.pixels.device)
+        self.pixels[self._count : end] = torch.tensor(chosen, device=self.pixels.device)
         rows.update(zip(new, range(self._count, end), strict=True))
         self._count = end
         return True
