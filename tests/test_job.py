@@ -19,6 +19,7 @@ import pytest
 from conftest import TINY, random_samples, tiny_worker
 from processes import JobProcess, committed, environment, run_job
 from safetensors import safe_open
+from tiny import Tiny
 
 from uap_dist.computing.options import ComputeOptions
 from uap_dist.data.patterns import expand_patterns
@@ -189,7 +190,8 @@ def test_sigterm_ends_the_run_killed(shards, tmp_path):
     assert list(tmp_path.glob("checkpoints/*/round-*"))
 
 
-def test_a_killed_driver_resumes_to_the_same_bits_with_every_metric_once(shards, tmp_path):
+@pytest.mark.parametrize("goal", [{}, {"target": "Red", "spare_classes": ("grey",)}], ids=["any-label", "goal"])
+def test_a_killed_driver_resumes_to_the_same_bits_with_every_metric_once(shards, tmp_path, goal):
     options = (
         "--max-passes",
         "10",
@@ -201,6 +203,7 @@ def test_a_killed_driver_resumes_to_the_same_bits_with_every_metric_once(shards,
         "5",
         "--radius",
         "20",
+        *(("--target", "Red", "--spare-classes", "grey") if goal else ()),
     )
     process = start(tmp_path, *data(shards), *options, "--output", "out", "--commit-every-s", "0")
     while not committed(tmp_path):
@@ -223,7 +226,8 @@ def test_a_killed_driver_resumes_to_the_same_bits_with_every_metric_once(shards,
     assert run.info.status == "FINISHED"
     workers = LocalWorkers(tiny_worker())
     train, val = (load_dataset(workers, expand_patterns([str(shards / name)])) for name in ("train-*.tar", "val-*.tar"))
-    config = ComputeConfig(max_passes=10, evaluate_every=5, round_size=10, block_size=5, radius=20.0)
+    config = ComputeConfig(max_passes=10, evaluate_every=5, round_size=10, block_size=5, radius=20.0, **goal)
+    config = config.with_labels(Tiny.class_names, 4)
     *_, final = compute(workers, train, val, config)
     result = json.loads((tmp_path / "out/result.json").read_text())
     assert result["perturbation_sha256"] == sha256(final.perturbation.numpy().tobytes()).hexdigest()
