@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from tempfile import TemporaryDirectory
 
 import mlflow
@@ -37,7 +38,7 @@ class Options:
     """Of benchmarks/networks.py."""
     max_evaluations: int = 10_000
     """Of the run."""
-    round_size: int = 24
+    round_size: int = 6
     """Images in a round."""
     data: Path = Path("../shared")
     """Folder of the images and networks."""
@@ -112,9 +113,10 @@ def run_job(options: Options, num_workers: int) -> JobTimes:
         return JobTimes(
             start=begin - started,
             loop=rounds[-2].timestamp / 1000 + rounds[-1].value - begin,
-            rounds=sum(metric.value for metric in rounds),
+            rounds=mean(metric.value for metric in rounds)
+            * rounds[-1].step,  # MLflow does not get each round of a long run
             whole=whole,
-            num_rounds=len(rounds),
+            num_rounds=rounds[-1].step,
             rate=run.data.metrics["fooling_rate/val"],
         )
 
