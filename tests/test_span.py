@@ -138,7 +138,9 @@ def test_one_worker_and_as_many_computations_as_workers_take_spans_if_the_images
     assert Sharing(FakeWorkers(3, room=0), 1, lambda: 3).span_length() == 0
 
 
-def test_a_lone_computation_takes_spans_once_its_solves_are_measured_to_be_shorter_than_its_rounds(tiny_report):
+def test_a_lone_computation_takes_spans_once_its_solves_are_measured_to_be_shorter_than_its_rounds(
+    tiny_report, monkeypatch
+):
     workers = FakeWorkers(4)
     sharing = Sharing(workers, 100, lambda: 1)
     for number in range(NUM_MEASURED):
@@ -147,6 +149,14 @@ def test_a_lone_computation_takes_spans_once_its_solves_are_measured_to_be_short
     assert sharing.span_length() > 1
     sharing.note_span([report(tiny_report, 0.010, 0.010)] * 3)
     assert sharing.span_length() == 150
+    sharing.measure_again()
+    for _ in range(NUM_MEASURED):
+        assert sharing.span_length() == 0
+        sharing.note_shared(report(tiny_report, 0.010, 0.040))
+    assert sharing.span_length() == 150
+    monkeypatch.setattr(span_module, "AGAIN_S", 0.0)
+    assert sharing.span_length() == 0  # now and then it is measured again
+    monkeypatch.undo()
     workers.num_workers = 5  # one more has joined: it is measured again, and the rounds are longer now
     for _ in range(2 * NUM_MEASURED):
         assert sharing.span_length() == 0

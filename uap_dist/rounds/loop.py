@@ -59,9 +59,12 @@ def compute(
     upcoming = _Upcoming(train, plan, before.num_rounds)
     waiting = _Waiting(workers, train, held_out, plan)
     outgoing: Iterator[RoundReport] = iter(())
+    is_there = False
     while True:
-        if held_out.done():
+        if held_out.done() and not is_there:
+            is_there = True
             check_shapes(train, held_out.result())
+            sharing.measure_again()  # until now workers classified these images, too
         coming = _begin(workers, upcoming, before, plan, sharing)
         yield from outgoing  # while workers compute
         reports, outgoing = coming(), iter(())

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, inf
 from statistics import median
 
 from uap_dist.method.config import ComputeConfig
@@ -22,6 +22,7 @@ FIRST_LENGTH, MAX_LENGTH = 32, 4096  # rounds that a worker is given at most, at
 SPARE = 1.5  # times as many rounds as should fit into SPAN_S
 ROUNDS_AHEAD = 8  # that a GPU is given before the numbers of the first of them are waited for
 NUM_MEASURED = 5  # last rounds shared by the workers that are compared with spans
+AGAIN_S = 30.0  # of spans, after which they are compared again: some shared rounds are a hundredth of that
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,8 @@ class Sharing:
 
     A span it is if several perturbations go through the network in one batch, if there is one worker, or if there are at least as
     many computations as workers; otherwise if the solves of a round would take one worker no longer than the workers take for the
-    round together, calls included. That is measured again when their number changes.
+    round together, calls included. That is measured again when their number changes, and now and then, because workers may have had
+    other things to do.
     """
 
     def __init__(
@@ -150,13 +152,19 @@ class Sharing:
             maxlen=NUM_MEASURED
         )  # of shared rounds: their time beyond that of their solves
         self._round_s: float | None = None  # of a round within the last span
+        self._alone_since = inf  # (monotonic clock) spans were found to be quicker
+
+    def measure_again(self) -> None:
+        """Share the next rounds, and compare anew."""
+        self._spared_s.clear()
+        self._alone_since = inf
 
     def span_length(self) -> int:
         """Rounds that the next span may have; 0 if the next round is shared."""
         num_workers = self._workers.num_workers
         if num_workers != self._num_workers:
             self._num_workers = num_workers
-            self._spared_s.clear()
+            self.measure_again()
         if not self._is_batched and not self._is_worth_it(num_workers):
             return 0
         if self._round_s is None:
@@ -175,4 +183,9 @@ class Sharing:
         return self._fits and (self._num_computations() >= num_workers or self._is_quicker_alone())
 
     def _is_quicker_alone(self) -> bool:
-        return len(self._spared_s) == NUM_MEASURED and sum(self._spared_s) >= 0
+        if time.monotonic() > self._alone_since + AGAIN_S:
+            self.measure_again()
+        is_quicker = len(self._spared_s) == NUM_MEASURED and sum(self._spared_s) >= 0
+        if is_quicker:
+            self._alone_since = min(self._alone_since, time.monotonic())
+        return is_quicker
