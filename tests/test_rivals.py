@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY
+from test_rules import TINY_NETWORK
 from torch import nn
 from torch.nn import functional as F
 
@@ -15,7 +16,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import rivals
 from comparison import published
-from networks import NETWORKS, Network
+from networks import NETWORKS
 
 from uap_dist.data.decode import Geometry
 from uap_dist.method.norms import add_perturbation, random_perturbation
@@ -104,16 +105,7 @@ def test_dm_uap_leaves_the_classifier_as_it_was(affine):
 
 @pytest.fixture
 def options(shards, tmp_path, monkeypatch):
-    network = Network(
-        model=TINY,
-        weights=None,
-        train="train-*.tar",
-        val="val-*.tar",
-        num_train_images=47,
-        num_val_images=20,
-        tune_shards=2,
-    )
-    monkeypatch.setitem(NETWORKS, "tiny", network)
+    monkeypatch.setitem(NETWORKS, "tiny", TINY_NETWORK)
     order = ((("random", None),), (("ours", 200), ("ceiling", 300)), (("sga", None),), (("dm-uap", None),))
     monkeypatch.setattr(rivals, "ORDER", tuple((methods, rivals.ALL) for methods in order))
     monkeypatch.setattr(published, "EPOCHS", 2)

@@ -28,20 +28,20 @@ from uap_dist.workers.local import LocalWorkers
 from uap_dist.workers.worker import Worker
 
 BUDGET = 400
+TINY_NETWORK = Network(
+    model=TINY,
+    weights=None,
+    train="train-*.tar",
+    val="val-*.tar",
+    num_train_images=47,
+    num_val_images=20,
+    tune_shards=2,
+)
 
 
 @pytest.fixture
 def options(shards, tmp_path, monkeypatch):
-    network = Network(
-        model=TINY,
-        weights=None,
-        train="train-*.tar",
-        val="val-*.tar",
-        num_train_images=47,
-        num_val_images=20,
-        tune_shards=2,
-    )
-    monkeypatch.setitem(NETWORKS, "tiny", network)
+    monkeypatch.setitem(NETWORKS, "tiny", TINY_NETWORK)
     return rules.Options(data=shards, output=tmp_path / "rules.jsonl", seeds=(0, 1))
 
 

@@ -104,6 +104,11 @@ class DecodedShard:
         """Row of each key in `images`."""
         return {key: row for row, key in enumerate(self.keys)}
 
+    def take(self, keys: Iterable[str]) -> np.ndarray:
+        """The images of these keys, N×3×H×W uint8."""
+        chosen: np.ndarray = self.images[[self.rows[key] for key in keys]]
+        return chosen
+
 
 def load_shard(url: str, geometry: Geometry, keys: Collection[str] | None = None) -> DecodedShard:
     """Fetch and decode a shard, see `fetch` and `decode_shard`."""

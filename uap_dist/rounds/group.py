@@ -55,7 +55,7 @@ class _Group:
 
     def __init__(self, workers: Workers, places: Iterable[int]) -> None:
         self._workers, self._places = workers, set(places)
-        self._spans: dict[int, tuple[Span, State]] = {}
+        self._spans: dict[int, tuple[Span, State, RunPlan]] = {}
         self._answer: Future[Answer] = Future()
         self._lock = Lock()
 
@@ -63,8 +63,7 @@ class _Group:
         """Ask for a span of one member; the answer is that of all members."""
         with self._lock:
             answer = self._answer
-            self._spans |= {place: (span, state) for place, state in states.items()}
-            self._plan = plan
+            self._spans |= {place: (span, state, plan) for place, state in states.items()}
             self._begin_if_complete()
         return answer
 
@@ -79,8 +78,9 @@ class _Group:
             return
         states = {place: self._spans[place][1] for place in sorted(self._spans)}
         rounds = {place: self._spans[place][0].rounds[place] for place in states}
-        task = Span(rounds, self._plan.config.members_at_once)
-        Thread(target=self._compute, args=(self._answer, task, states, self._plan), daemon=True).start()
+        *_, plan = next(iter(self._spans.values()))  # they differ only in their seeds
+        task = Span(rounds, plan.config.members_at_once)
+        Thread(target=self._compute, args=(self._answer, task, states, plan), daemon=True).start()
         self._spans, self._answer = {}, Future()
 
     def _compute(self, answer: Future[Answer], span: Span, states: dict[int, State], plan: RunPlan) -> None:

@@ -148,9 +148,8 @@ class Sharing:
         self._workers, self._fits = workers, train_bytes <= workers.room_for_spans
         self._num_computations = num_computations
         self._num_workers = 0
-        self._spared_s: deque[float] = deque(
-            maxlen=NUM_MEASURED
-        )  # of shared rounds: their time beyond that of their solves
+        # of shared rounds: their time beyond that of their solves
+        self._spared_s: deque[float] = deque(maxlen=NUM_MEASURED)
         self._round_s: float | None = None  # of a round within the last span
         self._alone_since = inf  # (monotonic clock) spans were found to be quicker
 

@@ -9,7 +9,7 @@ NUM_KEYS_SHOWN = 5
 
 
 class Task(Protocol):
-    """What a worker is given: some examples of one shard (`Examples`), or some rounds (`computing.span.Span`)."""
+    """What a worker is given: some examples of one shard (`Examples`), or some rounds (`rounds.span.Span`)."""
 
     @property
     def shard(self) -> str:

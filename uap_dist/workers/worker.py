@@ -160,8 +160,7 @@ class Worker:
         Raises:
             ShardError: the shard has changed since its digest was taken.
         """
-        shard = self._shard(examples)
-        return shard.images[[shard.rows[key] for key in examples.keys]]
+        return self._shard(examples).take(examples.keys)
 
     def _shard(self, examples: Examples) -> DecodedShard:
         """The examples' shard, with their images at least."""

@@ -42,7 +42,7 @@ class GpuImages:
         end = self._count + len(new)
         if not self._make_room(end, shard.images.shape[1:]):
             return False
-        chosen = shard.images if len(new) == len(shard.keys) else shard.images[[shard.rows[key] for key in new]]
+        chosen = shard.images if len(new) == len(shard.keys) else shard.take(new)
         self.pixels[self._count : end] = torch.tensor(chosen, device=self.pixels.device)
         rows.update(zip(new, range(self._count, end), strict=True))
         self._count = end
