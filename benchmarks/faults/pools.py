@@ -10,7 +10,8 @@ from faults.runs import Line, Trial
 
 def pool_kills(lab: Lab) -> Iterator[Line]:
     """SIGKILL to the driver of a pool; each member must have the bits that its seed has alone."""
-    yield _kill(lab, _start_pool(lab, "pool-kills"), lab.alone, "SIGKILL of the driver at a random point, resumed")
+    alone = lab.alone  # computed before the pool starts, which would be over otherwise
+    yield _kill(lab, _start_pool(lab, "pool-kills"), alone, "SIGKILL of the driver at a random point, resumed")
 
 
 def batch_kills(lab: Lab) -> Iterator[Line]:

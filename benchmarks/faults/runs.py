@@ -107,8 +107,9 @@ class Trial:
         assert self.rounds >= number, f"{self.name} ended before round {number}: {self.errors}"
 
     def kill(self) -> None:
-        """SIGKILL to the driver."""
+        """SIGKILL to the driver, which must still be at work."""
         assert self.process is not None
+        assert self.process.poll() is None, f"{self.name} ended before it was killed: {self.errors}"
         self.process.kill()
         self.process.wait()
         self.endings.append("driver killed")
