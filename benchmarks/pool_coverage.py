@@ -24,7 +24,7 @@ from matplotlib.ticker import MaxNLocator
 from uap_dist.evaluation.coverage import Coverage, by_symbol, measure_random_coverage
 from uap_dist.figures import save_figure
 from uap_dist.method.config import POOL_RANDOM_START, ComputeConfig
-from uap_dist.method.rates import Rate
+from uap_dist.method.rates import UNTARGETED, Rate
 from uap_dist.perturbations.files import Perturbation, load_perturbations
 from uap_dist.rounds.loop import compute
 from uap_dist.workers.dataset import classify
@@ -79,14 +79,14 @@ def run(options: Options) -> None:
         bench = Bench(pool.network, options.data)
         workers, held_out = LocalWorkers(bench.worker), bench.held_out
         members = dict(compute_members(pool, bench) if pool.num_members else published_members(bench))
-        fooled = [classify(workers, held_out, v.numpy()).labels != held_out.clean.labels for v in members.values()]
-        coverage = Coverage(list(members), np.stack(fooled))
+        labels = np.stack([classify(workers, held_out, v.numpy()).labels for v in members.values()])
+        coverage = Coverage.of(list(members), UNTARGETED, held_out.clean.labels, labels)
         random = by_symbol(measure_random_coverage(workers, held_out, torch.stack(list(members.values()))))
         line = {
             "pool": name,
             "network": pool.network,
             "num_images": held_out.num_examples,
-            "alone": [int(each.sum()) for each in fooled],
+            "alone": coverage.is_hit.sum(1).tolist(),
             "members": [coverage.names[i] for i in coverage.order],
             "covered": [rate.num_hits for rate in coverage.rates],
             "random": {norm: [rate.num_hits for rate in each.rates] for norm, each in random.items()},

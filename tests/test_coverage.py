@@ -7,10 +7,20 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from hypothesis import given
+from hypothesis import strategies as st
 
-from uap_dist.evaluation.coverage import Coverage, by_symbol, class_rows, coverage_rows, measure_random_coverage
+from uap_dist.evaluation.coverage import (
+    Coverage,
+    by_symbol,
+    class_rows,
+    common_goal,
+    coverage_rows,
+    measure_random_coverage,
+)
 from uap_dist.method.norms import random_of_same_norms
-from uap_dist.method.rates import Rate
+from uap_dist.method.rates import ATTACKED, FOOLING, TARGETED, UNTARGETED, Goal, Rate
+from uap_dist.perturbations.files import Perturbation
 from uap_dist.workers.dataset import classify
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -18,24 +28,50 @@ import pool_coverage
 from networks import NETWORKS, Network
 
 FOOLED = np.array([[1, 1, 1, 0, 0, 0], [1, 1, 0, 1, 0, 0], [0, 0, 0, 0, 1, 0], [1, 1, 1, 0, 0, 0]], bool)
+LABELS = np.array([7, 7, 7, 2, 2, 2])
+
+
+def coverage_of(names, is_hit):
+    return Coverage(names, is_hit, LABELS)
 
 
 def test_members_are_taken_greedily_and_the_share_that_any_of_them_fools_is_counted():
-    coverage = Coverage("abcd", FOOLED)
+    coverage = coverage_of("abcd", FOOLED)
     assert coverage.order == [0, 1, 2, 3]  # the first among equals; the twin of a member adds nothing
     assert coverage.rates == [Rate(3, 6), Rate(4, 6), Rate(5, 6), Rate(5, 6)]
-    assert Coverage("abcd", FOOLED[::-1]).order == [0, 1, 2, 3]
-    assert Coverage("bca", FOOLED[[1, 2, 0]]).order == [0, 1, 2]
-    rows = coverage_rows(coverage, {"linf": Coverage("xyzw", ~FOOLED)})
+    assert coverage_of("abcd", FOOLED[::-1]).order == [0, 1, 2, 3]
+    assert coverage_of("bca", FOOLED[[1, 2, 0]]).order == [0, 1, 2]
+    rows = coverage_rows(coverage, {"linf": coverage_of("xyzw", ~FOOLED)})
     assert [row["member"] for row in rows] == list("abcd") and rows[1]["covered"] == pytest.approx(4 / 6)
     assert rows[0]["covered_random_linf"] == pytest.approx(5 / 6) and rows[3]["covered_random_linf"] == 1
 
 
 def test_classes_are_listed_with_the_least_covered_first():
-    labels = np.array([7, 7, 7, 2, 2, 2])
-    rows = class_rows(Coverage("abcd", FOOLED), labels, ["seven"] * 3 + ["two"] * 3)
+    rows = class_rows(coverage_of("abcd", FOOLED), {2: "two", 7: "seven"})
     assert [(row["clean_name"], row["covered_num_images"]) for row in rows] == [("two", 3), ("seven", 3)]
-    assert [row["covered"] for row in rows] == [pytest.approx(2 / 3), 1] and rows[0]["fooled_by_first"] == 0
+    assert [row["covered"] for row in rows] == [pytest.approx(2 / 3), 1] and rows[0]["covered_by_first"] == 0
+
+
+@given(
+    st.lists(st.tuples(*[st.integers(0, 3)] * 4), min_size=1), st.none() | st.integers(0, 3), st.sets(st.integers(0, 3))
+)
+def test_what_counts_is_what_the_members_are_for(labels, target, only):
+    clean, *perturbed = np.array(labels).T
+    goal = Goal(target, tuple(only))
+    coverage = Coverage.of("abc", goal, clean, np.stack(perturbed))
+    counts, kind = goal.pushes(clean), ATTACKED if only else FOOLING
+    if target is not None and counts.any():
+        kind, hits = TARGETED, np.any([each == target for each in perturbed], 0)
+    else:
+        counts = goal.attacks(clean) if goal.attacks(clean).any() else clean == clean
+        kind, hits = kind if goal.attacks(clean).any() else FOOLING, np.any(perturbed != clean, 0)
+    assert coverage.kind == kind and coverage.rates[-1] == Rate((hits & counts).sum(), counts.sum())
+    assert coverage.labels.tolist() == clean[counts].tolist()
+
+
+def test_members_of_several_goals_are_counted_by_the_images_that_they_fool():
+    members = [Perturbation(str(target), torch.zeros(3, 2, 2), {"target": target}) for target in (1, 1, 2)]
+    assert common_goal(members[:2]) == Goal(1) and common_goal(members) == UNTARGETED
 
 
 def test_random_perturbations_are_as_many_and_as_large_as_the_members(local_workers, tiny_data):
@@ -45,7 +81,7 @@ def test_random_perturbations_are_as_many_and_as_large_as_the_members(local_work
     for norm, coverage in found.items():
         noise = [random_of_same_norms(v, seed=seed)[norm].numpy() for seed, v in enumerate(members)]
         expected = [classify(local_workers, val, v).labels != val.clean.labels for v in noise]
-        assert np.array_equal(coverage.is_fooled, expected) and not np.array_equal(noise[0], noise[1])
+        assert np.array_equal(coverage.is_hit, expected) and not np.array_equal(noise[0], noise[1])
     corners = measure_random_coverage(local_workers, val, 20 * members.sign())
     assert corners["l2"] is corners["linf"]  # measured once
     assert list(by_symbol(corners)) == ["ℓ∞ and ℓ2"] and list(by_symbol(found)) == ["ℓ∞", "ℓ2"]

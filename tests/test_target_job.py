@@ -47,6 +47,11 @@ def member(folder):
     return folder / "out/members/seed-0"
 
 
+def tables(folder):
+    paths = sorted((folder / "out/members").glob("*/tables/held-out-examples.parquet"))
+    return [pq.read_table(path).to_pydict() for path in paths]
+
+
 def test_the_rates_are_those_of_the_table(computed):
     folder, _ = computed
     table = pq.read_table(member(folder) / "tables/held-out-examples.parquet").to_pydict()
@@ -73,6 +78,11 @@ def test_mlflow_has_the_target_its_curve_and_its_baseline(computed):
     assert (
         "pool2-seed0-target-Red" in pool.info.run_name and "**target red (0)**" in pool.data.tags["mlflow.note.content"]
     )
+    labels = [t["perturbed_label"] for t in tables(folder)]
+    clean = np.array(tables(folder)[0]["clean_label"])
+    covered = (np.array(labels) == 0).any(0)[clean != 0].mean()
+    assert pool.data.metrics["pool/val_coverage_targeted_success"] == result["val_coverage_targeted_success"] == covered
+    assert "At least one member gives the target to " in pool.data.tags["mlflow.note.content"]
     child = next(run for run in found if run is not pool and run.data.params["seed"] == "0")
     metrics, own = child.data.metrics, json.loads((member(folder) / "result.json").read_text())
     assert metrics["targeted_success_rate/val"] == own["val_targeted_success_rate"]
@@ -133,6 +143,10 @@ def test_an_evaluation_knows_the_target_and_takes_one_for_others(computed, shard
     assert success == {name: row["targeted_success_rate"] for name, row in rows.items() if name != "zero"}
     assert (tmp_path / "out/pictures/1-targeted-success-v.png").exists()
     _, (run,) = runs(tmp_path)
+    said = json.loads((folder / "out/result.json").read_text())
+    metrics = {name: value for name, value in run.data.metrics.items() if name.startswith("coverage")}
+    assert metrics.pop("coverage/pool/Tiny/v/targeted_success") == said["val_coverage_targeted_success"]
+    assert sorted(metrics) == [f"coverage_random_{norm}/pool/Tiny/v/targeted_success" for norm in ("l2", "linf")]
     assert "* Tiny, target red (0): **seed-" in run.data.tags["mlflow.note.content"]
 
 

@@ -14,7 +14,15 @@ import pyarrow.parquet as pq
 
 from uap_dist.computing import plots
 from uap_dist.computing.report import EXAMPLES_FILE, ROUNDS_FILE, name_random_rates
-from uap_dist.evaluation.coverage import Coverage, by_symbol, class_rows, coverage_rows, measure_random_coverage
+from uap_dist.evaluation.coverage import (
+    VERBS,
+    Coverage,
+    by_symbol,
+    class_rows,
+    common_goal,
+    coverage_rows,
+    measure_random_coverage,
+)
 from uap_dist.evaluation.plots import save_coverage, save_matrix
 from uap_dist.foreign_text import escape_markdown
 from uap_dist.method.norms import Norm
@@ -57,14 +65,16 @@ class FinishedPool:
         results = {name: json.loads((folder / RESULT_FILE).read_text()) for name, folder in folders.items()}
         rounds = {name: pq.read_table(folder / "tables" / ROUNDS_FILE).to_pylist() for name, folder in folders.items()}
         examples = {name: pq.read_table(folder / "tables" / EXAMPLES_FILE) for name, folder in folders.items()}
-        random = measure_random_coverage(workers, val, pool.perturbations)
+        goal = common_goal(pool.to_perturbations())
+        random = measure_random_coverage(workers, val, pool.perturbations, goal)
         return cls(pool, results, rounds, examples, random, mlflow_run_id)
 
     @cached_property
     def coverage(self) -> Coverage:
-        """Which held-out images each member fools."""
-        fooled = [table["is_fooled"].to_numpy() for table in self.examples.values()]
-        return Coverage(list(self.examples), np.stack(fooled))
+        """Of the held-out images."""
+        tables, goal = list(self.examples.values()), common_goal(self.pool.to_perturbations())
+        perturbed = np.stack([table["perturbed_label"].to_numpy() for table in tables])
+        return Coverage.of(list(self.examples), goal, tables[0]["clean_label"].to_numpy(), perturbed)
 
     @property
     def mean_rates(self) -> dict[str, float]:
@@ -86,7 +96,7 @@ class FinishedPool:
     def result(self) -> dict[str, Any]:
         """The contents of result.json."""
         value, pair = self.pool.nearest_pairs()[0]
-        first, rates = next(iter(self.results.values())), {}
+        first, rates, coverage = next(iter(self.results.values())), {}, f"val_coverage{self.coverage.suffix}"
         for kind, mean in self.mean_rates.items():
             rates[f"mean_val_{kind}_rate"] = mean
             rates |= {name: first[name] for name in (f"val_{kind}_rate_random", f"val_{kind}_rate_random_by_norm")}
@@ -94,8 +104,8 @@ class FinishedPool:
             "num_perturbations": len(self.results),
             **rates,
             "num_val_images": first["num_val_images"],
-            "val_coverage": self.coverage.rates[-1].rate,
-            "val_coverage_random_by_norm": {norm: each.rates[-1].rate for norm, each in self.random_coverage.items()},
+            coverage: self.coverage.rates[-1].rate,
+            f"{coverage}_random_by_norm": {norm: each.rates[-1].rate for norm, each in self.random_coverage.items()},
             "largest_inner_product": value,
             "nearest_pair": pair,
             "is_diverse": value <= DIVERSE,
@@ -106,10 +116,11 @@ class FinishedPool:
 
     def metrics(self) -> dict[str, float]:
         """The pool's metrics by their names in MLflow."""
+        coverage = f"pool/val_coverage{self.coverage.suffix}"
         return {
             **{f"pool/mean_val_{kind}_rate": mean for kind, mean in self.mean_rates.items()},
-            "pool/val_coverage": self.coverage.rates[-1].rate,
-            **{f"pool/val_coverage_random/{n}": each.rates[-1].rate for n, each in self.random_coverage.items()},
+            coverage: self.coverage.rates[-1].rate,
+            **{f"{coverage}_random/{n}": each.rates[-1].rate for n, each in self.random_coverage.items()},
             "pool/largest_inner_product": self.pool.nearest_pairs()[0][0],
             "pool/num_perturbations": float(len(self.results)),
         }
@@ -137,8 +148,8 @@ class FinishedPool:
         return (
             f"Pool of {len(self.results)} universal perturbations of **{model}**, {p['norm']} ≤ {p['radius']:g} pixels"
             f"{self._goal_in_words()}. {rates} "
-            f"At least one member fools {self.coverage.rates[-1]}, the first alone {self.coverage.rates[0].rate:.3f}; as many random "
-            f"perturbations of the {chance}. "
+            f"At least one member {VERBS[self.coverage.kind]} {self.coverage.rates[-1]}, the first alone "
+            f"{self.coverage.rates[0].rate:.3f}; as many random perturbations of the {chance}. "
             f"By the paper's criterion (normalised inner products of at most {DIVERSE:g}) the pool is {verdict}: "
             f"the largest is {value:z.2f}. Nearest: {named}.\n\n"
             f"{self.markdown()}\n\n"
@@ -195,7 +206,9 @@ def save_pool(folder: Path, finished: FinishedPool) -> None:
     random_coverage = by_symbol(finished.random_coverage)
     save_coverage(folder / "pictures/4-coverage.png", finished.coverage, random_coverage, "What the pool covers")
     clean = next(iter(finished.examples.values()))
-    classes = class_rows(finished.coverage, clean["clean_label"].to_numpy(), clean["clean_name"].to_pylist())
+    classes = class_rows(
+        finished.coverage, dict(zip(clean["clean_label"].to_pylist(), clean["clean_name"].to_pylist(), strict=True))
+    )
     for name, rows in (
         ("coverage", coverage_rows(finished.coverage, finished.random_coverage)),
         ("coverage-by-class", classes),

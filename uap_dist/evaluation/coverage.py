@@ -1,4 +1,4 @@
-"""What a pool covers: the images that at least one of its members fools, against the number of members."""
+"""What a pool covers: the images for which at least one of its members does what it is for, against the number of members."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,43 +12,65 @@ from torch import Tensor
 from uap_dist.evaluation.evaluate import Measurement
 from uap_dist.foreign_text import escape_markdown
 from uap_dist.method.norms import SYMBOLS, Norm, random_of_same_norms
-from uap_dist.method.rates import Rate, rate_columns
+from uap_dist.method.rates import ATTACKED, FOOLING, TARGETED, UNTARGETED, Goal, Rate, rate_columns
 from uap_dist.perturbations.files import Perturbation
 from uap_dist.perturbations.names import plain_key
 from uap_dist.workers.dataset import Dataset, classify
 from uap_dist.workers.local import Workers
 
+VERBS = {
+    FOOLING: "fools",
+    TARGETED: "gives the target to",
+    ATTACKED: "fools, of attacked classes,",
+}  # what a member does
+
 
 @dataclass(frozen=True)
 class Coverage:
-    """Which images each member of a pool fools.
+    """For which images each member of a pool does what it is for: fool them or, with a target, have them taken for it.
 
     The share that at least one member fools is what "Cocktail universal adversarial attack" (ECCV 2024) measures of its sets.
 
     Attributes:
         names: M names of the members.
-        is_fooled: M×N, bool.
+        is_hit: M×N, bool, for the N images that count.
+        labels: N clean labels of these images.
+        kind: of the rate whose hits these are.
     """
 
     names: Sequence[str]
-    is_fooled: np.ndarray
+    is_hit: np.ndarray
+    labels: np.ndarray
+    kind: str = FOOLING
+
+    @classmethod
+    def of(cls, names: Sequence[str], goal: Goal, clean: np.ndarray, perturbed: np.ndarray) -> "Coverage":
+        """By the labels of all images, clean (N) and under each of M members (M×N); the goal's first rate for which images count."""
+        found = goal.hits(clean, perturbed)  # hits M×N
+        kind, counts = next((kind, counts) for kind, (_, counts) in found.items() if kind in VERBS and counts.any())
+        return cls(names, found[kind][0][:, counts], clean[counts], kind)
+
+    @property
+    def suffix(self) -> str:
+        """What follows "coverage" in the names of results, which alone is the share of fooled images."""
+        return "" if self.kind == FOOLING else f"_{self.kind}"
 
     @cached_property
     def order(self) -> list[int]:
-        """The members as they are taken greedily: each fools most of the images that those before it leave, the first among equals."""
-        left = np.ones(self.is_fooled.shape[1], bool)
+        """The members as they are taken greedily: each has most hits among the images left, the first among equals."""
+        left = np.ones(self.is_hit.shape[1], bool)
         order: list[int] = []
         while len(order) < len(self.names):
-            gains = (self.is_fooled & left).sum(1)
+            gains = (self.is_hit & left).sum(1)
             gains[order] = -1
             order.append(int(gains.argmax()))
-            left &= ~self.is_fooled[order[-1]]
+            left &= ~self.is_hit[order[-1]]
         return order
 
     @cached_property
     def rates(self) -> list[Rate]:
-        """The share of images that at least one of the first 1, 2, …, M members in that order fools."""
-        covered = np.logical_or.accumulate(self.is_fooled[self.order])
+        """The share of images that are hits of at least one of the first 1, 2, …, M members in that order."""
+        covered = np.logical_or.accumulate(self.is_hit[self.order])
         return [Rate(int(hits), covered.shape[1]) for hits in covered.sum(1)]
 
 
@@ -70,7 +92,7 @@ class PoolCoverage:
 
     def metrics(self) -> dict[str, float]:
         """The share covered by all members and by all random perturbations, by their names in MLflow."""
-        where = f"{self.pool}/{self.classifier}/{self.dataset}"
+        where = f"{self.pool}/{self.classifier}/{self.dataset}{self.coverage.suffix.replace('_', '/', 1)}"
         chance = {f"coverage_random_{norm}/{where}": each.rates[-1].rate for norm, each in self.random.items()}
         return {
             plain_key(name): value
@@ -84,7 +106,7 @@ class PoolCoverage:
             f"{each.rates[-1].rate:.3f} (same {norm} norm)" for norm, each in by_symbol(self.random).items()
         )
         return (
-            "* {}: at least one member of **{}** fools {}".format(*names, last)
+            "* {}: at least one member of **{}** {} {}".format(*names, VERBS[self.coverage.kind], last)
             + f"; of as many random perturbations: {chance}"
         )
 
@@ -105,28 +127,40 @@ def cover_pools(
     for pool in dict.fromkeys(p.pool for p in perturbations if p.pool and p.name in full):
         members = [p for p in perturbations if p.pool == pool]
         first = full[members[0].name]
-        coverage = Coverage([p.name for p in members], np.stack([full[p.name].is_fooled for p in members]))
-        random = measure_random_coverage(workers, dataset, torch.stack([p.resized(dataset.shape) for p in members]))
+        goal, labels = common_goal(members), np.stack([full[p.name].labels for p in members])
+        coverage = Coverage.of([p.name for p in members], goal, dataset.clean.labels, labels)
+        shown = torch.stack([p.resized(dataset.shape) for p in members])
+        random = measure_random_coverage(workers, dataset, shown, goal)
         found.append(PoolCoverage(first.classifier, first.dataset, pool, coverage, random))
     return found
 
 
-def measure_random_coverage(workers: Workers, dataset: Dataset, perturbations: Tensor) -> dict[Norm, Coverage]:
+def common_goal(members: Sequence[Perturbation]) -> Goal:
+    """That of all members; where they have several, to fool all images."""
+    goals = {p.goal for p in members}
+    return goals.pop() if len(goals) == 1 else UNTARGETED
+
+
+def measure_random_coverage(
+    workers: Workers, dataset: Dataset, perturbations: Tensor, goal: Goal = UNTARGETED
+) -> dict[Norm, Coverage]:
     """Coverage by as many random perturbations: for each member noise of its ℓ∞ and of its ℓ2 norm, all of different seeds.
 
     Args:
         workers: with the classifier.
         dataset: images with their clean labels.
         perturbations: M×C×H×W, pixels.
+        goal: of the members.
     """
+    clean, names = dataset.clean.labels, [str(number) for number in range(len(perturbations))]
     noise = [random_of_same_norms(v, seed=seed) for seed, v in enumerate(perturbations)]
     found: dict[Norm, Coverage] = {}
     for norm in ("linf", "l2"):
         if norm == "l2" and all(each["l2"] is each["linf"] for each in noise):
             found["l2"] = found["linf"]
             break
-        fooled = [classify(workers, dataset, each[norm].numpy()).labels != dataset.clean.labels for each in noise]
-        found[norm] = Coverage([str(number) for number in range(len(noise))], np.stack(fooled))
+        labels = [classify(workers, dataset, each[norm].numpy()).labels for each in noise]
+        found[norm] = Coverage.of(names, goal, clean, np.stack(labels))
     return found
 
 
@@ -140,7 +174,7 @@ def by_symbol(random: Mapping[Norm, Coverage]) -> dict[str, Coverage]:
 def coverage_rows(coverage: Coverage, random: Mapping[Norm, Coverage]) -> list[dict[str, Any]]:
     """A row for each number of members: the member taken last, the share covered, and that of as many random perturbations."""
     return [
-        {"num_members": number + 1, "member": coverage.names[coverage.order[number]]}
+        {"num_members": number + 1, "member": coverage.names[coverage.order[number]], "kind": coverage.kind}
         | rate_columns("covered", rate)
         | {
             column: value
@@ -151,19 +185,18 @@ def coverage_rows(coverage: Coverage, random: Mapping[Norm, Coverage]) -> list[d
     ]
 
 
-def class_rows(coverage: Coverage, labels: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
-    """A row for each clean label: how many images have it, and the share that the first and that all members fool; least covered first.
+def class_rows(coverage: Coverage, names: Mapping[int, str]) -> list[dict[str, Any]]:
+    """A row for each clean label: how many images have it, and the share covered by the first and by all members; least covered first.
 
     Args:
-        coverage: of N images.
-        labels: N clean labels.
-        names: N names of these labels.
+        coverage: of a pool.
+        names: of the labels.
     """
-    first, covered = coverage.is_fooled[coverage.order[0]], np.logical_or.reduce(coverage.is_fooled)
+    first, covered = coverage.is_hit[coverage.order[0]], np.logical_or.reduce(coverage.is_hit)
     rows = []
-    for label in np.unique(labels):
-        own = np.flatnonzero(labels == label)
-        row = {"clean_label": int(label), "clean_name": names[int(own[0])]}
+    for label in np.unique(coverage.labels).tolist():
+        own = np.flatnonzero(coverage.labels == label)
+        row = {"clean_label": label, "clean_name": names[label], "kind": coverage.kind}
         row |= rate_columns("covered", Rate(int(covered[own].sum()), len(own)))
-        rows.append(row | {"fooled_by_first": float(first[own].mean())})
+        rows.append(row | {"covered_by_first": float(first[own].mean())})
     return sorted(rows, key=lambda row: (row["covered"], row["clean_label"]))

@@ -36,7 +36,7 @@ class Measurement:
         top1_clean, top1: top-1 accuracy without and with the perturbation, over the images whose class is known; None if there
             are none.
         goal: the perturbation's target and classes in words; empty if it is to fool all images.
-        is_fooled: N images, bool.
+        labels: N, what the images are taken for under it.
     """
 
     classifier: str
@@ -50,7 +50,7 @@ class Measurement:
     top1_clean: Rate | None
     top1: Rate | None
     goal: str = ""
-    is_fooled: np.ndarray = field(default_factory=lambda: np.zeros(0, bool), repr=False, compare=False)
+    labels: np.ndarray = field(default_factory=lambda: np.zeros(0, int), repr=False, compare=False)
 
     @property
     def fooling(self) -> Rate:
@@ -103,7 +103,7 @@ def measure_perturbations(
                 top1(dataset, dataset.clean.labels),
                 top1(dataset, labels.labels),
                 "; ".join(goal_in_words(goal, class_names)),
-                labels.labels != dataset.clean.labels,
+                labels.labels,
             )
 
 

@@ -12,9 +12,15 @@ from matplotlib.ticker import MaxNLocator
 from uap_dist.evaluation.coverage import Coverage
 from uap_dist.evaluation.evaluate import Measurement
 from uap_dist.figures import readable, save_figure
+from uap_dist.method.rates import ATTACKED, FOOLING, TARGETED
 
 NUM_COMPONENTS_DRAWN = 3
 NUM_NODES_NAMED = 8  # in each component
+COVERED = {
+    FOOLING: "images that at least one fools",
+    TARGETED: "images to which at least one gives the target",
+    ATTACKED: "images of attacked classes that at least one fools",
+}
 
 
 def save_matrix(
@@ -60,7 +66,7 @@ def save_rates_by_norm(path: Path, measurements: Sequence[Measurement]) -> None:
 
 
 def save_coverage(path: Path, coverage: Coverage, random: Mapping[str, Coverage], name: str) -> None:
-    """Draw the share of images that at least one member fools against the number of members, beside that of random perturbations."""
+    """Draw the share of images that at least one member covers against the number of members, beside that of random perturbations."""
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     numbers = range(1, len(coverage.names) + 1)
     for label, each, line in (
@@ -70,9 +76,9 @@ def save_coverage(path: Path, coverage: Coverage, random: Mapping[str, Coverage]
         low, high = zip(*(rate.interval for rate in each.rates), strict=True)
         axes.plot(numbers, [rate.rate for rate in each.rates], line, marker="o", label=label)
         axes.fill_between(numbers, low, high, alpha=0.15)
-    axes.set(xlabel="members, taken greedily", ylabel="images that at least one fools", ylim=(0, 1))
+    axes.set(xlabel="members, taken greedily", ylabel=COVERED[coverage.kind], ylim=(0, 1))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_title(f"{readable(name)}: {coverage.is_fooled.shape[1]} images, 95 % intervals", fontsize=10)
+    axes.set_title(f"{readable(name)}: {coverage.is_hit.shape[1]} images, 95 % intervals", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend()
     save_figure(figure, path)
