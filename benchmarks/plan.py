@@ -29,6 +29,10 @@ JOB = Path(__file__).parents[1] / "jobs/compute.py"
 RUNS: dict[str, tuple[Network, tuple[str, ...]]] = {
     "squeezenet-3000": (NETWORKS["squeezenet"], ("--max-evaluations", "3000")),
     "resnet20-8000": (replace(NETWORKS["resnet20"], num_train_images=5000), ("--max-evaluations", "8000")),
+    "resnet20-pool": (
+        NETWORKS["resnet20"],
+        ("--max-evaluations", "6000", "--num-perturbations", "6", "--members-at-once", "3"),
+    ),
 }
 
 

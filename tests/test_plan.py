@@ -7,17 +7,17 @@ import pytest
 from conftest import TINY, random_samples, tiny_worker
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_job import data, finish, job_options, runs, start, write_plan
+from test_job import data, finish, job_options, runs, start
 
 from uap_dist.computing.options import ComputeOptions
 from uap_dist.data.patterns import expand_patterns
 from uap_dist.data.write import write_shards
-from uap_dist.errors import ConfigError, ShardError
+from uap_dist.errors import ShardError
 from uap_dist.fleet.config import FleetConfig
 from uap_dist.method.config import ComputeConfig
 from uap_dist.method.state import State
 from uap_dist.method.update import Iterate
-from uap_dist.planning.comparison import Spent, read_plan
+from uap_dist.planning.comparison import read_plan
 from uap_dist.planning.cost_model import DISPATCH_S, Costs, plan_fleet
 from uap_dist.planning.profiling import measure_costs
 from uap_dist.planning.range import Range
@@ -49,7 +49,7 @@ class CountingWorkers(LocalWorkers):
         self.calls = []
 
     def map(self, method, tasks, *shared):
-        self.calls.append((method, [len(task.keys) for task in tasks]))
+        self.calls.append((method, [task.num_examples for task in tasks]))
         return super().map(method, tasks, *shared)
 
     def examples(self, method):
@@ -146,6 +146,34 @@ def test_a_pool_of_as_many_as_run_at_once_leaves_no_worker_idle():
     )
 
 
+def test_a_batch_takes_the_time_of_all_its_places_on_one_worker():
+    config = ComputeConfig(round_size=24, block_size=6, max_passes=1, members_at_once=4)
+    costs = free(evaluation=Range.exactly(1.0), driver=Range.exactly(9.0), decode=Range.exactly(0.01))
+    seconds = {
+        (n, count): planned(config, costs, n, count).parts["rounds"].expected for n in (1, 2, 3) for count in (4, 5)
+    }
+    of_batch = 12 * 40
+    assert seconds == {(n, count): of_batch * max(1, (count > 4) + 1) / min(n, (count > 4) + 1) for n, count in seconds}
+    fleet = planned(config, costs, 3, 5)
+    assert fleet.has_spans and fleet.idle == pytest.approx(1 / 3)
+    assert planned(config, costs, 1, 4, cache_bytes=0).parts["rounds"].expected == of_batch + 4 * 240 * 0.01
+    sizes = ShardSizes((60,) * 4, (60,) * 4, (1000,) * 4)
+    work = count_work(sizes, sizes, config, num_perturbations=5)
+    text = Plan(options_of(config), work, [fleet], (1,), 1, 0.0).summary()
+    assert (
+        "4 perturbations in a batch" in text and "1 of 3 workers will have nothing to do: 5 perturbations are 2" in text
+    )
+
+
+def test_where_spans_are_quicker_a_pool_of_as_many_as_there_are_workers_is_proposed():
+    config = ComputeConfig(max_passes=1)
+    costs = free(evaluation=Range.exactly(0.001), driver=Range.exactly(0.01))
+    sizes = ShardSizes((60,) * 4, (60,) * 4, (1000,) * 4)
+    work = count_work(sizes, sizes, config)
+    text = Plan(options_of(config), work, [planned(config, costs, 8)], (1,), 1, 0.0).summary()
+    assert "quicker than several would share them, so 7 of 8 workers have nothing to do; a pool of 8 (" in text
+
+
 def test_images_that_no_cache_holds_are_read_again_for_each_block():
     config = ComputeConfig(round_size=24, block_size=6, max_passes=2)
     costs = free(evaluation=Range.exactly(1.0), decode=Range.exactly(0.1))
@@ -232,20 +260,22 @@ def test_shards_are_sized_in_bytes_and_images_without_being_read(shards, tmp_pat
         count_bytes([str(tmp_path / "own-0001.tar")])
 
 
-@pytest.mark.parametrize("rule", ["log-odds", "paper"])
-def test_costs_are_measured_on_two_shards_and_cover_everything(shards, rule):
+@pytest.mark.parametrize(("rule", "members_at_once"), [("log-odds", 1), ("log-odds", 3), ("paper", 1)])
+def test_costs_are_measured_on_two_shards_and_cover_everything(shards, rule, members_at_once):
     workers, committed = CountingWorkers(tiny_worker()), []
     urls = expand_patterns([str(shards / "train-*.tar")])
     costs = measure_costs(
         workers,
         urls,
-        ComputeConfig(rule=rule, round_size=10, block_size=5, max_evaluations=1),  # which the whole run would refuse
+        # evaluations that the whole run would refuse
+        ComputeConfig(rule=rule, round_size=10, block_size=5, max_evaluations=1, members_at_once=members_at_once),
         start_s=3.0,
         commit=lambda report, history: committed.append(len(history)),
     )
     assert costs.shard_images == (20, 20) and costs.image_bytes == 768 and 1 << 20 < costs.worker_bytes < 1 << 34
     assert committed == list(range(1, len(committed) + 1)) and len(committed) >= 5
     assert 3.0 <= costs.start.expected < 10 and costs.report.expected > 0
+    assert (costs.update == Range.once(0.0)) == (members_at_once > 1)  # within a span
     for range_ in (costs.decode, costs.classify, costs.evaluation, costs.driver):
         assert 0 < range_.low <= range_.expected <= range_.high < 1
     assert (costs.evaluations_per_solve.expected == 2) == (rule == "log-odds")
@@ -270,50 +300,6 @@ def test_more_shards_are_read_if_two_hold_less_than_a_block(tmp_path):
     config = ComputeConfig(round_size=5, block_size=5, max_passes=1)
     costs = measure_costs(LocalWorkers(tiny_worker()), urls, config, start_s=0.0, commit=lambda report, history: None)
     assert costs.shard_images == (2, 2, 2)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"plan": True, "resume": "x"}, "--plan plans a run from its beginning; leave out --resume"),
-        ({"plan": True, "planned": "plan.json"}, "--plan makes what --planned takes"),
-        ({"price_per_gpu_hour": 2.0}, "--price-per-gpu-hour belongs to --plan"),
-        ({"price_per_gpu_hour": -2.0, "plan": True}, "price per gpu hour is -2.0; it must be positive"),
-    ],
-)
-def test_options_that_do_not_go_together_are_refused(options, message):
-    with pytest.raises(ConfigError, match=message):
-        job_options(**options)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "cannot read a plan from --planned .*: No such file"),
-        ("{", "it is not a plan; give the plan.json of --plan"),
-        ('{"fooling": 1}', "it is not a plan; give the plan.json of --plan"),
-    ],
-)
-def test_a_file_that_is_not_a_plan_is_refused(tmp_path, content, message):
-    if content is not None:
-        (tmp_path / "plan.json").write_text(content)
-    with pytest.raises(ConfigError, match=message):
-        read_plan(tmp_path / "plan.json", {})
-
-
-def test_a_plan_of_another_job_is_refused_and_what_differs_is_named(tmp_path):
-    job = job_options(compute=ComputeConfig(max_evaluations=3000)).costs()
-    write_plan(tmp_path / "plan.json", job)
-    assert read_plan(tmp_path / "plan.json", job)["planned/seconds"] == 60
-    other = job_options(compute=ComputeConfig(max_evaluations=8000), num_perturbations=2).costs()
-    message = "of another job: max_evaluations was 3000, is 8000; num_perturbations was 1, is 2; plan again"
-    with pytest.raises(ConfigError, match=message):
-        read_plan(tmp_path / "plan.json", other)
-
-
-def test_a_resumed_run_does_not_claim_to_know_its_time():
-    spent = Spent.of([{"num_evaluations": 10, "num_solves": 5}] * 2, 4, None)
-    assert spent.metrics() == {"spent/evaluations": 20, "spent/solves": 10} and spent.beside({}) == ""
 
 
 def test_a_plan_is_a_run_in_mlflow_and_a_file_for_the_run_that_is_planned(shards, tmp_path):

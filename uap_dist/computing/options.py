@@ -69,8 +69,6 @@ class ComputeOptions:
             raise ConfigError("--plan does not count what --verify-determinism solves twice; leave it out")
         if self.compute.members_at_once > 1 and self.fleet.verify_determinism:
             raise ConfigError("--verify-determinism compares blocks that workers share; leave out --members-at-once")
-        if self.plan and self.compute.members_at_once > 1:
-            raise ConfigError("--plan does not know how long batches of --members-at-once take; leave it out")
         if self.plan and self.planned is not None:
             raise ConfigError("--plan makes what --planned takes; give one of them")
         if self.price_per_gpu_hour is not None and not self.plan:

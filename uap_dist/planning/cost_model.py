@@ -22,8 +22,9 @@ class Costs:
         start: from the start of the process until all workers are ready.
         decode: one image, on one worker.
         classify: one image, on one worker.
-        evaluation: one network evaluation of a solve, on one worker.
-        update: one round without its solves: reduction, update and projection, on the driver or, in a span, on a worker.
+        evaluation: one network evaluation of a solve, on one worker; in a batch of members, one of each, with their updates.
+        update: one round without its solves: reduction, update and projection, on the driver or, in a span, on a worker. Zero in a
+            batch of members.
         driver: what else the driver does for a round that the workers share: its calls, commit and MLflow.
         report: the files of one perturbation, without its measurements.
         evaluations_per_solve: network evaluations.
@@ -62,7 +63,7 @@ class FleetPlan:
         gpu_bytes: GPU memory of a worker.
         cached_bytes: decoded images that a worker would keep if it had room for all of them.
         idle: fraction (0..1) of the rounds' time in which a worker has no block to solve.
-        has_spans: whether workers compute spans, each of one perturbation, instead of sharing the blocks of its rounds.
+        has_spans: whether workers compute spans, each of one perturbation or of a batch, instead of sharing the blocks of a round.
     """
 
     num_workers: int
@@ -99,23 +100,27 @@ def plan_fleet(
         disk_bytes: decoded images that each worker keeps on disk beyond these.
     """
     num_shards, count = len(work.train.num_images), work.num_perturbations
+    num_batches = ceil(count / config.members_at_once)  # which take their time as one perturbation does
     mean_images, mean_bytes = (sum(sizes) / num_shards for sizes in (work.train.num_held, work.train.num_bytes))
     block_images = work.num_solves / work.num_blocks
     block_s = costs.evaluation * work.evaluations_per_solve * block_images
     fits = costs.image_bytes * sum(work.train.num_held) <= memory_bytes + disk_bytes
-    has_spans = fits and _are_spans_quicker(work, block_s, costs, num_workers)
-    extra_shards = _shards_for_spans(work, num_workers) if has_spans else _extra_shards(work, config, num_workers)
+    has_spans = config.members_at_once > 1 or (fits and _are_spans_quicker(work, block_s, costs, num_workers))
+    extra_shards = (_shards_for_spans if has_spans else _extra_shards)(work, config, num_workers)
     num_cached = (num_shards / num_workers + extra_shards.expected) * mean_images + sum(work.val.num_held) / num_workers
     cached_bytes = round(costs.image_bytes * num_cached)
     missing = max(0.0, 1 - (memory_bytes + disk_bytes) / cached_bytes)  # fraction of the images that caches do not hold
     # for a block of a shard that is not cached, its images are read and decoded again; of a compressed tar, all of it is read
     decoded_again = Range(block_images, block_images, mean_images) * missing
-    block = block_s + costs.decode * decoded_again
+    block = block_s + costs.decode * decoded_again * config.members_at_once
     classify = costs.classify + costs.decode * missing
     labels = sum(_classified_in_a_row(sizes.num_images, num_workers) for sizes in (work.train, work.val))
     measurements = sum(times * _classified_in_a_row(sizes, num_workers) for sizes, times in work.measurements.items())
     first_reads = sum(_decoded_in_a_row(sizes.num_held, num_workers) for sizes in (work.train, work.val))
-    rounds = (_in_spans_s if has_spans else _shared_s)(work, block, costs, config, num_workers)
+    if has_spans:  # perturbations or batches take turns
+        rounds = _alone_s(work, block, costs) * max(1.0, num_batches / num_workers)
+    else:
+        rounds = _shared_s(work, block, costs, config, num_workers)
     share = min(1.0, block_images / mean_images)
     read_again = Range(share, share, 1.0) * (count * work.num_blocks * missing)  # shards
     return FleetPlan(
@@ -133,19 +138,14 @@ def plan_fleet(
         worker_bytes=costs.worker_bytes + min(cached_bytes, memory_bytes),
         gpu_bytes=costs.gpu_bytes,
         cached_bytes=cached_bytes,
-        idle=1 - count * work.num_blocks * block.expected / num_workers / max(rounds.expected, 1e-9),
+        idle=1 - num_batches * work.num_blocks * block.expected / num_workers / max(rounds.expected, 1e-9),
         has_spans=has_spans,
     )
 
 
 def _alone_s(work: Work, block: Range, costs: Costs) -> Range:
-    """Seconds of the rounds of one perturbation in spans, given those of a block."""
+    """Seconds of the rounds of one perturbation, or of one batch, in spans, given those of a block."""
     return block * work.num_blocks + costs.update * work.num_rounds
-
-
-def _in_spans_s(work: Work, block: Range, costs: Costs, config: ComputeConfig, num_workers: int) -> Range:
-    """Seconds of all rounds in spans, given those of a block: the computations take turns."""
-    return _alone_s(work, block, costs) * max(1.0, work.num_perturbations / num_workers)
 
 
 def _are_spans_quicker(work: Work, block: Range, costs: Costs, num_workers: int) -> bool:
@@ -177,10 +177,11 @@ def _shared_s(work: Work, block: Range, costs: Costs, config: ComputeConfig, num
     return (of_computation * num_batches).at_least(of_workers).at_least(of_driver * count)
 
 
-def _shards_for_spans(work: Work, num_workers: int) -> Range:
+def _shards_for_spans(work: Work, config: ComputeConfig, num_workers: int) -> Range:
     """Training shards that a worker decodes in addition to those it read first, because its spans need all of them."""
     others = len(work.train.num_images) * (1 - 1 / num_workers)
-    return Range(others if work.num_perturbations >= num_workers else 0.0, 0.0, others)
+    are_certain = config.members_at_once > 1 or work.num_perturbations >= num_workers
+    return Range(others if are_certain else 0.0, 0.0, others)
 
 
 def _extra_shards(work: Work, config: ComputeConfig, num_workers: int) -> Range:

@@ -5,6 +5,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from math import ceil
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,20 +16,26 @@ import torch
 
 from uap_dist.computing.report import FinishedRun, save_run
 from uap_dist.method.config import ComputeConfig
-from uap_dist.method.state import RoundReport
+from uap_dist.method.state import RoundReport, State
 from uap_dist.planning.cost_model import Costs
 from uap_dist.planning.range import Range
 from uap_dist.planning.work import OF_LOG_ODDS
 from uap_dist.rounds.loop import compute
+from uap_dist.rounds.plan import plan_run, schedule_rounds
 from uap_dist.rounds.record import RoundRecord
-from uap_dist.rounds.round import evaluate
+from uap_dist.rounds.round import RoundTasks, evaluate
+from uap_dist.rounds.span import Span, compute_span
 from uap_dist.workers.dataset import CLASSIFY_SIZE, Dataset, list_dataset, predict
 from uap_dist.workers.local import R, Shared, T, Workers
 from uap_dist.workers.messages import Examples
 from uap_dist.workers.worker import Worker
 
-NUM_WARM_UPS = 2  # rounds that are not counted
-MIN_ROUNDS, MAX_ROUNDS, ROUNDS_S = 3, 30, 8.0  # counted: at least, at most, and for how long
+NUM_WARM_UPS = 2  # rounds, or spans of batches, that are not counted
+MIN_ROUNDS, MAX_ROUNDS, ROUNDS_S = (
+    3,
+    30,
+    8.0,
+)  # counted: at least, at most, and for how long; as many spans as rounds at least
 CLASSIFY_BLOCKS = 2  # blocks that each worker classifies in one measurement
 NUM_MEASUREMENTS = 4  # of the time to classify, after one that is not counted
 MAX_FOOLED = (
@@ -100,17 +107,20 @@ def measure_costs(
     images = predict(timed, listed.thin(min(num_images, listed.num_examples)))
     rounds = _measure_rounds(timed, images, config, commit)
     report_s = _measure_report(timed, images, rounds, class_names)
+    solve_s = zip(timed.per_example[Worker.solve], rounds.evaluations_per_solve, strict=True)
+    evaluation_s = [seconds / num_evaluations for seconds, num_evaluations in solve_s][NUM_WARM_UPS:]
+    update_s = rounds.update_s[NUM_WARM_UPS:]
+    if config.members_at_once > 1:
+        evaluation_s, update_s = _measure_batches(workers, images, config), [0.0]
     used = next(workers.map(find_resources, [Examples(urls[0])]))
     evaluations_per_solve = Range.of(rounds.evaluations_per_solve[NUM_WARM_UPS:])
-    solve_s = zip(timed.per_example[Worker.solve], rounds.evaluations_per_solve, strict=True)
-    evaluation_s = [seconds / num_evaluations for seconds, num_evaluations in solve_s]
     return Costs(
         num_workers=timed.num_workers,
         start=Range.once(start_s + preparation_s),
         decode=Range.once(decode_s),
         classify=Range.of(timed.per_example[Worker.classify][-NUM_MEASUREMENTS:]),
-        evaluation=Range.of(evaluation_s[NUM_WARM_UPS:]),
-        update=Range.of(rounds.update_s[NUM_WARM_UPS:]),
+        evaluation=Range.of(evaluation_s),
+        update=Range.of(update_s),
         driver=Range.of(rounds.driver_s[NUM_WARM_UPS:]),
         report=Range.once(report_s),
         evaluations_per_solve=OF_LOG_ODDS
@@ -155,8 +165,7 @@ class _Rounds:
 
 
 def _measure_rounds(timed: _TimedWorkers, images: Dataset, config: ComputeConfig, commit: Commit) -> _Rounds:
-    passes = 1 + ceil((NUM_WARM_UPS + MAX_ROUNDS) * config.round_size / images.num_examples)
-    endless = replace(config, max_passes=passes, max_evaluations=None, evaluate_every=passes, target_fooling_rate=1.0)
+    endless = replace(_endless(config, images), members_at_once=1)
     history: list[RoundRecord] = []
     update_s: list[float] = []
     driver_s: list[float] = []
@@ -180,6 +189,29 @@ def _measure_rounds(timed: _TimedWorkers, images: Dataset, config: ComputeConfig
         if num_counted >= MAX_ROUNDS or (num_counted >= MIN_ROUNDS and now > begun + ROUNDS_S):
             break
     return _Rounds(report, history, update_s, driver_s, per_solve)
+
+
+def _endless(config: ComputeConfig, images: Dataset) -> ComputeConfig:
+    """The config with more rounds than are measured, without a measurement of rates before their end."""
+    passes = 1 + ceil((NUM_WARM_UPS + MAX_ROUNDS) * config.round_size / images.num_examples)
+    return replace(config, max_passes=passes, max_evaluations=None, evaluate_every=passes, target_fooling_rate=1.0)
+
+
+def _measure_batches(workers: Workers, images: Dataset, config: ComputeConfig) -> list[float]:
+    """Seconds of one evaluation of each member of a full batch, updates included, from spans that each worker computes at once."""
+    endless, places = _endless(config, images), range(config.members_at_once)
+    scheduled = islice(schedule_rounds(images.sizes, endless), MAX_ROUNDS)
+    rounds = tuple(RoundTasks.of(round_, images, config.seed) for round_ in scheduled)
+    start = State.start(images.shape, images.num_examples, config)
+    spans = [Span(dict.fromkeys(places, rounds), len(places))] * workers.num_workers
+    plan, found = plan_run(images.sizes, endless), list[float]()
+    for _ in range(NUM_WARM_UPS + MIN_ROUNDS):
+        answers = list(workers.map(compute_span, spans, dict.fromkeys(places, start), plan))
+        of_first_member = [answer[0] for answer in answers]
+        spent = [reports[-1].num_evaluations - start.num_evaluations for reports in of_first_member]
+        seconds = [sum(report.seconds for report in reports) for reports in of_first_member]
+        found.append(max(each / count for each, count in zip(seconds, spent, strict=True)))
+    return found[NUM_WARM_UPS:]
 
 
 def _measure_report(timed: _TimedWorkers, images: Dataset, rounds: _Rounds, class_names: Sequence[str]) -> float:

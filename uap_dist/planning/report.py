@@ -12,7 +12,7 @@ from uap_dist.planning.comparison import count_workers, planned_metrics
 from uap_dist.planning.cost_model import FleetPlan
 from uap_dist.planning.range import Range
 from uap_dist.planning.work import Work
-from uap_dist.rounds.concurrent import num_filling
+from uap_dist.rounds.concurrent import describe_idle, num_filling
 from uap_dist.tracking.console import duration
 from uap_dist.tracking.outputs import markdown_table
 
@@ -81,9 +81,10 @@ class Plan:
         work, config, last = self.work, self.options.config, self.fleets[-1]
         parts = ", ".join(f"{name} {duration(part.expected)}" for name, part in last.parts.items())
         times = f"{work.num_perturbations} × " if work.num_perturbations > 1 else ""
+        together = f", {config.members_at_once} perturbations in a batch" if config.members_at_once > 1 else ""
         return (
             f"**{escape_markdown(self.options.model)}**, {config.norm} ≤ {config.ball_radius:g} pixels, rule {config.rule}: "
-            f"{times}{work.num_rounds:,} rounds of {max(work.rounds)} blocks, {times}{work.num_solves:,} solves, "
+            f"{times}{work.num_rounds:,} rounds of {max(work.rounds)} blocks, {times}{work.num_solves:,} solves{together}, "
             f"{_with_range(work.num_evaluations, '{:,.0f}')} network evaluations; {work.num_classified:,} images classified for clean "
             f"labels and measurements.\n\n{self.table()}\n\nOf the {duration(last.seconds.expected)} on "
             f"{count_workers(last.num_workers)}: {parts}.\n\n" + "\n".join(f"* {note}" for note in self.notes())
@@ -113,23 +114,35 @@ class Plan:
 
     def notes(self) -> list[str]:
         """What would make the job faster, then what the figures leave out."""
-        return [*self._advice(), *self._caveats()]
+        return [*self._advice_on_idle(), *self._advice_on_cache(), *self._caveats()]
 
-    def _advice(self) -> list[str]:
-        work, config, fleet, last = self.work, self.options.config, self.options.fleet, self.fleets[-1]
-        num_blocks, size = max(work.rounds), last.num_workers
-        pool_size, notes = num_filling(size, config), []
-        if size > num_blocks and work.num_perturbations < pool_size:
-            remedy = f"a pool of {pool_size} (--num-perturbations) would keep all {size} busy"
-            if config.rule == "log-odds" and config.local_steps is None:
-                remedy += _local_steps_advice(size, work.num_solves)
-            num_idle = size - num_blocks * work.num_perturbations
-            notes.append(
-                f"A round has at most {num_blocks} blocks (--round-size {config.round_size}, --block-size {config.block_size}), so "
-                f"{num_idle} of {size} workers have nothing to do while it is solved; {remedy}."
-                if num_idle > 0
-                else f"{remedy[0].upper()}{remedy[1:]}."
-            )
+    def _advice_on_idle(self) -> list[str]:
+        work, config, last = self.work, self.options.config, self.fleets[-1]
+        size, num_blocks = last.num_workers, max(work.rounds)
+        if config.members_at_once > 1:
+            idle = describe_idle(size, work.num_perturbations, config)
+            return [f"{idle}."] if idle else []
+        busy, pool_size = (1, size) if last.has_spans else (num_blocks, num_filling(size, config))
+        if size <= busy or work.num_perturbations >= pool_size:
+            return []
+        remedy = f"a pool of {pool_size} (--num-perturbations) would keep all {size} busy"
+        if config.rule == "log-odds" and config.local_steps is None:
+            remedy += _local_steps_advice(size, work.num_solves)
+        num_idle = size - busy * work.num_perturbations
+        if num_idle <= 0:
+            return [f"{remedy[0].upper()}{remedy[1:]}."]
+        idle = f"{num_idle} of {size} workers have nothing to do"
+        if last.has_spans:
+            return [
+                f"One worker computes the rounds of a perturbation quicker than several would share them, so {idle}; {remedy}."
+            ]
+        return [
+            f"A round has at most {num_blocks} blocks (--round-size {config.round_size}, --block-size {config.block_size}), so {idle} "
+            f"while it is solved; {remedy}."
+        ]
+
+    def _advice_on_cache(self) -> list[str]:
+        fleet, last, notes = self.options.fleet, self.fleets[-1], list[str]()
         if last.cached_bytes > (fleet.cache_gib + fleet.disk_cache_gib) * GIB:
             notes.append(
                 f"Decoded images would take {last.cached_bytes / GIB:.1f} GiB of a worker, more than --cache-gib {fleet.cache_gib:g} and "
