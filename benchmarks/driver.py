@@ -32,7 +32,8 @@ from uap_dist.method.schedule import Block, Round
 from uap_dist.method.solver import BlockResult
 from uap_dist.method.state import State
 from uap_dist.method.update import Iterate
-from uap_dist.rounds.round import RoundTasks, run_round
+from uap_dist.rounds.plan import RoundTasks, plan_run
+from uap_dist.rounds.round import run_round
 from uap_dist.workers.dataset import Dataset, Shard
 from uap_dist.workers.messages import Examples
 
@@ -107,7 +108,7 @@ def main() -> None:
         seconds = []
         for _ in range(options.num_rounds + 1):  # the first one warms up
             started = time.perf_counter()
-            run_round(fleet, tasks, State(Iterate.zero(data.shape)), ComputeConfig(), num_rounds=1)
+            run_round(fleet, tasks, State(Iterate.zero(data.shape)), plan_run(data.sizes, ComputeConfig()))
             seconds.append(time.perf_counter() - started)
         fleet.close()
         whole, asleep = 1e3 * median(seconds[1:]), 1e3 * options.sleep_s * ceil(num_blocks / num_workers)

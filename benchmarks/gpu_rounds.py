@@ -33,8 +33,8 @@ from uap_dist.method.rates import Rate
 from uap_dist.method.state import RoundReport, State
 from uap_dist.models.loading import load_classifier
 from uap_dist.rounds import span as span_module
-from uap_dist.rounds.plan import plan_run, schedule_rounds
-from uap_dist.rounds.round import RoundTasks, evaluate, run_round
+from uap_dist.rounds.plan import RoundTasks, plan_run, schedule_rounds
+from uap_dist.rounds.round import evaluate, run_round
 from uap_dist.rounds.span import Span, compute_span
 from uap_dist.workers.dataset import Dataset, load_dataset
 from uap_dist.workers.local import LocalWorkers
@@ -151,7 +151,7 @@ def compare_bits(options: Options) -> None:
             found[name] = compute_span(workers.worker, of_batch, starts, plan_of_batch)[1][-1]
     state = states[0]
     for round_ in span.rounds[0]:
-        report = run_round(workers, round_, state, config, plan.num_rounds)
+        report = run_round(workers, round_, state, plan)
         state = report.state
     found["rounds of the driver"] = report
     for one, other in (
@@ -209,7 +209,7 @@ def first_span(
         tasks = (RoundTasks.of(round_, train, seed) for round_ in schedule_rounds(train.sizes, own))
         place = seed % config.members_at_once
         rounds[place] = tuple(islice(tasks, num_rounds or plan.num_rounds))
-        states[place] = State.start(train.shape, train.num_examples, own)
+        states[place] = State.start(train.shape, train.clean.labels, own)
     return Span(rounds, config.members_at_once), states, plan
 
 

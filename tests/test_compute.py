@@ -9,7 +9,8 @@ from uap_dist.method.norms import measure, random_perturbation
 from uap_dist.method.schedule import Block, Round, plan_rounds
 from uap_dist.method.state import State
 from uap_dist.rounds.loop import compute
-from uap_dist.rounds.round import RoundTasks, run_round
+from uap_dist.rounds.plan import RoundTasks, plan_run
+from uap_dist.rounds.round import run_round
 from uap_dist.workers.dataset import classify, fooling_rate
 from uap_dist.workers.local import LocalWorkers
 from uap_dist.workers.worker import Worker
@@ -108,7 +109,7 @@ def test_target_on_the_training_images_ends_the_run_after_a_pass(local_workers, 
 def test_a_random_start_is_that_share_of_the_radius_in_a_direction_of_the_seed(tiny_data, norm):
     def start(**options):
         return State.start(
-            tiny_data[0].shape, tiny_data[0].num_examples, ComputeConfig(norm=norm, radius=20.0, **options)
+            tiny_data[0].shape, tiny_data[0].clean.labels, ComputeConfig(norm=norm, radius=20.0, **options)
         )
 
     first, second = (start(random_start=0.5, seed=seed) for seed in (0, 1))
@@ -133,15 +134,15 @@ def test_local_steps_of_a_lone_block_are_rounds_of_their_own(local_workers, tiny
     block = Block(0, tuple(range(15)))
     common = {"radius": 20.0, "augment": "none", "step_size": 2.0, "max_passes": 1}
     local = ComputeConfig(round_size=15, block_size=15, local_steps=3, **common)
-    start = State.start(train.shape, train.num_examples, local)
+    start = State.start(train.shape, train.clean.labels, local)
     tasks = RoundTasks.of(Round(0, 0, False, (block,)), train, seed=0)
-    report = run_round(local_workers, tasks, start, local, num_rounds=1)
+    report = run_round(local_workers, tasks, start, plan_run(train.sizes, local))
     after = report.state
     alone, state = ComputeConfig(round_size=5, block_size=5, **common), start
     for number in range(3):
         part = Block(0, block.examples[5 * number : 5 * number + 5])
         tasks = RoundTasks.of(Round(number, 0, False, (part,)), train, seed=0)
-        state = run_round(local_workers, tasks, state, alone, num_rounds=3).state
+        state = run_round(local_workers, tasks, state, plan_run(train.sizes, alone)).state
     assert torch.allclose(after.iterate.v, state.iterate.v, atol=1e-5) and state.iterate.v.abs().max() > 2
     assert torch.allclose(after.iterate.momentum, state.iterate.momentum, atol=1e-5)
     assert (after.num_solves, after.num_evaluations) == (state.num_solves, state.num_evaluations)

@@ -1,7 +1,7 @@
 import pytest
 
 from uap_dist.errors import ConfigError
-from uap_dist.perturbations.names import ModelChoice, name_models, name_sets, plain_key
+from uap_dist.models.names import ModelChoice, name_models, name_sets, plain_key
 
 OWN = "nets/a.py:build"
 

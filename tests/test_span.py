@@ -15,8 +15,7 @@ from uap_dist.method.config import ComputeConfig
 from uap_dist.method.state import State
 from uap_dist.rounds import span as span_module
 from uap_dist.rounds.loop import compute
-from uap_dist.rounds.plan import plan_run, schedule_rounds
-from uap_dist.rounds.round import RoundTasks
+from uap_dist.rounds.plan import RoundTasks, plan_run, schedule_rounds
 from uap_dist.rounds.span import NUM_MEASURED, Sharing, Span, compute_span
 from uap_dist.workers.local import LocalWorkers
 
@@ -57,7 +56,7 @@ def test_spans_of_any_length_have_the_bits_and_the_reports_of_single_rounds(
     plan, tasks = tasks_of(train, CONFIGS[name])
     for seconds in (0.0, 1000.0):
         monkeypatch.setattr(span_module, "SPAN_S", seconds)
-        state, found, lengths = State.start(train.shape, train.num_examples, CONFIGS[name]), [], []
+        state, found, lengths = State.start(train.shape, train.clean.labels, CONFIGS[name]), [], []
         while len(found) < len(expected):
             reports = compute_span(tiny_worker(), Span({0: tasks[len(found) :]}), {0: state}, plan)[0]
             assert [report.has_arrays for report in reports] == [False] * (len(reports) - 1) + [True]

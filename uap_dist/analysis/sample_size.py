@@ -52,6 +52,11 @@ class Recipe:
     def of(cls, perturbation: Perturbation) -> "Recipe":
         """Read it from the provenance of a perturbation; PerturbationError if that lacks it."""
         said = perturbation.provenance
+        if said.get("networks"):
+            raise PerturbationError(
+                f"{perturbation.name} was computed for several networks, and others cannot be computed likewise for one; leave images "
+                "out of --analyses"
+            )
         try:
             config = ComputeConfig.from_provenance(said, perturbation.name)
             return cls(config, said["num_evaluations"] - said["num_train_images"])

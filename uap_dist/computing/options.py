@@ -10,6 +10,8 @@ from uap_dist.errors import ConfigError
 from uap_dist.fleet.config import FleetConfig
 from uap_dist.job_options import DataOptions, ResumableRecordOptions, to_json
 from uap_dist.method.config import POOL_RANDOM_START, ComputeConfig
+from uap_dist.models.loading import Given
+from uap_dist.models.names import ModelChoice, name_models
 from uap_dist.rounds.plan import check_budget
 
 FLEET_COSTS = (
@@ -34,6 +36,8 @@ class ComputeOptions:
     """torchvision/NAME[@WEIGHTS], timm/NAME[.TAG], efficientnet_lite0|1|2, or path/to/file.py:factory[?KEY=VALUE&…]."""
     weights: str | None = None
     """File with its weights (.safetensors, or a .pth of tensors), or FILE#KEY; if not given, the published ones."""
+    models: tuple[str, ...] = ()
+    """Several networks that each perturbation shall fool, as [NAME=]MODEL[=WEIGHTS], instead of --model and --weights."""
     num_perturbations: int = 1
     """How many perturbations to compute, with seeds from --seed on; several make a pool."""
     register_as: str | None = None
@@ -51,8 +55,9 @@ class ComputeOptions:
 
     def __post_init__(self) -> None:
         """Validate the options."""
+        self._check_networks()
         if self.data.num_train_images is not None:
-            check_budget(self.data.num_train_images, self.compute)
+            check_budget(self.data.num_train_images, self.compute, max(1, len(self.models)))
         if bool(self.data.train_shards) != bool(self.data.val_shards):
             raise ConfigError("give both --train-shards and --val-shards, or neither for the demonstration")
         if self.num_perturbations < 1:
@@ -75,6 +80,24 @@ class ComputeOptions:
             raise ConfigError("--price-per-gpu-hour belongs to --plan")
         if self.price_per_gpu_hour is not None and not self.price_per_gpu_hour > 0:
             raise ConfigError(f"price per gpu hour is {self.price_per_gpu_hour}; it must be positive")
+
+    def _check_networks(self) -> None:
+        if not self.models:
+            return
+        name_models([ModelChoice.parse(text) for text in self.models])
+        if len(self.models) == 1:
+            raise ConfigError(f"--models has one network, {self.models[0]}; give it as --model, or give several")
+        if self.model != type(self).model:
+            raise ConfigError(f"give --model {self.model} as one of --models, or leave out --models")
+        if self.weights is not None:
+            raise ConfigError("--weights belongs to --model; with --models give each network its own, as MODEL=WEIGHTS")
+        if self.plan:
+            raise ConfigError("--plan does not know how long several networks take (--models); leave it out")
+
+    @property
+    def given(self) -> Given:
+        """The network or networks, as `load_classifier` takes them."""
+        return self.models or self.model
 
     @property
     def config(self) -> ComputeConfig:
@@ -102,6 +125,9 @@ class ComputeOptions:
         path, _, arguments = self.model.partition("?")
         model = "-".join(Path(path).parts[-2:]) if ".py:" not in path else Path(path).name
         model += re.sub(r"[^\w.=]+", "-", f"-{arguments}" if arguments else "")
+        if self.models:
+            names = name_models([ModelChoice.parse(text) for text in self.models])
+            model = re.sub(r"[^\w.=+]+", "-", "+".join(names))
         seed = self.compute.seed
         which = f"seed{seed}" if self.num_perturbations == 1 else f"pool{self.num_perturbations}-seed{seed}"
         target = self.compute.target
@@ -114,6 +140,7 @@ class ComputeOptions:
         data, fleet = values["data"], values["fleet"]
         return {
             **{name: values[name] for name in ("model", "weights", "num_perturbations")},
+            **({"models": values["models"]} if self.models else {}),
             **{name: data[name] for name in ("train_shards", "val_shards", "num_train_images", "num_val_images")},
             **values["compute"],
             **{name: fleet[name] for name in FLEET_COSTS},

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from uap_dist.figures import column, readable, save_figure
 from uap_dist.method.norms import Norm
-from uap_dist.method.rates import RATE_TITLES, Rate, running_rates
+from uap_dist.method.rates import Rate, rate_titles, running_rates
 from uap_dist.rounds.record import RUNNING_IMAGES, RoundRecord
 
 PICTURE_SIDE = 224
@@ -51,11 +51,12 @@ def save_curve(path: Path, history: Sequence[RoundRecord], random_rates: Mapping
     """
     rounds = [record.metrics for record in history]
     figure, panels, norms = _curve_panels(random_rates)
+    titles = rate_titles(panels, capital=True)
     for kind, axes in panels.items():
         _draw_running(axes, rounds, kind, color="tab:orange")
         _draw_measured(axes, rounds, "train", kind, color="0.3", label="training images")
         _draw_measured(axes, rounds, "val", kind, color="tab:blue", label="held-out images")
-        axes.set_title(f"{RATE_TITLES[kind].capitalize()} with 95 % Wilson intervals", fontsize=10)
+        axes.set_title(f"{readable(titles[kind])} with 95 % Wilson intervals", fontsize=10)
     _draw_norms(norms, rounds, ("tab:green", "tab:purple"))
     _finish_curves(figure, panels, norms, random_rates)
     save_figure(figure, path)
@@ -82,22 +83,26 @@ def save_curves(
             axes.lines[-1].set_label(f"{readable(name)}: {rounds[-1][f'{kind}_rate/val']:.3f}")
         _draw_norms(norms, rounds, (colour, colour))
     for kind, axes in panels.items():
-        title = f"Held-out {RATE_TITLES[kind]} of each member; thin: training images of its rounds, running mean"
+        title = f"Held-out {readable(rate_titles(panels)[kind])} by each member; thin: training images of its rounds, running mean"
         axes.set_title(title, fontsize=10)
     _finish_curves(figure, panels, norms, random_rates)
     save_figure(figure, path)
 
 
 def save_grid(
-    path: Path, pixels: np.ndarray, perturbation: Tensor, clean: Sequence[str], perturbed: Sequence[str]
+    path: Path,
+    pixels: np.ndarray,
+    perturbation: Tensor,
+    clean: Sequence[Sequence[str]],
+    perturbed: Sequence[Sequence[str]],
 ) -> None:
-    """Plot images (N×C×H×W uint8) above their perturbed versions, with the predicted labels of both."""
+    """Plot images (N×C×H×W uint8) above their perturbed versions, with the labels that each network predicts for both."""
     shown = np.clip(np.rint(pixels + perturbation.numpy()), 0, 255).astype(np.uint8)
     figure, axes = plt.subplots(2, len(pixels), figsize=(1.9 * len(pixels), 4.6), layout="constrained", squeeze=False)
     for row, (images, names) in enumerate(((pixels, clean), (shown, perturbed))):
         for axis, image, name, before in zip(axes[row], images, names, clean, strict=True):
             axis.imshow(image.transpose(1, 2, 0))
-            axis.set_title(_shorten(name), fontsize=9, color="black" if name == before else "tab:red")
+            axis.set_title("\n".join(map(_shorten, name)), fontsize=9, color="black" if name == before else "tab:red")
             axis.set_axis_off()
     figure.suptitle("held-out images: clean above, perturbed below (red: label changed)", fontsize=10)
     save_figure(figure, path)
@@ -177,7 +182,7 @@ def _finish_curves(
     for kind, axes in panels.items():
         for (name, rate), style in zip(random_rates[kind].items(), ("--", ":"), strict=False):
             axes.axhline(rate.rate, color="tab:red", ls=style, lw=1, label=f"random v of the {name}, held-out images")
-        axes.set(ylabel=RATE_TITLES[kind], ylim=(0, 1))
+        axes.set(ylabel=readable(rate_titles(panels)[kind]), ylim=(0, 1))
         axes.grid(alpha=0.3)
         if len(panels) > 1:  # the labels have other counts and values in each
             axes.legend(fontsize=8)

@@ -1,6 +1,7 @@
 """The files of a pool, beside those of its members: the perturbations, their fooling rates and how diverse they are."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,7 +27,7 @@ from uap_dist.evaluation.coverage import (
 from uap_dist.evaluation.plots import save_coverage, save_matrix
 from uap_dist.foreign_text import escape_markdown
 from uap_dist.method.norms import Norm
-from uap_dist.method.rates import FOOLING, RATE_TITLES, Rate
+from uap_dist.method.rates import FOOLING, Rate, of_network, rate_titles
 from uap_dist.perturbations.files import load_perturbations
 from uap_dist.perturbations.pool import DIVERSE, PerturbationPool
 from uap_dist.tracking.outputs import RESULT_FILE, markdown_table, writes_files
@@ -65,7 +66,7 @@ class FinishedPool:
         results = {name: json.loads((folder / RESULT_FILE).read_text()) for name, folder in folders.items()}
         rounds = {name: pq.read_table(folder / "tables" / ROUNDS_FILE).to_pylist() for name, folder in folders.items()}
         examples = {name: pq.read_table(folder / "tables" / EXAMPLES_FILE) for name, folder in folders.items()}
-        goal = common_goal(pool.to_perturbations())
+        goal = common_goal(pool.to_perturbations()).of_networks(val.clean.networks)
         random = measure_random_coverage(workers, val, pool.perturbations, goal)
         return cls(pool, results, rounds, examples, random, mlflow_run_id)
 
@@ -73,14 +74,23 @@ class FinishedPool:
     def coverage(self) -> Coverage:
         """Of the held-out images."""
         tables, goal = list(self.examples.values()), common_goal(self.pool.to_perturbations())
-        perturbed = np.stack([table["perturbed_label"].to_numpy() for table in tables])
-        return Coverage.of(list(self.examples), goal, tables[0]["clean_label"].to_numpy(), perturbed)
+        perturbed = np.stack([_labels(table, "perturbed_label", self.networks) for table in tables])
+        clean = _labels(tables[0], "clean_label", self.networks)
+        return Coverage.of(list(self.examples), goal.of_networks(self.networks), clean, perturbed)
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """Names of the networks that it was computed for, if they are several."""
+        first, *_ = self.pool.to_perturbations()
+        return tuple(first.provenance.get("networks") or ())
 
     @property
     def mean_rates(self) -> dict[str, float]:
         """Mean held-out rates of the members, by kind."""
         results = self.results.values()
-        kinds = [kind for kind in RATE_TITLES if all(f"val_{kind}_rate" in result for result in results)]
+        first, *_ = results
+        kinds = [name.removeprefix("val_").removesuffix("_rate") for name in first if re.fullmatch("val_.*_rate", name)]
+        kinds = [kind for kind in kinds if all(f"val_{kind}_rate" in result for result in results)]
         return {kind: sum(result[f"val_{kind}_rate"] for result in results) / len(results) for kind in kinds}
 
     @property
@@ -134,8 +144,9 @@ class FinishedPool:
         named = ", ".join(
             f"{escape_markdown(a)} and {escape_markdown(b)} ({product:z.2f})" for product, (a, b) in pairs
         )
+        titles = rate_titles(self.mean_rates)
         rates = " ".join(
-            f"Mean held-out {RATE_TITLES[kind]} **{mean:.3f}**; a random perturbation of the "
+            f"Mean held-out {escape_markdown(titles[kind])} **{mean:.3f}**; a random perturbation of the "
             + ", of the ".join(f"{name}: {rate}" for name, rate in self.random_rates[kind].items())
             + "."
             for kind, mean in self.mean_rates.items()
@@ -174,9 +185,21 @@ class FinishedPool:
             label, count = result["dominant_labels"][0] if result["dominant_labels"] else ("–", 0)
             size, taken = f"{result['norm_l2']:.0f}", f"{escape_markdown(label)} ({count})"
             rows.append([escape_markdown(name), *map(str, rates), size, taken])
-        rate_heads = [head for kind in self.mean_rates for head in (f"held-out {RATE_TITLES[kind]}", "training")]
+        titles = rate_titles(self.mean_rates).values()
+        rate_heads = [head for title in titles for head in (f"held-out {escape_markdown(title)}", "training")]
         heads = ["member", *rate_heads, "norm ℓ2", "label of most fooled images"]
         return markdown_table(heads, rows)
+
+
+def _columns(name: str, networks: Sequence[str]) -> list[str]:
+    """The columns of examples that hold something of each network."""
+    return [of_network(name, network) for network in networks] or [name]
+
+
+def _labels(examples: pa.Table, name: str, networks: Sequence[str]) -> np.ndarray:
+    """Labels of N examples; of several networks N×S."""
+    columns = [examples[column].to_numpy() for column in _columns(name, networks)]
+    return np.stack(columns, 1) if networks else columns[0]
 
 
 def _rate_of(result: Mapping[str, Any], part: str, kind: str) -> Rate | None:
@@ -206,9 +229,11 @@ def save_pool(folder: Path, finished: FinishedPool) -> None:
     random_coverage = by_symbol(finished.random_coverage)
     save_coverage(folder / "pictures/4-coverage.png", finished.coverage, random_coverage, "What the pool covers")
     clean = next(iter(finished.examples.values()))
-    classes = class_rows(
-        finished.coverage, dict(zip(clean["clean_label"].to_pylist(), clean["clean_name"].to_pylist(), strict=True))
+    labels, label_names = (
+        np.concatenate([clean[column].to_numpy() for column in _columns(name, finished.networks)])
+        for name in ("clean_label", "clean_name")
     )
+    classes = class_rows(finished.coverage, dict(zip(labels.tolist(), label_names.tolist(), strict=True)))
     for name, rows in (
         ("coverage", coverage_rows(finished.coverage, finished.random_coverage)),
         ("coverage-by-class", classes),

@@ -134,7 +134,7 @@ def open_members(
         own_job = replace(job, run_id=own.run_id, options=plan.options, identity=identity, part_of=job.run_id)
         if found is None:
             own.log_params(dict(setting.provenance) | describe_member(plan.config))
-            found = Checkpoint(own_job, State.start(setting.train.shape, setting.train.num_examples, plan.config), ())
+            found = Checkpoint(own_job, State.start(setting.train.shape, setting.train.clean.labels, plan.config), ())
         else:
             check_resumed(found.job, own_job)
         members[name] = TrackedRun(plan.config, found, store=store, folder=plan.folder, tracker=own)

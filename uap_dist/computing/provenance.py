@@ -93,12 +93,23 @@ def describe_setup(classifier: Classifier, weights: str | None, fleet: FleetConf
     """Network, fleet and versions."""
     return {
         "model": classifier.name,
-        "weights": describe_weights(classifier.name, weights),
+        "weights": describe_weights(classifier.given, weights),
         "weights_digest": classifier.weights_digest,
+        **_describe_networks(classifier),
         **{f"geometry.{key}": value for key, value in asdict(classifier.geometry).items()},
         **{f"fleet.{key}": value for key, value in asdict(fleet).items()},
         **describe_code(),
     }
+
+
+def _describe_networks(classifier: Classifier) -> dict[str, Any]:
+    """The names of several networks, and what each was loaded from."""
+    if not classifier.networks:
+        return {}
+    found: dict[str, Any] = {"networks": list(classifier.networks)}
+    for name, member in zip(classifier.networks, classifier.members, strict=True):
+        found |= {f"model.{name}": member.name, f"weights_digest.{name}": member.weights_digest}
+    return found
 
 
 def describe_config(config: ComputeConfig) -> dict[str, Any]:
@@ -136,8 +147,12 @@ def describe_held_out(train: Dataset, val: Dataset) -> dict[str, Any]:
 
 
 def _describe_top1(name: str, dataset: Dataset) -> dict[str, float]:
-    rate = top1(dataset, dataset.clean.labels)
-    return {} if rate is None else {f"top1.clean_{name}": rate.rate}
+    rates = {network: top1(dataset, clean.labels) for network, clean in dataset.clean.each()}
+    return {
+        f"top1.clean_{name}{f'.{network}' if network else ''}": rate.rate
+        for network, rate in rates.items()
+        if rate is not None
+    }
 
 
 def describe_member(config: ComputeConfig) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from uap_dist.method.norms import SYMBOLS, Norm, measure
 from uap_dist.method.rates import (
     ATTACKED,
     FOOLING,
-    RATE_TITLES,
     SPARED,
     TARGETED,
     Goal,
@@ -28,7 +27,10 @@ from uap_dist.method.rates import (
     Rate,
     Rates,
     goal_in_words,
+    of_network,
     rate_columns,
+    rate_titles,
+    split_kind,
 )
 from uap_dist.method.state import RoundReport
 from uap_dist.models.classes import UNKNOWN_CLASS, label_name
@@ -77,6 +79,15 @@ class FinishedRun:
         return Goal.from_provenance(self.provenance)
 
     @property
+    def networks(self) -> tuple[str, ...]:
+        """Names of the networks that it was computed for, if they are several."""
+        return self.val.clean.networks
+
+    @property
+    def _fooling_of_each(self) -> tuple[str, ...]:
+        return self.goal.of_networks(self.networks).of_each(FOOLING)
+
+    @property
     def train_rates(self) -> Rates:
         """Rates of the final perturbation on all training images."""
         assert self.final.evaluation is not None and self.final.evaluation.train_rates is not None
@@ -118,8 +129,8 @@ class FinishedRun:
 
     @property
     def dominant_labels(self) -> list[tuple[str, int]]:
-        """The most frequent labels of fooled held-out images: names and numbers of images."""
-        found = dominant_labels(self.perturbed.labels, self.val.clean.labels)[:NUM_DOMINANT_LABELS]
+        """The most frequent labels of fooled held-out images: names and numbers of images, those of all networks added up."""
+        found = dominant_labels(self.perturbed.labels.ravel(), self.val.clean.labels.ravel())[:NUM_DOMINANT_LABELS]
         return [(label_name(label, self.class_names), count) for label, count in found]
 
     def result(self) -> dict[str, Any]:
@@ -131,6 +142,7 @@ class FinishedRun:
             of_goal |= {"target_name": label_name(target, self.class_names), "is_target_reached": reached}
         return {
             **of_goal,
+            **self._worst_network(),
             **{name: value for kind in self.val_rates for name, value in self._rates_of(kind).items()},
             "num_solves": final.num_solves,
             "num_evaluations": final.num_evaluations,
@@ -143,6 +155,11 @@ class FinishedRun:
             "seconds": round(self.seconds, 1),
             "mlflow_run_id": self.mlflow_run_id,
         }
+
+    def _worst_network(self) -> dict[str, str]:
+        """The network that is fooled least, if there are several."""
+        rates = {name: self.val_rates[of_network(FOOLING, name)].rate for name in self.networks}
+        return {"worst_network": min(rates, key=lambda name: rates[name])} if rates else {}
 
     def _rates_of(self, kind: str) -> dict[str, Any]:
         """What result.json says of one kind of rate."""
@@ -163,17 +180,20 @@ class FinishedRun:
         """A summary in Markdown: what was computed, its rates and the random baseline."""
         p, final = self.provenance, self.final
         model = escape_markdown(p["model"])
+        titles = rate_titles(self.val_rates, capital=True)
+        num_fooled = sum(rate.num_hits for kind, rate in self.val_rates.items() if kind in self._fooling_of_each)
+        by = f"the {num_fooled} answers of the networks for fooled" if self.networks else f"the {num_fooled} fooled"
         demo = (
             "\n\nThe images are crops of a few photographs from Python packages: a demonstration, not a measurement."
             if p["demo"]
             else ""
         )
-        rates = "\n\n".join(map(self._rate_in_words, self.val_rates))
+        rates = "\n\n".join(self._rate_in_words(kind, titles[kind]) for kind in self.val_rates)
         taken = ", ".join(f"{escape_markdown(name)} ({count})" for name, count in self.dominant_labels)
         return (
             f"Universal perturbation of **{model}**, {p['norm']} ≤ {p['radius']:g} pixels, rule {p['rule']}, seed {p['seed']}"
             f"{self._goal_in_words()}.\n\n{rates}\n\n"
-            f"Most of the {self.val_rates[FOOLING].num_hits} fooled held-out images get the labels: {taken or 'nothing'}.\n\n"
+            f"Most of {by} held-out images get the labels: {taken or 'nothing'}.\n\n"
             f"{final.num_evaluations} network evaluations in {final.round_number + 1} rounds of {self.seconds:.0f} s together.{demo}\n\n"
             "Look at the pictures in the order of their names (curve, held-out images clean and perturbed, the perturbation stretched "
             "and at true scale, where labels go) and at `tables/held-out-examples.parquet` (one row an image; the first rows as .csv)."
@@ -182,20 +202,22 @@ class FinishedRun:
     def _goal_in_words(self) -> str:
         return "".join(f", **{escape_markdown(part)}**" for part in goal_in_words(self.goal, self.class_names))
 
-    def _rate_in_words(self, kind: str) -> str:
+    def _rate_in_words(self, kind: str, title: str) -> str:
         """A paragraph on one kind of rate; whether a target was reached is said first."""
         val, train, random = self.val_rates[kind], self.train_rates.get(kind), self.random_of(kind)
         beside = ", of the ".join(
             f"{name}: {r}" for name, r in name_random_rates(self.provenance["norm"], random).items()
         )
         text = (
-            f"{RATE_TITLES[kind].capitalize()} on held-out images: **{val}** (95 % interval); a random perturbation of the {beside}; "
+            f"{escape_markdown(title)} on held-out images: **{val}** (95 % interval); a random perturbation of the {beside}; "
             f"on training images: {train or 'none counts'}."
         )
-        if kind != TARGETED:
+        network, own = split_kind(kind)
+        if own != TARGETED:
             return text
         rates = ((self.val_rates, "held-out ones"), (self.train_rates, "training images"))
-        left_out = [f"{each[FOOLING].num_examples - each[kind].num_examples} {name}" for each, name in rates]
+        all_images = of_network(FOOLING, network) if network else FOOLING
+        left_out = [f"{each[all_images].num_examples - each[kind].num_examples} {name}" for each, name in rates]
         others = " and those of classes that are not attacked" if self.goal.has_classes else ""
         text += f" Images that have the target's label already{others} do not count: {', '.join(left_out)}."
         if not is_target_reached(val, random.values()):
@@ -223,7 +245,8 @@ def save_run(folder: Path, run: FinishedRun, workers: Workers) -> None:
         (folder / name).mkdir(parents=True, exist_ok=True)
     result = run.result()
     save_perturbation(folder / PERTURBATION_FILE, run.final.perturbation, dict(run.provenance) | result)
-    graph = label_graph(run.val.clean.labels, run.perturbed.labels, run.class_names, run.goal.target)
+    clean, perturbed = (each.labels.ravel() for each in (run.val.clean, run.perturbed))  # of all networks
+    graph = label_graph(clean, perturbed, run.class_names, run.goal.target)
     _save_tables(folder / "tables", run)
     save_label_graph(folder / "tables", graph)
     _save_pictures(folder / "pictures", run, workers)
@@ -243,7 +266,10 @@ def _save_pictures(folder: Path, run: FinishedRun, workers: Workers) -> None:
     pixels = np.concatenate(
         list(workers.map(Worker.pixels, [val.examples(places[n][0], [places[n][1]]) for n in chosen]))
     )
-    names = [[label_name(p.labels[i], run.class_names) for i in chosen] for p in (val.clean, run.perturbed)]
+    names = [
+        [[label_name(each.labels[i], run.class_names) for _, each in p.each()] for i in chosen]
+        for p in (val.clean, run.perturbed)
+    ]
     plots.save_grid(folder / "2-examples.png", pixels, v, *names)
     plots.save_perturbation(folder / "3-perturbation-stretched.png", v, stretch=True)
     plots.save_perturbation(folder / "4-perturbation-true-scale.png", v, stretch=False)
@@ -261,14 +287,12 @@ def _save_tables(folder: Path, run: FinishedRun) -> None:
 
 
 def _table_of_examples(run: FinishedRun) -> pa.Table:
-    """Key, true class, and predicted labels and confidences of each held-out example, clean and perturbed."""
-    clean, perturbed = run.val.clean, run.perturbed
+    """Key, true class, and predicted labels and confidences of each held-out example, clean and perturbed; of each network."""
     truths = [None if truth == UNKNOWN_CLASS else int(truth) for truth in run.val.truths]
-    hits = run.goal.hits(clean.labels, perturbed.labels)
-    return pa.table(
-        {
-            "key": run.val.keys,
-            "truth": pa.array(truths, pa.int64()),
+    columns: dict[str, Any] = {"key": run.val.keys, "truth": pa.array(truths, pa.int64())}
+    for (network, clean), (_, perturbed) in zip(run.val.clean.each(), run.perturbed.each(), strict=True):
+        hits = run.goal.hits(clean.labels, perturbed.labels)
+        own = {
             "clean_label": clean.labels,
             "perturbed_label": perturbed.labels,
             "clean_confidence": clean.confidences,
@@ -279,4 +303,7 @@ def _table_of_examples(run: FinishedRun) -> pa.Table:
             **({"gets_target": hits[TARGETED][0]} if TARGETED in hits else {}),
             **({"is_attacked": hits[ATTACKED][1], "is_spared": hits[SPARED][1]} if ATTACKED in hits else {}),
         }
-    )
+        columns |= {of_network(name, network): values for name, values in own.items()} if network else own
+    if run.networks:
+        columns["is_fooled"] = run.perturbed.differ_from(run.val.clean)
+    return pa.table(columns)

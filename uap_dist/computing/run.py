@@ -110,7 +110,7 @@ class TrackedRun:
         self.finished = FinishedRun(
             final=report,
             history=self._history,
-            random_rates=measure_noise(workers, val, noise, config.goal),
+            random_rates=measure_noise(workers, val, noise, config.goal.of_networks(val.clean.networks)),
             val=val,
             provenance=dict(provenance) | describe_member(config) | steps,
             class_names=class_names,

@@ -13,8 +13,8 @@ from uap_dist.evaluation.evaluate import Measurement
 from uap_dist.foreign_text import escape_markdown
 from uap_dist.method.norms import SYMBOLS, Norm, random_of_same_norms
 from uap_dist.method.rates import ATTACKED, FOOLING, TARGETED, UNTARGETED, Goal, Rate, rate_columns
+from uap_dist.models.names import plain_key
 from uap_dist.perturbations.files import Perturbation
-from uap_dist.perturbations.names import plain_key
 from uap_dist.workers.dataset import Dataset, classify
 from uap_dist.workers.local import Workers
 
@@ -34,7 +34,7 @@ class Coverage:
     Attributes:
         names: M names of the members.
         is_hit: M×N, bool, for the N images that count.
-        labels: N clean labels of these images.
+        labels: N clean labels of these images; of several networks the first one's.
         kind: of the rate whose hits these are.
     """
 
@@ -45,10 +45,14 @@ class Coverage:
 
     @classmethod
     def of(cls, names: Sequence[str], goal: Goal, clean: np.ndarray, perturbed: np.ndarray) -> "Coverage":
-        """By the labels of all images, clean (N) and under each of M members (M×N); the goal's first rate for which images count."""
+        """By the labels of all images, clean (N) and under each of M members (M×N); the goal's first rate for which images count.
+
+        Of S networks they are N×S and M×N×S, and an image is a hit if it is one of each.
+        """
         found = goal.hits(clean, perturbed)  # hits M×N
         kind, counts = next((kind, counts) for kind, (_, counts) in found.items() if kind in VERBS and counts.any())
-        return cls(names, found[kind][0][:, counts], clean[counts], kind)
+        labels = clean[:, 0] if goal.networks else clean
+        return cls(names, found[kind][0][:, counts], labels[counts], kind)
 
     @property
     def suffix(self) -> str:

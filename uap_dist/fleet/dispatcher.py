@@ -19,6 +19,7 @@ from uap_dist.fleet.config import FleetConfig
 from uap_dist.fleet.membership import Membership, is_preempted
 from uap_dist.fleet.metrics import Dashboard, FleetStats
 from uap_dist.fleet.task_queue import Call, TaskQueue
+from uap_dist.models.loading import Given
 from uap_dist.workers.worker import Worker
 
 ADVICE = "look at memory (--cache-gib, --block-size) and at these images"
@@ -52,7 +53,7 @@ class Dispatcher:
         self._queues.append(queue)
         self._last_progress = time.monotonic()
 
-    def load(self, model: str, weights: str | None, weights_digest: str) -> None:
+    def load(self, model: Given, weights: str | None, weights_digest: str) -> None:
         """Have the workers load another classifier; tasks for the present one fail."""
         self._fail_all(WorkerLostError("the workers were given another classifier meanwhile"))
         self._calls = {}

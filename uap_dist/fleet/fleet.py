@@ -16,6 +16,7 @@ from uap_dist.fleet.membership import Membership
 from uap_dist.fleet.metrics import FleetStats
 from uap_dist.fleet.task_queue import TaskQueue
 from uap_dist.job_options import GIB
+from uap_dist.models.loading import Given
 from uap_dist.workers.local import R, Shared, T
 from uap_dist.workers.worker import Worker
 
@@ -34,12 +35,12 @@ class Fleet:
     """
 
     def __init__(
-        self, model: str, weights: str | None, config: FleetConfig, run: str = "", *, weights_digest: str = ""
+        self, model: Given, weights: str | None, config: FleetConfig, run: str = "", *, weights_digest: str = ""
     ) -> None:
         """Ask Ray for the workers; `wait` waits for the first ones.
 
         Args:
-            model: name of the classifier, see `load_classifier`.
+            model: name of the classifier, or of several, see `load_classifier`.
             weights: likewise.
             config: number and size of the workers.
             run: id of the MLflow run, for logs.
@@ -79,7 +80,7 @@ class Fleet:
         """
         self._membership.wait()
 
-    def use(self, model: str, weights: str | None, *, weights_digest: str = "") -> None:
+    def use(self, model: Given, weights: str | None, *, weights_digest: str = "") -> None:
         """Have the workers load another classifier. They keep decoded shards that serve it as well. Call `wait` next.
 
         If workers cannot load it, `wait` raises their error, and they can be given another one.

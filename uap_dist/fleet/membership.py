@@ -16,7 +16,7 @@ from uap_dist.fleet.actor import Introduction, RemoteWorker, decisive_versions, 
 from uap_dist.fleet.config import FleetConfig, need_of
 from uap_dist.fleet.metrics import FleetStats
 from uap_dist.job_options import GIB
-from uap_dist.models.loading import check_same_weights
+from uap_dist.models.loading import Given, check_same_weights
 
 SECONDS_BETWEEN_CHECKS = 5.0  # of the room that the cluster has
 SECONDS_BETWEEN_REMINDERS = 30.0  # in the log, of workers that are still missing
@@ -113,7 +113,14 @@ class Membership:
     """
 
     def __init__(
-        self, model: str, weights: str | None, weights_digest: str, *, config: FleetConfig, run: str, stats: FleetStats
+        self,
+        model: Given,
+        weights: str | None,
+        weights_digest: str,
+        *,
+        config: FleetConfig,
+        run: str,
+        stats: FleetStats,
     ) -> None:
         """Ask Ray for the workers; see `Fleet` for the arguments and errors."""
         self.placement = Placement(config)
@@ -157,7 +164,7 @@ class Membership:
             self.placement.num_asked += 1
             self._start_worker()
 
-    def load(self, model: str, weights: str | None, weights_digest: str) -> None:
+    def load(self, model: Given, weights: str | None, weights_digest: str) -> None:
         """Have all workers load another classifier. Busy ones are replaced, so that nobody waits for their old tasks."""
         self._model, self._weights, self._weights_digest, self.error = model, weights, weights_digest, None
         busy = [worker for worker in self.ready if worker not in self.idle]
@@ -212,7 +219,7 @@ class Membership:
             self.kernels.update(new)
             logger.warning(
                 "%s: torch has no deterministic kernel for %s; the same command may give another result",
-                self._model,
+                self._model if isinstance(self._model, str) else ", ".join(self._model),
                 ", ".join(new),
             )
 

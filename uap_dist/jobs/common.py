@@ -91,7 +91,7 @@ def connect_to_ray() -> None:
 def start_fleet(classifier: Classifier, weights: str | None, config: FleetConfig, tracker: Tracker) -> Fleet:
     """Workers with that network, as many as the job begins with."""
     connect_to_ray()
-    fleet = Fleet(classifier.name, weights, config, tracker.run_id, weights_digest=classifier.weights_digest)
+    fleet = Fleet(classifier.given, weights, config, tracker.run_id, weights_digest=classifier.weights_digest)
     console.print(f"MLflow run {tracker.run_id}; waiting for {fleet.describe_request()}")
     fleet.wait()
     return fleet

@@ -22,7 +22,7 @@ from uap_dist.errors import TrackingError
 from uap_dist.job_options import to_json
 from uap_dist.jobs.common import console, run_job, start_fleet, storage_of
 from uap_dist.jobs.demo import check_demo, list_shards
-from uap_dist.jobs.images import classify_images, list_training, read_held_out, say_who_takes_part
+from uap_dist.jobs.images import classify_images, list_training, read_held_out, say_what_is_seen, say_who_takes_part
 from uap_dist.jobs.plan import plan
 from uap_dist.method.config import warn_of_default_radius
 from uap_dist.method.state import State
@@ -79,7 +79,7 @@ def _set_up(
     options: ComputeOptions, storage: str, tracker: Tracker, resumed: Resumed | None, output: Path
 ) -> tuple[Setting, Checkpoint, ComputeOptions]:
     """Network, fleet and data, recorded by the run, what the computation goes on from, and the options with labels as numbers."""
-    classifier = load_usable_classifier(options.model, options.weights)
+    classifier = load_usable_classifier(options.given, options.weights)
     if classifier.class_names:  # now, because a target that is none need not wait for the images
         options = options.with_labels(classifier.class_names, len(classifier.class_names))
     settings = describe_setup(classifier, options.weights, options.fleet) | describe_config(options.config)
@@ -89,6 +89,8 @@ def _set_up(
     urls = list_shards(options, output)
     CheckpointStore(storage).prepare()  # before any work is done
     fleet = start_fleet(classifier, options.weights, options.fleet, tracker)
+    if classifier.networks:
+        console.print(say_what_is_seen(classifier))
     if idle := describe_idle(fleet.num_asked, options.num_perturbations, options.config):
         console.print(idle)
     check_demo(options, urls[0], fleet.need)
@@ -100,10 +102,10 @@ def _set_up(
     warn_of_default_radius(options.config, train.shape)
     class_names, num_labels = name_labels(classifier, train)
     options = options.with_labels(class_names, num_labels)
-    train = classify_images(fleet, options.model, train, "training")
+    train = classify_images(fleet, classifier.name, train, "training")
     say_who_takes_part(options.config.goal, train)
     data = describe_training(train) | describe_goal(options.config, class_names, train)
-    held_out = behind(lambda: read_held_out(fleet, options.data, val_urls, train, options.model))
+    held_out = behind(lambda: read_held_out(fleet, options.data, val_urls, train, classifier.name))
     setting = Setting(classifier, fleet, train, held_out, settings | data, console, options.record.commit_every_s)
     record = job_record("compute", setting, run_id=tracker.run_id, options=to_json(options))
     if resumed is not None:
@@ -111,4 +113,4 @@ def _set_up(
         return setting, resumed.checkpoint, options
     tracker.log_params(data)
     tracker.log_dataset(train, "training")
-    return setting, Checkpoint(record, State.start(train.shape, train.num_examples, options.config), ()), options
+    return setting, Checkpoint(record, State.start(train.shape, train.clean.labels, options.config), ()), options

@@ -13,8 +13,8 @@ from uap_dist.fleet.fleet import Fleet
 from uap_dist.jobs.common import console, run_job, start_fleet
 from uap_dist.models.classifier import Classifier
 from uap_dist.models.loading import load_usable_classifier
+from uap_dist.models.names import ModelChoice, name_models, name_sets, plain_key
 from uap_dist.perturbations.files import Perturbation, load_perturbations, split_name
-from uap_dist.perturbations.names import ModelChoice, name_models, name_sets, plain_key
 from uap_dist.perturbations.pool import load_members
 from uap_dist.tracking.mlflow_run import Tracker
 from uap_dist.tracking.outputs import output_folder
@@ -78,7 +78,7 @@ def _measure(
     num, bad = options.num_images, options.max_bad_fraction
     dataset = load_dataset(fleet, urls, num_images=num, max_bad_fraction=bad, label_key=options.label_key)
     warn_of_other_classes(classifier, dataset, model)
-    if check_accuracy(fleet, dataset, model) is None:
+    if check_accuracy(fleet, dataset, model)[""] is None:
         console.print(f"{model}, {set_name}: top-1 is not measured, {dataset.lack_of_labels}")
     tracker.log_dataset(dataset, set_name)
     perturbations = aim(perturbations, options.target, classifier, dataset.shape)

@@ -98,7 +98,7 @@ def _set_up(options: FinetuneOptions, pool: PerturbationPool, tracker: Tracker, 
     if resumed is not None:
         check_identity(resumed.checkpoint.job, record)
     else:
-        store.start(Checkpoint(record, State.start(train.shape, train.num_examples, first), ()))
+        store.start(Checkpoint(record, State.start(train.shape, train.clean.labels, first), ()))
         tracker.set_tag(CHECKPOINTS_TAG, store.location)
         tracker.log_params(provenance)
         tracker.log_dataset(train, "training")

@@ -4,6 +4,7 @@ from uap_dist.fleet.fleet import Fleet
 from uap_dist.job_options import DataOptions
 from uap_dist.jobs.common import console
 from uap_dist.method.rates import Goal
+from uap_dist.models.classifier import Classifier
 from uap_dist.workers.accuracy import check_accuracy
 from uap_dist.workers.dataset import Dataset, Reader, list_dataset, predict
 from uap_dist.workers.disjoint import check_disjoint, check_shapes
@@ -38,21 +39,35 @@ def list_held_out(
 def classify_images(fleet: Fleet, model: str, dataset: Dataset, what: str) -> Dataset:
     """The images with their clean labels; the console hears what the network knows of them where the shards say what they show."""
     dataset = predict(fleet, dataset)
-    top1 = check_accuracy(fleet, dataset, model)
-    console.print(f"clean top-1 of {what} images: {top1 or f'not known, {dataset.lack_of_labels}'}")
+    for name, top1 in check_accuracy(fleet, dataset, model).items():
+        by = f" by {name}" if name else ""
+        console.print(f"clean top-1 of {what} images{by}: {top1 or f'not known, {dataset.lack_of_labels}'}")
     return dataset
+
+
+def say_what_is_seen(classifier: Classifier) -> str:
+    """How images are brought to the input size of several networks."""
+    first, shape = classifier.networks[0], classifier.geometry.shape
+    size = f"brought to {shape[1]}×{shape[2]} pixels as {first} does" if shape else "taken as they lie in the shards"
+    return f"one perturbation for {', '.join(classifier.networks)}; images are {size}, for all of them"
 
 
 def say_who_takes_part(goal: Goal, train: Dataset) -> None:
     """Tell the console how many training images a computation attacks and spares, and how many have the target's label already."""
-    labels, total = train.clean.labels, train.num_examples
-    num_attacked, num_pushed, num_spared = (int(m(labels).sum()) for m in (goal.attacks, goal.pushes, goal.spares))
-    if goal.has_classes:
-        console.print(f"of {total} training images {num_attacked} are of attacked classes, {num_spared} of spared ones")
-    if num_pushed < num_attacked:
-        console.print(
-            f"{num_attacked - num_pushed} of {total} training images take no part: the network gives them the target's label already"
-        )
+    total = train.num_examples
+    for name, clean in train.clean.each():
+        masks = (part(clean.labels) for part in (goal.attacks, goal.pushes, goal.spares))
+        num_attacked, num_pushed, num_spared = (int(mask.sum()) for mask in masks)
+        prefix = f"{name}: " if name else ""
+        if goal.has_classes:
+            console.print(
+                f"{prefix}of {total} training images {num_attacked} are of attacked classes, {num_spared} of spared ones"
+            )
+        if num_pushed < num_attacked:
+            console.print(
+                f"{prefix}{num_attacked - num_pushed} of {total} training images take no part: the network gives them the target's "
+                "label already"
+            )
 
 
 def read_held_out(fleet: Fleet, options: DataOptions, urls: list[str], train: Dataset, model: str) -> Dataset:

@@ -1,8 +1,9 @@
 """Fooling rates and other proportions of examples, with 95 % intervals, and the goal that says what they are of."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache, cached_property
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property, reduce
+from operator import and_, or_
 from typing import Any, TypeVar
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from uap_dist.errors import ConfigError
 from uap_dist.models.classes import name_with_label
+from uap_dist.models.several import WORST
 
 # kinds of rates, by which metrics and columns are named
 FOOLING, TARGETED, ATTACKED, SPARED = "fooling", "targeted_success", "attacked_fooling", "spared_fooling"
@@ -67,7 +69,7 @@ class Rate:
 
         Args:
             name: of the examples, such as val.
-            kind: one of RATE_TITLES.
+            kind: of rate, see `Goal.kinds`.
         """
         count = {f"num_images/{_examples(name, kind)}": float(self.num_examples)}
         return {f"{kind}_rate/{name}": self.rate} | count if self.num_examples else count
@@ -105,12 +107,14 @@ class Goal:
         only: labels whose images are attacked; empty for all that are not spared.
         spare: labels whose images shall keep them; empty for all others than `only`, or none if that is empty, too.
         spare_weight: of each spared image in the sum of the steps; an attacked one has 1.
+        networks: S names of the networks that v is computed for, where they are several; empty for one. Labels are then N×S.
     """
 
     target: int | None = None
     only: tuple[int, ...] = ()
     spare: tuple[int, ...] = ()
     spare_weight: float = 1.0
+    networks: tuple[str, ...] = ()
 
     @classmethod
     def from_provenance(cls, provenance: Mapping[str, Any]) -> "Goal":
@@ -139,11 +143,33 @@ class Goal:
         """Whether some classes are attacked and others are not."""
         return bool(self.only or self.spare)
 
+    def of_networks(self, networks: tuple[str, ...]) -> "Goal":
+        """The same goal for these networks."""
+        return replace(self, networks=networks)
+
     @cached_property
-    def kinds(self) -> tuple[str, ...]:
-        """The kinds of rates that say how far the goal is reached, its own first."""
+    def _own_kinds(self) -> tuple[str, ...]:
         targeted = () if self.target is None else (TARGETED,)
         return (*targeted, *((ATTACKED, SPARED) if self.has_classes else ()), FOOLING)
+
+    @cached_property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of rates that say how far the goal is reached, its own first; of several networks each one's before that of all.
+
+        An image counts as a hit of all networks if it is one of each; of spared classes, if it is one of any.
+        """
+        return tuple(
+            each for kind in self._own_kinds for each in (*(of_network(kind, name) for name in self.networks), kind)
+        )
+
+    @property
+    def num_networks(self) -> int:
+        """S, or 1."""
+        return max(1, len(self.networks))
+
+    def of_each(self, name: str) -> tuple[str, ...]:
+        """The name of a quantity that each network has one of: itself, or with the names of the networks if they are several."""
+        return tuple(of_network(name, network) for network in self.networks) or (name,)
 
     def attacks(self, clean: Labels) -> Labels:
         """Mask of the images (N, bool) of attacked classes, by their clean labels."""
@@ -167,7 +193,7 @@ class Goal:
         Returns:
             N labels whose log-odds it changes, and N factors: positive ones raise them, negative ones lower them, 0 leaves out the image.
         """
-        if self == UNTARGETED:
+        if self.target is None and not self.has_classes:
             return clean, torch.full_like(clean, -1)
         pushed, spared = self.pushes(clean), self.spares(clean)
         factors = self.spare_weight * spared.float()
@@ -182,7 +208,22 @@ class Goal:
 
     def hits(self, clean: Labels, perturbed: Labels) -> dict[str, tuple[Labels, Labels]]:
         """For each kind of rate, by clean and perturbed labels (N): masks of the images that are hits, and of those that count."""
-        fooled, found = perturbed != clean, {}
+        own = self._hits(clean, perturbed)
+        if not self.networks:
+            return own
+        found: dict[str, tuple[Labels, Labels]] = {}
+        for kind, (hits, counts) in own.items():
+            each = [(hits[..., number], counts[..., number]) for number in range(len(self.networks))]
+            found |= {of_network(kind, name): masks for name, masks in zip(self.networks, each, strict=True)}
+            all_hits, all_counts = zip(*each, strict=True)
+            of_all = reduce(and_, all_counts)
+            found[kind] = (reduce(or_, all_hits) & of_all if kind == SPARED else reduce(and_, all_hits), of_all)
+        return found
+
+    def _hits(self, clean: Labels, perturbed: Labels) -> dict[str, tuple[Labels, Labels]]:
+        """The same for labels of any shape, without regard to networks."""
+        fooled: Labels = perturbed != clean
+        found: dict[str, tuple[Labels, Labels]] = {}
         if self.target is not None:
             found[TARGETED] = (perturbed == self.target, self.pushes(clean))
         if self.has_classes:
@@ -191,11 +232,45 @@ class Goal:
         return {kind: (hits & counts, counts) for kind, (hits, counts) in found.items()}
 
     def rates(self, clean: np.ndarray, perturbed: np.ndarray) -> dict[str, Rate]:
-        """Rates by kind, from clean and perturbed labels (N); without those for which no image counts."""
-        found = {
+        """Rates by kind, from clean and perturbed labels (N); without those for which no image counts.
+
+        Of several networks also the worst one's, before the others.
+        """
+        all_ = {
             k: Rate(int(hits.sum()), int(counts.sum())) for k, (hits, counts) in self.hits(clean, perturbed).items()
         }
-        return {kind: rate for kind, rate in found.items() if rate.num_examples}
+        found = {kind: rate for kind, rate in all_.items() if rate.num_examples}
+        if not self.networks:
+            return found
+        rates: dict[str, Rate] = {}
+        for kind in self._own_kinds:
+            of_each = {name: found[name] for name in self.of_each(kind) if name in found}
+            if of_each:
+                extreme = max if kind == SPARED else min
+                rates[of_network(kind, WORST)] = extreme(of_each.values(), key=lambda each: each.rate)
+            rates |= of_each | {name: found[name] for name in (kind,) if name in found}
+        return rates
+
+
+def of_network(kind: str, network: str) -> str:
+    """The kind of rate, or the quantity, of one of several networks."""
+    return f"{network}.{kind}"
+
+
+def split_kind(kind: str) -> tuple[str, str]:
+    """The network, or "" for all, and the kind of rate without it."""
+    network, _, own = kind.rpartition(".")
+    return network, own
+
+
+def rate_titles(kinds: Iterable[str], *, capital: bool = False) -> dict[str, str]:
+    """Kinds of rates in words, perhaps beginning with a capital letter."""
+    split = {kind: split_kind(kind) for kind in kinds}
+    are_several = any(network for network, _ in split.values())
+    of_all = " of all networks at once" if are_several else ""
+    named = {"": of_all, WORST: " of the worst network"}
+    titles = {kind: RATE_TITLES[own] + named.get(network, f" of {network}") for kind, (network, own) in split.items()}
+    return {kind: title[0].upper() + title[1:] for kind, title in titles.items()} if capital else titles
 
 
 def goal_in_words(goal: Goal, class_names: Sequence[str]) -> list[str]:
@@ -252,9 +327,23 @@ class Predictions:
     """What the classifier says of N images.
 
     Attributes:
-        labels: N, int64, the classes with the largest logits.
-        confidences: N, float32, their softmax probabilities.
+        labels: N, int64, the classes with the largest logits; of several networks N×S.
+        confidences: their softmax probabilities, float32, in the same shape.
+        networks: S names, if they are several.
     """
 
     labels: np.ndarray
     confidences: np.ndarray
+    networks: tuple[str, ...] = ()
+
+    def each(self) -> Iterator[tuple[str, "Predictions"]]:
+        """Those of each network, with its name; of one network themselves, without a name."""
+        if not self.networks:
+            yield "", self
+        for number, name in enumerate(self.networks):
+            yield name, Predictions(self.labels[:, number], self.confidences[:, number])
+
+    def differ_from(self, others: "Predictions") -> np.ndarray:
+        """Mask of the images (N, bool) whose labels are other ones, of several networks those of each."""
+        differ = self.labels != others.labels
+        return reduce(and_, differ.T) if self.networks else differ

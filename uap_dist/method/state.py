@@ -154,17 +154,17 @@ class State:
     num_evaluations: int = 0
 
     @classmethod
-    def start(cls, shape: tuple[int, ...], num_train_images: int, config: ComputeConfig) -> "State":
+    def start(cls, shape: tuple[int, ...], labels: np.ndarray, config: ComputeConfig) -> "State":
         """The state before the first round.
 
         Args:
             shape: C×H×W of an image.
-            num_train_images: size of the training set, whose clean labels cost one network evaluation each.
+            labels: clean labels of the training images, N or of several networks N×S, which cost one network evaluation each.
             config: gives norm, radius, random start and seed.
         """
-        iterate = Iterate.zero(shape)
+        iterate = Iterate.zero(shape, labels.shape[1:])
         if config.random_start:
             radius = config.random_start * config.ball_radius
             noise = random_perturbation(shape, norm=config.norm, radius=radius, seed=config.seed)
             iterate = replace(iterate, v=noise.double())
-        return cls(iterate, num_evaluations=num_train_images)
+        return cls(iterate, num_evaluations=labels.size)

@@ -34,7 +34,7 @@ class Iterate:
         v: perturbation, C×H×W float64, pixels; the updates take M of them as well, M×C×H×W.
         momentum: float64, as many.
         scale: float64; running mean of |f| over the images seen, f being the log-odds of the clean label or of the target; infinite
-            before the first image. Of M perturbations M.
+            before the first image. For S networks S of them; of M perturbations M, or M×S.
     """
 
     v: Tensor
@@ -50,9 +50,10 @@ class Iterate:
         return Iterate(self.v[place], self.momentum[place], self.scale[place])
 
     @classmethod
-    def zero(cls, shape: tuple[int, ...]) -> "Iterate":
+    def zero(cls, shape: tuple[int, ...], scale_shape: tuple[int, ...] = ()) -> "Iterate":
         """The start of a run: v = 0, no momentum, no statistics."""
-        return cls(torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64))
+        v, momentum = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
+        return cls(v, momentum, torch.full(scale_shape, inf, dtype=torch.float64))
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,16 @@ def weigh(log_odds: Tensor, scale: float | Tensor) -> Tensor:
     return widths.sigmoid() * (-widths).sigmoid()
 
 
+def balance(scales: Tensor) -> Tensor:
+    """Factors on the sums of several networks (M×S), from their scales: the mean scale by each one's own.
+
+    A gradient of log-odds is as large as a network's logits happen to be. In units of its |log-odds|, that of each network's
+    smoothed fooling rate (see `weigh`) counts alike. Before any statistics exist, sums are added as they are.
+    """
+    found = scales.mean(1, keepdim=True) / scales
+    return found.where(found.isfinite(), 1.0)
+
+
 def remember(iterate: Iterate, total_size: Tensor, num_images: Tensor, *, most_images: int) -> Iterate:
     """The iterate after some more images have entered its scale.
 
@@ -139,7 +150,7 @@ def remember(iterate: Iterate, total_size: Tensor, num_images: Tensor, *, most_i
 
     Args:
         iterate: before them.
-        total_size: float64, the sum of their |f|; for several perturbations M.
+        total_size: float64, the sum of their |f|, in the shape of the scale.
         num_images: float64, how many they are, at most `most_images`; likewise.
         most_images: a limit that is known without waiting for a GPU.
     """

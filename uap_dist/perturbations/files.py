@@ -17,7 +17,7 @@ from uap_dist.errors import ConfigError, PerturbationError
 from uap_dist.foreign_text import first_line
 from uap_dist.method.norms import Norm, measure
 from uap_dist.method.rates import Goal
-from uap_dist.perturbations.names import Parts, canonical, name_rest, parts_of, refuse_twins
+from uap_dist.models.names import Parts, canonical, name_rest, parts_of, refuse_twins
 from uap_dist.perturbations.published import load_published, split_unit
 from uap_dist.perturbations.reading import read
 

@@ -18,8 +18,8 @@ from uap_dist.data.locations import explain, locate, split_query
 from uap_dist.errors import ClassifierError, PerturbationError
 from uap_dist.foreign_text import first_line
 from uap_dist.method.norms import measure
+from uap_dist.models.names import tell_apart
 from uap_dist.models.weights_file import choose_one, load_tensors, split_key
-from uap_dist.perturbations.names import tell_apart
 from uap_dist.perturbations.reading import read
 
 UNITS = {"1": 255.0, "255": 1.0}  # pixels per unit, by the largest value of the scale

@@ -21,9 +21,9 @@ from uap_dist.planning.cost_model import Costs
 from uap_dist.planning.range import Range
 from uap_dist.planning.work import OF_LOG_ODDS
 from uap_dist.rounds.loop import compute
-from uap_dist.rounds.plan import plan_run, schedule_rounds
+from uap_dist.rounds.plan import RoundTasks, plan_run, schedule_rounds
 from uap_dist.rounds.record import RoundRecord
-from uap_dist.rounds.round import RoundTasks, evaluate
+from uap_dist.rounds.round import evaluate
 from uap_dist.rounds.span import Span, compute_span
 from uap_dist.workers.dataset import CLASSIFY_SIZE, Dataset, list_dataset, predict
 from uap_dist.workers.local import R, Shared, T, Workers
@@ -202,7 +202,7 @@ def _measure_batches(workers: Workers, images: Dataset, config: ComputeConfig) -
     endless, places = _endless(config, images), range(config.members_at_once)
     scheduled = islice(schedule_rounds(images.sizes, endless), MAX_ROUNDS)
     rounds = tuple(RoundTasks.of(round_, images, config.seed) for round_ in scheduled)
-    start = State.start(images.shape, images.num_examples, config)
+    start = State.start(images.shape, images.clean.labels, config)
     spans = [Span(dict.fromkeys(places, rounds), len(places))] * workers.num_workers
     plan, found = plan_run(images.sizes, endless), list[float]()
     for _ in range(NUM_WARM_UPS + MIN_ROUNDS):

@@ -10,8 +10,8 @@ from uap_dist.errors import ConfigError
 from uap_dist.method.config import ComputeConfig
 from uap_dist.method.rates import Goal
 from uap_dist.method.state import RoundReport, State
-from uap_dist.rounds.plan import RunPlan, plan_run, schedule_rounds
-from uap_dist.rounds.round import RoundTasks, evaluate, run_round
+from uap_dist.rounds.plan import RoundTasks, RunPlan, plan_run, schedule_rounds
+from uap_dist.rounds.round import evaluate, run_round
 from uap_dist.rounds.span import Sharing, Span, compute_span, place_of
 from uap_dist.workers.behind import known
 from uap_dist.workers.dataset import Dataset
@@ -50,11 +50,11 @@ def compute(
         ConfigError: there are fewer training images than in a block, the evaluations do not allow one round, the images of
             both datasets differ in shape, or no image of one is to get another label.
     """
-    _check_goal(config.goal, train, "training images")
     config = config.balanced(train.clean.labels)
+    plan = plan_run(train.sizes, config, train.clean.networks)
+    _check_goal(plan.solver.goal, train, "training images")
     held_out = val if isinstance(val, Future) else known(val)
-    plan = plan_run(train.sizes, config)
-    before = state or State.start(train.shape, train.num_examples, config)
+    before = state or State.start(train.shape, train.clean.labels, config)
     sharing = Sharing(workers, train.num_bytes, num_computations, is_batched=config.members_at_once > 1)
     upcoming = _Upcoming(train, plan, before.num_rounds)
     waiting = _Waiting(workers, train, held_out, plan)
@@ -118,9 +118,10 @@ class _Waiting:
             is_last = ends and report is reports[-1]
             val = self._held_out.result()
             check_shapes(self._train, val)
-            _check_goal(self._plan.config.goal, val, "held-out images")
+            goal = self._plan.solver.goal
+            _check_goal(goal, val, "held-out images")
             images = (self._train, val) if is_last else self._plan.measurements.choose(self._train, val)
-            evaluation = evaluate(self._workers, *images, report.perturbation, self._plan.config.goal)
+            evaluation = evaluate(self._workers, *images, report.perturbation, goal)
             reached = evaluation.train is not None and evaluation.train.rate >= self._plan.config.target_fooling_rate
             yield replace(report, evaluation=evaluation, is_last=is_last or reached)
 
@@ -144,7 +145,7 @@ def _begin(
         return finish_span
 
     def share_round() -> list[RoundReport]:
-        report = run_round(workers, rounds[0], state, plan.config, plan.num_rounds)
+        report = run_round(workers, rounds[0], state, plan)
         sharing.note_shared(report)
         return [report]
 

@@ -1,21 +1,45 @@
 """How long a run is, in which rounds, and when its fooling rates are measured: functions of its config and its data alone."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, inf, sqrt
 
 from uap_dist.errors import ConfigError
 from uap_dist.method.config import ComputeConfig
 from uap_dist.method.schedule import Round, plan_rounds
-from uap_dist.method.solver import EVALUATIONS_PER_LOG_ODDS_SOLVE
+from uap_dist.method.solver import EVALUATIONS_PER_LOG_ODDS_SOLVE, Solver
 from uap_dist.method.state import State
-from uap_dist.rounds.round import RoundTasks
 from uap_dist.workers.dataset import Dataset
+from uap_dist.workers.messages import Examples
 
 DEFAULT_PASSES = 10
 NUM_PLACES = 12  # points of the held-out curve, the end of the run among them
 MEASURED_SHARE = 0.02  # of the run's network evaluations, which the points before the end may cost
 MIN_MEASURED_IMAGES = 50  # of a point, also in short runs, where this costs more than that share
+
+
+@dataclass(frozen=True)
+class RoundTasks:
+    """A round of the schedule with its blocks as tasks for workers; `number`, `pass_number` and `ends_pass` as in `Round`."""
+
+    number: int
+    pass_number: int
+    ends_pass: bool
+    blocks: tuple[Examples, ...]
+
+    @classmethod
+    def of(cls, round_: Round, train: Dataset, seed: int) -> "RoundTasks":
+        """The tasks for the training images of a round; `seed` is that of the computation."""
+        blocks = (
+            train.examples(block.shard, block.examples, seed=(seed, round_.number, number))
+            for number, block in enumerate(round_.blocks)
+        )
+        return cls(round_.number, round_.pass_number, round_.ends_pass, tuple(blocks))
+
+    @property
+    def num_examples(self) -> int:
+        """Number of examples in all blocks."""
+        return sum(block.num_examples for block in self.blocks)
 
 
 @dataclass(frozen=True)
@@ -70,11 +94,13 @@ class RunPlan:
         config: of the computation.
         num_rounds: planned; None if unknown, see `count_rounds`.
         measurements: when fooling rates are measured.
+        solver: what workers need, with the names of several networks.
     """
 
     config: ComputeConfig
     num_rounds: int | None
     measurements: MeasurementPlan
+    solver: Solver
 
     def ends_with(self, state: State) -> bool:
         """Whether the run ends with the round that led to this state, whatever its fooling rate is."""
@@ -86,46 +112,52 @@ class RunPlan:
         return self.measurements.is_due(round_, before.num_evaluations, after.num_evaluations)
 
 
-def plan_run(train_sizes: Sequence[int], config: ComputeConfig) -> RunPlan:
-    """The plan of a run on training shards with so many images each.
+def plan_run(train_sizes: Sequence[int], config: ComputeConfig, networks: tuple[str, ...] = ()) -> RunPlan:
+    """The plan of a run on training shards with so many images each, for these networks if they are several.
 
     Raises:
         ConfigError: the network evaluations do not allow one round.
     """
-    num_rounds = count_rounds(train_sizes, config)
+    goal = config.goal.of_networks(networks)
+    num_rounds = count_rounds(train_sizes, config, goal.num_networks)
     if num_rounds is None:
-        check_budget(sum(train_sizes), config)
-    return RunPlan(config, num_rounds, plan_measurements(train_sizes, config, num_rounds))
+        check_budget(sum(train_sizes), config, goal.num_networks)
+    measurements = plan_measurements(train_sizes, config, num_rounds, goal.num_networks)
+    return RunPlan(config, num_rounds, measurements, replace(config.solver, goal=goal))
 
 
-def plan_measurements(train_sizes: Sequence[int], config: ComputeConfig, num_rounds: int | None) -> MeasurementPlan:
+def plan_measurements(
+    train_sizes: Sequence[int], config: ComputeConfig, num_rounds: int | None, num_networks: int = 1
+) -> MeasurementPlan:
     """When and on what a run measures its fooling rates: a function of config and sizes alone, so that resumed runs agree.
 
     Args:
         train_sizes: training images of each shard.
         config: of the run.
         num_rounds: what `count_rounds` gives.
+        num_networks: that v is computed for.
     """
-    num_train = sum(train_sizes)
+    num_labels = num_networks * sum(train_sizes)
     # the log-odds rule's budget is already in its number of rounds
-    budget = max(1, config.max_evaluations - num_train) if config.rule == "paper" and config.max_evaluations else None
+    budget = max(1, config.max_evaluations - num_labels) if config.rule == "paper" and config.max_evaluations else None
     if config.evaluate_every is not None or config.target_fooling_rate < 1:
-        return MeasurementPlan(config.evaluate_every or 1, None, num_rounds, num_train, budget)
+        return MeasurementPlan(config.evaluate_every or 1, None, num_rounds, num_labels, budget)
     evaluations = inf if budget is None else float(budget)
     if num_rounds is not None:
         blocks_per_pass = sum(ceil(size / config.block_size) for size in train_sizes)
         num_passes = num_rounds / ceil(blocks_per_pass * config.block_size / config.round_size)
-        evaluations = min(evaluations, EVALUATIONS_PER_LOG_ODDS_SOLVE * num_passes * num_train)
-    affordable = int(MEASURED_SHARE * evaluations / NUM_PLACES)
-    return MeasurementPlan(None, max(MIN_MEASURED_IMAGES, affordable), num_rounds, num_train, budget)
+        evaluations = min(evaluations, EVALUATIONS_PER_LOG_ODDS_SOLVE * num_passes * num_labels)
+    affordable = int(MEASURED_SHARE * evaluations / NUM_PLACES / num_networks)
+    return MeasurementPlan(None, max(MIN_MEASURED_IMAGES, affordable), num_rounds, num_labels, budget)
 
 
-def count_rounds(shard_sizes: Sequence[int], config: ComputeConfig) -> int | None:
+def count_rounds(shard_sizes: Sequence[int], config: ComputeConfig, num_networks: int = 1) -> int | None:
     """Number of rounds of a run; None if it is not known beforehand: the paper's rule, limited by network evaluations alone.
 
     Args:
         shard_sizes: training images of each shard.
         config: of the run.
+        num_networks: that v is computed for, each of which is evaluated for every image.
 
     Raises:
         ConfigError: the network evaluations do not allow one round.
@@ -134,16 +166,16 @@ def count_rounds(shard_sizes: Sequence[int], config: ComputeConfig) -> int | Non
     budget = config.max_evaluations if config.rule == "log-odds" else None
     if passes is None and budget is None:
         return None
-    spent, rounds = sum(shard_sizes), 0
+    spent, rounds = num_networks * sum(shard_sizes), 0
     for round_ in schedule_rounds(shard_sizes, config):
-        spent += EVALUATIONS_PER_LOG_ODDS_SOLVE * round_.num_examples
+        spent += EVALUATIONS_PER_LOG_ODDS_SOLVE * num_networks * round_.num_examples
         if round_.pass_number == passes or (budget is not None and spent > budget):
             break
         rounds += 1
     if rounds == 0:
         raise ConfigError(
             f"{budget} evaluations (--max-evaluations) do not pay for the clean labels of {sum(shard_sizes)} training "
-            f"images and one round; give at least {spent}"
+            f"images{_by(num_networks)} and one round; give at least {spent}"
         )
     return rounds
 
@@ -153,13 +185,17 @@ def schedule_rounds(shard_sizes: Sequence[int], config: ComputeConfig) -> Iterat
     return plan_rounds(shard_sizes, seed=config.seed, round_size=config.round_size, block_size=config.block_size)
 
 
-def check_budget(num_images: int, config: ComputeConfig) -> None:
+def check_budget(num_images: int, config: ComputeConfig, num_networks: int = 1) -> None:
     """Raise ConfigError if the clean labels of the training images alone take all network evaluations."""
-    if config.max_evaluations is not None and num_images >= config.max_evaluations:
+    if config.max_evaluations is not None and num_networks * num_images >= config.max_evaluations:
         raise ConfigError(
             f"{config.max_evaluations} evaluations (--max-evaluations) do not pay for more than the clean labels of "
-            f"{num_images} training images"
+            f"{num_images} training images{_by(num_networks)}"
         )
+
+
+def _by(num_networks: int) -> str:
+    return f" by {num_networks} networks" if num_networks > 1 else ""
 
 
 def describe_steps(num_rounds: int | None, shape: tuple[int, ...], config: ComputeConfig) -> dict[str, float]:

@@ -13,10 +13,10 @@ from uap_dist.method import update
 from uap_dist.method.config import ComputeConfig
 from uap_dist.method.norms import SYMBOLS, norms
 from uap_dist.method.rates import UNTARGETED, Goal, Rate
-from uap_dist.method.schedule import Round
-from uap_dist.method.solver import EVALUATIONS, EVALUATIONS_PER_LOG_ODDS_SOLVE, LOG_ODDS_SIZE, MEANS, LocalSteps
+from uap_dist.method.solver import EVALUATIONS, MEANS, LocalSteps, Solver
 from uap_dist.method.state import NOTHING, Evaluation, RoundReport, State
 from uap_dist.method.update import Iterate, Steps
+from uap_dist.rounds.plan import RoundTasks, RunPlan
 from uap_dist.workers.dataset import Dataset, classify
 from uap_dist.workers.local import Workers
 from uap_dist.workers.messages import Examples, Together
@@ -26,33 +26,7 @@ from uap_dist.workers.worker import Worker
 Arrays = np.ndarray | Tensor
 
 
-@dataclass(frozen=True)
-class RoundTasks:
-    """A round of the schedule with its blocks as tasks for workers; `number`, `pass_number` and `ends_pass` as in `Round`."""
-
-    number: int
-    pass_number: int
-    ends_pass: bool
-    blocks: tuple[Examples, ...]
-
-    @classmethod
-    def of(cls, round_: Round, train: Dataset, seed: int) -> "RoundTasks":
-        """The tasks for the training images of a round; `seed` is that of the computation."""
-        blocks = (
-            train.examples(block.shard, block.examples, seed=(seed, round_.number, number))
-            for number, block in enumerate(round_.blocks)
-        )
-        return cls(round_.number, round_.pass_number, round_.ends_pass, tuple(blocks))
-
-    @property
-    def num_examples(self) -> int:
-        """Number of examples in all blocks."""
-        return sum(block.num_examples for block in self.blocks)
-
-
-def run_round(
-    workers: Workers, round_: RoundTasks, state: State, config: ComputeConfig, num_rounds: int | None
-) -> RoundReport:
+def run_round(workers: Workers, round_: RoundTasks, state: State, plan: RunPlan) -> RoundReport:
     """Solve the blocks of a round, sum their increments in block order, update v and project it.
 
     The bits are the same wherever it runs, on the driver or on a worker: beside the solves there are elementwise float64
@@ -62,11 +36,10 @@ def run_round(
         workers: solve the blocks.
         round_: to be solved.
         state: before the round.
-        config: of the computation.
-        num_rounds: of the run (see `count_rounds`).
+        plan: of the run.
     """
     started = time.perf_counter()
-    outcome = run_rounds(workers, {0: round_}, Members.of({0: state}), config, num_rounds)
+    outcome = run_rounds(workers, {0: round_}, Members.of({0: state}), plan)
     (report,) = outcome.reports(lambda: time.perf_counter() - started).values()
     return report
 
@@ -77,7 +50,7 @@ class Members:
 
     Attributes:
         states: by place, each with the iterate of all places; empty places have none.
-        iterate: of all M places: v and momentum M×C×H×W, zero where a place is empty, and M scales.
+        iterate: of all M places: v and momentum M×C×H×W, zero where a place is empty, and scales.
     """
 
     states: dict[int, State]
@@ -86,13 +59,12 @@ class Members:
     @classmethod
     def of(cls, states: Mapping[int, State], num_places: int = 1, device: torch.device | None = None) -> "Members":
         """Members with these states, one at least, on a device (that of the first state if not given)."""
-        some = next(iter(states.values())).iterate.v
+        some, _, scale = next(iter(states.values())).iterate
         if num_places == 1:  # a view, which takes no time
             (place, state), *_ = states.items()
             iterate = Iterate(*(each[None].to(device or some.device) for each in state.iterate))
             return cls({place: replace(state, iterate=iterate)}, iterate)
-        empty = Iterate.zero((num_places, *some.shape))
-        all_ = Iterate(empty.v, empty.momentum, empty.scale.repeat(num_places))
+        all_ = Iterate.zero((num_places, *some.shape), (num_places, *scale.shape))
         for place, state in states.items():
             for of_all, own in zip(all_, state.iterate, strict=True):
                 of_all[place] = own
@@ -110,8 +82,7 @@ class Outcome:
         delivered: M×C×H×W float32, pixels: what each would deliver.
         numbers: for each place the sum and the number of images for each of `Solver.names`, then the norms of v.
         sizes: of the first step, by place.
-        config: of the computations.
-        num_rounds: of each run.
+        plan: of the runs.
         solve_seconds: that solves took.
     """
 
@@ -120,8 +91,7 @@ class Outcome:
     delivered: Tensor
     numbers: Numbers
     sizes: Sequence[float]
-    config: ComputeConfig
-    num_rounds: int | None
+    plan: RunPlan
     solve_seconds: float
 
     def reports(self, seconds: Callable[[], float], *, has_arrays: bool = True) -> dict[int, RoundReport]:
@@ -131,7 +101,8 @@ class Outcome:
             seconds: that the round took, asked once it is over.
             has_arrays: whether they hold arrays.
         """
-        names, found, reports = self.config.solver.names, self.numbers.tolist(), {}
+        solver, found, reports = self.plan.solver, self.numbers.tolist(), {}
+        names, means = solver.names, [each for mean in MEANS[solver.rule] for each in solver.goal.of_each(mean)]
         spent = seconds()
         for place, round_ in self.rounds.items():
             state, numbers = self.after.states[place], found[place]
@@ -140,12 +111,12 @@ class Outcome:
             reports[place] = RoundReport(
                 round_number=round_.number,
                 pass_number=round_.pass_number,
-                num_rounds=self.num_rounds,
-                rates={kind: Rate(*map(int, sums[kind])) for kind in self.config.goal.kinds},
+                num_rounds=self.plan.num_rounds,
+                rates={kind: Rate(*map(int, sums[kind])) for kind in solver.goal.kinds},
                 perturbation=self.delivered[place] if has_arrays else NOTHING,
                 state=replace(state, iterate=iterate),
                 step=self.sizes[place],
-                means={name: sums[name][0] / max(1, sums[name][1]) for name in MEANS[self.config.rule]},
+                means={name: sums[name][0] / max(1, sums[name][1]) for name in means},
                 norms=dict(zip(SYMBOLS, numbers[2 * len(names) :], strict=True)),
                 seconds=spent,
                 solve_seconds=self.solve_seconds,
@@ -158,8 +129,7 @@ def run_rounds(
     workers: Workers,
     rounds: Mapping[int, RoundTasks],
     members: Members,
-    config: ComputeConfig,
-    num_rounds: int | None,
+    plan: RunPlan,
     call: Caller = plainly,
 ) -> Outcome:
     """A round of each of several members (see `run_round`), computed on the device of their tensors.
@@ -168,12 +138,11 @@ def run_rounds(
         workers: solve the blocks; for several places one worker in this process.
         rounds: of each member, by place.
         members: before the rounds.
-        config: of the computations; their seeds do not matter here.
-        num_rounds: of each run.
+        plan: of the runs; their seeds do not matter here.
         call: calls a pure function of tensors, see `Graphs.call`.
     """
-    before = members.iterate
-    steps = config.steps(num_rounds, tuple(before.v.shape[1:]))
+    before, config, solver = members.iterate, plan.config, plan.solver
+    steps = config.steps(plan.num_rounds, tuple(before.v.shape[1:]))
     numbers = [rounds[i].number if i in rounds else 0 for i in range(len(before.v))]
     sizes = [(config.paper_gain,) if steps is None else steps.sizes(number) for number in numbers]
     v, momentum, scales = (_shared(each) for each in (before.v.float(), before.momentum.float(), before.scale))
@@ -182,7 +151,7 @@ def run_rounds(
         local = LocalSteps(momentum, sizes[0], config.block_size // config.local_steps, steps)
     tasks = _tasks(rounds, len(sizes), config)
     total, sums, solve_seconds, num_blocks = None, None, 0.0, 0
-    for result in workers.map(Worker.solve, tasks, v, config.solver, scales, local):
+    for result in workers.map(Worker.solve, tasks, v, solver, scales, local):
         total, sums = _add(total, result.total), _add(sums, result.sums)
         solve_seconds += result.seconds
         num_blocks += 1
@@ -192,14 +161,12 @@ def run_rounds(
         total = total / num_blocks
     firsts = [each[0] for each in sizes]
     given = [before.v, before.momentum, before.scale, total, summed, send(np.array(firsts), total.device)]
-    *arrays, delivered, found = call(_update, given, config, steps)
+    *arrays, delivered, found = call(_update, given, config, solver, steps)
     iterate = Iterate(*arrays)
     after = {place: replace(state, iterate=iterate) for place, state in members.states.items()}
     for place, round_ in rounds.items():
-        after[place] = _count(after[place], round_, summed[place], config)
-    return Outcome(
-        Members(after, iterate), rounds, delivered, Numbers(found), firsts, config, num_rounds, solve_seconds
-    )
+        after[place] = _count(after[place], round_, summed[place], solver)
+    return Outcome(Members(after, iterate), rounds, delivered, Numbers(found), firsts, plan, solve_seconds)
 
 
 def evaluate(
@@ -241,6 +208,7 @@ def _update(
     sums: Tensor,
     sizes: Tensor,
     config: ComputeConfig,
+    solver: Solver,
     steps: Steps | None,
 ) -> tuple[Tensor, ...]:
     """v, momentum (M×C×H×W each) and scales after a round, what would be delivered, and `Outcome.numbers`."""
@@ -252,16 +220,15 @@ def _update(
     else:
         after = update.log_odds_update(before, total, sizes.view(-1, 1, 1, 1), steps)
     if steps is not None:
-        place = config.solver.names.index(LOG_ODDS_SIZE)
-        after = update.remember(after, sums[:, place, 0], sums[:, place, 1], most_images=config.round_size)
+        after = update.remember(after, *solver.sizes(sums, scales), most_images=config.round_size)
     delivered = after.v if steps is None else update.finish(after.v, norm=config.norm, radius=config.ball_radius)
     numbers = [sums.flatten(1), *(norms(after.v, norm)[:, None] for norm in SYMBOLS)]
     return after.v, after.momentum, after.scale, delivered.float(), torch.cat(numbers, dim=1)
 
 
-def _count(state: State, round_: RoundTasks, sums: Tensor, config: ComputeConfig) -> State:
+def _count(state: State, round_: RoundTasks, sums: Tensor, solver: Solver) -> State:
     """The state with the counters after a round, whose sums are looked at only where they tell how often the network was evaluated."""
-    names, evaluations = config.solver.names, EVALUATIONS_PER_LOG_ODDS_SOLVE * round_.num_examples
+    names, evaluations = solver.names, solver.evaluations_per_solve * round_.num_examples
     if EVALUATIONS in names:
         evaluations = int(sums[names.index(EVALUATIONS), 0])
     return replace(

@@ -12,8 +12,8 @@ from statistics import median
 
 from uap_dist.method.config import ComputeConfig
 from uap_dist.method.state import RoundReport, State
-from uap_dist.rounds.plan import RunPlan
-from uap_dist.rounds.round import Members, Outcome, RoundTasks, run_rounds
+from uap_dist.rounds.plan import RoundTasks, RunPlan
+from uap_dist.rounds.round import Members, Outcome, run_rounds
 from uap_dist.workers.local import LocalWorkers, Workers
 from uap_dist.workers.worker import Worker
 
@@ -86,7 +86,7 @@ def compute_span(
     with worker.reproducibly():
         for each in zip(*span.rounds.values(), strict=False):
             rounds, before = dict(zip(span.rounds, each, strict=True)), members.states
-            outcome = run_rounds(workers, rounds, members, plan.config, plan.num_rounds, worker.graphs.call)
+            outcome = run_rounds(workers, rounds, members, plan, worker.graphs.call)
             log.add(outcome)
             members = outcome.after
             states = members.states

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from uap_dist.foreign_text import in_one_line, printable, redact
-from uap_dist.method.rates import FOOLING, RATE_TITLES
+from uap_dist.method.rates import FOOLING, rate_titles
 from uap_dist.method.state import Evaluation, RoundReport
 from uap_dist.tracking.process import INTERRUPTED
 
@@ -85,8 +85,9 @@ class RoundProgress:
 
 def _rates_in_words(evaluation: Evaluation) -> Iterator[str]:
     """Each kind of rate on training images, if they were measured, and held-out ones; fooling rates go without saying."""
+    titles = rate_titles(evaluation.val_rates)
     for kind, val in evaluation.val_rates.items():
-        name = "" if tuple(evaluation.val_rates) == (FOOLING,) else f"{RATE_TITLES[kind]} "
+        name = "" if tuple(evaluation.val_rates) == (FOOLING,) else f"{titles[kind]} "
         train = (evaluation.train_rates or {}).get(kind)
         yield name + (f"training {train}, " if train else "") + f"held-out {val}"
 

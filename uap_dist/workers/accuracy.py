@@ -39,8 +39,8 @@ def warn_of_other_classes(classifier: Classifier, dataset: Dataset, model: str) 
         )
 
 
-def check_accuracy(workers: Workers, dataset: Dataset, model: str) -> Rate | None:
-    """Clean top-1 accuracy of a data set; None if no class is known. A low accuracy is logged as a warning.
+def check_accuracy(workers: Workers, dataset: Dataset, model: str) -> dict[str, Rate | None]:
+    """Clean top-1 accuracy of a data set by network, "" where there is one; None if no class is known. A low one is warned of.
 
     Args:
         workers: with the classifier.
@@ -50,12 +50,21 @@ def check_accuracy(workers: Workers, dataset: Dataset, model: str) -> Rate | Non
     Raises:
         ClassifierError: the classifier is more accurate on pixels of 0..1 than on 0..255, which it has to accept.
     """
-    clean = top1(dataset, dataset.clean.labels)
-    if clean is None or clean.rate >= SUSPICIOUS:
-        return clean
+    found = {name: top1(dataset, clean.labels) for name, clean in dataset.clean.each()}
+    if all(rate is None or rate.rate >= SUSPICIOUS for rate in found.values()):
+        return found
     some = dataset.thin(min(NUM_TRIED, dataset.num_examples))
     divided = classify(workers, some, np.zeros(some.shape, np.float32), divisor=255.0)
-    as_shown, scaled = top1(some, some.clean.labels), top1(some, divided.labels)
+    for (name, clean), (_, other) in zip(some.clean.each(), divided.each(), strict=True):
+        rate = found[name]
+        if rate is not None and rate.rate < SUSPICIOUS:
+            _explain(name or model, rate, some, clean.labels, other.labels)
+    return found
+
+
+def _explain(model: str, rate: Rate, some: Dataset, labels: np.ndarray, labels_divided: np.ndarray) -> None:
+    """Refuse a network that expects 0..1, or warn; by its labels for some images, as shown and divided by 255."""
+    as_shown, scaled = top1(some, labels), top1(some, labels_divided)
     if as_shown is not None and scaled is not None:
         counts = np.unique(some.truths[some.truths != UNKNOWN_CLASS], return_counts=True)[1]
         guess = counts.max() / counts.sum()  # accuracy of a network that gives every image the same label
@@ -68,6 +77,5 @@ def check_accuracy(workers: Workers, dataset: Dataset, model: str) -> Rate | Non
     logger.warning(
         "%s classifies only %s labelled images correctly; are its classes numbered in the same way as the labels (.cls)?",
         model,
-        clean,
+        rate,
     )
-    return clean

@@ -156,7 +156,7 @@ class Dataset:
             if len(rows):
                 keys, hashes = (tuple(values[i] for i in rows) for values in (shard.keys, shard.hashes))
                 shards.append(replace(shard, keys=keys, truths=shard.truths[rows], hashes=hashes))
-        clean = Predictions(self.clean.labels[chosen], self.clean.confidences[chosen])
+        clean = replace(self.clean, labels=self.clean.labels[chosen], confidences=self.clean.confidences[chosen])
         return replace(self, shards=tuple(shards), clean=clean)
 
     def examples(self, shard: int, indices: Sequence[int], seed: tuple[int, ...] = ()) -> Examples:
@@ -166,7 +166,7 @@ class Dataset:
             shard=chosen.url,
             digest=chosen.digest,
             keys=tuple(chosen.keys[i] for i in indices),
-            labels=tuple(int(self.clean.labels[start + i]) for i in indices),
+            labels=tuple(self.clean.labels[start + i].tolist() for i in indices),
             seed=seed,
         )
 
@@ -285,12 +285,13 @@ def classify(
     """Predictions for all examples perturbed by v (C×H×W float32, pixels); options as for `Worker.classify`."""
     tasks = dataset.blocks(CLASSIFY_SIZE)
     parts = list(workers.map(Worker.classify, tasks, perturbation, quantize, divisor))
-    return Predictions(np.concatenate([p.labels for p in parts]), np.concatenate([p.confidences for p in parts]))
+    labels, confidences = (np.concatenate([getattr(p, name) for p in parts]) for name in ("labels", "confidences"))
+    return replace(parts[0], labels=labels, confidences=confidences)
 
 
 def fooling_rate(dataset: Dataset, perturbed: Predictions) -> Rate:
-    """Fooling rate: the proportion of examples whose perturbed label differs from the clean one."""
-    return Rate(int((perturbed.labels != dataset.clean.labels).sum()), dataset.num_examples)
+    """Fooling rate: the proportion of examples whose perturbed label differs from the clean one, by all networks if they are several."""
+    return Rate(int(perturbed.differ_from(dataset.clean).sum()), dataset.num_examples)
 
 
 def _warn_of_twins(dataset: Dataset) -> None:

@@ -39,14 +39,14 @@ class Examples:
         shard: its URL.
         digest: of the shard when it was first read, to detect a change; empty before that.
         keys: of the examples, in the order of computation.
-        labels: their clean labels, if known.
+        labels: their clean labels, if known; of several networks a list for each example.
         seed: of the augmentation: the run's seed, the round and the block.
     """
 
     shard: str
     digest: str = ""
     keys: tuple[str, ...] = ()
-    labels: tuple[int, ...] = ()
+    labels: tuple[int | list[int], ...] = ()
     seed: tuple[int, ...] = ()
 
     @property

@@ -26,7 +26,7 @@ from uap_dist.models.accelerate import accelerate
 from uap_dist.models.check import check_classifier
 from uap_dist.models.classes import find_classes
 from uap_dist.models.classifier import Classifier
-from uap_dist.models.loading import load_classifier
+from uap_dist.models.loading import Given, load_classifier
 from uap_dist.workers.messages import Examples, Normals, ShardListing, Together
 from uap_dist.workers.reproducible import Precision, reproducible
 from uap_dist.workers.solving.block_solver import BlockSolver
@@ -188,8 +188,8 @@ class Worker:
         shown = add_perturbation(self._tensor(images), self._tensor(perturbation))
         with torch.no_grad():
             logits = self.classifier((shown.round() if quantize else shown) / divisor)
-        top = logits.softmax(1).max(1)
-        return Predictions(top.indices.cpu().numpy(), top.values.cpu().numpy())
+        top = logits.softmax(-1).max(-1)
+        return Predictions(top.indices.cpu().numpy(), top.values.cpu().numpy(), self.classifier.networks)
 
     @_reproducibly
     def solve(
@@ -206,7 +206,7 @@ class Worker:
             task: the block, or those of M perturbations.
             perturbation: v, M×C×H×W float32, pixels; an array, or a tensor on this worker's device.
             solver: gives the rule and the views of the images.
-            scales: M float64, `Iterate.scale`; None before the first round.
+            scales: M or M×S float64, `Iterate.scale`; None before the first round.
             local: local steps.
         """
         started = time.perf_counter()
@@ -214,7 +214,8 @@ class Worker:
         self._prepare_classifier(v.shape[1:])
         self.num_solves += task.num_examples
         if not isinstance(scales, Tensor):
-            scales = torch.tensor([inf] * v[..., 0, 0, 0].numel() if scales is None else scales, device=self.device)
+            unknown = np.full((v[..., 0, 0, 0].numel(), len(self.classifier.members)), inf)
+            scales = torch.tensor(unknown if scales is None else scales, device=self.device)
         total, sums = self._blocks.solve(self.classifier, task, v, scales, solver, local)
         if isinstance(perturbation, Tensor):
             return BlockResult(total, sums, time.perf_counter() - started)
@@ -258,6 +259,6 @@ def _list_examples(shard: DecodedShard, classifier: Classifier, label_key: str |
     )
 
 
-def make_worker(model: str, weights: str | None, **options: Any) -> Worker:
+def make_worker(model: Given, weights: str | None, **options: Any) -> Worker:
     """A worker with the classifier that `load_classifier` returns for this model and weights; options as for `Worker`."""
     return Worker(load_classifier(model, weights), **options)

@@ -59,7 +59,10 @@ def parts_of(task: Examples | Together, side: int, augmentation: Augmentation) -
 
 
 def choose(parts: Sequence[Part], images: GpuImages) -> np.ndarray:
-    """N×6 int64: row in `images`, flip, shifts down and to the right, label, whether it is real; all images must be there."""
+    """N×6 int64: row in `images`, flip, shifts down and to the right, label, whether it is real; all images must be there.
+
+    Of S networks N×(5 + S).
+    """
     columns = []
     for part in parts:
         rows, views = images.rows(part.examples), part.views
@@ -75,7 +78,7 @@ def solve_chosen(
     """As `solve_block`, for views of images that are taken where they are.
 
     Args:
-        choice: N×6, see `choose`.
+        choice: N×6 or more, see `choose`.
         perturbation: v, M×C×H×W float32, pixels.
         scales: see `solve_block`.
         images: as `GpuImages.pixels`.
@@ -84,4 +87,5 @@ def solve_chosen(
     """
     rows, flips, *_ = choice.unbind(1)
     pixels = take_views(images, rows, flips.bool(), choice[:, 2:4]).to(torch.float32)
-    return solve_block(classifier, Batch(pixels, choice[:, 4], choice[:, 5].bool()), perturbation, scales, solver)
+    labels = choice[:, 4:-1].squeeze(1)  # of one network N
+    return solve_block(classifier, Batch(pixels, labels, choice[:, -1].bool()), perturbation, scales, solver)
