@@ -200,3 +200,28 @@ class Slow(Tiny):
         if self.training:
             time.sleep(0.3)
         return super().forward(pixels)
+
+
+class Other(Tiny):
+    """With weights of its own, and logits three times as large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(5)
+        for parameter in self.parameters():
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+
+    def forward(self, pixels):
+        return 3 * super().forward(pixels)
+
+
+class Renamed(Other):
+    class_names = ("red", "blue", "green", "grey")
+
+
+class FiveClasses(Other):
+    class_names = ()
+
+    def forward(self, pixels):
+        logits = super().forward(pixels)
+        return torch.cat([logits, logits.mean(1, keepdim=True)], 1)
