@@ -156,7 +156,7 @@ class Dataset:
             if len(rows):
                 keys, hashes = (tuple(values[i] for i in rows) for values in (shard.keys, shard.hashes))
                 shards.append(replace(shard, keys=keys, truths=shard.truths[rows], hashes=hashes))
-        clean = replace(self.clean, labels=self.clean.labels[chosen], confidences=self.clean.confidences[chosen])
+        clean = Predictions(self.clean.labels[chosen], self.clean.confidences[chosen], self.clean.networks)
         return replace(self, shards=tuple(shards), clean=clean)
 
     def examples(self, shard: int, indices: Sequence[int], seed: tuple[int, ...] = ()) -> Examples:
@@ -286,7 +286,7 @@ def classify(
     tasks = dataset.blocks(CLASSIFY_SIZE)
     parts = list(workers.map(Worker.classify, tasks, perturbation, quantize, divisor))
     labels, confidences = (np.concatenate([getattr(p, name) for p in parts]) for name in ("labels", "confidences"))
-    return replace(parts[0], labels=labels, confidences=confidences)
+    return Predictions(labels, confidences, parts[0].networks)
 
 
 def fooling_rate(dataset: Dataset, perturbed: Predictions) -> Rate:
