@@ -11,6 +11,7 @@ import json
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import reduce
 from itertools import product
@@ -18,8 +19,10 @@ from operator import and_
 from pathlib import Path
 from statistics import mean
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
+import torch
 import tyro
 from comparison.bench import Bench, stamp
 from comparison.intervals import interval, spread
@@ -27,11 +30,12 @@ from comparison.rows import MAX_LABEL_SHARE, SEEDS
 from networks import NETWORKS
 from torch import Tensor
 
+from uap_dist.method import solver
 from uap_dist.method.config import ComputeConfig
 from uap_dist.method.norms import random_of_same_norms
 from uap_dist.perturbations.files import Perturbation
 from uap_dist.rounds.loop import compute
-from uap_dist.workers.dataset import classify
+from uap_dist.workers.dataset import Dataset, classify
 from uap_dist.workers.local import LocalWorkers
 
 RADIUS, BUDGET = 10.0, 8_000
@@ -58,11 +62,20 @@ class Options:
 
 @dataclass(frozen=True)
 class Row:
-    """The networks that a perturbation is computed on, and the network evaluations that it may take."""
+    """The networks that a perturbation is computed on, and the network evaluations that it may take.
+
+    `is_balanced`: sums of several networks are taken in units of their log-odds, as ours are, not as they come.
+    """
 
     collection: str
     networks: tuple[str, ...]
     budget: int
+    is_balanced: bool = True
+
+    @property
+    def title(self) -> str:
+        """In tables."""
+        return " + ".join(self.networks) + ", not balanced" * (not self.is_balanced)
 
 
 ROWS = [
@@ -70,7 +83,8 @@ ROWS = [
     for collection, pair in PAIRS.items()
     for row in (
         Row(collection, pair, BUDGET),
-        *(Row(collection, (name,), budget) for name, budget in product(pair, (BUDGET, BUDGET // 2))),
+        *(Row(collection, (name,), budget) for budget, name in product((BUDGET // 2, BUDGET), pair)),
+        Row(collection, pair, BUDGET, is_balanced=False),
     )
 ]
 
@@ -117,25 +131,29 @@ def run(row: Row, seed: int, bench: Bench) -> tuple[Tensor, int]:
     train = train.thin(min(train.num_examples, row.budget // (MAX_LABEL_SHARE * len(row.networks))))
     config = ComputeConfig(radius=RADIUS, max_evaluations=row.budget, seed=seed)
     glance = train.thin(1)  # held-out rates are measured by the caller
-    (final,) = deque(compute(LocalWorkers(bench.worker), train, glance, config), maxlen=1)
+    with nullcontext() if row.is_balanced else patch.object(solver, "balance", torch.ones_like):
+        (final,) = deque(compute(LocalWorkers(bench.worker), train, glance, config), maxlen=1)
     return final.perturbation, final.num_evaluations
 
 
 def rates(v: Tensor, seed: int, collection: str, benches: dict[str, Bench]) -> dict[str, Any]:
-    """Hits and images on held-out images by network, and of both of a pair at once, of v and of a random one of its norms."""
-    shown = {"held_out": v, "random": random_of_same_norms(v, seed=seed)["linf"]}
-    found: dict[str, Any] = {}
-    for name, each in shown.items():
-        fooled = {network: fooled_by(each, bench) for network, bench in benches.items()}
+    """Hits and images by network, and of both of a pair at once, of v and of a random one of its norms.
+
+    On held-out images and, of the pair, on held-in ones: training images that this seed does not compute from.
+    """
+    noise, found = random_of_same_norms(v, seed=seed)["linf"], dict[str, Any]()
+    out = {network: bench.held_out for network, bench in benches.items()}
+    held_in = {network: benches[network].split(seed)[1] for network in PAIRS[collection]}
+    for name, shown, images in (("held_out", v, out), ("random", noise, out), ("held_in", v, held_in)):
+        fooled = {network: fooled_by(shown, own, benches[network]) for network, own in images.items()}
         at_once = reduce(and_, (fooled[network] for network in PAIRS[collection]))
         found[name] = {network: (int(mask.sum()), len(mask)) for network, mask in fooled.items()}
         found[name]["at once"] = (int(at_once.sum()), len(at_once))
     return found
 
 
-def fooled_by(v: Tensor, bench: Bench) -> np.ndarray:
-    """Mask of the held-out images whose label v changes, which is resized to the network's input as jobs/evaluate.py does."""
-    images = bench.held_out
+def fooled_by(v: Tensor, images: Dataset, bench: Bench) -> np.ndarray:
+    """Mask of the images whose label v changes, which is resized to the network's input as jobs/evaluate.py does."""
     resized = Perturbation("", v).resized(images.shape)
     return classify(LocalWorkers(bench.worker), images, resized.numpy()).differ_from(images.clean)
 
@@ -143,7 +161,13 @@ def fooled_by(v: Tensor, bench: Bench) -> np.ndarray:
 def read(path: Path) -> Lines:
     """What is in a file."""
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return {(Row(line["collection"], tuple(line["networks"]), line["budget"]), line["seed"]): line for line in lines}
+    fields = ("collection", "networks", "budget", "is_balanced")
+    return {(Row(*(to_tuple(line[name]) for name in fields)), line["seed"]): line for line in lines}
+
+
+def to_tuple(value: Any) -> Any:
+    """A list as a tuple."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def tables(found: Lines) -> Iterator[str]:
@@ -158,10 +182,12 @@ def tables(found: Lines) -> Iterator[str]:
         yield "| --- " * len(heads) + "|"
         for row in rows:
             yield table_row(row, networks, of_seeds(row, found, "held_out"))
-        noise = [line["random"] for (row, _), line in found.items() if row.networks == pair]
+        noise = [line["random"] for (row, _), line in found.items() if row == rows[0]]
         yield table_row(Row(collection, ("random, same ℓ∞ norm",), 0), networks, dict(enumerate(noise)))
         yield ""
         yield from leads(pair, rows, networks, found)
+        yield ""
+        yield from held_in(pair, rows, found)
         yield ""
 
 
@@ -176,7 +202,7 @@ def table_row(row: Row, networks: Sequence[str], by_seed: dict[int, Any]) -> str
     cells = [spread([rate(one, column, pair) for one in by_seed.values()]) for column in columns]
     count = next(iter(by_seed.values()))["at once"][1]
     budget = f"{row.budget:,}" if row.budget else ""
-    return f"| {' + '.join(row.networks)} | {budget} | {' | '.join(cells)} | {len(by_seed)} | {count:,} |"
+    return f"| {row.title} | {budget} | {' | '.join(cells)} | {len(by_seed)} | {count:,} |"
 
 
 def leads(pair: tuple[str, ...], rows: Sequence[Row], networks: Sequence[str], found: Lines) -> Iterator[str]:
@@ -191,7 +217,17 @@ def leads(pair: tuple[str, ...], rows: Sequence[Row], networks: Sequence[str], f
         theirs = of_seeds(row, found, "held_out")
         seeds = sorted({*ours} & {*theirs})
         cells = [difference([rate(ours[s], c, pair) - rate(theirs[s], c, pair) for s in seeds]) for c in columns]
-        yield f"| {row.networks[0]} | {row.budget:,} | {' | '.join(cells)} |"
+        yield f"| {row.title} | {row.budget:,} | {' | '.join(cells)} |"
+
+
+def held_in(pair: tuple[str, ...], rows: Sequence[Row], found: Lines) -> Iterator[str]:
+    """What the choice of the rule was made by: held-in rates with sums in units of log-odds, and as they come."""
+    heads = ["held-in images", "evaluations", *pair, "the worse", "both at once", "seeds", "images"]
+    yield f"| {' | '.join(heads)} |"
+    yield "| --- " * len(heads) + "|"
+    for row in rows:
+        if row.networks == pair:
+            yield table_row(row, pair, of_seeds(row, found, "held_in"))
 
 
 def difference(values: list[float]) -> str:

@@ -112,6 +112,9 @@ def test_an_evaluation_on_other_networks_says_which_it_was_computed_for(of_two, 
     rates = {row["classifier"]: row["fooling_rate"] for row in rows if row["perturbation"] == "joint"}
     assert {name: rates[name] for name in CIFAR} == {name: result[f"val_{name}.fooling_rate"] for name in CIFAR}
     assert rates["resnet44"] > 0.3
+    own = {row["classifier"]: row["is_own"] for row in rows if row["perturbation"] == "joint"}
+    assert own == {"resnet20": True, "resnet32": True, "resnet44": False}
+    assert not any(row["is_own"] for row in rows if row["is_baseline"])
 
 
 def test_a_pool_of_several_networks(shards, tmp_path):

@@ -24,6 +24,7 @@ from uap_dist.workers.accuracy import top1
 from uap_dist.workers.dataset import Dataset
 
 DECISIVE = (
+    "networks",
     "weights_digest",
     "train_digest",
     "val_digest",

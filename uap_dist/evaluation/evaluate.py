@@ -36,6 +36,7 @@ class Measurement:
         top1_clean, top1: top-1 accuracy without and with the perturbation, over the images whose class is known; None if there
             are none.
         goal: the perturbation's target and classes in words; empty if it is to fool all images.
+        is_own: whether the perturbation was computed for this classifier, alone or with others.
         labels: N, what the images are taken for under it.
     """
 
@@ -50,6 +51,7 @@ class Measurement:
     top1_clean: Rate | None
     top1: Rate | None
     goal: str = ""
+    is_own: bool = False
     labels: np.ndarray = field(default_factory=lambda: np.zeros(0, int), repr=False, compare=False)
 
     @property
@@ -73,6 +75,7 @@ def measure_perturbations(
     scales: Sequence[float] = (1.0,),
     quantize: bool = False,
     class_names: Sequence[str] = (),
+    weights_digest: str = "",
 ) -> Iterator[Measurement]:
     """Yield one measurement for each perturbation and scale.
 
@@ -85,6 +88,7 @@ def measure_perturbations(
         scales: factors that each is multiplied with.
         quantize: whether to round x + v to whole pixel values, as saving to 8 bits does.
         class_names: of the classifier's labels; empty if unknown.
+        weights_digest: of the classifier, to tell whether a perturbation was computed for it.
     """
     for perturbation in perturbations:
         goal = perturbation.goal
@@ -103,6 +107,7 @@ def measure_perturbations(
                 top1(dataset, dataset.clean.labels),
                 top1(dataset, labels.labels),
                 "; ".join(goal_in_words(goal, class_names)),
+                bool(weights_digest) and perturbation.is_for(weights_digest),
                 labels.labels,
             )
 

@@ -66,6 +66,8 @@ def summary(measurements: Sequence[Measurement], covered: Sequence[PoolCoverage]
         lines += [_best(classifier, own) for classifier in dict.fromkeys(m.classifier for m in own)]
         lines += [each.sentence() for each in covered if each.dataset == dataset]
         lines += ["", _matrix(own, FOOLING), ""]
+        if any(m.is_own for m in own):
+            lines += ["Bold: networks that the perturbation was computed for.", ""]
         for kind in _other_kinds(own):
             counted = [m for m in own if kind in m.rates]
             lines += [f"{RATE_TITLES[kind].capitalize()}: {MEANINGS[kind]}.", ""]
@@ -79,9 +81,12 @@ def summary(measurements: Sequence[Measurement], covered: Sequence[PoolCoverage]
 
 
 def _matrix(measurements: Sequence[Measurement], kind: str) -> str:
-    """Perturbations down, classifiers across. A dash: classifiers of that input size have other baselines."""
+    """Perturbations down, classifiers across, those it was computed for in bold. A dash: such sizes have other baselines."""
     classifiers = list(dict.fromkeys(m.classifier for m in measurements))
-    rates = {(m.perturbation, m.scale, m.classifier): f"{m.rates[kind].rate:.3f}" for m in measurements}
+    rates = {
+        (m.perturbation, m.scale, m.classifier): f"{'**' * m.is_own}{m.rates[kind].rate:.3f}{'**' * m.is_own}"
+        for m in measurements
+    }
     named = list(dict.fromkeys((m.perturbation, m.scale) for m in measurements))
     rows = [
         [

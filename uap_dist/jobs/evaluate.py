@@ -93,6 +93,7 @@ def _measure(
         scales=options.scales,
         quantize=options.quantize,
         class_names=classifier.class_names,
+        weights_digest=classifier.weights_digest,
     ):
         name, rates = f"{measurement.perturbation} × {measurement.scale:g}", "; ".join(measurement.rates_in_words())
         console.print(f"{model}, {set_name}, {name}: {rates}")

@@ -47,6 +47,12 @@ class Perturbation:
         """What images shall be taken for under it; one without provenance is to fool all images."""
         return Goal.from_provenance(self.provenance)
 
+    def is_for(self, weights_digest: str) -> bool:
+        """Whether it was computed for the network with these weights, alone or with others."""
+        said = self.provenance
+        of_each = [said.get(f"weights_digest.{network}") for network in said.get("networks") or ()]
+        return weights_digest in (said.get("weights_digest"), *of_each)
+
     def aimed(self, target: int | None) -> "Perturbation":
         """With another target, or none."""
         return replace(self, provenance=dict(self.provenance) | {"target": target})

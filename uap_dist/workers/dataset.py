@@ -283,8 +283,7 @@ def classify(
     workers: Workers, dataset: Dataset, perturbation: np.ndarray, *, quantize: bool = False, divisor: float = 1.0
 ) -> Predictions:
     """Predictions for all examples perturbed by v (C×H×W float32, pixels); options as for `Worker.classify`."""
-    tasks = dataset.blocks(CLASSIFY_SIZE)
-    parts = list(workers.map(Worker.classify, tasks, perturbation, quantize, divisor))
+    parts = list(workers.map(Worker.classify, dataset.blocks(CLASSIFY_SIZE), perturbation, quantize, divisor))
     labels, confidences = (np.concatenate([getattr(p, name) for p in parts]) for name in ("labels", "confidences"))
     return Predictions(labels, confidences, parts[0].networks)
 
