@@ -46,7 +46,7 @@ def empty_store() -> bytes:
 
 def start(folder, *options, has_store=True, **extra):
     """The job; without a store as at a user's first start: an interpreter that imports everything, and tables to be made."""
-    words = [str(JOB), "--model", TINY, "--num-workers", "1", *options]
+    words = [str(JOB), *(() if "--model" in options else ("--model", TINY)), "--num-workers", "1", *options]
     if has_store:
         (folder / "mlflow.db").write_bytes(empty_store())
         return JobProcess(words, folder, environment(**extra))
@@ -256,6 +256,7 @@ def test_what_cannot_be_resumed_is_one_line(tmp_path, target, message):
         (("--output", f"{JOB}/under-a-file"), "cannot write to --output"),
         (("--storage", f"{JOB}/under-a-file", "--num-val-images", "5"), "cannot write checkpoints to"),
         (("--model", "resnet50"), "unknown network 'resnet50'; nearest names: "),
+        (("--model", TINY, "--model", TINY), "--model is given twice; several networks are --models A B"),
     ],
 )
 def test_bad_input_is_one_line_and_a_failed_run(shards, tmp_path, options, message):

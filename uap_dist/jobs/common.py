@@ -57,7 +57,7 @@ def run_job(
         resumed = find_resumed(job) if can_resume else None
         run_id = resumed.checkpoint.job.run_id if resumed else None
         try:
-            _refuse_repeated(sys.argv[1:])
+            _refuse_models(sys.argv[1:])
             default = resumed.options(options_type) if resumed else tyro.MISSING_NONPROP
             options = tyro.cli(options_type, default=default, config=PARSER)
         except ConfigError as error:  # whoever watches scheduled jobs expects a run that failed
@@ -70,15 +70,10 @@ def run_job(
             run(options, tracker, resumed)
 
 
-def _refuse_repeated(words: list[str]) -> None:
-    """Raise ConfigError where an option is given twice, of which the parser would take the last."""
-    options = [word.partition("=")[0] for word in words if word.startswith("--")]
-    for option in options:
-        if options.count(option) > 1:
-            several = (
-                f"several networks are --{option[2:]}s A B" if option == "--model" else "several values follow one"
-            )
-            raise ConfigError(f"{option} is given {options.count(option)} times; give it once ({several})")
+def _refuse_models(words: list[str]) -> None:
+    """Raise ConfigError where --model is given twice, of which the parser would take the last."""
+    if [word.partition("=")[0] for word in words].count("--model") > 1:
+        raise ConfigError("--model is given twice; several networks are --models A B")
 
 
 def storage_of(record: ResumableRecordOptions, output: Path, tracker: Tracker, resumed: Resumed | None) -> str:
