@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from uap_dist.errors import ConfigError
-from uap_dist.models.classes import name_with_label
+from uap_dist.models.classes import find_label, find_labels, name_with_label
 
 # kinds of rates, by which metrics and columns are named
 FOOLING, TARGETED, ATTACKED, SPARED = "fooling", "targeted_success", "attacked_fooling", "spared_fooling"
@@ -118,6 +118,40 @@ class Goal:
         only, spare = (tuple(provenance.get(name) or ()) for name in ("only_classes", "spare_classes"))
         return cls(provenance.get("target"), only, spare)
 
+    @classmethod
+    def of_names(
+        cls,
+        target: int | str | None,
+        only: Sequence[int | str],
+        spare: Sequence[int | str],
+        class_names: Sequence[str],
+        num_classes: int,
+        *,
+        network: str = "",
+    ) -> "Goal":
+        """That of labels and names of a network's classes.
+
+        Args:
+            target: see `Goal`.
+            only: see `Goal`.
+            spare: see `Goal`.
+            class_names: of the network's labels; empty if unknown.
+            num_classes: how many labels it has.
+            network: its name, for messages; empty where there is only one.
+
+        Raises:
+            ConfigError: one is no class of the network, or no class is left to attack or to spare.
+        """
+        known, whose = (class_names, num_classes), f" for {network}" if network else ""
+        label = None if target is None else find_label(target, *known, option=f"target{whose}")
+        attacked, spared = (
+            find_labels(some, *known, option=f"{option}{whose}")
+            for option, some in (("--only-classes", only), ("--spare-classes", spare))
+        )
+        goal = cls(label, attacked, spared)
+        goal.check(num_classes)
+        return goal
+
     def check(self, num_classes: int) -> None:
         """Raise ConfigError where, of so many classes, one is both attacked and spared, none is left to attack, or none to spare."""
         both, labels = sorted({*self.only} & {*self.spare}), np.arange(num_classes)
@@ -133,6 +167,11 @@ class Goal:
     def provenance(self) -> dict[str, Any]:
         """Inverse of `from_provenance`."""
         return {"target": self.target, "only_classes": self.only, "spare_classes": self.spare}
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """All that it names."""
+        return (*(() if self.target is None else (self.target,)), *self.only, *self.spare)
 
     @property
     def has_classes(self) -> bool:

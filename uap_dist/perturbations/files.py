@@ -47,9 +47,9 @@ class Perturbation:
         """What images shall be taken for under it; one without provenance is to fool all images."""
         return Goal.from_provenance(self.provenance)
 
-    def aimed(self, target: int | None) -> "Perturbation":
-        """With another target, or none."""
-        return replace(self, provenance=dict(self.provenance) | {"target": target})
+    def aimed(self, goal: Goal) -> "Perturbation":
+        """With another goal."""
+        return replace(self, provenance=dict(self.provenance) | goal.provenance())
 
     def resized(self, shape: Sequence[int]) -> Tensor:
         """V at another input size (C×H×W), bilinear and antialiased. This keeps the size of pixel values, not the ℓ2 norm."""
