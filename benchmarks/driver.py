@@ -27,11 +27,11 @@ from uap_dist.fleet.config import FleetConfig
 from uap_dist.fleet.fleet import Fleet
 from uap_dist.fleet.ray_cluster import Need, connect
 from uap_dist.method.config import ComputeConfig
-from uap_dist.method.rates import Predictions
 from uap_dist.method.schedule import Block, Round
 from uap_dist.method.solver import BlockResult
 from uap_dist.method.state import State
 from uap_dist.method.update import Iterate
+from uap_dist.models.classifier import Predictions
 from uap_dist.rounds.plan import RoundTasks, plan_run
 from uap_dist.rounds.round import run_round
 from uap_dist.workers.dataset import Dataset, Shard

@@ -18,9 +18,8 @@ from uap_dist.evaluation.evaluate import measure_perturbations
 from uap_dist.method.config import ComputeConfig
 from uap_dist.method.deepfool import deepfool
 from uap_dist.method.norms import measure, paper_norm_l2
-from uap_dist.method.rates import Predictions
 from uap_dist.method.schedule import plan_rounds
-from uap_dist.models.classifier import Classifier
+from uap_dist.models.classifier import Classifier, Predictions
 from uap_dist.perturbations.files import Perturbation
 from uap_dist.rounds.loop import compute
 from uap_dist.workers.dataset import Dataset, Shard, load_dataset

@@ -14,12 +14,12 @@ from tiny import Other, Tiny
 from uap_dist.data.decode import Geometry
 from uap_dist.errors import ClassifierError, ConfigError
 from uap_dist.method.config import ComputeConfig
-from uap_dist.method.rates import FOOLING, SPARED, WORST, Goal, Predictions, of_network, rate_titles
+from uap_dist.method.rates import FOOLING, SPARED, Goal, rate_titles
 from uap_dist.method.solver import Batch, solve_block
 from uap_dist.method.update import balance
-from uap_dist.models.classifier import Classifier
+from uap_dist.models.classifier import Classifier, Predictions
 from uap_dist.models.loading import load_classifier
-from uap_dist.models.several import Several
+from uap_dist.models.several import WORST, Several, of_network
 from uap_dist.rounds.concurrent import compute_concurrently
 from uap_dist.rounds.group import run_together
 from uap_dist.rounds.loop import compute

@@ -9,20 +9,23 @@ import networkx as nx
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import TINY
 from processes import run_job
 from test_job import JOB, data, empty_store, runs
 
 from uap_dist.computing.provenance import describe_config, describe_member
 from uap_dist.computing.report import FinishedRun, is_target_reached
-from uap_dist.errors import ResumeError
-from uap_dist.evaluation.evaluate import measure_noise
+from uap_dist.errors import ConfigError, ResumeError
+from uap_dist.evaluation.evaluate import aim, measure_noise
 from uap_dist.evaluation.label_graph import label_graph
+from uap_dist.evaluation.options import EvaluateOptions
 from uap_dist.evaluation.plots import save_label_graph
 from uap_dist.method.config import ComputeConfig
 from uap_dist.method.norms import random_of_same_norms
-from uap_dist.method.rates import Rate
-from uap_dist.perturbations.files import load_perturbations
+from uap_dist.method.rates import UNTARGETED, Goal, Rate
+from uap_dist.models.loading import load_classifier
+from uap_dist.perturbations.files import Perturbation, load_perturbations
 from uap_dist.perturbations.pool import PerturbationPool
 from uap_dist.rounds.loop import compute
 from uap_dist.rounds.record import RoundRecord
@@ -150,6 +153,26 @@ def test_an_evaluation_knows_the_target_and_takes_one_for_others(computed, shard
     assert "* Tiny, target red (0): **seed-" in run.data.tags["mlflow.note.content"]
 
 
+def test_a_goal_is_given_to_perturbations_whose_files_name_none(tmp_path, caplog):
+    options = EvaluateOptions(
+        perturbations=("x",), models=("m",), shards=("s",), target="Blue", only_classes=("red,3",)
+    )
+    tiny, names = load_classifier(TINY), ("red", "green", "blue", "grey")
+    goal = options.goal(tiny, names, 4)
+    assert goal == Goal(2, only=(0, 3))
+    own, far = Goal(1), Goal(only=(7,))
+    given = [Perturbation(str(n), torch.ones(3, 16, 16), g.provenance()) for n, g in enumerate((UNTARGETED, own, far))]
+    published = Perturbation("published", torch.ones(3, 16, 16))
+    found = aim([published, *given], goal, "tiny", 4)
+    assert [each.goal for each in found] == [goal, goal, own, UNTARGETED]
+    assert "2 is not measured by its goal, which names label 7: tiny has 4 labels" in caplog.text
+    assert "2 perturbations are measured by the goal of their files, not by the one given: 1; 2" in caplog.text
+    with pytest.raises(
+        ConfigError, match="target for .*Tiny is 'Blue', but the classes have no names .* or classes.txt"
+    ):
+        options.goal(tiny, (), 4)
+
+
 def test_the_pool_and_its_members_keep_their_target(computed):
     folder, _ = computed
     pool = PerturbationPool.load(folder / "out/pool")
@@ -202,7 +225,9 @@ def test_a_target_that_is_not_reached_is_said_plainly(local_workers, tiny_data, 
     [
         (JOB, ("--target", "rd"), "target is 'rd', which is no class of the network; nearest names: red (0)"),
         (JOB, ("--target", "4", "--plan"), "target is 4; the network has the labels 0 to 3"),
-        (EVALUATE, ("--target", "bleu"), f"the target for {TINY} is 'bleu', which is no class of the network; nearest names: blue (2)"),
+        (EVALUATE, ("--target", "bleu"), f"target for {TINY} is 'bleu', which is no class of the network; nearest names: blue (2)"),
+        (EVALUATE, ("--only-classes", "red", "--spare-classes", "0"),
+         "label 0 is to be attacked (--only-classes) and spared (--spare-classes)"),
     ],
 )  # fmt: skip
 def test_a_target_that_is_no_class_is_one_line(shards, tmp_path, job, options, message):

@@ -2,12 +2,14 @@
 
 import errno
 import re
+from collections.abc import Sequence
 from urllib.parse import unquote_plus
 
 from uap_dist.errors import UapDistError
 
 REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)  # the system refuses; this is no bug
 HIDDEN = "…"
+NUM_SHOWN = 5  # complaints in one line
 # query options of URLs whose values are shown; the value of any other option may be a secret
 SHOWN_OPTIONS = frozenset(
     (
@@ -101,3 +103,8 @@ def escape_markdown(text: object) -> str:
         r"^(\d+(?=[.)](?:\s|$))|(?=[#>+=-]))", r"\1\\", line
     )  # at the start of a line: heading, quotation or list
     return re.sub(r"&(?=#?\w+;)", "&amp;", line).replace("<", "&lt;")
+
+
+def first_few(complaints: Sequence[str]) -> str:
+    """The first few of them in one line."""
+    return "; ".join(complaints[:NUM_SHOWN]) + "; …" * (len(complaints) > NUM_SHOWN)

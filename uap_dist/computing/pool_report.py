@@ -27,7 +27,8 @@ from uap_dist.evaluation.coverage import (
 from uap_dist.evaluation.plots import save_coverage, save_matrix
 from uap_dist.foreign_text import escape_markdown
 from uap_dist.method.norms import Norm
-from uap_dist.method.rates import FOOLING, Rate, of_network, rate_titles
+from uap_dist.method.rates import FOOLING, Rate, rate_titles
+from uap_dist.models.several import of_network
 from uap_dist.perturbations.files import load_perturbations
 from uap_dist.perturbations.pool import DIVERSE, PerturbationPool
 from uap_dist.tracking.outputs import RESULT_FILE, markdown_table, writes_files

@@ -1,6 +1,5 @@
 """Where a perturbation comes from: one dictionary, whose views are MLflow's parameters, the file's metadata and a run's identity."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, fields, replace
@@ -10,8 +9,6 @@ from typing import Any
 
 from rich.console import Console
 
-from uap_dist.data.write import read_classes
-from uap_dist.errors import ConfigError
 from uap_dist.fleet.config import FleetConfig
 from uap_dist.fleet.fleet import Fleet
 from uap_dist.method.config import ComputeConfig
@@ -20,7 +17,7 @@ from uap_dist.models.classifier import Classifier
 from uap_dist.models.loading import describe_weights
 from uap_dist.tracking.checkpoint import JobRecord, check_identity
 from uap_dist.versions import describe_code
-from uap_dist.workers.accuracy import top1
+from uap_dist.workers.accuracy import name_labels, top1
 from uap_dist.workers.dataset import Dataset
 
 DECISIVE = (
@@ -41,8 +38,6 @@ HELD_OUT = (
 )  # see `describe_held_out`
 GOAL = ("target", "only_classes", "spare_classes")  # labels in a config, which may be names at first
 DECISIVE_VERSIONS = ("torch", "torchvision", "uap_dist")
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,23 +66,6 @@ class Setting:
     def class_names(self) -> Sequence[str]:
         """Names of the network's labels, see `name_labels`."""
         return name_labels(self.classifier, self.train)[0]
-
-
-def name_labels(classifier: Classifier, train: Dataset) -> tuple[Sequence[str], int]:
-    """Names of a network's labels and their number: its own names, else those of the training images' classes if as many, else none."""
-    num_labels = classifier.count_labels(train.shape)
-    url = train.shards[0].url
-    try:
-        names = classifier.class_names or read_classes(url)
-    except (OSError, ConfigError) as error:  # names are not worth a failed run
-        logger.warning("labels are shown as numbers: %s", error)
-        return (), num_labels
-    if names and len(names) != num_labels:
-        logger.warning(
-            "labels are shown as numbers: the network has %d, classes.txt beside %s has %d", num_labels, url, len(names)
-        )
-        return (), num_labels
-    return names, num_labels
 
 
 def describe_setup(classifier: Classifier, weights: str | None, fleet: FleetConfig) -> dict[str, Any]:

@@ -8,10 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from uap_dist.foreign_text import first_few
 from uap_dist.method.norms import SYMBOLS, Norm, measure, random_of_same_norms
 from uap_dist.method.rates import FOOLING, RATE_TITLES, UNTARGETED, Goal, Rate, Rates, goal_in_words
-from uap_dist.models.classes import find_label
-from uap_dist.models.classifier import Classifier
 from uap_dist.perturbations.files import Perturbation
 from uap_dist.workers.accuracy import top1
 from uap_dist.workers.dataset import Dataset, classify
@@ -137,39 +136,36 @@ def baselines(perturbations: Iterable[Perturbation], shape: tuple[int, ...], see
     return found
 
 
-def aim(
-    perturbations: Iterable[Perturbation], target: int | str | None, classifier: Classifier, shape: Sequence[int]
-) -> list[Perturbation]:
-    """Perturbations as they are measured on a classifier: with the target of their files, else with the one given.
+def aim(perturbations: Iterable[Perturbation], goal: Goal, classifier: str, num_labels: int) -> list[Perturbation]:
+    """Perturbations as they are measured on a classifier: with the goal of their files, else with the one given.
 
     Args:
         perturbations: of any networks.
-        target: label, or its name; None for no other target than their own.
-        classifier: whose labels are meant.
-        shape: C×H×W of its images.
-
-    Raises:
-        ConfigError: the classifier has no such label.
+        goal: of those that are only to fool all images by what their files say.
+        classifier: its name, for messages.
+        num_labels: how many it has. A goal that names others is none on it.
     """
-    num_labels = classifier.count_labels(shape)
-    label, found = find_target(target, classifier, num_labels), []
+    found, others = [], []
     for each in perturbations:
-        own = each.goal.target
-        if own is not None and own >= num_labels:
+        own = each.goal
+        if UNTARGETED not in (own, goal) and own != goal:
+            others.append(each.name)
+        outside = [label for label in own.labels if label >= num_labels]
+        if outside:
             logger.warning(
-                "%s is not measured by its target, %d: %s has %d labels", each.name, own, classifier.name, num_labels
+                "%s is not measured by its goal, which names label %d: %s has %d labels",
+                *(each.name, outside[0], classifier, num_labels),
             )
-            found.append(each.aimed(None))
+            found.append(each.aimed(UNTARGETED))
         else:
-            found.append(each if own is not None else each.aimed(label))
+            found.append(each.aimed(goal) if own == UNTARGETED else each)
+    if others:
+        logger.warning(
+            "%d perturbations are measured by the goal of their files, not by the one given: %s",
+            len(others),
+            first_few(others),
+        )
     return found
-
-
-def find_target(target: int | str | None, classifier: Classifier, num_labels: int) -> int | None:
-    """The label of a target, if there is one, on a classifier with so many; ConfigError if it has no such label."""
-    if target is None:
-        return None
-    return find_label(target, classifier.class_names, num_labels, option=f"the target for {classifier.name}")
 
 
 def measure_noise(

@@ -1,11 +1,14 @@
 """Options of jobs/evaluate.py."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 
 from uap_dist.errors import ConfigError
 from uap_dist.fleet.config import FleetConfig
 from uap_dist.job_options import RecordOptions, check_limits
+from uap_dist.method.rates import Goal
+from uap_dist.models.classifier import Classifier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +28,11 @@ class EvaluateOptions:
     scales: tuple[float, ...] = (1.0,)
     """Factors for each perturbation and baseline; several give fooling rate against norm."""
     target: int | str | None = None
-    """Label (number or name) that perturbations shall give whose files say no target; jobs/compute.py writes theirs."""
+    """Label (number or name) that perturbations shall give whose files name no goal; jobs/compute.py writes theirs."""
+    only_classes: tuple[int | str, ...] = ()
+    """Classes (labels or names) whose images such perturbations shall fool, leaving the others alone."""
+    spare_classes: tuple[int | str, ...] = ()
+    """Classes whose images such perturbations shall leave alone."""
     quantize: bool = False
     """Round perturbed images to whole pixel values, as saving them does."""
     seed: int = 0
@@ -50,5 +57,10 @@ class EvaluateOptions:
                 raise ConfigError(f"scale {scale:g} is not finite, or given twice (--scales)")
         if self.seed < 0:
             raise ConfigError(f"seed is {self.seed}; it must not be negative")
+
+    def goal(self, classifier: Classifier, class_names: Sequence[str], num_labels: int) -> Goal:
+        """That of perturbations whose files name none, see `Goal.of_names`."""
+        given = (self.target, self.only_classes, self.spare_classes)
+        return Goal.of_names(*given, class_names, num_labels, network=classifier.name)
 
     job, name = "evaluate", "evaluation"

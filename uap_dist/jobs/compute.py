@@ -16,7 +16,6 @@ from uap_dist.computing.provenance import (
     describe_setup,
     describe_training,
     job_record,
-    name_labels,
 )
 from uap_dist.errors import TrackingError
 from uap_dist.job_options import to_json
@@ -35,6 +34,7 @@ from uap_dist.tracking.mlflow_run import Tracker
 from uap_dist.tracking.outputs import output_folder
 from uap_dist.tracking.resume import Resumed
 from uap_dist.versions import seconds_since_start
+from uap_dist.workers.accuracy import name_labels
 from uap_dist.workers.behind import behind
 
 

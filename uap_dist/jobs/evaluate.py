@@ -6,7 +6,7 @@ from dataclasses import asdict
 from uap_dist.data.patterns import expand_patterns
 from uap_dist.errors import ConfigError
 from uap_dist.evaluation.coverage import PoolCoverage, cover_pools
-from uap_dist.evaluation.evaluate import NOTHING, Measurement, aim, baselines, find_target, measure_perturbations
+from uap_dist.evaluation.evaluate import NOTHING, Measurement, aim, baselines, measure_perturbations
 from uap_dist.evaluation.options import EvaluateOptions
 from uap_dist.evaluation.report import save_evaluation, summary
 from uap_dist.fleet.fleet import Fleet
@@ -19,7 +19,7 @@ from uap_dist.perturbations.pool import load_members
 from uap_dist.tracking.mlflow_run import Tracker
 from uap_dist.tracking.outputs import output_folder
 from uap_dist.versions import describe_code
-from uap_dist.workers.accuracy import check_accuracy, warn_of_other_classes
+from uap_dist.workers.accuracy import check_accuracy, name_labels, warn_of_other_classes
 from uap_dist.workers.dataset import load_dataset
 
 
@@ -38,8 +38,8 @@ def run(options: EvaluateOptions, tracker: Tracker) -> None:
     output = output_folder(options.record.output, options.name)
     classifiers = {name: load_usable_classifier(*model) for name, model in models.items()}
     for classifier in classifiers.values():
-        if classifier.class_names:  # now, because a target that is none need not wait for the images
-            find_target(options.target, classifier, len(classifier.class_names))
+        if classifier.class_names:  # now, because a class that is none need not wait for the images
+            options.goal(classifier, classifier.class_names, len(classifier.class_names))
     settings = {key: value for key, value in asdict(options).items() if key not in ("fleet", "record")}
     for name, classifier in classifiers.items():
         settings[f"weights_digest.{plain_key(name)}"] = classifier.weights_digest
@@ -81,7 +81,9 @@ def _measure(
     if check_accuracy(fleet, dataset, model)[""] is None:
         console.print(f"{model}, {set_name}: top-1 is not measured, {dataset.lack_of_labels}")
     tracker.log_dataset(dataset, set_name)
-    perturbations = aim(perturbations, options.target, classifier, dataset.shape)
+    class_names, num_labels = name_labels(classifier, dataset)
+    goal = options.goal(classifier, class_names, num_labels)
+    perturbations = aim(perturbations, goal, classifier.name, num_labels)
     everything = [*perturbations, *baselines(perturbations, dataset.shape, options.seed)]
     measurements = []
     for measurement in measure_perturbations(
@@ -92,7 +94,7 @@ def _measure(
         everything,
         scales=options.scales,
         quantize=options.quantize,
-        class_names=classifier.class_names,
+        class_names=class_names,
         weights_digest=classifier.weights_digest,
     ):
         name, rates = f"{measurement.perturbation} × {measurement.scale:g}", "; ".join(measurement.rates_in_words())

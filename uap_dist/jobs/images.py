@@ -7,7 +7,7 @@ from uap_dist.method.rates import Goal
 from uap_dist.models.classifier import Classifier
 from uap_dist.workers.accuracy import check_accuracy
 from uap_dist.workers.dataset import Dataset, Reader, list_dataset, predict
-from uap_dist.workers.disjoint import check_disjoint, check_shapes
+from uap_dist.workers.disjoint import check_disjoint
 from uap_dist.workers.worker import Worker
 
 
@@ -32,7 +32,7 @@ def list_held_out(
     """The held-out images that are no training images, not yet classified; `read` as for `list_dataset`."""
     bad, key = options.max_bad_fraction, options.label_key
     num_images = options.num_val_images
-    val = list_dataset(fleet, urls, num_images=num_images, max_bad_fraction=bad, label_key=key, read=read)
+    val = list_dataset(fleet, urls, num_images=num_images, max_bad_fraction=bad, label_key=key, like=train, read=read)
     return check_disjoint(train, val, max_shared_fraction=bad)
 
 
@@ -73,5 +73,4 @@ def say_who_takes_part(goal: Goal, train: Dataset) -> None:
 def read_held_out(fleet: Fleet, options: DataOptions, urls: list[str], train: Dataset, model: str) -> Dataset:
     """The held-out images with their clean labels, decoded while the workers compute rounds."""
     val = list_held_out(fleet, options, urls, train, Worker.read)
-    check_shapes(train, val)
     return classify_images(fleet, model, val, "held-out")

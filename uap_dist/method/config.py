@@ -17,7 +17,6 @@ from uap_dist.method.rates import Goal
 from uap_dist.method.schedule import check_sizes
 from uap_dist.method.solver import Rule, Solver
 from uap_dist.method.update import AVERAGED, Steps, default_period, default_step_size
-from uap_dist.models.classes import find_label, find_labels
 
 POOL_RANDOM_START = 0.5  # fraction of the radius; benchmarks/pools.md says why
 
@@ -169,13 +168,8 @@ class ComputeConfig:
         Raises:
             ConfigError: one is no class of the network, or no class is left to attack or to spare.
         """
-        known = (class_names, num_classes)
-        target = None if self.target is None else find_label(self.target, *known, option="target")
-        only = find_labels(self.only_classes, *known, option="--only-classes")
-        spare = find_labels(self.spare_classes, *known, option="--spare-classes")
-        found = replace(self, target=target, only_classes=only, spare_classes=spare)
-        found.goal.check(num_classes)
-        return found
+        goal = Goal.of_names(self.target, self.only_classes, self.spare_classes, class_names, num_classes)
+        return replace(self, target=goal.target, only_classes=goal.only, spare_classes=goal.spare)
 
     def without_goal(self) -> "ComputeConfig":
         """The same config to fool all images."""

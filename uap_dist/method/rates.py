@@ -1,6 +1,6 @@
 """Fooling rates and other proportions of examples, with 95 % intervals, and the goal that says what they are of."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, reduce
 from operator import and_, or_
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from uap_dist.errors import ConfigError
-from uap_dist.models.classes import name_with_label
-from uap_dist.models.several import WORST
+from uap_dist.models.classes import find_label, find_labels, name_with_label
+from uap_dist.models.several import WORST, of_network, split_kind
 
 # kinds of rates, by which metrics and columns are named
 FOOLING, TARGETED, ATTACKED, SPARED = "fooling", "targeted_success", "attacked_fooling", "spared_fooling"
@@ -122,6 +122,40 @@ class Goal:
         only, spare = (tuple(provenance.get(name) or ()) for name in ("only_classes", "spare_classes"))
         return cls(provenance.get("target"), only, spare)
 
+    @classmethod
+    def of_names(
+        cls,
+        target: int | str | None,
+        only: Sequence[int | str],
+        spare: Sequence[int | str],
+        class_names: Sequence[str],
+        num_classes: int,
+        *,
+        network: str = "",
+    ) -> "Goal":
+        """That of labels and names of a network's classes.
+
+        Args:
+            target: see `Goal`.
+            only: see `Goal`.
+            spare: see `Goal`.
+            class_names: of the network's labels; empty if unknown.
+            num_classes: how many labels it has.
+            network: its name, for messages; empty where there is only one.
+
+        Raises:
+            ConfigError: one is no class of the network, or no class is left to attack or to spare.
+        """
+        known, whose = (class_names, num_classes), f" for {network}" if network else ""
+        label = None if target is None else find_label(target, *known, option=f"target{whose}")
+        attacked, spared = (
+            find_labels(some, *known, option=f"{option}{whose}")
+            for option, some in (("--only-classes", only), ("--spare-classes", spare))
+        )
+        goal = cls(label, attacked, spared)
+        goal.check(num_classes)
+        return goal
+
     def check(self, num_classes: int) -> None:
         """Raise ConfigError where, of so many classes, one is both attacked and spared, none is left to attack, or none to spare."""
         both, labels = sorted({*self.only} & {*self.spare}), np.arange(num_classes)
@@ -137,6 +171,11 @@ class Goal:
     def provenance(self) -> dict[str, Any]:
         """Inverse of `from_provenance`."""
         return {"target": self.target, "only_classes": self.only, "spare_classes": self.spare}
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """All that it names."""
+        return (*(() if self.target is None else (self.target,)), *self.only, *self.spare)
 
     @property
     def has_classes(self) -> bool:
@@ -252,17 +291,6 @@ class Goal:
         return rates
 
 
-def of_network(kind: str, network: str) -> str:
-    """The kind of rate, or the quantity, of one of several networks."""
-    return f"{network}.{kind}"
-
-
-def split_kind(kind: str) -> tuple[str, str]:
-    """The network, or "" for all, and the kind of rate without it."""
-    network, _, own = kind.rpartition(".")
-    return network, own
-
-
 def rate_titles(kinds: Iterable[str], *, capital: bool = False) -> dict[str, str]:
     """Kinds of rates in words, perhaps beginning with a capital letter."""
     split = {kind: split_kind(kind) for kind in kinds}
@@ -320,30 +348,3 @@ def running_rates(rates: Sequence[Rate], num_examples: int) -> list[Rate]:
     starts = np.maximum(np.searchsorted(examples, examples[1:] - num_examples, side="right") - 1, 0)
     pooled = zip(hits[1:] - hits[starts], examples[1:] - examples[starts], strict=True)
     return [Rate(int(some_hits), int(some_examples)) for some_hits, some_examples in pooled]
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """What the classifier says of N images.
-
-    Attributes:
-        labels: N, int64, the classes with the largest logits; of several networks N×S.
-        confidences: their softmax probabilities, float32, in the same shape.
-        networks: S names, if they are several.
-    """
-
-    labels: np.ndarray
-    confidences: np.ndarray
-    networks: tuple[str, ...] = ()
-
-    def each(self) -> Iterator[tuple[str, "Predictions"]]:
-        """Those of each network, with its name; of one network themselves, without a name."""
-        if not self.networks:
-            yield "", self
-        for number, name in enumerate(self.networks):
-            yield name, Predictions(self.labels[:, number], self.confidences[:, number])
-
-    def differ_from(self, others: "Predictions") -> np.ndarray:
-        """Mask of the images (N, bool) whose labels are other ones, of several networks those of each."""
-        differ = self.labels != others.labels
-        return reduce(and_, differ.T) if self.networks else differ

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from uap_dist.method.config import ComputeConfig
 from uap_dist.method.norms import Norm, random_perturbation
-from uap_dist.method.rates import FOOLING, Predictions, Rate, Rates
+from uap_dist.method.rates import FOOLING, Rate, Rates
 from uap_dist.method.update import Iterate
+from uap_dist.models.classifier import Predictions
 
 NOTHING = torch.empty(0)  # one object, which is sent once with many reports
 

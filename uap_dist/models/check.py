@@ -63,7 +63,7 @@ def _try(classifier: Classifier, pixels: Tensor) -> Tensor:
         raise
     except Exception as error:  # user code may raise anything
         raise ClassifierError(
-            f"{classifier.name} fails on pixels of shape {'×'.join(map(str, pixels.shape))}: {first_line(error)}"
+            f"{classifier.name} fails on pixels of shape {'×'.join(map(str, pixels.shape))}: {first_line(error)}{_size_hint(classifier)}"
         ) from error
     count = {1: "one image", 2: "two images"}[len(pixels)]
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(pixels) or logits.shape[1] < 2:
@@ -72,6 +72,12 @@ def _try(classifier: Classifier, pixels: Tensor) -> Tensor:
             f"{classifier.name} returns {found} for {count}; expected logits of shape {len(pixels)}×K with K ≥ 2"
         )
     return logits
+
+
+def _size_hint(classifier: Classifier) -> str:
+    if classifier.geometry.shape is not None:
+        return ""
+    return " (the size of the images in the shards; an attribute `input_size` of the network has them resized)"
 
 
 def _check_logits(classifier: Classifier, logits: Tensor) -> None:

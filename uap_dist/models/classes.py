@@ -119,8 +119,8 @@ def find_label(given: int | str, class_names: Sequence[str], num_classes: int, *
         return given
     if not class_names:
         raise ConfigError(
-            f"{option} is {given!r}, but the classes have no names (class_names of the network or, to compute, classes.txt beside the "
-            f"training shards); give a label from 0 to {num_classes - 1}"
+            f"{option} is {given!r}, but the classes have no names (class_names of the network, or classes.txt beside the shards); "
+            f"give a label from 0 to {num_classes - 1}"
         )
     index = ClassIndex(class_names).find(given)
     if index is not None:

@@ -1,8 +1,12 @@
 """Classifiers: networks together with the preprocessing that their weights were trained with. Pixels in, logits out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import and_
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
@@ -116,6 +120,33 @@ class Classifier(nn.Module):
         with torch.enable_grad():
             output = self.get_submodule(self.first_layer)(self.normalise(x))
         return torch.autograd.grad(output, x, slopes.to(output.dtype))[0]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What the classifier says of N images.
+
+    Attributes:
+        labels: N, int64, the classes with the largest logits; of several networks N×S.
+        confidences: their softmax probabilities, float32, in the same shape.
+        networks: S names, if they are several.
+    """
+
+    labels: np.ndarray
+    confidences: np.ndarray
+    networks: tuple[str, ...] = ()
+
+    def each(self) -> Iterator[tuple[str, "Predictions"]]:
+        """Those of each network, with its name; of one network themselves, without a name."""
+        if not self.networks:
+            yield "", self
+        for number, name in enumerate(self.networks):
+            yield name, Predictions(self.labels[:, number], self.confidences[:, number])
+
+    def differ_from(self, others: "Predictions") -> np.ndarray:
+        """Mask of the images (N, bool) whose labels are other ones, of several networks those of each."""
+        differ = self.labels != others.labels
+        return reduce(and_, differ.T) if self.networks else differ
 
 
 def _find_logits(output: Any, num_images: int, name: str) -> Tensor:

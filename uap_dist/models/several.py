@@ -70,3 +70,14 @@ class Several(Classifier):
                 f"{name} has other classes than {self.networks[0]}, or in another order; one perturbation needs networks of the "
                 "same classes"
             )
+
+
+def of_network(kind: str, network: str) -> str:
+    """The kind of rate, or the quantity, of one of several networks."""
+    return f"{network}.{kind}"
+
+
+def split_kind(kind: str) -> tuple[str, str]:
+    """The network, or "" for all, and the kind of rate without it."""
+    network, _, own = kind.rpartition(".")
+    return network, own

@@ -53,9 +53,9 @@ class Perturbation:
         of_each = [said.get(f"weights_digest.{network}") for network in said.get("networks") or ()]
         return weights_digest in (said.get("weights_digest"), *of_each)
 
-    def aimed(self, target: int | None) -> "Perturbation":
-        """With another target, or none."""
-        return replace(self, provenance=dict(self.provenance) | {"target": target})
+    def aimed(self, goal: Goal) -> "Perturbation":
+        """With another goal."""
+        return replace(self, provenance=dict(self.provenance) | goal.provenance())
 
     def resized(self, shape: Sequence[int]) -> Tensor:
         """V at another input size (C×H×W), bilinear and antialiased. This keeps the size of pixel values, not the ℓ2 norm."""

@@ -47,8 +47,8 @@ def compute(
         held-out images, come without these arrays (see `RoundReport.has_arrays`); a worker in this process computes no spans.
 
     Raises:
-        ConfigError: there are fewer training images than in a block, the evaluations do not allow one round, the images of
-            both datasets differ in shape, or no image of one is to get another label.
+        ConfigError: there are fewer training images than in a block, the evaluations do not allow one round, or no image counts.
+        ShardError: the images of both datasets differ in size.
     """
     config = config.balanced(train.clean.labels)
     plan = plan_run(train.sizes, config, train.clean.networks)

@@ -1,10 +1,15 @@
-"""Clean accuracy on images with known classes: a low one may mean that the network expects other units or other class numbers."""
+"""The classes of a network beside those of the images: their names, and clean accuracy.
+
+A low accuracy may mean that the network expects other units or other class numbers.
+"""
 
 import logging
+from collections.abc import Sequence
 
 import numpy as np
 
-from uap_dist.errors import ClassifierError
+from uap_dist.data.write import read_classes
+from uap_dist.errors import ClassifierError, ConfigError
 from uap_dist.method.rates import Rate
 from uap_dist.models.classes import UNKNOWN_CLASS
 from uap_dist.models.classifier import Classifier
@@ -37,6 +42,23 @@ def warn_of_other_classes(classifier: Classifier, dataset: Dataset, model: str) 
             int((dataset.truths != UNKNOWN_CLASS).sum()),
             outside[0],
         )
+
+
+def name_labels(classifier: Classifier, dataset: Dataset) -> tuple[Sequence[str], int]:
+    """Names of a network's labels and their number: its own names, else those of the images' classes if as many, else none."""
+    num_labels = classifier.count_labels(dataset.shape)
+    url = dataset.shards[0].url
+    try:
+        names = classifier.class_names or read_classes(url)
+    except (OSError, ConfigError) as error:  # names are not worth a failed run
+        logger.warning("labels are shown as numbers: %s", error)
+        return (), num_labels
+    if names and len(names) != num_labels:
+        logger.warning(
+            "labels are shown as numbers: the network has %d, classes.txt beside %s has %d", num_labels, url, len(names)
+        )
+        return (), num_labels
+    return names, num_labels
 
 
 def check_accuracy(workers: Workers, dataset: Dataset, model: str) -> dict[str, Rate | None]:

@@ -12,14 +12,15 @@ from math import prod
 import numpy as np
 
 from uap_dist.errors import ConfigError, ShardError
+from uap_dist.foreign_text import first_few
 from uap_dist.job_options import check_limits
-from uap_dist.method.rates import Predictions, Rate
+from uap_dist.method.rates import Rate
 from uap_dist.models.classes import UNKNOWN_CLASS
+from uap_dist.models.classifier import Predictions
 from uap_dist.workers.local import Workers
-from uap_dist.workers.messages import Examples, ShardListing
+from uap_dist.workers.messages import Examples, ShardListing, check_size
 from uap_dist.workers.worker import Worker
 
-NUM_BAD_SHOWN = 5
 CLASSIFY_SIZE = 50  # examples per forward pass; fixed because the bits of a logit depend on the batch size
 
 Reader = Callable[[Worker, Examples, str | None], ShardListing]  # `Worker.load` or `Worker.read`
@@ -212,6 +213,7 @@ def list_dataset(
     num_images: int | None = None,
     max_bad_fraction: float = 0.01,
     label_key: str | None = None,
+    like: Dataset | None = None,
     read: Reader = Worker.load,
 ) -> Dataset:
     """Let the workers decode shards until there are enough images. The result has no clean predictions yet, see `predict`.
@@ -222,6 +224,7 @@ def list_dataset(
         num_images: use only the first this many; None uses all.
         max_bad_fraction: fraction of samples allowed to be undecodable (0..1).
         label_key: key of the labels in .json files; None takes them from .cls files. Labels are optional.
+        like: a set whose images must have the same size.
         read: `Worker.read` reads the shards while the workers compute.
 
     Raises:
@@ -229,7 +232,13 @@ def list_dataset(
         ConfigError: there are fewer images than `num_images`, none has a label under `label_key`, or an option is outside its range.
     """
     check_limits(max_bad_fraction, num_images)
-    listings = list(_list_shards(workers, urls, num_images, label_key, read))
+    listings = []
+    first = (like.shards[0].url, like.shape) if like else None
+    for url, listing in _list_shards(workers, urls, num_images, label_key, read):
+        if listing.keys:
+            first = first or (url, listing.shape)
+            check_size(url, listing.shape, first)
+        listings.append((url, listing))
     bad = tuple(f"{url}: {complaint}" for url, listing in listings for complaint in listing.bad)
     num_samples = len(bad) + sum(len(listing.keys) for _, listing in listings)
     if len(bad) > max_bad_fraction * num_samples:
@@ -249,14 +258,12 @@ def list_dataset(
         )
     shards = tuple(_take(listings, num_images))
     found = sum(len(shard.keys) for shard in shards)
-    if found < (num_images or 1):
+    if first is None or found < (num_images or 1):
         raise ConfigError(f"asked for {num_images or 1} images, but the {len(urls)} shards from {urls[0]} hold {found}")
-    shapes = {listing.shape for _, listing in listings if listing.keys}
-    if len(shapes) > 1:
-        raise ShardError(f"shards hold images of different sizes {sorted(shapes)}; give shards with images of one size")
-    nothing = Predictions(np.full(found, -1), np.zeros(found, np.float32))
     odd = tuple(f"{url}: {complaint}" for url, listing in listings for complaint in listing.odd_labels)
-    dataset = Dataset(shards, shapes.pop(), bad, nothing, odd_labels=odd)
+    dataset = Dataset(
+        shards, first[1], bad, Predictions(np.full(found, -1), np.zeros(found, np.float32)), odd_labels=odd
+    )
     _check_labels(dataset, label_key)
     _warn_of_twins(dataset)
     return dataset
@@ -284,8 +291,8 @@ def classify(
 ) -> Predictions:
     """Predictions for all examples perturbed by v (C×H×W float32, pixels); options as for `Worker.classify`."""
     parts = list(workers.map(Worker.classify, dataset.blocks(CLASSIFY_SIZE), perturbation, quantize, divisor))
-    labels, confidences = (np.concatenate([getattr(p, name) for p in parts]) for name in ("labels", "confidences"))
-    return Predictions(labels, confidences, parts[0].networks)
+    labels, confidences = zip(*((p.labels, p.confidences) for p in parts), strict=True)
+    return Predictions(np.concatenate(labels), np.concatenate(confidences), parts[0].networks)
 
 
 def fooling_rate(dataset: Dataset, perturbed: Predictions) -> Rate:
@@ -318,11 +325,6 @@ def _check_labels(dataset: Dataset, label_key: str | None) -> None:
             len(odd),
             odd[0],
         )
-
-
-def first_few(complaints: Sequence[str]) -> str:
-    """The first few of them in one line."""
-    return "; ".join(complaints[:NUM_BAD_SHOWN]) + "; …" * (len(complaints) > NUM_BAD_SHOWN)
 
 
 def _list_shards(

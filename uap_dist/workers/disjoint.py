@@ -6,16 +6,17 @@ from dataclasses import replace
 
 import numpy as np
 
-from uap_dist.errors import ConfigError, ShardError
-from uap_dist.workers.dataset import Dataset, first_few
+from uap_dist.errors import ShardError
+from uap_dist.foreign_text import first_few
+from uap_dist.workers.dataset import Dataset
+from uap_dist.workers.messages import check_size
 
 logger = logging.getLogger(__name__)
 
 
 def check_shapes(train: Dataset, val: Dataset) -> None:
-    """Raise ConfigError where training and held-out images differ in shape."""
-    if train.shape != val.shape:
-        raise ConfigError(f"training images have shape {train.shape}, held-out ones {val.shape}; they must have one")
+    """Raise ShardError where training and held-out images differ in shape."""
+    check_size(val.shards[0].url, val.shape, (train.shards[0].url, train.shape))
 
 
 def check_disjoint(train: Dataset, val: Dataset, *, max_shared_fraction: float = 0.01) -> Dataset:

@@ -1,9 +1,12 @@
 """Messages between the driver and its workers."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+
+from uap_dist.errors import ShardError
 
 NUM_KEYS_SHOWN = 5
 
@@ -117,6 +120,16 @@ class ShardListing:
     hashes: tuple[bytes, ...]
     unused: tuple[str, ...]
     shape: tuple[int, ...]
+
+
+def check_size(url: str, shape: Sequence[int], first: tuple[str, Sequence[int]]) -> None:
+    """Raise ShardError where the images of a shard (C×H×W) differ in size from those of the first one, given as URL and shape."""
+    if tuple(shape) != tuple(first[1]):
+        here, there = (f"{width}×{height}" for _, height, width in (shape, first[1]))
+        raise ShardError(
+            f"{url} holds images of {here} pixels, {first[0]} of {there}; give shards with images of one size, or the network an "
+            "attribute `input_size`"
+        )
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,11 @@ from uap_dist.data.decode import DecodedShard
 from uap_dist.errors import ShardError
 from uap_dist.method.deepfool import deepfool
 from uap_dist.method.norms import add_perturbation
-from uap_dist.method.rates import Predictions
 from uap_dist.method.solver import BlockResult, LocalSteps, Solver
 from uap_dist.models.accelerate import accelerate
 from uap_dist.models.check import check_classifier
 from uap_dist.models.classes import find_classes
-from uap_dist.models.classifier import Classifier
+from uap_dist.models.classifier import Classifier, Predictions
 from uap_dist.models.loading import Given, load_classifier
 from uap_dist.workers.messages import Examples, Normals, ShardListing, Together
 from uap_dist.workers.reproducible import Precision, reproducible
