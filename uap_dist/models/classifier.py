@@ -136,6 +136,11 @@ class Predictions:
     confidences: np.ndarray
     networks: tuple[str, ...] = ()
 
+    @classmethod
+    def unknown(cls, num_images: int) -> "Predictions":
+        """In place of those that are still to be made."""
+        return cls(np.full(num_images, -1), np.zeros(num_images, np.float32))
+
     def each(self) -> Iterator[tuple[str, "Predictions"]]:
         """Those of each network, with its name; of one network themselves, without a name."""
         if not self.networks:

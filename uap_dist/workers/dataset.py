@@ -261,9 +261,7 @@ def list_dataset(
     if first is None or found < (num_images or 1):
         raise ConfigError(f"asked for {num_images or 1} images, but the {len(urls)} shards from {urls[0]} hold {found}")
     odd = tuple(f"{url}: {complaint}" for url, listing in listings for complaint in listing.odd_labels)
-    dataset = Dataset(
-        shards, first[1], bad, Predictions(np.full(found, -1), np.zeros(found, np.float32)), odd_labels=odd
-    )
+    dataset = Dataset(shards, first[1], bad, Predictions.unknown(found), odd_labels=odd)
     _check_labels(dataset, label_key)
     _warn_of_twins(dataset)
     return dataset
