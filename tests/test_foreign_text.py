@@ -137,6 +137,7 @@ def test_a_command_line_with_a_credential_is_refused_without_repeating_it(words,
         refuse_credentials(("--model", "m", *words))
     assert str(caught.value).startswith(said) and "hunter2" not in str(caught.value)
     assert "credentials belong in the environment (AWS_ACCESS_KEY_ID" in str(caught.value)
+    assert redact(str(caught.value)) == str(caught.value)  # as it is printed
 
 
 def test_locations_with_a_credential_are_refused_in_python_as_well():

@@ -39,6 +39,12 @@ def test_a_full_disk_leaves_the_old_file_intact(tmp_path):
     assert file.read_bytes() == b"before"
 
 
+def test_a_relative_path_may_hold_a_colon(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a:1.txt").write_text("one")
+    assert read_file("a:1.txt") == b"one"
+
+
 def test_absolute_locations_do_not_depend_on_the_working_directory():
     assert absolute("s3://bucket/x?region=r") == "s3://bucket/x?region=r"
     assert absolute("x") == os.path.join(Path.cwd(), "x")

@@ -123,7 +123,7 @@ def test_images_without_labels_make_shards_without_cls(tmp_path, caplog):
         images, names = list_parquet([path], copy)
         samples = list(shuffled_samples(images, 0))
     assert all(set(sample) == {"__key__", "png"} for sample in samples) and names == []
-    assert "2 of 2 images have no label" in caplog.text
+    assert "2 of 2 images have no label; if a column holds labels, name it with --label-key" in caplog.text
 
 
 def test_rows_without_an_image_are_counted(tmp_path, caplog):

@@ -62,6 +62,7 @@ def test_existing_files_with_pattern_characters_are_taken_literally(tmp_path):
     [
         ("absent-{0..1}.tar", "no shard absent-0.tar"),
         ("absent-*.tar", "matches nothing in the working directory"),
+        ("", "a shard has no name, as after a `::` too many"),
         ("*/a.tar", "wildcards may stand in the file name only"),
         ("a-{0..1.tar", "a-{0..1.tar is not a valid pattern of shards: Unbalanced braces"),
         ("${SCRATCH}/a.tar", "is not a valid pattern of shards: missing environment variable"),

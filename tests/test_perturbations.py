@@ -107,8 +107,8 @@ def test_invalid_perturbation_files_are_errors_of_one_line(tmp_path):
         ("small.npy:255", r"reaches ±0.03\d* pixels of 255; is its unit right\?"),
         ("unit.npy", r"give the unit of its values: .*unit.npy:255 for pixels of 0..255, or :1 for 0..1"),
         ("unit.npy:2", r"give the unit of its values"),
-        ("nan.npy:1", "reaches ±nan pixels"),
-        ("two.mat#t:255", r"must hold one array of shape 3×H×W or H×W×3, but holds \[\] under t"),
+        ("nan.npy:1", "holds values that are not finite"),
+        ("two.mat#t:255", "two.mat has nothing under 't'; its keys: "),
         ("text.mat:255", "cannot be read"),
         ("other.safetensors", "is not a perturbation written by jobs/compute.py"),
     ):

@@ -1,5 +1,6 @@
 """Perturbations as others publish them: tensors in checkpoints, folders and zips."""
 
+import re
 import zipfile
 from argparse import Namespace
 from fractions import Fraction
@@ -84,6 +85,8 @@ def test_a_zoo_is_a_folder_or_a_zip_of_them(zoo, tmp_path):
     assert [each.name for each in load_members([f"{zoo}:1"], ["linf_a"])] == [f"zoo, {m['name']}" for m in pool.members]
     assert [each.name for each in load_members([f"a={zoo}:1"], [])][0] == "a, l2_c"
     pool.save(tmp_path / "saved")
+    with pytest.raises(PerturbationError, match="was written by jobs/compute.py and knows its unit; leave that out"):
+        PerturbationPool.load(f"{tmp_path}/saved:255")
     assert torch.equal(PerturbationPool.load(tmp_path / "saved").perturbations, pool.perturbations)
     with pytest.raises(PerturbationError, match="does not say for which network it was computed"):
         pool.check_classifier("0" * 64)
@@ -115,14 +118,23 @@ class Own:
         ("v.pth:25", V, "v.pth:25: give the unit of its values: .*v.pth:255"),
         ("v.pth:255", V, r"v.pth reaches ±0.0\d+ pixels of 255; is its unit right"),
         ("v.pth:1", b"<html>", "v.pth is a web page"),
+        ("v.npy:1", b"<html>", "v.npy cannot be read: it is not what numpy.save writes, it begins with b'<html>'"),
+        ("v.npy:1", np.uint8([[[9]]] * 3), "its uint8 cannot be negative; subtract what was added"),
+        ("v.npy:1", np.zeros((3, 2, 2)), "v.npy holds zeros only"),
+        ("v.npy:1", np.full((3, 2, 2), np.inf), "v.npy holds values that are not finite"),
+        ("v.pth#w:1", {"v": V}, "v.pth has nothing under 'w'; its keys: v"),
+        ("b.npy:255", None, "cannot read .*/b.npy: there is no such file"),
+        ("none", None, "there is no such file or folder; files of others need the unit of their values, :255 or :1"),
         ("v.zip:1", b"<html>", "v.zip cannot be unpacked: File is not a zip file"),
         ("v.safetensors", {"delta": V}, r"is not a perturbation written by jobs/compute.py: .*; give others with the unit"),
         ("none:1", None, "none is no folder, and no file of a kind that holds perturbations"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_read_is_named_in_one_line(tmp_path, capsys, file, save, message):
-    path = tmp_path / file.partition(":")[0]
-    if isinstance(save, bytes):
+    path = tmp_path / re.split("[:#]", file)[0]
+    if isinstance(save, np.ndarray):
+        np.save(path, save)
+    elif isinstance(save, bytes):
         path.write_bytes(save)
     elif path.suffix == ".safetensors":
         save_file(save, path)

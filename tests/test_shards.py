@@ -56,6 +56,8 @@ def test_empty_truncated_and_foreign_files_have_different_errors(shards, tmp_pat
     whole = (shards / "train-0000.tar").read_bytes()
     for name, data in {"empty": b"", "cut": whole[: len(whole) // 2 + 100], "text": b"no tar at all" * 100}.items():
         (tmp_path / f"{name}.tar").write_bytes(data)
+    (tmp_path / "pointer.tar").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    (tmp_path / "zip.tar").write_bytes(b"PK\x03\x04" + bytes(60))
     with tarfile.open(tmp_path / "nothing.tar", "w"):
         pass
     for name, message in {
@@ -63,6 +65,8 @@ def test_empty_truncated_and_foreign_files_have_different_errors(shards, tmp_pat
         "cut": "is cut short",
         "text": "is not a tar, nor one compressed with gzip, bzip2 or xz: it begins with b'no tar at all",
         "nothing": "is empty: no sample",
+        "pointer": "is a Git LFS pointer, not the tar itself",
+        "zip": "is a zip file; pack its files into a tar",
     }.items():
         with pytest.raises(ShardError, match=message):
             load_shard(str(tmp_path / f"{name}.tar"), AS_IS)

@@ -27,7 +27,7 @@ _VALUE = r"""(?:"[^"]*"|'[^']*'|[^\s&#"'<>]+)"""
 _CREDENTIALS = [
     (re.compile(pattern, re.IGNORECASE | re.DOTALL), replacement)
     for pattern, replacement in (
-        (r"(?<!broken )\bpipe:.*", f"pipe:{HIDDEN}"),
+        (rf"(?<!broken )\bpipe:(?!{HIDDEN}).*", f"pipe:{HIDDEN}"),
         (r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", HIDDEN),
         (r"""\b(authorization['"]?\s*[:=]\s*['"]?)[^'"\r\n]+""", rf"\1{HIDDEN}"),
         (r"\b(bearer|basic)(?:\s+|%20|\+)[\w.~+/=%-]{6,}", rf"\1 {HIDDEN}"),

@@ -83,7 +83,7 @@ def locate(location: str) -> tuple[fs.FileSystem, str]:
         ConfigError: a URL with credentials or an unknown option, or a file system that does not exist or cannot be reached.
     """
     if not is_url(location):
-        return fs.LocalFileSystem(), location
+        return fs.LocalFileSystem(), os.path.abspath(location)  # pyarrow takes a relative path with a colon for a URL
     if hide_credentials(location) != location:
         raise ConfigError(
             f"{redact(location)} holds credentials, which runs and checkpoints would keep; give {_where_credentials_belong(location)}"

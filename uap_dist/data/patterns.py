@@ -73,6 +73,8 @@ def _expand_braces(pattern: str) -> list[str]:
 
 def _look_up(part: str) -> list[str]:
     """The shards under a name, which may have wildcards."""
+    if not part.strip():
+        raise ShardError("a shard has no name, as after a `::` too many")
     return _glob(part) if _has_wildcard(part) and not _is_local_file(part) else [_existing(part)]
 
 

@@ -167,6 +167,10 @@ def _fault(head: bytes, error: Exception) -> str:
         return "is empty"
     if re.match(rb"\s*<(!doctype|html|\?xml)", head, re.IGNORECASE):
         return f"is no tar but a page of a web server, as one that asks for a login: it begins with {head[:NUM_BYTES_SHOWN]!r}"
+    if head.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the tar itself; fetch that with git lfs pull"
+    if head.startswith(b"PK\x03\x04"):
+        return "is a zip file; pack its files into a tar"
     if not _is_header(head) and not is_compressed(head):
         return f"is not a tar, nor one compressed with gzip, bzip2 or xz: it begins with {head[:NUM_BYTES_SHOWN]!r}"
     if isinstance(error, EOFError) or str(error) == "unexpected end of data":

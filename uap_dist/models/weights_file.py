@@ -91,7 +91,9 @@ def split_key(location: str) -> tuple[str, str]:
 def choose_one(path: str, names: list[str]) -> str:
     """A message for a file with several dictionaries, or tensors, that could be meant."""
     listed = ", ".join(name or "the whole file" for name in names)
-    return f"{path} holds several that could be meant: {listed}; choose one by its key, as {path}#{names[-1]}"
+    return (
+        f"{path} holds several that could be meant: {listed}; choose one by its key, as {path.rstrip('#')}#{names[-1]}"
+    )
 
 
 def load_tensors(data: bytes, path: str, advice: str) -> Any:

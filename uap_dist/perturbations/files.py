@@ -19,7 +19,7 @@ from uap_dist.method.norms import Norm, measure
 from uap_dist.method.rates import Goal
 from uap_dist.models.names import Parts, canonical, name_rest, parts_of, refuse_twins
 from uap_dist.perturbations.published import load_published, split_unit
-from uap_dist.perturbations.reading import read
+from uap_dist.perturbations.reading import metadata_of, read
 
 PERTURBATION_FILE = "perturbation.safetensors"
 ENDING = r"\.(npy|mat|pth|pt|pth\.tar|bin|safetensors|zip)(?=#|$)"  # of published files
@@ -133,7 +133,10 @@ def _load(name: str, location: str) -> list[Perturbation]:
 
 
 def _own(name: str, location: str) -> Perturbation:
-    data = read(location)
+    try:
+        data = read(location)
+    except PerturbationError as error:
+        raise PerturbationError(f"{error}; files of others need the unit of their values, :255 or :1") from error
     try:
         v = load(data)["perturbation"].float()
         provenance = json.loads(metadata_of(data)["provenance"])
@@ -147,13 +150,6 @@ def _own(name: str, location: str) -> Perturbation:
         raise PerturbationError(f"{location} is damaged: its values do not match its digest")
     check_radius(v, norm, radius, location)
     return Perturbation(name, v, provenance)
-
-
-def metadata_of(data: bytes) -> dict[str, str]:
-    """Metadata of a safetensors file in memory (the library reads metadata only from files)."""
-    length = int.from_bytes(data[:8], "little")
-    metadata: dict[str, str] = json.loads(data[8 : 8 + length])["__metadata__"]
-    return metadata
 
 
 def check_radius(v: Tensor, norm: Norm, radius: float, location: str) -> None:

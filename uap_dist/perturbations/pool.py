@@ -20,9 +20,9 @@ from uap_dist.errors import ConfigError, PerturbationError
 from uap_dist.foreign_text import first_line
 from uap_dist.method.norms import check_ball
 from uap_dist.models.names import name_rest, parts_of, refuse_twins
-from uap_dist.perturbations.files import Perturbation, check_radius, metadata_of, split_name
+from uap_dist.perturbations.files import Perturbation, check_radius, split_name
 from uap_dist.perturbations.published import load_published, split_unit
-from uap_dist.perturbations.reading import read
+from uap_dist.perturbations.reading import metadata_of, read
 
 POOL_FILE, MANIFEST_FILE = "pool.safetensors", "pool.json"
 SHARED = ("model", "weights_digest", "norm", "radius")  # the provenance that all members have in common

@@ -20,11 +20,12 @@ from uap_dist.foreign_text import first_line
 from uap_dist.method.norms import measure
 from uap_dist.models.names import tell_apart
 from uap_dist.models.weights_file import choose_one, load_tensors, split_key
-from uap_dist.perturbations.reading import read
+from uap_dist.perturbations.reading import metadata_of, read
 
 UNITS = {"1": 255.0, "255": 1.0}  # pixels per unit, by the largest value of the scale
 EXTENSIONS = (".npy", ".mat", ".pth", ".pt", ".tar", ".bin", ".safetensors")
 NAMELESS = ("model", "pytorch_model", "checkpoint", "perturbation")  # files that their folder names
+NUM_BYTES_SHOWN = 24
 SMALLEST = 0.1  # pixels; a smaller perturbation has probably been read in the wrong unit
 AS_TANH = "delta_param"  # XTransferBench stores those of its l2 attacks as atanh of themselves
 SAVE_ALONE = "save the perturbation's tensor alone: torch.save(v, 'perturbation.pth')"
@@ -138,21 +139,38 @@ def _parse(data: bytes, path: str) -> Any:
     extension = PurePosixPath(split_query(path)[0]).suffix
     try:
         if extension == ".npy":
-            return np.load(io.BytesIO(data))
+            return _load_npy(data)
         if extension == ".mat":
             return {key: value for key, value in loadmat(io.BytesIO(data)).items() if not key.startswith("__")}
-        return load_tensors(data, path, SAVE_ALONE)
+        found = load_tensors(data, path, SAVE_ALONE)
+        if extension == ".safetensors" and {"provenance", "manifest"} & set(metadata_of(data)):
+            raise PerturbationError(f"{path} was written by jobs/compute.py and knows its unit; leave that out")
+        return found
+    except PerturbationError:
+        raise
     except ClassifierError as error:
         raise PerturbationError(str(error)) from error
     except Exception as error:  # of NumPy and SciPy
         raise PerturbationError(f"{path} cannot be read: {first_line(error)}") from error
 
 
+def _load_npy(data: bytes) -> np.ndarray:
+    if not data.startswith(b"\x93NUMPY"):  # NumPy would take it for a pickle, and advise to read that
+        raise ValueError(f"it is not what numpy.save writes, it begins with {data[:NUM_BYTES_SHOWN]!r}")
+    array: np.ndarray = np.load(io.BytesIO(data))
+    if array.dtype.kind == "u":
+        raise ValueError(f"its {array.dtype} cannot be negative; subtract what was added, as 128, and save floats")
+    return array
+
+
 def _take(value: Any, key: str, path: str) -> dict[str, np.ndarray]:
     """The perturbations (C×H×W) in a file's contents by their keys, "" for the only one."""
     arrays = dict(_arrays(value))
     if key:
-        arrays = {name: array for name, array in arrays.items() if name == key or name.startswith(f"{key}.")}
+        own = {name: array for name, array in arrays.items() if name == key or name.startswith(f"{key}.")}
+        if not own:
+            raise PerturbationError(f"{path} has nothing under {key!r}; its keys: {', '.join(arrays) or 'none'}")
+        arrays = own
     found = {name: v for name, array in arrays.items() if (v := _to_chw(array)) is not None}
     if len(arrays) == 1 and not found:
         (several,) = arrays.values()
@@ -195,6 +213,10 @@ def _to_chw(array: np.ndarray) -> np.ndarray | None:
 
 def _in_pixels(array: np.ndarray, unit: float, where: str) -> Tensor:
     v = unit * torch.tensor(array.astype(np.float32))
-    if not SMALLEST <= measure(v, "linf") <= 255:  # nan as well
+    if not v.isfinite().all():
+        raise PerturbationError(f"{where} holds values that are not finite")
+    if not v.any():
+        raise PerturbationError(f"{where} holds zeros only")
+    if not SMALLEST <= measure(v, "linf") <= 255:
         raise PerturbationError(f"{where} reaches ±{measure(v, 'linf'):g} pixels of 255; is its unit right?")
     return v

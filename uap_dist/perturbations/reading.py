@@ -1,5 +1,7 @@
 """Reading a file of perturbations, wherever it lies."""
 
+import json
+
 from uap_dist.data.locations import read_file
 from uap_dist.errors import PerturbationError
 
@@ -21,3 +23,10 @@ def read(location: str) -> bytes:
         return read_file(location)
     except OSError as error:
         raise PerturbationError(f"cannot read {error}") from error
+
+
+def metadata_of(data: bytes) -> dict[str, str]:
+    """Metadata of a safetensors file in memory (the library reads metadata only from files)."""
+    length = int.from_bytes(data[:8], "little")
+    metadata: dict[str, str] = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+    return metadata

@@ -70,7 +70,12 @@ def list_parquet(
         names = [str(number) for number in range(1 + max((label for label in labels if label is not None), default=-1))]
     labels = [None if label is None or label < 0 else label for label in labels]
     if unknown := labels.count(None):
-        logger.warning("%d of %d images have no label", unknown, len(labels))
+        hint = (
+            "; if a column holds labels, name it with --label-key"
+            if unknown == len(labels) and not label_column
+            else ""
+        )
+        logger.warning("%d of %d images have no label%s", unknown, len(labels), hint)
     return [image.labelled(label) for (image, _), label in zip(rows, labels, strict=True)], names
 
 
