@@ -10,6 +10,7 @@ from uap_dist.method.augment import augment, draw_views, take_views
 from uap_dist.method.config import ComputeConfig
 from uap_dist.method.rates import FOOLING
 from uap_dist.models.loading import load_classifier
+from uap_dist.rounds.plan import plan_run
 from uap_dist.workers.messages import Examples, Together
 from uap_dist.workers.solving import gpu_images
 from uap_dist.workers.solving.batches import choose, parts_of, solve_chosen
@@ -24,8 +25,8 @@ def decoded(shards):
     return [load_shard(str(shards / f"train-000{i}.tar"), worker.classifier.geometry) for i in range(3)]
 
 
-def examples(shard, start, count, seed=0):
-    return Examples("url", shard.digest, shard.keys[start : start + count], (1,) * count, seed=(seed, 0, 0))
+def examples(shard, start, count, seed=0, label=1):
+    return Examples("url", shard.digest, shard.keys[start : start + count], (label,) * count, seed=(seed, 0, 0))
 
 
 @pytest.mark.parametrize("augmentation", ["none", "flip", "flip-shift"])
@@ -52,24 +53,26 @@ def test_images_are_kept_while_there_is_room_and_where_it_grows(decoded, monkeyp
     assert images.rows(examples(decoded[2], 0, 1)) is None and len(images.pixels) == room
 
 
-def test_a_block_has_the_same_sums_from_images_that_lie_there(decoded):
-    solver, images = ComputeConfig().solver, GpuImages(torch.device("cpu"), max_bytes=1 << 30)
-    blocks = (examples(decoded[0], 2, 3), None, examples(decoded[1], 0, 2, seed=7))
+@pytest.mark.parametrize("given", [TINY, (TINY, TINY.replace("Tiny", "Other"))], ids=["one", "several"])
+def test_a_block_has_the_same_sums_from_images_that_lie_there(decoded, given):
+    classifier, images = load_classifier(given), GpuImages(torch.device("cpu"), max_bytes=1 << 30)
+    solver = plan_run([3], ComputeConfig(), classifier.networks).solver
+    label = [1, 2] if classifier.networks else 1
+    blocks = (examples(decoded[0], 2, 3, label=label), None, examples(decoded[1], 0, 2, seed=7, label=label))
     v, scales = (
         5 * torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)),
         torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64),
     )
+    if classifier.networks:
+        scales = torch.stack([scales, 3 * scales], 1)
     by_digest = {shard.digest: shard for shard in decoded}
     task = Together(blocks, size=3)
-    direct, classifier = (
-        BlockSolver(torch.device("cpu"), lambda some: by_digest[some.digest], Graphs()),
-        load_classifier(TINY),
-    )
+    direct = BlockSolver(torch.device("cpu"), lambda some: by_digest[some.digest], Graphs())
     expected = direct.solve(classifier, task, v, scales, solver, None)
     for shard in decoded:
         images.add(shard)
     choice = torch.tensor(choose(parts_of(task, 16, solver.augmentation), images))
     found = solve_chosen(choice, v, scales, images.pixels, classifier, solver)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert choice[:, 5].tolist() == [1, 1, 1, 0, 0, 0, 1, 1, 0]
+    assert choice[:, -1].tolist() == [1, 1, 1, 0, 0, 0, 1, 1, 0]
     assert found[1][:, solver.names.index(FOOLING), 1].tolist() == [3, 0, 2]

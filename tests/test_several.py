@@ -20,6 +20,9 @@ from uap_dist.method.update import balance
 from uap_dist.models.classifier import Classifier, Predictions
 from uap_dist.models.loading import load_classifier
 from uap_dist.models.several import WORST, Several, of_network
+from uap_dist.planning.range import Range
+from uap_dist.planning.shard_sizes import ShardSizes
+from uap_dist.planning.work import OF_LOG_ODDS, count_work
 from uap_dist.rounds.concurrent import compute_concurrently
 from uap_dist.rounds.group import run_together
 from uap_dist.rounds.loop import compute
@@ -144,6 +147,17 @@ def test_a_resumed_computation_has_the_same_bits_and_a_budget_counts_every_netwo
     assert reports[0].rates.keys() == {"Tiny.fooling", "Other.fooling", "fooling"} or "target" in options
     rates = last.evaluation.val_rates
     assert rates["fooling"].rate <= rates["worst.fooling"].rate and rates["worst.fooling"].rate > 0.5
+
+
+@pytest.mark.parametrize("options", [{}, {"max_passes": None, "max_evaluations": 700}, {"local_steps": 5}])
+def test_the_work_that_a_plan_counts_is_that_of_all_networks(both, options):
+    workers, train, val = both
+    config = replace(CONFIG, **options)
+    *_, final = compute(workers, train, val, config)
+    sizes = [ShardSizes(tuple(data.sizes), tuple(data.sizes), (1,) * len(data.sizes)) for data in (train, val)]
+    work = count_work(*sizes, config, evaluations_per_solve=OF_LOG_ODDS * 2, num_networks=2)
+    assert work.num_evaluations == Range.exactly(final.num_evaluations)
+    assert (work.num_rounds, work.num_solves) == (final.round_number + 1, final.num_solves)
 
 
 def test_a_member_has_the_same_bits_alone_in_its_batch_and_beside_others(both):

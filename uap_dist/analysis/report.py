@@ -144,7 +144,7 @@ class FinishedAnalysis:
         digest = origin.get("weights_digest")
         if digest is None:
             return ["The perturbation does not say which network it was computed for; it may be another one than this."]
-        if digest != self.provenance["weights_digest"]:
+        if not self.perturbation.is_for(self.provenance["weights_digest"]):
             model, said = escape_markdown(origin.get("model", "unnamed")), escape_markdown(str(digest)[:12])
             return [
                 f"**The perturbation was computed for another network**, {model} (weights {said}…): "

@@ -84,15 +84,17 @@ class ComputeOptions:
     def _check_networks(self) -> None:
         if not self.models:
             return
-        name_models([ModelChoice.parse(text) for text in self.models])
-        if len(self.models) == 1:
+        if len(self.networks) == 1:
             raise ConfigError(f"--models has one network, {self.models[0]}; give it as --model, or give several")
         if self.model != type(self).model:
             raise ConfigError(f"give --model {self.model} as one of --models, or leave out --models")
         if self.weights is not None:
             raise ConfigError("--weights belongs to --model; with --models give each network its own, as MODEL=WEIGHTS")
-        if self.plan:
-            raise ConfigError("--plan does not know how long several networks take (--models); leave it out")
+
+    @property
+    def networks(self) -> list[str]:
+        """Names of several networks; empty for one."""
+        return name_models([ModelChoice.parse(text) for text in self.models])
 
     @property
     def given(self) -> Given:
@@ -126,8 +128,7 @@ class ComputeOptions:
         model = "-".join(Path(path).parts[-2:]) if ".py:" not in path else Path(path).name
         model += re.sub(r"[^\w.=]+", "-", f"-{arguments}" if arguments else "")
         if self.models:
-            names = name_models([ModelChoice.parse(text) for text in self.models])
-            model = re.sub(r"[^\w.=+]+", "-", "+".join(names))
+            model = re.sub(r"[^\w.=+]+", "-", "+".join(self.networks))
         seed = self.compute.seed
         which = f"seed{seed}" if self.num_perturbations == 1 else f"pool{self.num_perturbations}-seed{seed}"
         target = self.compute.target

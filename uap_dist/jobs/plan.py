@@ -16,7 +16,7 @@ from uap_dist.versions import describe_code
 
 def plan(options: ComputeOptions, tracker: Tracker, output: Path) -> None:
     """Time a little of the job, and say what all of it costs."""
-    classifier = load_usable_classifier(options.model, options.weights)
+    classifier = load_usable_classifier(options.given, options.weights)
     if classifier.class_names:
         options = options.with_labels(classifier.class_names, len(classifier.class_names))
     settings = describe_setup(classifier, options.weights, options.fleet) | describe_config(options.config)

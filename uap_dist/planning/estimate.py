@@ -63,7 +63,7 @@ class Profiler:
         started = time.perf_counter()
         options, classifier, run_id = self.options, self.classifier, self.tracker.run_id
         config = replace(options.fleet, num_workers=num_workers)
-        fleet = Fleet(options.model, options.weights, config, run_id, weights_digest=classifier.weights_digest)
+        fleet = Fleet(options.given, options.weights, config, run_id, weights_digest=classifier.weights_digest)
         with closing(fleet), CheckpointStore(join(self.storage, run_id)) as store:
             fleet.wait()
             ready_s = time.perf_counter() - started
@@ -124,6 +124,7 @@ def make_plan(profiler: Profiler, val_urls: Sequence[str]) -> Plan:
         options.config,
         num_perturbations=options.num_perturbations,
         evaluations_per_solve=costs[-1].evaluations_per_solve,
+        num_networks=len(profiler.classifier.members),
     )
     room = {
         "memory_bytes": int(options.fleet.cache_gib * GIB),

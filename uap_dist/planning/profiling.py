@@ -16,6 +16,7 @@ import torch
 
 from uap_dist.computing.report import FinishedRun, save_run
 from uap_dist.method.config import ComputeConfig
+from uap_dist.method.rates import UNTARGETED
 from uap_dist.method.state import RoundReport, State
 from uap_dist.planning.cost_model import Costs
 from uap_dist.planning.range import Range
@@ -123,7 +124,7 @@ def measure_costs(
         update=Range.of(update_s),
         driver=Range.of(rounds.driver_s[NUM_WARM_UPS:]),
         report=Range.once(report_s),
-        evaluations_per_solve=OF_LOG_ODDS
+        evaluations_per_solve=OF_LOG_ODDS * max(1, len(images.clean.networks))
         if config.rule == "log-odds"
         else replace(evaluations_per_solve, low=MAX_FOOLED + (1 - MAX_FOOLED) * evaluations_per_solve.low),
         worker_bytes=used.process_bytes - used.decoded_bytes,
@@ -170,7 +171,7 @@ def _measure_rounds(timed: _TimedWorkers, images: Dataset, config: ComputeConfig
     update_s: list[float] = []
     driver_s: list[float] = []
     per_solve: list[float] = []
-    num_evaluations, num_solves = images.num_examples, 0
+    num_evaluations, num_solves = images.clean.labels.size, 0
     begun = started = time.perf_counter()
     in_calls = timed.seconds
     for report in compute(timed, images, images, endless):
@@ -204,7 +205,7 @@ def _measure_batches(workers: Workers, images: Dataset, config: ComputeConfig) -
     rounds = tuple(RoundTasks.of(round_, images, config.seed) for round_ in scheduled)
     start = State.start(images.shape, images.clean.labels, config)
     spans = [Span(dict.fromkeys(places, rounds), len(places))] * workers.num_workers
-    plan, found = plan_run(images.sizes, endless), list[float]()
+    plan, found = plan_run(images.sizes, endless, images.clean.networks), list[float]()
     for _ in range(NUM_WARM_UPS + MIN_ROUNDS):
         answers = list(workers.map(compute_span, spans, dict.fromkeys(places, start), plan))
         of_first_member = [answer[0] for answer in answers]
@@ -217,7 +218,8 @@ def _measure_batches(workers: Workers, images: Dataset, config: ComputeConfig) -
 def _measure_report(timed: _TimedWorkers, images: Dataset, rounds: _Rounds, class_names: Sequence[str]) -> float:
     """Seconds to write the files of a perturbation, without the time of the workers."""
     for _ in range(NUM_MEASUREMENTS // 2):  # each classifies training and held-out images
-        evaluation = evaluate(timed, images, images, rounds.final.perturbation)
+        goal = UNTARGETED.of_networks(images.clean.networks)
+        evaluation = evaluate(timed, images, images, rounds.final.perturbation, goal)
     finished = FinishedRun(
         final=replace(rounds.final, evaluation=evaluation),
         history=rounds.history,

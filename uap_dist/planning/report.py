@@ -82,8 +82,9 @@ class Plan:
         parts = ", ".join(f"{name} {duration(part.expected)}" for name, part in last.parts.items())
         times = f"{work.num_perturbations} × " if work.num_perturbations > 1 else ""
         together = f", {config.members_at_once} perturbations in a batch" if config.members_at_once > 1 else ""
+        model = " + ".join(self.options.networks) or self.options.model
         return (
-            f"**{escape_markdown(self.options.model)}**, {config.norm} ≤ {config.ball_radius:g} pixels, rule {config.rule}: "
+            f"**{escape_markdown(model)}**, {config.norm} ≤ {config.ball_radius:g} pixels, rule {config.rule}: "
             f"{times}{work.num_rounds:,} rounds of {max(work.rounds)} blocks, {times}{work.num_solves:,} solves{together}, "
             f"{_with_range(work.num_evaluations, '{:,.0f}')} network evaluations; {work.num_classified:,} images classified for clean "
             f"labels and measurements.\n\n{self.table()}\n\nOf the {duration(last.seconds.expected)} on "

@@ -28,6 +28,7 @@ class Work:
         num_solves: solves of one computation.
         evaluations_per_solve: network evaluations.
         measurements: how often one computation classifies images for fooling rates, by the number of them in each shard.
+        num_networks: that each perturbation is computed for.
     """
 
     train: ShardSizes
@@ -37,6 +38,7 @@ class Work:
     num_solves: int
     evaluations_per_solve: Range
     measurements: Mapping[tuple[int, ...], int]
+    num_networks: int = 1
 
     @property
     def num_rounds(self) -> int:
@@ -51,7 +53,7 @@ class Work:
     @property
     def num_evaluations(self) -> Range:
         """Network evaluations of all computations, each with the clean labels of its training images, as runs report them."""
-        of_one = self.evaluations_per_solve * self.num_solves + self.train.total_images
+        of_one = self.evaluations_per_solve * self.num_solves + self.num_networks * self.train.total_images
         return of_one * self.num_perturbations
 
     @property
@@ -68,6 +70,7 @@ def count_work(
     *,
     num_perturbations: int = 1,
     evaluations_per_solve: Range = OF_LOG_ODDS,
+    num_networks: int = 1,
 ) -> Work:
     """Count all work that the config allows; a run that reaches its target fooling rate before does less.
 
@@ -78,23 +81,24 @@ def count_work(
         val: held-out shards.
         config: of each computation; all are counted with the seed of the first.
         num_perturbations: number of computations.
-        evaluations_per_solve: network evaluations.
+        evaluations_per_solve: network evaluations, of all networks.
+        num_networks: that each perturbation is computed for.
 
     Raises:
         ConfigError: the config allows no round.
     """
-    num_train, num_val = train.total_images, val.total_images
-    planned = count_rounds(train.num_images, config)
-    plan = plan_measurements(train.num_images, config, planned)
+    num_labels, num_val = num_networks * train.total_images, val.total_images
+    planned = count_rounds(train.num_images, config, num_networks)
+    plan = plan_measurements(train.num_images, config, planned, num_networks)
     rounds: Counter[int] = Counter()
     num_solves = num_measurements = 0
-    spent = float(num_train)
+    spent = float(num_labels)
     for round_ in plan_rounds(
         train.num_images, seed=config.seed, round_size=config.round_size, block_size=config.block_size
     ):
         rounds[len(round_.blocks)] += 1
         num_solves += round_.num_examples
-        spent_before, spent = spent, num_train + evaluations_per_solve.expected * num_solves
+        spent_before, spent = spent, num_labels + evaluations_per_solve.expected * num_solves
         is_spent = spent >= (config.max_evaluations or inf)
         if round_.number + 1 == planned or is_spent:
             break
@@ -111,6 +115,7 @@ def count_work(
         # cheaper solves leave more of the budget for others
         evaluations_per_solve=Range.exactly(evaluations_per_solve.expected) if is_spent else evaluations_per_solve,
         measurements=Counter(during * num_measurements + at_end),
+        num_networks=num_networks,
     )
 
 
