@@ -186,7 +186,7 @@ def test_what_is_no_class_or_leaves_nothing_is_said_of_several_too(both):
             ("worst=Tiny", "Other"),
             "^a network is named 'worst', which is kept for the rates of the worst one; name it ",
         ),
-        (("Tiny", "Renamed"), "^Renamed has other classes than Tiny, or in another order; one perturbation needs"),
+        (("Tiny", "Renamed"), "^label 1 is 'blue' to Renamed, and 'green' to another network; one perturbation needs "),
         (("Tiny", "FiveClasses"), "^Tiny has 4 classes, FiveClasses 5; one perturbation needs networks of the same cl"),
         (("Resized", "WronglyResized"), "^WronglyResized takes 20×20 pixels, Resized 16×16 pixels; one perturbation n"),
         (

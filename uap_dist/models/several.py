@@ -65,11 +65,12 @@ class Several(Classifier):
             raise ClassifierError(
                 f"{name} takes {size}×{size} pixels, {self.networks[0]} {seen}; one perturbation needs networks of one input size"
             )
-        if member.class_names and tuple(member.class_names) != self.class_names:
-            raise ClassifierError(
-                f"{name} has other classes than {self.networks[0]}, or in another order; one perturbation needs networks of the "
-                "same classes"
-            )
+        for label, (own, other) in enumerate(zip(member.class_names, self.class_names, strict=False)):
+            if own != other:
+                raise ClassifierError(
+                    f"label {label} is {own!r} to {name}, and {other!r} to another network; one perturbation needs networks of the "
+                    "same classes in one order. If they are, give them the same class_names, or none"
+                )
 
 
 def of_network(kind: str, network: str) -> str:
