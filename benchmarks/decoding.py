@@ -3,14 +3,18 @@
     python benchmarks/decoding.py                      # threads; a minute
     pip install -e '.[bench]'
     python benchmarks/decoding.py --compare decoders   # a minute; benchmarks/overhead.md has the table
+    python benchmarks/decoding.py --compare start      # a few minutes: what stands between decoding and a job's first round
 
 *Threads*: whole shards as a worker decodes them (`decode_shard`), read from the page cache. *Decoders*: one thread, and whether
 the pixels are Pillow's; every decoder's picture is resized and cropped by the same Pillow code, as decode.py does it. A decoder
-that is not installed is left out.
+that is not installed is left out. *Start*: all training images decoded in this process by as many threads as there are CPUs, and
+how long jobs/compute.py with a network that costs nothing takes from its start to its first round on the same images.
 """
 
 import io
 import os
+import subprocess
+import sys
 import tarfile
 import time
 from collections.abc import Callable
@@ -20,6 +24,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
+import mlflow
 import numpy as np
 import torch
 import tyro
@@ -29,6 +34,7 @@ from torchvision.transforms import functional as F
 from uap_dist.data.decode import Geometry, decode_shard
 from uap_dist.data.fetch import fetch
 
+ROOT = Path(__file__).resolve().parents[1]
 RESIZE, CROP = 256, 224
 GEOMETRY = Geometry(RESIZE, CROP)
 EXIF_ORIENTATION = 274
@@ -40,18 +46,26 @@ Decoder = Callable[[bytes], np.ndarray]  # H×W×3 uint8
 class Options:
     """Measure."""
 
-    compare: Literal["threads", "decoders"] = "threads"
+    compare: Literal["threads", "decoders", "start"] = "threads"
     """What is compared."""
     repeats: int = 3
     """Of which the best counts."""
     data: Path = Path("../shared/data")
     """Folder with the shards of photographs."""
+    model: str = f"{ROOT}/benchmarks/free.py:at_224"
+    """Start: network of the job; another one shows its clean labels, too."""
+    weights: str | None = None
+    """Of that network."""
+    train: str = "imagenette/train-*.tar"
+    """Start: training shards in the folder."""
+    val: str = "imagenette/val-*.tar"
+    """Start: held-out shards, which are read behind the rounds."""
 
 
 def main() -> None:
-    """A line for each number of threads or each decoder."""
+    """A line for each number of threads, each decoder or each repeat."""
     options = tyro.cli(Options)
-    compare_threads(options) if options.compare == "threads" else compare_decoders(options)
+    {"threads": compare_threads, "decoders": compare_decoders, "start": compare_start}[options.compare](options)
 
 
 def compare_threads(options: Options) -> None:
@@ -155,6 +169,40 @@ def crop(picture: np.ndarray) -> np.ndarray:
     """Short side to 256, then the centre."""
     image = F.center_crop(F.resize(Image.fromarray(picture), RESIZE), CROP)
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+def compare_start(options: Options) -> None:
+    """A line for each repeat: decoding alone, then a job."""
+    paths, num_threads = sorted(options.data.glob(options.train)), os.cpu_count() or 1
+    print(f"{num_threads} CPUs\n")
+    print("| training images | decoded alone, s | a job's first round begins after, s | beyond 1.2 times decoding, s |")
+    print("| --- | --- | --- | --- |")
+    for _ in range(options.repeats):
+        started = time.perf_counter()
+        num_images = sum(len(decode_shard(fetch(str(p)), GEOMETRY, num_threads=num_threads).keys) for p in paths)
+        alone = time.perf_counter() - started
+        first = seconds_to_first_round(options, num_images)
+        print(f"| {num_images:,} | {alone:.1f} | {first:.1f} | {first - 1.2 * alone:.1f} |", flush=True)
+
+
+def seconds_to_first_round(options: Options, num_images: int) -> float:
+    """From the start of a job's process, by what MLflow was told and when."""
+    with TemporaryDirectory() as folder:
+        store = f"sqlite:///{folder}/mlflow.db"
+        mlflow.MlflowClient(store).search_experiments()  # makes its tables, which would else be in the job's time
+        words = [sys.executable, str(ROOT / "jobs/compute.py"), "--model", options.model, "--output", "out"]
+        words += ["--weights", str(Path(options.weights).resolve())] if options.weights else []
+        for name, pattern in (("--train-shards", options.train), ("--val-shards", options.val)):
+            words += [name, str(options.data.resolve() / pattern)]
+        words += ["--num-val-images", "100", "--max-evaluations", str(num_images + 600)]
+        started = time.time()
+        subprocess.run(words, cwd=folder, check=True, capture_output=True, env=os.environ | {"MLFLOW_TRACKING_URI": ""})
+        client = mlflow.MlflowClient(store)
+        experiment = client.get_experiment_by_name("uap_dist")
+        assert experiment is not None
+        (run,) = client.search_runs([experiment.experiment_id])
+        first = client.get_metric_history(run.info.run_id, "round/seconds")[0]
+        return first.timestamp / 1000 - first.value - started
 
 
 def timed(function: Callable[[], object]) -> float:

@@ -34,7 +34,8 @@ from uap_dist.method.update import Iterate
 from uap_dist.models.classifier import Predictions
 from uap_dist.rounds.plan import RoundTasks, plan_run
 from uap_dist.rounds.round import run_round
-from uap_dist.workers.dataset import Dataset, Shard
+from uap_dist.workers.dataset import Dataset
+from uap_dist.workers.listing import Shard
 from uap_dist.workers.messages import Examples
 
 NUM_ACTORS = 4

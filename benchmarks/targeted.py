@@ -27,7 +27,7 @@ import torch
 import tyro
 from comparison.attacks import Counting
 from comparison.bench import Bench, stamp
-from comparison.intervals import interval, spread
+from comparison.intervals import interval
 from comparison.opponents import EntropyWorkers
 from comparison.rows import MAX_LABEL_SHARE, NO_CLAMP
 from torch import Tensor, nn
@@ -45,16 +45,17 @@ RADIUS, BUDGET = 10.0, 8_000
 TITLES: dict[Method, str] = {"ours": "ours", "entropy": "entropy", "art": "ART"}
 # chosen before anything was measured: all ten classes of CIFAR-10, every hundredth of ImageNet
 TARGETS = {"cifar": tuple(range(10)), "imagenet": tuple(range(50, 1_000, 100))}
-HEADS = ("network, evaluations", "method", "targeted success, held out, mean ± sd", "lead of ours, paired")
-HEADS += ("of the worst target", "fooling rate", "success of random signs", "targets", "seeds")
+HEADS = ("network, evaluations", "method", "targeted success, held out", "lead of ours, paired", "of the worst target")
+HEADS += ("fooling rate", "success of random signs", "targets", "seeds", "runs")
 Constants = dict[str, Any]
 # tried with --tune; the first is what is used until CHOSEN names another
 GRID: dict[Method, tuple[Constants, ...]] = {
     "entropy": tuple({"step": step, "clamp": clamp} for clamp in (NO_CLAMP, 12.0) for step in (1.0, 0.5, 2.0, 4.0)),
-    "art": tuple({"eps": eps} for eps in (2.0, 1.0, 0.5, 5.0, 10.0)),
+    "art": tuple({"eps": eps} for eps in (1.0, 0.5, 2.0, 5.0, 10.0, 20.0)),
 }
 CHOSEN: dict[tuple[str, Method], Constants] = {  # by network, from the table of --tune
     ("resnet20", "entropy"): {"step": 2.0, "clamp": NO_CLAMP},
+    ("resnet20", "art"): {"eps": 1.0},
 }
 
 
@@ -238,57 +239,58 @@ def tables(path: Path) -> Iterator[str]:
     for network, budget in groups:
         own = {run: line for run, line in found.items() if (run.network, run.budget) == (network, budget)}
         for target in sorted({run.target for run in own}):
-            cells = [rates_by_seed(own, method, "held_out_success", target) for method in TITLES]
-            by_chance = rates_by_seed(own, "ours", "random_success", target)
-            shown = [f"{mean(each.values()):.3f}" if each else "" for each in (*cells, by_chance)]
+            rates = [rates_of(own, method, "held_out_success") for method in TITLES]
+            rates.append(rates_of(own, "ours", "random_success"))
+            cells = [[value for (label, _), value in each.items() if label == target] for each in rates]
+            shown = [f"{mean(each):.3f} ({len(each)})" if each else "" for each in cells]
             yield f"| {network}, {budget:,} | {target} | {' | '.join(shown)} |"
     yield from [
         "",
         "| network, evaluations | method, constants | targeted success, held in | runs |",
         "| --- " * 4 + "|",
     ]
-    for network, budget, method, constants in dict.fromkeys(
-        (r.network, r.budget, r.method, r.constants) for r in found
-    ):
-        rates = [
-            rate(line["held_in_success"])
-            for r, line in found.items()
-            if (r.network, r.budget, r.method, r.constants) == (network, budget, method, constants)
-        ]
-        yield f"| {network}, {budget:,} | {TITLES[method]} {constants} | {mean(rates):.3f} | {len(rates)} |"
+    for network, budget, method in dict.fromkeys((run.network, run.budget, run.method) for run in found):
+        yield from tried_rows(network, budget, method, found)
 
 
 def method_rows(network: str, budget: int, own: dict[Run, dict[str, Any]]) -> Iterator[str]:
-    """A row for each method: means over targets of each seed, and their paired difference to ours."""
-    ours = rates_by_seed(own, "ours", "held_out_success")
+    """A row for each method: means over its runs, and over those of which ours has the same target and seed that of the difference."""
+    ours = rates_of(own, "ours", "held_out_success")
     for method in TITLES:
-        rates = rates_by_seed(own, method, "held_out_success")
-        if not rates:
+        found = rates_of(own, method, "held_out_success")
+        if not found:
             continue
-        targets = sorted({run.target for run in own if run.method == method})
-        worst = min(mean(rates_by_seed(own, method, "held_out_success", t).values()) for t in targets)
-        lead = (
-            interval([ours[seed] - value for seed, value in rates.items() if seed in ours]) if method != "ours" else ""
-        )
-        others = [mean(rates_by_seed(own, method, key).values()) for key in ("held_out_fooling", "random_success")]
+        targets, seeds = ({each[i] for each in found} for i in (0, 1))
+        worst = min(mean(rate for (own_target, _), rate in found.items() if own_target == t) for t in targets)
+        leads = [ours[pair] - value for pair, value in found.items() if pair in ours]
+        others = [mean(rates_of(own, method, key).values()) for key in ("held_out_fooling", "random_success")]
         yield (
-            f"| {network}, {budget:,} | {TITLES[method]} | {spread(list(rates.values()))} | {lead} | {worst:.3f} "
-            f"| {others[0]:.3f} | {others[1]:.3f} | {len(targets)} | {len(rates)} |"
+            f"| {network}, {budget:,} | {TITLES[method]} | **{mean(found.values()):.3f}** "
+            f"| {interval(leads) if method != 'ours' else ''} | {worst:.3f} | {others[0]:.3f} | {others[1]:.3f} "
+            f"| {len(targets)} | {len(seeds)} | {len(found)} |"
         )
 
 
-def rates_by_seed(
-    own: dict[Run, dict[str, Any]], method: Method, key: str, target: int | None = None
-) -> dict[int, float]:
-    """Mean over targets, or of one target, for each seed, of a method's runs with the chosen constants."""
-    some = [
-        run
-        for run in own
-        if run.method == method
-        and run.constants == json.dumps(chosen(run.network, method))
-        and target in (None, run.target)
-    ]
-    return {seed: mean(rate(own[r][key]) for r in some if r.seed == seed) for seed in sorted({r.seed for r in some})}
+def tried_rows(network: str, budget: int, method: Method, found: dict[Run, dict[str, Any]]) -> Iterator[str]:
+    """A row for each of the constants that were tried: the mean over the targets and seeds that all of them were tried with."""
+    tried: dict[str, dict[tuple[int, int], float]] = {}
+    for run, line in found.items():
+        if (run.network, run.budget, run.method) == (network, budget, method):
+            tried.setdefault(run.constants, {})[run.target, run.seed] = rate(line["held_in_success"])
+    common = set.intersection(*map(set, tried.values()))
+    if len(tried) > 1 and common:
+        for constants, rates in tried.items():
+            shown = mean(rates[pair] for pair in common)
+            yield f"| {network}, {budget:,} | {TITLES[method]} {constants} | {shown:.3f} | {len(common)} |"
+
+
+def rates_of(own: dict[Run, dict[str, Any]], method: Method, key: str) -> dict[tuple[int, int], float]:
+    """Of a method's runs with the chosen constants, by target and seed."""
+    return {
+        (run.target, run.seed): rate(line[key])
+        for run, line in own.items()
+        if run.method == method and run.constants == json.dumps(chosen(run.network, method))
+    }
 
 
 def rate(hits_and_images: list[int]) -> float:

@@ -22,7 +22,8 @@ from uap_dist.method.schedule import plan_rounds
 from uap_dist.models.classifier import Classifier, Predictions
 from uap_dist.perturbations.files import Perturbation
 from uap_dist.rounds.loop import compute
-from uap_dist.workers.dataset import Dataset, Shard, load_dataset
+from uap_dist.workers.dataset import Dataset, load_dataset
+from uap_dist.workers.listing import Shard
 from uap_dist.workers.local import LocalWorkers
 from uap_dist.workers.worker import Worker
 

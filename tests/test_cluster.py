@@ -94,7 +94,7 @@ connect()
 fleet = Fleet(sys.argv[1], None, FleetConfig(num_workers=1))
 fleet.wait()
 data = list_dataset(fleet, [sys.argv[2]])
-(answer,) = fleet.map(Worker.classify, [data.examples(0, range(3))], np.zeros(data.shape, np.float32))
+((answer,),) = fleet.map(Worker.classify, [data.examples(0, range(3))], np.zeros((1, *data.shape), np.float32))
 print("labels", answer.labels, "lost", fleet.stats.workers_lost)
 """
 

@@ -4,13 +4,14 @@ import io
 
 import numpy as np
 import pytest
-from conftest import random_samples
+from conftest import random_samples, tiny_worker
 from PIL import Image
 
 from uap_dist.data.write import write_shards
 from uap_dist.errors import ConfigError, ShardError
-from uap_dist.workers.dataset import classify, load_dataset
+from uap_dist.workers.dataset import CLASSIFY_TIMES, classify, classify_each, load_dataset
 from uap_dist.workers.disjoint import check_disjoint
+from uap_dist.workers.local import LocalWorkers
 
 
 def test_a_thinned_dataset_is_evenly_spread_and_keeps_its_labels(local_workers, tiny_data):
@@ -22,6 +23,25 @@ def test_a_thinned_dataset_is_evenly_spread_and_keeps_its_labels(local_workers, 
     assert [labels[key] for key in some.keys] == some.clean.labels.tolist()
     again = classify(local_workers, some, np.zeros(train.shape, np.float32))
     assert again.labels.tolist() == some.clean.labels.tolist()
+
+
+def test_several_perturbations_of_the_same_images_share_calls_and_have_the_bits_of_each_alone(tiny_data):
+    calls, worker = [], tiny_worker()
+
+    class Counting(LocalWorkers):
+        def map(self, method, tasks, *shared):
+            calls.append(len(shared[0]))
+            return super().map(method, tasks, *shared)
+
+    train, _ = tiny_data
+    many = [n * np.random.default_rng(n).normal(size=train.shape).astype(np.float32) for n in range(CLASSIFY_TIMES + 2)]
+    together = list(classify_each(Counting(worker), train, iter(many), quantize=True))
+    assert calls == [CLASSIFY_TIMES, 2]
+    for v, found in zip(many, together, strict=True):
+        alone = classify(LocalWorkers(worker), train, v, quantize=True)
+        assert np.array_equal(found.labels, alone.labels) and np.array_equal(found.confidences, alone.confidences)
+    assert len({found.confidences.tobytes() for found in together}) == len(many)
+    assert list(classify_each(Counting(worker), train, [])) == []
 
 
 def test_more_images_than_there_are_and_shards_on_both_sides_are_refused(local_workers, tiny_data, shards):

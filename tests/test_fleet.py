@@ -102,7 +102,7 @@ def test_a_block_that_kills_three_workers_is_named(local_ray, shards):
     fleet = Fleet(TINY.replace(":Tiny", ":Deadly"), None, FleetConfig(num_workers=1))
     fleet.wait()
     train, _ = load(fleet, shards)
-    zero = np.zeros((3, 16, 16), np.float32)
+    zero = np.zeros((1, 3, 16, 16), np.float32)
     message = r"3 workers were lost over the same examples of .*train-0000.tar: s1-000, s1-001, s1-002 \(the last one: its process died\)"
     with pytest.raises(WorkerLostError, match=f"{message}; look at memory"):
         list(fleet.map(Worker.classify, [train.examples(0, range(size)) for size in (2, 3, 4)], zero))

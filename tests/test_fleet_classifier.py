@@ -22,8 +22,8 @@ def test_a_fleet_changes_its_classifier(local_ray, shards):
     _, val = load(fleet, shards)
     fleet.use(TINY.replace(":Tiny", ":Sharper"), None)
     fleet.wait()
-    zero = np.zeros((3, 16, 16), np.float32)
-    (answer,) = fleet.map(Worker.classify, [val.examples(0, range(20))], zero)
+    zero = np.zeros((1, 3, 16, 16), np.float32)
+    ((answer,),) = fleet.map(Worker.classify, [val.examples(0, range(20))], zero)
     fleet.use(TINY.replace(":Tiny", ":not_a_network"), None)
     with pytest.raises(ClassifierError, match="not a torch.nn.Module"):
         fleet.wait()
@@ -49,11 +49,11 @@ def test_workers_that_could_not_load_a_classifier_load_the_next_one(local_ray, s
     fleet.use(TINY.replace(":Tiny", ":Sharper"), None)
     fleet.wait()
     answers = list(
-        fleet.map(Worker.classify, [val.examples(0, [i]) for i in range(20)], np.zeros((3, 16, 16), np.float32))
+        fleet.map(Worker.classify, [val.examples(0, [i]) for i in range(20)], np.zeros((1, 3, 16, 16), np.float32))
     )
     after, lost = pids(), fleet.stats.workers_lost
     fleet.close()
-    assert [int(answer.labels[0]) for answer in answers] == val.clean.labels.tolist()
+    assert [int(answer.labels[0]) for (answer,) in answers] == val.clean.labels.tolist()
     assert after == before and len(before) == 2 and lost == 0
 
 

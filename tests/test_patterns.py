@@ -62,6 +62,7 @@ def test_existing_files_with_pattern_characters_are_taken_literally(tmp_path):
     [
         ("absent-{0..1}.tar", "no shard absent-0.tar"),
         ("absent-*.tar", "matches nothing in the working directory"),
+        ("~/a.tar", "no shard ~/a.tar: ~ is not expanded here; give the whole path"),
         ("", "a shard has no name, as after a `::` too many"),
         ("*/a.tar", "wildcards may stand in the file name only"),
         ("a-{0..1.tar", "a-{0..1.tar is not a valid pattern of shards: Unbalanced braces"),

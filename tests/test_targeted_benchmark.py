@@ -47,7 +47,9 @@ def test_every_method_is_measured_within_its_budget_and_stands_in_the_table(opti
     head, _, ours, entropy, art, _, _, _, zero, one, *_ = tables(options.output)
     assert head.startswith("| network, evaluations | method |") and ours.startswith("| tiny, 400 | ours | **")
     assert entropy.startswith("| tiny, 400 | entropy | **") and art.startswith("| tiny, 400 | ART | **")
-    assert ours.endswith("| 2 | 2 |") and zero.startswith("| tiny, 400 | 0 |") and one.startswith("| tiny, 400 | 1 |")
+    assert (
+        ours.endswith("| 2 | 2 | 4 |") and zero.startswith("| tiny, 400 | 0 |") and one.startswith("| tiny, 400 | 1 |")
+    )
     found = targeted.read(options.output)
     assert set(runs("tiny", options)) == set(found)  # nothing is measured again
     success = [found[Run("tiny", 0, "ours", BUDGET, "{}", seed)]["held_out_success"] for seed in (0, 1)]

@@ -46,14 +46,14 @@ def test_classify_agrees_with_the_network(shards):
     task = examples(str(shards / "train-0000.tar"), worker)
     shown = np.clip(worker.pixels(task) + V[0], 0, 255)
     probabilities = worker.classifier(torch.tensor(shown, device=worker.device)).softmax(1).cpu()
-    found = worker.classify(task, V[0])
+    (found,) = worker.classify(task, V)
     assert found.labels.tolist() == probabilities.argmax(1).tolist()
     np.testing.assert_allclose(found.confidences, probabilities.max(1).values.numpy(), rtol=1e-5)
 
 
 def test_the_classifier_is_replaced_by_the_first_task_that_uses_it_and_not_by_reading_images(shards):
     task = examples(str(shards / "train-0000.tar"), tiny_worker())
-    for use in (lambda worker: worker.classify(task, V[0]), lambda worker: worker.normals(task)):
+    for use in (lambda worker: worker.classify(task, V), lambda worker: worker.normals(task)):
         worker = tiny_worker()
         loaded = worker.classifier
         worker.pixels(task)
@@ -77,7 +77,7 @@ def test_precision_is_that_of_labels_and_increments_and_of_nothing_afterwards(sh
     url = str(shards / "train-0000.tar")
     full, half, tf32 = (tiny_worker(precision=name) for name in ("float32", "bfloat16", "tf32"))
     task = examples(url, full)
-    expected, found = (worker.classify(task, V[0]) for worker in (full, half))
+    (expected,), (found,) = (worker.classify(task, V) for worker in (full, half))
     assert found.labels.tolist() == expected.labels.tolist() and found.confidences.dtype == np.float32
     assert 0 < np.abs(found.confidences - expected.confidences).max() < 0.05
     expected, found, same = (worker.solve(task, V, ComputeConfig().solver) for worker in (full, half, tf32))

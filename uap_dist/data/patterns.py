@@ -99,6 +99,8 @@ def _existing(url: str) -> str:
         reason = ""
         if not is_url(url) and Path(url).is_symlink():
             reason = f": it is a link to {os.readlink(url)}, which is no file"
+        elif url.startswith("~"):
+            reason = ": ~ is not expanded here; give the whole path"
         elif info.type == fs.FileType.Directory:
             reason = ": it is a folder; jobs/shard.py makes shards of a folder of images, and FOLDER/*.tar names all shards in one"
         raise ShardError(f"no shard {url}{reason}")

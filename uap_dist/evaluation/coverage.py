@@ -15,7 +15,7 @@ from uap_dist.method.norms import SYMBOLS, Norm, random_of_same_norms
 from uap_dist.method.rates import ATTACKED, FOOLING, TARGETED, UNTARGETED, Goal, Rate, rate_columns
 from uap_dist.models.names import plain_key
 from uap_dist.perturbations.files import Perturbation
-from uap_dist.workers.dataset import Dataset, classify
+from uap_dist.workers.dataset import Dataset, classify_each
 from uap_dist.workers.local import Workers
 
 VERBS = {
@@ -163,8 +163,8 @@ def measure_random_coverage(
         if norm == "l2" and all(each["l2"] is each["linf"] for each in noise):
             found["l2"] = found["linf"]
             break
-        labels = [classify(workers, dataset, each[norm].numpy()).labels for each in noise]
-        found[norm] = Coverage.of(names, goal, clean, np.stack(labels))
+        shown = classify_each(workers, dataset, (each[norm].numpy() for each in noise))
+        found[norm] = Coverage.of(names, goal, clean, np.stack([each.labels for each in shown]))
     return found
 
 

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import tee
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from uap_dist.method.norms import SYMBOLS, Norm, measure, random_of_same_norms
 from uap_dist.method.rates import FOOLING, RATE_TITLES, UNTARGETED, Goal, Rate, Rates, goal_in_words
 from uap_dist.perturbations.files import Perturbation
 from uap_dist.workers.accuracy import top1
-from uap_dist.workers.dataset import Dataset, classify
+from uap_dist.workers.dataset import Dataset, classify_each
 from uap_dist.workers.local import Workers
 
 NOTHING = "zero"  # name of the baseline that changes no pixel
@@ -89,26 +90,26 @@ def measure_perturbations(
         class_names: of the classifier's labels; empty if unknown.
         weights_digest: of the classifier, to tell whether a perturbation was computed for it.
     """
-    for perturbation in perturbations:
-        goal = perturbation.goal
-        for scale in scales:
-            v = scale * perturbation.resized(dataset.shape)
-            labels = classify(workers, dataset, v.numpy(), quantize=quantize)
-            yield Measurement(
-                classifier,
-                dataset_name,
-                perturbation.name,
-                is_baseline(perturbation),
-                scale,
-                measure(v, "l2"),
-                measure(v, "linf"),
-                goal.rates(dataset.clean.labels, labels.labels),
-                top1(dataset, dataset.clean.labels),
-                top1(dataset, labels.labels),
-                "; ".join(goal_in_words(goal, class_names)),
-                bool(weights_digest) and perturbation.is_for(weights_digest),
-                labels.labels,
-            )
+    scaled = ((each, scale, scale * each.resized(dataset.shape)) for each in perturbations for scale in scales)
+    measured, shown = tee(scaled)
+    found = classify_each(workers, dataset, (v.numpy() for *_, v in shown), quantize=quantize)
+    for (perturbation, scale, v), predictions in zip(measured, found, strict=True):
+        goal, labels = perturbation.goal, predictions.labels
+        yield Measurement(
+            classifier,
+            dataset_name,
+            perturbation.name,
+            is_baseline(perturbation),
+            scale,
+            measure(v, "l2"),
+            measure(v, "linf"),
+            goal.rates(dataset.clean.labels, labels),
+            top1(dataset, dataset.clean.labels),
+            top1(dataset, labels),
+            "; ".join(goal_in_words(goal, class_names)),
+            bool(weights_digest) and perturbation.is_for(weights_digest),
+            labels,
+        )
 
 
 def baselines(perturbations: Iterable[Perturbation], shape: tuple[int, ...], seed: int) -> list[Perturbation]:
@@ -172,8 +173,9 @@ def measure_noise(
     workers: Workers, dataset: Dataset, noise: Mapping[Norm, Tensor], goal: Goal = UNTARGETED
 ) -> dict[Norm, Rates]:
     """Rates of noise from `random_of_same_norms`, by norm; one array that serves both norms is measured once."""
-    labels = {id(v): classify(workers, dataset, v.numpy()).labels for v in noise.values()}
-    rates = {key: goal.rates(dataset.clean.labels, found) for key, found in labels.items()}
+    different = {id(v): v.numpy() for v in noise.values()}
+    found = classify_each(workers, dataset, different.values())
+    rates = {key: goal.rates(dataset.clean.labels, each.labels) for key, each in zip(different, found, strict=True)}
     return {norm: rates[id(v)] for norm, v in noise.items()}
 
 

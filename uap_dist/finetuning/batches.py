@@ -19,7 +19,8 @@ from uap_dist.finetuning.options import RANDOM_RESIZED_CROP, TrainingAugmentatio
 from uap_dist.fleet.config import FleetConfig
 from uap_dist.job_options import GIB
 from uap_dist.method.augment import augment
-from uap_dist.workers.dataset import Dataset, Shard
+from uap_dist.workers.dataset import Dataset
+from uap_dist.workers.listing import Shard
 
 NUM_BATCHES_AHEAD = 3
 

@@ -6,8 +6,9 @@ from uap_dist.jobs.common import console
 from uap_dist.method.rates import Goal
 from uap_dist.models.classifier import Classifier
 from uap_dist.workers.accuracy import check_accuracy
-from uap_dist.workers.dataset import Dataset, Reader, list_dataset, predict
+from uap_dist.workers.dataset import Dataset, list_dataset, predict
 from uap_dist.workers.disjoint import check_disjoint
+from uap_dist.workers.listing import Reader
 from uap_dist.workers.worker import Worker
 
 

@@ -7,6 +7,7 @@ probabilities p. The surface f = 0 is the boundary between y and all other class
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -67,15 +68,16 @@ def log_odds_sum(
     """
     aims, factors = goal.aims(labels)
     of_all = perturbation.view(-1, 1, *pixels.shape[1:])
-    shown = add_perturbation(pixels.unflatten(0, (len(of_all), -1)), of_all).flatten(0, 1)
+    shown = add_perturbation(pixels.view(len(of_all), -1, *pixels.shape[1:]), of_all).view_as(pixels)
     with torch.enable_grad():
         logits, leaf = classifier.linearise(shown)
         gaps = log_odds(logits, aims)
-        (slopes,) = torch.autograd.grad((factors * weigh(gaps.detach()) * gaps).sum(), leaf)
+    found = gaps.detach()
+    (slopes,) = torch.autograd.grad(gaps, leaf, factors * weigh(found))
     totals = classifier.pull_back(_sum_finite(_widen(slopes), len(of_all)), pixels.shape[1:])
     return LogOddsSum(
         total=_widen(totals).view_as(perturbation),
-        log_odds=gaps.detach().where(factors != 0, torch.nan),
+        log_odds=found.where(factors != 0, torch.nan),
         predicted=logits.detach().argmax(1),
         num_evaluations=2 * len(pixels),
     )
@@ -83,14 +85,14 @@ def log_odds_sum(
 
 def _widen(values: Tensor) -> Tensor:
     """In float32 at least: the network may compute in bfloat16."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
+    return values.float() if values.dtype.itemsize < torch.float32.itemsize else values
 
 
 def _sum_finite(slopes: Tensor, num_sums: int) -> Tensor:
     """Sums of N gradients, so many for as many equal parts of them; those that are not finite are left out."""
     totals = _sum(slopes, num_sums)
     # on the CPU it is much quicker to look at the sums first; a GPU would have to be waited for
-    if slopes.is_cuda or not totals.sum().isfinite():
+    if slopes.is_cuda or not isfinite(totals.sum()):
         is_finite = slopes.flatten(1).isfinite().all(1)
         totals = _sum(slopes.where(is_finite.view(-1, *(1 for _ in slopes.shape[1:])), 0), num_sums)
     return totals
@@ -98,4 +100,4 @@ def _sum_finite(slopes: Tensor, num_sums: int) -> Tensor:
 
 def _sum(slopes: Tensor, num_sums: int) -> Tensor:
     # Tensor.sum takes ten times as long on channels-last memory
-    return reduce(torch.add, slopes.unflatten(0, (num_sums, -1)).unbind(1))
+    return reduce(torch.add, slopes.view(num_sums, -1, *slopes.shape[1:]).unbind(1))

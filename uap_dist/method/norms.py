@@ -4,12 +4,11 @@ All of them are in pixels, the unit in which images have values of 0..255.
 """
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from uap_dist.errors import ConfigError
 
@@ -55,11 +54,16 @@ def add_up(values: Tensor) -> Tensor:
 
     The second half is added to the first one until one value is left, because the order in which `Tensor.sum` adds is torch's affair.
     """
-    while (count := values.shape[-1]) > 1:
+    left: Any = values.numpy() if values.device.type == "cpu" else values  # NumPy's calls are shorter
+    while (count := left.shape[-1]) > 1:
+        half = (count + 1) // 2
+        first, second = left[..., :half], left[..., half:]
         if count % 2:
-            values, count = pad(values, (0, 1)), count + 1
-        values = values[..., : count // 2] + values[..., count // 2 :]
-    return values[..., 0]
+            left = first + 0.0  # a copy
+            left[..., : half - 1] += second
+        else:
+            left = first + second
+    return torch.as_tensor(left[..., 0])
 
 
 def project(v: Tensor, *, norm: Norm, radius: float) -> Tensor:

@@ -172,7 +172,7 @@ def _solve_log_odds(
         own_widths = widths[:, network, None].to(perturbation.dtype)
 
         def weigh_all(log_odds: Tensor) -> Tensor:
-            weights = weigh(log_odds.unflatten(0, (num_sums, -1)), own_widths).flatten()
+            weights = weigh(log_odds.view(num_sums, -1), own_widths).flatten()
             return weights if is_real is None else weights.where(is_real, 0)
 
         return log_odds_sum(member, batch.pixels, perturbation, labels, weigh=weigh_all, goal=goal)

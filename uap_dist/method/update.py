@@ -200,7 +200,8 @@ def repeat_mean(total: Tensor, period: int) -> Tensor:
 def _fold(values: Tensor, period: int) -> Tensor:
     """The sum of all tiles of …×H×W, …×period×period; they are added one by one, with the same bits on every device."""
     height, width = values.shape[-2:]
-    values = pad(values, (0, -width % period, 0, -height % period))
+    if width % period or height % period:
+        values = pad(values, (0, -width % period, 0, -height % period))
     strips = reduce(torch.add, values.split(period, dim=-2))
     return reduce(torch.add, strips.split(period, dim=-1))
 

@@ -79,7 +79,6 @@ class Outcome:
     Attributes:
         after: the members after it.
         rounds: of the members, by place.
-        delivered: M×C×H×W float32, pixels: what each would deliver.
         numbers: for each place the sum and the number of images for each of `Solver.names`, then the norms of v.
         sizes: of the first step, by place.
         plan: of the runs.
@@ -88,7 +87,6 @@ class Outcome:
 
     after: Members
     rounds: Mapping[int, RoundTasks]
-    delivered: Tensor
     numbers: Numbers
     sizes: Sequence[float]
     plan: RunPlan
@@ -113,7 +111,7 @@ class Outcome:
                 pass_number=round_.pass_number,
                 num_rounds=self.plan.num_rounds,
                 rates={kind: Rate(*map(int, sums[kind])) for kind in solver.goal.kinds},
-                perturbation=self.delivered[place] if has_arrays else NOTHING,
+                perturbation=_deliver(iterate.v, self.plan.config) if has_arrays else NOTHING,
                 state=replace(state, iterate=iterate),
                 step=self.sizes[place],
                 means={name: sums[name][0] / max(1, sums[name][1]) for name in means},
@@ -145,12 +143,13 @@ def run_rounds(
     steps = config.steps(plan.num_rounds, tuple(before.v.shape[1:]))
     numbers = [rounds[i].number if i in rounds else 0 for i in range(len(before.v))]
     sizes = [(config.paper_gain,) if steps is None else steps.sizes(number) for number in numbers]
-    v, momentum, scales = (_shared(each) for each in (before.v.float(), before.momentum.float(), before.scale))
     local = None
     if steps is not None and config.local_steps:
+        momentum = _shared(before.momentum.float())
         local = LocalSteps(momentum, sizes[0], config.block_size // config.local_steps, steps)
     tasks = _tasks(rounds, len(sizes), config)
     total, sums, solve_seconds, num_blocks = None, None, 0.0, 0
+    v, scales = _shared(before.v.float()), _shared(before.scale)
     for result in workers.map(Worker.solve, tasks, v, solver, scales, local):
         total, sums = _add(total, result.total), _add(sums, result.sums)
         solve_seconds += result.seconds
@@ -161,12 +160,12 @@ def run_rounds(
         total = total / num_blocks
     firsts = [each[0] for each in sizes]
     given = [before.v, before.momentum, before.scale, total, summed, send(np.array(firsts), total.device)]
-    *arrays, delivered, found = call(_update, given, config, solver, steps)
+    *arrays, found = call(_update, given, config, solver, steps)
     iterate = Iterate(*arrays)
     after = {place: replace(state, iterate=iterate) for place, state in members.states.items()}
     for place, round_ in rounds.items():
         after[place] = _count(after[place], round_, summed[place], solver)
-    return Outcome(Members(after, iterate), rounds, delivered, Numbers(found), firsts, plan, solve_seconds)
+    return Outcome(Members(after, iterate), rounds, Numbers(found), firsts, plan, solve_seconds)
 
 
 def evaluate(
@@ -211,7 +210,7 @@ def _update(
     solver: Solver,
     steps: Steps | None,
 ) -> tuple[Tensor, ...]:
-    """v, momentum (M×C×H×W each) and scales after a round, what would be delivered, and `Outcome.numbers`."""
+    """v, momentum (M×C×H×W each) and scales after a round, and `Outcome.numbers`."""
     before = Iterate(v, momentum, scales)
     if steps is None:
         after = update.paper_update(before, total, gain=config.paper_gain, norm=config.norm, radius=config.ball_radius)
@@ -221,9 +220,15 @@ def _update(
         after = update.log_odds_update(before, total, sizes.view(-1, 1, 1, 1), steps)
     if steps is not None:
         after = update.remember(after, *solver.sizes(sums, scales), most_images=config.round_size)
-    delivered = after.v if steps is None else update.finish(after.v, norm=config.norm, radius=config.ball_radius)
     numbers = [sums.flatten(1), *(norms(after.v, norm)[:, None] for norm in SYMBOLS)]
-    return after.v, after.momentum, after.scale, delivered.float(), torch.cat(numbers, dim=1)
+    return after.v, after.momentum, after.scale, torch.cat(numbers, dim=1)
+
+
+def _deliver(v: Tensor, config: ComputeConfig) -> Tensor:
+    """What a run would deliver that ended with v (C×H×W float64, pixels), in float32."""
+    if config.rule == "log-odds":
+        v = update.finish(v, norm=config.norm, radius=config.ball_radius)
+    return v.float()
 
 
 def _count(state: State, round_: RoundTasks, sums: Tensor, solver: Solver) -> State:

@@ -3,10 +3,10 @@
 import hashlib
 import logging
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, islice
 from math import prod
 
 import numpy as np
@@ -17,34 +17,15 @@ from uap_dist.job_options import check_limits
 from uap_dist.method.rates import Rate
 from uap_dist.models.classes import UNKNOWN_CLASS
 from uap_dist.models.classifier import Predictions
+from uap_dist.workers.listing import Reader, Shard, list_shards, take_images
 from uap_dist.workers.local import Workers
-from uap_dist.workers.messages import Examples, ShardListing, check_size
+from uap_dist.workers.messages import Examples, check_size
 from uap_dist.workers.worker import Worker
 
 CLASSIFY_SIZE = 50  # examples per forward pass; fixed because the bits of a logit depend on the batch size
-
-Reader = Callable[[Worker, Examples, str | None], ShardListing]  # `Worker.load` or `Worker.read`
+CLASSIFY_TIMES = 8  # perturbations of these examples in one call, at most; no bit depends on it
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Shard:
-    """The examples of one shard that belong to a data set.
-
-    Attributes:
-        url: of the shard.
-        digest: SHA-256 (hex) of its file.
-        keys: N sample keys.
-        truths: N class indices, see `ShardListing`.
-        hashes: N hashes of the decoded pixels, see `DecodedShard`.
-    """
-
-    url: str
-    digest: str
-    keys: tuple[str, ...]
-    truths: np.ndarray
-    hashes: tuple[bytes, ...]
 
 
 @dataclass(frozen=True)
@@ -234,7 +215,7 @@ def list_dataset(
     check_limits(max_bad_fraction, num_images)
     listings = []
     first = (like.shards[0].url, like.shape) if like else None
-    for url, listing in _list_shards(workers, urls, num_images, label_key, read):
+    for url, listing in list_shards(workers, urls, num_images, label_key, read):
         if listing.keys:
             first = first or (url, listing.shape)
             check_size(url, listing.shape, first)
@@ -256,7 +237,7 @@ def list_dataset(
             len(unused),
             first_few(unused),
         )
-    shards = tuple(_take(listings, num_images))
+    shards = tuple(take_images(listings, num_images))
     found = sum(len(shard.keys) for shard in shards)
     if first is None or found < (num_images or 1):
         raise ConfigError(f"asked for {num_images or 1} images, but the {len(urls)} shards from {urls[0]} hold {found}")
@@ -288,9 +269,25 @@ def classify(
     workers: Workers, dataset: Dataset, perturbation: np.ndarray, *, quantize: bool = False, divisor: float = 1.0
 ) -> Predictions:
     """Predictions for all examples perturbed by v (C×H×W float32, pixels); options as for `Worker.classify`."""
-    parts = list(workers.map(Worker.classify, dataset.blocks(CLASSIFY_SIZE), perturbation, quantize, divisor))
-    labels, confidences = zip(*((p.labels, p.confidences) for p in parts), strict=True)
-    return Predictions(np.concatenate(labels), np.concatenate(confidences), parts[0].networks)
+    (found,) = classify_each(workers, dataset, [perturbation], quantize=quantize, divisor=divisor)
+    return found
+
+
+def classify_each(
+    workers: Workers,
+    dataset: Dataset,
+    perturbations: Iterable[np.ndarray],
+    *,
+    quantize: bool = False,
+    divisor: float = 1.0,
+) -> Iterator[Predictions]:
+    """`classify` for each of several perturbations, with the same bits, and in fewer calls."""
+    tasks, left = dataset.blocks(CLASSIFY_SIZE), iter(perturbations)
+    while some := list(islice(left, CLASSIFY_TIMES)):
+        answers = workers.map(Worker.classify, tasks, np.stack(some), quantize, divisor)
+        for parts in zip(*answers, strict=True):  # those of one perturbation
+            labels, confidences = zip(*((part.labels, part.confidences) for part in parts), strict=True)
+            yield Predictions(np.concatenate(labels), np.concatenate(confidences), parts[0].networks)
 
 
 def fooling_rate(dataset: Dataset, perturbed: Predictions) -> Rate:
@@ -323,28 +320,3 @@ def _check_labels(dataset: Dataset, label_key: str | None) -> None:
             len(odd),
             odd[0],
         )
-
-
-def _list_shards(
-    workers: Workers, urls: Sequence[str], num_images: int | None, label_key: str | None, read: Reader
-) -> Iterator[tuple[str, ShardListing]]:
-    """Load all shards at once or, for a limited number of images, two per worker at a time until there are enough images."""
-    found, start = 0, 0
-    while start < len(urls) and (num_images is None or found < num_images):
-        size = len(urls) if num_images is None else 2 * workers.num_workers
-        wave = urls[start : start + size]
-        start += size
-        tasks = [Examples(url) for url in wave]
-        for url, listing in zip(wave, workers.map(read, tasks, label_key), strict=True):
-            if num_images is None or found < num_images:
-                yield url, listing
-            found += len(listing.keys)
-
-
-def _take(listings: Sequence[tuple[str, ShardListing]], num_images: int | None) -> Iterator[Shard]:
-    room = num_images if num_images is not None else sum(len(listing.keys) for _, listing in listings)
-    for url, listing in listings:
-        keys = listing.keys[:room]
-        room -= len(keys)
-        if keys:
-            yield Shard(url, listing.digest, keys, listing.truths[: len(keys)], listing.hashes[: len(keys)])

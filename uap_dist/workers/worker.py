@@ -172,23 +172,27 @@ class Worker:
 
     @_reproducibly
     def classify(
-        self, examples: Examples, perturbation: np.ndarray, quantize: bool = False, divisor: float = 1.0
-    ) -> Predictions:
-        """Labels and confidences of clip(x + v, 0, 255) / divisor.
+        self, examples: Examples, perturbations: np.ndarray, quantize: bool = False, divisor: float = 1.0
+    ) -> list[Predictions]:
+        """Labels and confidences of clip(x + v, 0, 255) / divisor, for one v after another.
 
         Args:
-            examples: x.
-            perturbation: v, C×H×W float32, pixels.
+            examples: x, which go through the network as one batch.
+            perturbations: M×C×H×W float32, pixels: each v.
             quantize: whether to round clip(x + v, 0, 255) to whole pixel values.
             divisor: 255 shows the network values of 0..1 instead of pixels.
         """
         images = self.pixels(examples)
         self._prepare_classifier(images.shape[1:])
-        shown = add_perturbation(self._tensor(images), self._tensor(perturbation))
+        x, found = self._tensor(images), []
         with torch.no_grad():
-            logits = self.classifier((shown.round() if quantize else shown) / divisor)
-        top = logits.softmax(-1).max(-1)
-        return Predictions(top.indices.cpu().numpy(), top.values.cpu().numpy(), self.classifier.networks)
+            for v in self._tensor(perturbations):
+                shown = add_perturbation(x, v)
+                logits = self.classifier((shown.round() if quantize else shown) / divisor)
+                found.append(logits.softmax(-1).max(-1))
+        # only now, because a GPU has to be waited for
+        arrays = ((top.indices.cpu().numpy(), top.values.cpu().numpy()) for top in found)
+        return [Predictions(labels, confidences, self.classifier.networks) for labels, confidences in arrays]
 
     @_reproducibly
     def solve(

@@ -71,12 +71,11 @@ class BlockSolver:
     def _show(self, parts: Sequence[Part]) -> Batch:
         """The views of all images as one batch."""
         shown = [show(self._read(part.examples).take(part.examples.keys), part.views) for part in parts]
-        labels = torch.tensor(np.concatenate([part.labels for part in parts]), device=self._device)
         if len(parts) == 1:  # nothing to fill up
-            return Batch(self._tensor(shown[0]), labels)
+            return Batch(self._tensor(shown[0]).float(), self._tensor(parts[0].labels))
         pixels = np.concatenate([images[part.index] for images, part in zip(shown, parts, strict=True)])
-        is_real = np.concatenate([part.is_real for part in parts])
-        return Batch(self._tensor(pixels), labels, torch.tensor(is_real, device=self._device))
+        labels, is_real = (np.concatenate([getattr(part, name) for part in parts]) for name in ("labels", "is_real"))
+        return Batch(self._tensor(pixels).float(), self._tensor(labels), self._tensor(is_real))
 
     def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.tensor(array, device=self._device).to(torch.float32)
+        return torch.from_numpy(array).to(self._device)
