@@ -1,6 +1,7 @@
 """What a job costs beside its solves: start, rounds, measurements; and two workers against one. See benchmarks/overhead.md.
 
-    python benchmarks/overhead.py        # about a quarter of an hour on two cores
+    python benchmarks/overhead.py                                      # about a quarter of an hour on two cores
+    python benchmarks/overhead.py --round-size 24 --block-size 12      # rounds that two workers gain from sharing
 
 The same SqueezeNet run by jobs/compute.py with one worker, with two, and its solves alone in this process on one thread.
 """
@@ -40,6 +41,8 @@ class Options:
     """Of the run."""
     round_size: int = 6
     """Images in a round."""
+    block_size: int = 3
+    """Of them in a block, which one worker solves."""
     data: Path = Path("../shared")
     """Folder of the images and networks."""
 
@@ -88,6 +91,7 @@ def job_arguments(options: Options) -> list[str]:
         ),
         *("--val-shards", str(options.data.resolve() / network.val), "--num-val-images", str(network.num_val_images)),
         *("--max-evaluations", str(options.max_evaluations), "--round-size", str(options.round_size)),
+        *("--block-size", str(options.block_size)),
     ]
 
 
@@ -133,7 +137,8 @@ def work_alone(options: Options) -> tuple[float, float]:
         for pattern, number in ((network.train, network.num_train_images), (network.val, network.num_val_images))
     )
     loading = time.perf_counter() - started
-    config = ComputeConfig(max_evaluations=options.max_evaluations, round_size=options.round_size)
+    sizes = {"round_size": options.round_size, "block_size": options.block_size}
+    config = ComputeConfig(max_evaluations=options.max_evaluations, **sizes)
     for report in compute(workers, train, val, config):
         if report.round_number == report.num_rounds - 2:  # type: ignore[operator]
             break  # the last one is followed by a measurement that nobody needs here

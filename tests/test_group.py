@@ -89,12 +89,12 @@ def test_each_member_is_solved_against_its_own_v_as_if_it_were_alone(tiny_data):
         np.testing.assert_allclose(sums[i], its_sums[0], rtol=1e-5)
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
-def test_same_bits_for_any_number_of_workers_and_through_kills(local_ray, shards, members, num_workers):
+@pytest.mark.parametrize(("num_workers", "precision"), [(1, "float32"), (2, "float32"), (2, "bfloat16")])
+def test_same_bits_for_any_number_of_workers_and_through_kills(local_ray, shards, members, num_workers, precision):
     members = [replace(config, max_passes=30) for config in members]
-    here = LocalWorkers(tiny_worker())
+    here = LocalWorkers(tiny_worker(precision=precision))
     expected = pool(here, load(here, shards), members)
-    fleet = make_fleet(num_workers, gpus_per_worker=0)
+    fleet = make_fleet(num_workers, gpus_per_worker=0, precision=precision)
     data, names = load(fleet, shards), {str(config.seed): config for config in members}
     computations, last = {}, {}
     for group in in_groups(names):
@@ -116,6 +116,9 @@ def test_what_does_not_fit_is_refused_or_said():
     with pytest.raises(ConfigError, match="members at once is 0"):
         ComputeConfig(members_at_once=0)
     assert "2 of 3 places of a batch stay empty" in describe_idle(2, 4, CONFIG)
-    assert "1 of 3 workers will have nothing to do" in describe_idle(3, 6, CONFIG)
+    assert "1 of 3 workers will have nothing to do: 6 perturbations are 2 batches of 3 (" in describe_idle(3, 6, CONFIG)
+    assert "are 1 batch of 3 (--members-at-once), each on one worker; --num-perturbations 9" in describe_idle(
+        3, 3, CONFIG
+    )
     assert describe_idle(2, 6, CONFIG) == ""
     assert all(num_concurrent(workers, 100, CONFIG) % 3 == 0 for workers in (1, 2, 5))

@@ -80,8 +80,8 @@ def describe_idle(num_workers: int, num_computations: int, config: ComputeConfig
     if num_busy >= num_workers:
         return ""
     return (
-        f"{num_workers - num_busy} of {num_workers} workers will have nothing to do: a round of one perturbation has {num_blocks} "
-        f"blocks (--round-size, --block-size); --num-perturbations {num_workers} would use all of them"
+        f"at least {num_workers - num_busy} of {num_workers} workers will have nothing to do: a perturbation keeps at most {num_blocks} "
+        f"busy, one for each block of a round (--round-size, --block-size); --num-perturbations {num_workers} would use all of them"
     )
 
 
@@ -94,9 +94,11 @@ def _describe_batches(num_workers: int, num_computations: int, members_at_once: 
             f"--num-perturbations {num_batches * members_at_once} would fill them"
         )
     if num_batches < num_workers:
+        batches = f"{num_batches} batch{'es' * (num_batches > 1)}"
         found.append(
             f"{num_workers - num_batches} of {num_workers} workers will have nothing to do: {num_computations} perturbations are "
-            f"{num_batches} batches of {members_at_once} (--members-at-once), each on one worker"
+            f"{batches} of {members_at_once} (--members-at-once), each on one worker; --num-perturbations "
+            f"{num_workers * members_at_once} would use all of them"
         )
     return "; ".join(found)
 
