@@ -1,6 +1,6 @@
 """One perturbation for two networks against one for each, on these and on others of their kind. See benchmarks/several_networks.md.
 
-    python benchmarks/several_networks.py --only cifar      # a quarter of an hour on one core
+    python benchmarks/several_networks.py --only cifar --seeds 0 1
     python benchmarks/several_networks.py --only imagenet --seeds 0
     python benchmarks/several_networks.py --table           # what has been measured
 
