@@ -162,6 +162,23 @@ def test_a_perturbation_repeats_itself_unless_the_period_is_the_image(local_work
         assert torch.equal(v[:, 4:, 4:], v[:, :-4, :-4]) == repeats
 
 
+@pytest.mark.parametrize("options", [{}, {"random_start": 0.5}, {"norm": "l2", "radius": 200.0, "random_start": 0.5}])
+def test_an_achromatic_perturbation_is_the_same_in_all_channels(local_workers, tiny_data, options):
+    v = run(local_workers, tiny_data, max_passes=1, achromatic=True, **options)[-1].perturbation
+    assert torch.equal(v[0], v[1]) and torch.equal(v[0], v[2]) and v[0].any()
+    state = State.start((3, 8, 8), tiny_data[0].clean.labels, ComputeConfig(achromatic=True, **options))
+    assert measure(state.iterate.v, state_norm := options.get("norm", "linf")) == pytest.approx(
+        options.get("random_start", 0.0) * ComputeConfig(norm=state_norm, radius=options.get("radius")).ball_radius
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"round_size": 20, "block_size": 10, "local_steps": 5}])
+def test_zoomed_views_reach_the_network(local_workers, tiny_data, options):
+    plain, zoomed = (run(local_workers, tiny_data, max_passes=2, zoom=most, **options)[-1] for most in (None, 0.25))
+    assert not torch.equal(plain.perturbation, zoomed.perturbation)
+    assert zoomed.num_evaluations == plain.num_evaluations and zoomed.evaluation.val.rate > 0
+
+
 def test_a_budget_below_one_round_says_what_is_needed(local_workers, tiny_data):
     with pytest.raises(
         ConfigError, match="do not pay for the clean labels of 47 training images and one round; give at least 67"

@@ -53,10 +53,11 @@ def test_images_are_kept_while_there_is_room_and_where_it_grows(decoded, monkeyp
     assert images.rows(examples(decoded[2], 0, 1)) is None and len(images.pixels) == room
 
 
+@pytest.mark.parametrize("zoom", [None, 0.25], ids=["as-they-are", "zoomed"])
 @pytest.mark.parametrize("given", [TINY, (TINY, TINY.replace("Tiny", "Other"))], ids=["one", "several"])
-def test_a_block_has_the_same_sums_from_images_that_lie_there(decoded, given):
+def test_a_block_has_the_same_sums_from_images_that_lie_there(decoded, given, zoom):
     classifier, images = load_classifier(given), GpuImages(torch.device("cpu"), max_bytes=1 << 30)
-    solver = plan_run([3], ComputeConfig(), classifier.networks).solver
+    solver = plan_run([3], ComputeConfig(zoom=zoom), classifier.networks).solver
     label = [1, 2] if classifier.networks else 1
     blocks = (examples(decoded[0], 2, 3, label=label), None, examples(decoded[1], 0, 2, seed=7, label=label))
     v, scales = (
@@ -71,7 +72,7 @@ def test_a_block_has_the_same_sums_from_images_that_lie_there(decoded, given):
     expected = direct.solve(classifier, task, v, scales, solver, None)
     for shard in decoded:
         images.add(shard)
-    choice = torch.tensor(choose(parts_of(task, 16, solver.augmentation), images))
+    choice = torch.tensor(choose(parts_of(task, 16, solver), images))
     found = solve_chosen(choice, v, scales, images.pixels, classifier, solver)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert choice[:, -1].tolist() == [1, 1, 1, 0, 0, 0, 1, 1, 0]

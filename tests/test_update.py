@@ -16,6 +16,7 @@ from uap_dist.method.update import (
     Iterate,
     Steps,
     average_update,
+    channel_mean,
     cosine,
     finish,
     log_odds_update,
@@ -121,6 +122,15 @@ def test_steps_repeat_themselves():
     after = log_odds_update(Iterate.zero((3, 4, 4)), random(2), 0.5, steps("linf", 10.0, period=2))
     tile = random(2).reshape(3, 2, 2, 2, 2).mean((1, 3)).sign() / 2
     assert_close(after.v, tile.repeat(1, 2, 2))
+
+
+def test_achromatic_steps_are_those_of_the_mean_over_channels():
+    plain = steps("linf", 10.0, period=2)
+    after = log_odds_update(Iterate.zero((3, 4, 4)), random(2), 0.5, replace(plain, achromatic=True))
+    grey = random(2).mean(0, keepdim=True).expand(3, 4, 4)
+    assert_close(channel_mean(random(2)), grey)
+    assert_close(after.v, log_odds_update(Iterate.zero((3, 4, 4)), grey, 0.5, plain).v)
+    assert torch.equal(after.v[0], after.v[1]) and torch.equal(after.v[0], after.v[2]) and after.v.any()
 
 
 def test_step_sizes_follow_a_cosine_however_they_are_divided_into_rounds():

@@ -1,4 +1,4 @@
-"""Random views of training images, drawn for each image separately."""
+"""Random views of training images, drawn for each image separately: of the images, and of the perturbed images."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -11,6 +11,7 @@ from uap_dist.errors import ConfigError
 
 Augmentation = Literal["none", "flip", "flip-shift"]
 SHIFT_SHARE = 28  # shifts are at most side/28: 8 pixels at 224, 1 at 32
+GREY = 127.5  # what surrounds an image that zooming made smaller
 
 
 def check_augmentation(augmentation: str) -> None:
@@ -26,23 +27,35 @@ class Views:
     Attributes:
         flips: N, bool, which images are mirrored.
         shifts: N×2 int64, pixels by which an image is then moved down and to the right; its edge pixels are repeated.
+        zooms: N×3 int64, see `zoom`; None for perturbed images as they are.
     """
 
     flips: np.ndarray
     shifts: np.ndarray
+    zooms: np.ndarray | None = None
 
 
-def draw_views(num_images: int, side: int, augmentation: Augmentation, rng: np.random.Generator) -> Views:
+def draw_views(
+    num_images: int, side: int, augmentation: Augmentation, rng: np.random.Generator, max_zoom: float = 0.0
+) -> Views:
     """Views of images of so many pixels across.
 
     Each image is mirrored with probability 1/2 and, for "flip-shift", moved by up to side/28 in both directions. One draw for a
-    whole batch instead would cost a tenth of the fooling rate on EfficientNet-Lite0.
+    whole batch instead would cost a tenth of the fooling rate on EfficientNet-Lite0. With `max_zoom`, the perturbed image gets a
+    side between (1 − max_zoom) and (1 + max_zoom) times its own, and is placed at random where it leaves room, or else cut at random.
     """
     if augmentation == "none":
-        return Views(np.zeros(num_images, bool), np.zeros((num_images, 2), np.int64))
-    flips = rng.random(num_images) < 0.5
-    reach = max(1, side // SHIFT_SHARE) if augmentation == "flip-shift" else 0
-    return Views(flips, reach - rng.integers(0, 2 * reach + 1, size=(num_images, 2)))
+        flips, shifts = np.zeros(num_images, bool), np.zeros((num_images, 2), np.int64)
+    else:
+        flips = rng.random(num_images) < 0.5
+        reach = max(1, side // SHIFT_SHARE) if augmentation == "flip-shift" else 0
+        shifts = reach - rng.integers(0, 2 * reach + 1, size=(num_images, 2))
+    if not max_zoom:
+        return Views(flips, shifts)
+    sides = rng.integers(round((1 - max_zoom) * side), round((1 + max_zoom) * side) + 1, size=num_images)
+    room = (side - sides)[:, None]
+    places = rng.integers(np.minimum(room, 0), np.maximum(room, 0) + 1, size=(num_images, 2))
+    return Views(flips, shifts, np.column_stack([sides, places]))
 
 
 def augment(images: np.ndarray, augmentation: Augmentation, rng: np.random.Generator) -> np.ndarray:
@@ -75,6 +88,33 @@ def take_views(images: Tensor, rows: Tensor, flips: Tensor, shifts: Tensor) -> T
     right = torch.where(flips[:, None], width - 1 - right, right)
     channel = torch.arange(channels, device=device).view(-1, 1, 1)
     return images[rows.view(-1, 1, 1, 1), channel, down[:, None, :, None], right[:, None, None, :]]
+
+
+def zoom(pixels: Tensor, zooms: Tensor) -> Tensor:
+    """Images at other sizes, in frames of the old size: bilinear and antialiased, and differentiable. Around smaller ones is GREY.
+
+    Args:
+        pixels: N×C×H×W, 0..255.
+        zooms: N×3 int64: an image's new width, and the row and column of the frame where its upper left corner comes to lie; they are
+            negative where it is cut.
+    """
+    height, width = pixels.shape[-2:]
+    widths, down, right = zooms.to(pixels.dtype).unbind(1)
+    scales = widths / width
+    rows, columns = _resampling(height, scales, down), _resampling(width, scales, right)
+    # two products instead of `interpolate`, whose backward pass is not deterministic on GPUs
+    with torch.autocast(pixels.device.type, enabled=False):
+        return rows @ (pixels - GREY) @ columns.mT + GREY
+
+
+def _resampling(length: int, scales: Tensor, starts: Tensor) -> Tensor:
+    """N×1×length×length matrices that scale a line of pixels and move it; places that it does not reach get zero."""
+    pixel = torch.arange(length, device=scales.device)
+    source = (pixel + 0.5 - starts[:, None]) / scales[:, None] - 0.5
+    reach = (1 / scales).clamp_min(1)[:, None, None]  # antialiased: all pixels that fall into one
+    weights = (1 - (source[..., None] - pixel).abs() / reach).clamp_min(0)
+    is_inside = (source >= -0.5) & (source <= length - 0.5)
+    return (weights / weights.sum(-1, keepdim=True)).where(is_inside[..., None], 0)[:, None]
 
 
 def _shift(image: np.ndarray, down: int, right: int, out: np.ndarray) -> None:

@@ -68,6 +68,10 @@ class ComputeConfig:
     """Log-odds rule: pixels after which v repeats itself, down and across; if not given, 32, in long l2 runs more."""
     augment: Augmentation | None = None
     """Log-odds rule: random views of the training images, drawn for each image; if not given, flip-shift."""
+    achromatic: bool = False
+    """Log-odds rule: v has the same value in all three channels; it transfers better to other networks, see docs/transfer.md."""
+    zoom: float | None = None
+    """Log-odds rule: solve perturbed images at random sizes, up to this fraction smaller or larger; for transfer, too."""
     candidates: int | None = None
     """Paper's rule: classes that DeepFool considers, the clean label included; if not given, 10."""
     slope_ratio: float | None = None
@@ -94,6 +98,8 @@ class ComputeConfig:
             raise ConfigError(f"slope ratio is {self.slope_ratio}; it must be at least 1")
         if self.random_start is not None and not 0 <= self.random_start <= 1:
             raise ConfigError(f"random start is {self.random_start}; it must lie in [0, 1], a fraction of the radius")
+        if self.zoom is not None and not 0 < self.zoom < 1:
+            raise ConfigError(f"zoom is {self.zoom}; it must lie in (0, 1), a fraction of the images' side")
         check_sizes(self.round_size, self.block_size)
         if self.local_steps is not None and (self.local_steps < 1 or self.block_size % self.local_steps):
             raise ConfigError(
@@ -156,6 +162,7 @@ class ComputeConfig:
             first_size=self.step_size or default_size,
             num_rounds=num_rounds,
             per_round=per_round,
+            achromatic=self.achromatic,
         )
 
     def with_labels(self, class_names: Sequence[str], num_classes: int) -> "ComputeConfig":
@@ -204,6 +211,7 @@ class ComputeConfig:
             candidates=self.candidates or 10,
             slope_ratio=self.slope_ratio or SLOPE_RATIO,
             goal=self.goal,
+            max_zoom=self.zoom or 0.0,
         )
 
 
@@ -216,8 +224,10 @@ def _check_rule(config: ComputeConfig) -> None:
     foreign = (
         ("candidates", "slope_ratio", "gain")
         if config.rule == "log-odds"
-        else ("step_size", "period", "augment", "local_steps")
+        else ("step_size", "period", "augment", "local_steps", "zoom")
     )
+    if config.achromatic and config.rule == "paper":
+        raise ConfigError("achromatic does not belong to rule paper; leave it out")
     for name in foreign:
         if getattr(config, name) is not None:
             raise ConfigError(f"{name.replace('_', ' ')} does not belong to rule {config.rule}; leave it out")

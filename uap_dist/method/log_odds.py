@@ -49,14 +49,15 @@ def log_odds_sum(
     *,
     weigh: Callable[[Tensor], Tensor],
     goal: Goal = UNTARGETED,
+    view: Callable[[Tensor], Tensor] | None = None,
 ) -> LogOddsSum:
     """The sum −Σ w(f) ∇f over the images, with f the log-odds of the clean label at clip(x + v, 0, 255).
 
     −∇f is the direction of DeepFool's step to the boundary f = 0. With a target, f is the target's log-odds, and the sum is
     Σ w(f) ∇f over the images whose clean label is another. Images of spared classes add w(f) ∇f with their clean label's f, times
     their weight. Since only the sum is needed, the gradients of all images go
-    backward through the classifier's first layer at once (see `Classifier.linearise`). Images whose gradient is not finite are
-    left out. The cost is one forward and one backward pass per image.
+    backward through the classifier's first layer at once (see `Classifier.linearise`), unless each image has a view of its own.
+    Images whose gradient is not finite are left out. The cost is one forward and one backward pass per image.
 
     Args:
         classifier: as returned by `load_classifier`; faster after `accelerate`.
@@ -65,16 +66,22 @@ def log_odds_sum(
         labels: N, the clean labels.
         weigh: w, maps N log-odds to N weights.
         goal: what the images shall be taken for.
+        view: of the perturbed images (N×C×H×W), which the classifier is shown in their place; differentiable.
     """
     aims, factors = goal.aims(labels)
     of_all = perturbation.view(-1, 1, *pixels.shape[1:])
     shown = add_perturbation(pixels.view(len(of_all), -1, *pixels.shape[1:]), of_all).view_as(pixels)
     with torch.enable_grad():
-        logits, leaf = classifier.linearise(shown)
+        if view is None:
+            logits, leaf = classifier.linearise(shown)
+        else:
+            logits, leaf = classifier(view(shown.requires_grad_())), [shown]
         gaps = log_odds(logits, aims)
     found = gaps.detach()
     (slopes,) = torch.autograd.grad(gaps, leaf, factors * weigh(found))
-    totals = classifier.pull_back(_sum_finite(_widen(slopes), len(of_all)), pixels.shape[1:])
+    totals = _sum_finite(_widen(slopes), len(of_all))
+    if view is None:
+        totals = classifier.pull_back(totals, pixels.shape[1:])
     return LogOddsSum(
         total=_widen(totals).view_as(perturbation),
         log_odds=found.where(factors != 0, torch.nan),

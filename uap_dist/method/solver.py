@@ -4,16 +4,17 @@ Several perturbations can be solved at once, each against its own images: where 
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, reduce
+from functools import cached_property, partial, reduce
+from itertools import repeat
 from typing import Literal, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from uap_dist.method.augment import Augmentation
+from uap_dist.method.augment import Augmentation, zoom
 from uap_dist.method.deepfool import Increments, deepfool
 from uap_dist.method.log_odds import LogOddsSum, log_odds_sum
 from uap_dist.method.rates import UNTARGETED, Goal
@@ -43,6 +44,7 @@ class Solver:
         candidates: see `deepfool`; paper's rule.
         slope_ratio: see `deepfool`; paper's rule.
         goal: what the images shall be taken for; log-odds rule.
+        max_zoom: of the perturbed images, see `draw_views`; log-odds rule.
     """
 
     rule: Rule
@@ -50,6 +52,7 @@ class Solver:
     candidates: int
     slope_ratio: float
     goal: Goal = UNTARGETED
+    max_zoom: float = 0.0
 
     @property
     def evaluations_per_solve(self) -> int:
@@ -95,11 +98,19 @@ class Batch:
         pixels: N×C×H×W float32, 0..255, augmented; N/M consecutive ones for each perturbation.
         labels: N, the clean labels; of several networks N×S.
         is_real: N, bool; the other images only fill the batch and count for nothing. None if all are real.
+        zooms: N×3 int64, of the perturbed images, see `zoom`; None for none.
     """
 
     pixels: Tensor
     labels: Tensor
     is_real: Tensor | None = None
+    zooms: Tensor | None = None
+
+    def split(self, num_parts: int) -> Iterator["Batch"]:
+        """Parts of nearly equal size; for images that are all real."""
+        zooms = repeat(None) if self.zooms is None else self.zooms.tensor_split(num_parts)
+        parts = zip(self.pixels.tensor_split(num_parts), self.labels.tensor_split(num_parts), zooms, strict=False)
+        return (Batch(pixels, labels, zooms=own) for pixels, labels, own in parts)
 
 
 @dataclass(frozen=True)
@@ -153,9 +164,8 @@ def take_local_steps(
     start = end = Iterate(perturbation.double(), momentum.double(), scales)
     found = []
     num_batches = -(-len(batch.pixels) // local.batch_size)
-    parts = zip(batch.pixels.tensor_split(num_batches), batch.labels.tensor_split(num_batches), strict=True)
-    for part, size in zip(parts, local.sizes, strict=False):
-        total, sums = _solve_log_odds(classifier, Batch(*part), end.v.float(), end.scale, solver)
+    for part, size in zip(batch.split(num_batches), local.sizes, strict=False):
+        total, sums = _solve_log_odds(classifier, part, end.v.float(), end.scale, solver)
         end = log_odds_update(end, total.double(), size, local.steps)
         end = remember(end, *solver.sizes(sums, end.scale), most_images=local.batch_size)
         found.append(sums)
@@ -167,6 +177,7 @@ def _solve_log_odds(
 ) -> tuple[Tensor, Tensor]:
     goal, is_real, num_sums = solver.goal, batch.is_real, len(scales)
     widths = scales.view(num_sums, -1)
+    view = None if batch.zooms is None else partial(zoom, zooms=batch.zooms)
 
     def solve(network: int, member: Classifier, labels: Tensor) -> LogOddsSum:
         own_widths = widths[:, network, None].to(perturbation.dtype)
@@ -175,7 +186,7 @@ def _solve_log_odds(
             weights = weigh(log_odds.view(num_sums, -1), own_widths).flatten()
             return weights if is_real is None else weights.where(is_real, 0)
 
-        return log_odds_sum(member, batch.pixels, perturbation, labels, weigh=weigh_all, goal=goal)
+        return log_odds_sum(member, batch.pixels, perturbation, labels, weigh=weigh_all, goal=goal, view=view)
 
     found = _for_each(classifier, batch.labels, solve)
     total = _add_up([each.total for each in found], widths)

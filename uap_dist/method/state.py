@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from uap_dist.method.config import ComputeConfig
-from uap_dist.method.norms import Norm, random_perturbation
+from uap_dist.method.norms import Norm, measure, random_perturbation
 from uap_dist.method.rates import FOOLING, Rate, Rates
 from uap_dist.method.update import Iterate
 from uap_dist.models.classifier import Predictions
@@ -167,5 +167,8 @@ class State:
         if config.random_start:
             radius = config.random_start * config.ball_radius
             noise = random_perturbation(shape, norm=config.norm, radius=radius, seed=config.seed)
+            if config.achromatic:
+                noise = noise[:1].expand(shape)
+                noise = noise * (radius / measure(noise, config.norm))
             iterate = replace(iterate, v=noise.double())
         return cls(iterate, num_evaluations=labels.size)

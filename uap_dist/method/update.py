@@ -67,6 +67,7 @@ class Steps:
         first_size: size of the first step: its root mean square in pixels.
         num_rounds: in the whole run.
         per_round: steps in each round: 1, or the local steps of a block.
+        achromatic: whether steps are the same in all channels, see `channel_mean`.
     """
 
     norm: Norm
@@ -75,6 +76,7 @@ class Steps:
     first_size: float
     num_rounds: int
     per_round: int = 1
+    achromatic: bool = False
 
     def sizes(self, round_number: int) -> tuple[float, ...]:
         """Sizes of the steps in a round (from 0), in pixels: over the run, half a cosine from `first_size` to zero."""
@@ -102,7 +104,7 @@ def paper_update(iterate: Iterate, total: Tensor, *, gain: float, norm: Norm, ra
 def log_odds_update(iterate: Iterate, total: Tensor, step_size: float | Tensor, steps: Steps) -> Iterate:
     """The log-odds rule: m ← 0.9 m + R(total), v ← P(v + step_size · d), with R the mean over periods (`repeat_mean`).
 
-    The direction d is sign(m) for ℓ∞, and m scaled to root mean square 1 for ℓ2.
+    Achromatic steps take the mean over channels as well. The direction d is sign(m) for ℓ∞, and m scaled to root mean square 1 for ℓ2.
 
     Args:
         iterate: before the step.
@@ -110,6 +112,7 @@ def log_odds_update(iterate: Iterate, total: Tensor, step_size: float | Tensor, 
         step_size: pixels, one of `steps.sizes`; or such sizes for several perturbations, M×1×1×1.
         steps: gives the ball and the period.
     """
+    total = channel_mean(total) if steps.achromatic else total
     momentum = MOMENTUM * iterate.momentum + repeat_mean(total, steps.period)
     direction = momentum.sign() if steps.norm == "linf" else _of_unit_size(momentum)
     return replace(
@@ -195,6 +198,12 @@ def repeat_mean(total: Tensor, period: int) -> Tensor:
     tile = _fold(total, period) / _counts(height, width, period, total.device)
     copies = -(-height // period), -(-width // period)
     return tile.repeat(*(1 for _ in total.shape[:-2]), *copies)[..., :height, :width]
+
+
+def channel_mean(total: Tensor) -> Tensor:
+    """Each channel of …×C×H×W replaced by the mean of all of them."""
+    channels = total.unbind(-3)
+    return (reduce(torch.add, channels) / len(channels)).unsqueeze(-3).expand_as(total)
 
 
 def _fold(values: Tensor, period: int) -> Tensor:

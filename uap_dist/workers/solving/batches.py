@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from uap_dist.method.augment import Augmentation, Views, draw_views, take_views
+from uap_dist.method.augment import Views, draw_views, take_views
 from uap_dist.method.solver import Batch, Solver, solve_block
 from uap_dist.models.classifier import Classifier
 from uap_dist.workers.messages import Examples, Together
@@ -36,16 +36,22 @@ class Part:
         return np.array(self.examples.labels, np.int64)[self.index]
 
     @property
+    def zooms(self) -> np.ndarray | None:
+        """Of its perturbed images, see `Views`."""
+        return None if self.views.zooms is None else self.views.zooms[self.index]
+
+    @property
     def is_real(self) -> np.ndarray:
         """Mask of its images."""
         return np.arange(len(self.labels)) < self.num_real
 
 
-def parts_of(task: Examples | Together, side: int, augmentation: Augmentation) -> list[Part]:
+def parts_of(task: Examples | Together, side: int, solver: Solver) -> list[Part]:
     """The parts of the batch for a task, whose images are so many pixels across."""
 
     def draw(examples: Examples) -> Views:
-        return draw_views(examples.num_examples, side, augmentation, np.random.default_rng(examples.seed))
+        rng = np.random.default_rng(examples.seed)
+        return draw_views(examples.num_examples, side, solver.augmentation, rng, solver.max_zoom)
 
     if isinstance(task, Examples):
         return [Part(task, draw(task), slice(None), task.num_examples)]
@@ -61,13 +67,14 @@ def parts_of(task: Examples | Together, side: int, augmentation: Augmentation) -
 def choose(parts: Sequence[Part], images: GpuImages) -> np.ndarray:
     """N×6 int64: row in `images`, flip, shifts down and to the right, label, whether it is real; all images must be there.
 
-    Of S networks N×(5 + S).
+    Three columns more, before the label, if perturbed images are zoomed; and of S networks S labels.
     """
     columns = []
     for part in parts:
         rows, views = images.rows(part.examples), part.views
         assert rows is not None
-        each = np.column_stack([rows, views.flips, views.shifts, part.examples.labels])[part.index]
+        zooms = () if views.zooms is None else (views.zooms,)
+        each = np.column_stack([rows, views.flips, views.shifts, *zooms, part.examples.labels])[part.index]
         columns.append(np.column_stack([each, np.arange(len(each)) < part.num_real]))
     return np.concatenate(columns)
 
@@ -87,5 +94,6 @@ def solve_chosen(
     """
     rows, flips, *_ = choice.unbind(1)
     pixels = take_views(images, rows, flips.bool(), choice[:, 2:4]).to(torch.float32)
-    labels = choice[:, 4:-1].squeeze(1)  # of one network N
-    return solve_block(classifier, Batch(pixels, labels, choice[:, -1].bool()), perturbation, scales, solver)
+    zooms, rest = (choice[:, 4:7], choice[:, 7:]) if solver.max_zoom else (None, choice[:, 4:])
+    labels = rest[:, :-1].squeeze(1)  # of one network N
+    return solve_block(classifier, Batch(pixels, labels, rest[:, -1].bool(), zooms), perturbation, scales, solver)

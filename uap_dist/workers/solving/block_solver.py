@@ -48,7 +48,7 @@ class BlockSolver:
             solver: gives the rule and the views of the images.
             local: local steps.
         """
-        parts = parts_of(task, v.shape[-1], solver.augmentation)
+        parts = parts_of(task, v.shape[-1], solver)
         if local is not None:
             return take_local_steps(classifier, self._show(parts), v, scales, solver, local)
         if solver.rule == "log-odds" and self._are_on_gpu(parts):
@@ -71,11 +71,13 @@ class BlockSolver:
     def _show(self, parts: Sequence[Part]) -> Batch:
         """The views of all images as one batch."""
         shown = [show(self._read(part.examples).take(part.examples.keys), part.views) for part in parts]
+        zooms = [part.zooms for part in parts if part.zooms is not None]
+        zoomed = self._tensor(np.concatenate(zooms)) if zooms else None
         if len(parts) == 1:  # nothing to fill up
-            return Batch(self._tensor(shown[0]).float(), self._tensor(parts[0].labels))
+            return Batch(self._tensor(shown[0]).float(), self._tensor(parts[0].labels), zooms=zoomed)
         pixels = np.concatenate([images[part.index] for images, part in zip(shown, parts, strict=True)])
         labels, is_real = (np.concatenate([getattr(part, name) for part in parts]) for name in ("labels", "is_real"))
-        return Batch(self._tensor(pixels).float(), self._tensor(labels), self._tensor(is_real))
+        return Batch(self._tensor(pixels).float(), self._tensor(labels), self._tensor(is_real), zoomed)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self._device)
