@@ -190,8 +190,11 @@ def test_sigterm_ends_the_run_killed(shards, tmp_path):
     assert list(tmp_path.glob("checkpoints/*/round-*"))
 
 
-@pytest.mark.parametrize("goal", [{}, {"target": "Red", "spare_classes": ("grey",)}], ids=["any-label", "goal"])
-def test_a_killed_driver_resumes_to_the_same_bits_with_every_metric_once(shards, tmp_path, goal):
+OTHER_OPTIONS = {"target": "Red", "spare_classes": ("grey",), "achromatic": True, "zoom": 0.25}
+
+
+@pytest.mark.parametrize("others", [{}, OTHER_OPTIONS], ids=["default", "goal-and-transfer"])
+def test_a_killed_driver_resumes_to_the_same_bits_with_every_metric_once(shards, tmp_path, others):
     options = (
         "--max-passes",
         "10",
@@ -203,7 +206,7 @@ def test_a_killed_driver_resumes_to_the_same_bits_with_every_metric_once(shards,
         "5",
         "--radius",
         "20",
-        *(("--target", "Red", "--spare-classes", "grey") if goal else ()),
+        *(("--target", "Red", "--spare-classes", "grey", "--achromatic", "--zoom", "0.25") if others else ()),
     )
     process = start(tmp_path, *data(shards), *options, "--output", "out", "--commit-every-s", "0")
     while not committed(tmp_path):
@@ -226,7 +229,7 @@ def test_a_killed_driver_resumes_to_the_same_bits_with_every_metric_once(shards,
     assert run.info.status == "FINISHED"
     workers = LocalWorkers(tiny_worker())
     train, val = (load_dataset(workers, expand_patterns([str(shards / name)])) for name in ("train-*.tar", "val-*.tar"))
-    config = ComputeConfig(max_passes=10, evaluate_every=5, round_size=10, block_size=5, radius=20.0, **goal)
+    config = ComputeConfig(max_passes=10, evaluate_every=5, round_size=10, block_size=5, radius=20.0, **others)
     config = config.with_labels(Tiny.class_names, 4)
     *_, final = compute(workers, train, val, config)
     result = json.loads((tmp_path / "out/result.json").read_text())
