@@ -60,6 +60,7 @@ def test_spans_of_any_length_have_the_bits_and_the_reports_of_single_rounds(
         while len(found) < len(expected):
             reports = compute_span(tiny_worker(), Span({0: tasks[len(found) :]}), {0: state}, plan)[0]
             assert [report.has_arrays for report in reports] == [False] * (len(reports) - 1) + [True]
+            assert all(report.seconds > 0.5 * report.solve_seconds > 0 for report in reports)
             found, state = found + reports, reports[-1].state
             lengths.append(len(reports))
             assert same(found[-1], expected[len(found) - 1])

@@ -6,7 +6,7 @@ Between two rounds whose blocks workers share lie two calls through Ray. A span 
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, inf
 from statistics import median
 
@@ -82,7 +82,7 @@ def compute_span(
     """
     started = time.perf_counter()
     workers, members = LocalWorkers(worker), Members.of(states, span.num_places, worker.device)
-    log = _Log(span.rounds)
+    log = _Log(span.rounds, is_on_gpu=worker.device.type == "cuda")
     with worker.reproducibly():
         for each in zip(*span.rounds.values(), strict=False):
             rounds, before = dict(zip(span.rounds, each, strict=True)), members.states
@@ -98,30 +98,38 @@ def compute_span(
 
 
 class _Log:
-    """The reports of a span. They are taken from a GPU some rounds late, so that it never has to wait for the next round."""
+    """The reports of a span. They are taken some rounds late, so that a GPU never has to wait for the next round.
 
-    def __init__(self, places: Iterable[int]) -> None:
+    When a round on a GPU was over is not known then; each is said to have taken an equal part of the span.
+    """
+
+    def __init__(self, places: Iterable[int], *, is_on_gpu: bool) -> None:
         self._reports: dict[int, list[RoundReport]] = {place: [] for place in places}
-        self._waiting: deque[Outcome] = deque()
-        self._last = time.perf_counter()
+        self._waiting: deque[tuple[Outcome, float]] = deque()
+        self._is_on_gpu = is_on_gpu
+        self._started = self._last = time.perf_counter()
 
     def add(self, outcome: Outcome) -> None:
-        self._waiting.append(outcome)
+        before, self._last = self._last, time.perf_counter()
+        self._waiting.append((outcome, self._last - before))
         if len(self._waiting) > ROUNDS_AHEAD:
             self._take(has_arrays=False)
 
     def finish(self) -> dict[int, list[RoundReport]]:
         while self._waiting:
             self._take(has_arrays=len(self._waiting) == 1)
+        if self._is_on_gpu:
+            seconds = time.perf_counter() - self._started
+            self._reports = {
+                place: [replace(report, seconds=seconds / len(some)) for report in some]
+                for place, some in self._reports.items()
+            }
         return {place: [*some[:-1], some[-1].to_send()] for place, some in self._reports.items()}
 
     def _take(self, *, has_arrays: bool) -> None:
-        for place, report in self._waiting.popleft().reports(self._lap, has_arrays=has_arrays).items():
+        outcome, seconds = self._waiting.popleft()
+        for place, report in outcome.reports(lambda: seconds, has_arrays=has_arrays).items():
             self._reports[place].append(report)
-
-    def _lap(self) -> float:
-        before, self._last = self._last, time.perf_counter()
-        return self._last - before
 
 
 class Sharing:
