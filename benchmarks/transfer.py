@@ -20,9 +20,9 @@ from typing import Any
 
 import tyro
 from comparison.bench import Bench, stamp
-from comparison.intervals import spread
+from comparison.intervals import interval, spread
 from comparison.rows import MAX_LABEL_SHARE
-from several_networks import difference, fooled_by
+from several_networks import fooled_by
 from torch import Tensor
 
 from uap_dist.method.config import ComputeConfig
@@ -178,9 +178,14 @@ def row(source: str, variant: dict[str, Any] | str, rates: Rates, default: Rates
         return
     cells = [spread([one[column] for one in rates.values()]) for column in (*NETWORKS, OTHERS)]
     seeds = sorted({*rates} & {*default}) if variant else []
-    gains = [difference([rates[s][c] - default[s][c] for s in seeds]) for c in (OTHERS, source)] if seeds else ["", ""]
+    gains = [gain([rates[s][c] - default[s][c] for s in seeds]) for c in (OTHERS, source)] if seeds else ["", ""]
     title = variant if isinstance(variant, str) else describe(variant)
     yield f"| {' | '.join([source, title, *cells, *gains])} | {len(rates)} |"
+
+
+def gain(differences: list[float]) -> str:
+    """Mean, with its interval from three seeds on: that of two says nothing."""
+    return interval(differences) if len(differences) > 2 else f"{mean(differences):+.3f}"
 
 
 def describe(variant: dict[str, Any]) -> str:
