@@ -5,7 +5,7 @@ BIN := .venv/bin
 NUMERIC := $(addprefix tests/test_, accelerate.py analysis.py augment.py classifiers.py compute.py concurrent.py datasets.py deepfool.py \
 	fooling.py gpu_images.py measurements.py norms.py pool.py rules.py schedule.py spectrum.py update.py worker.py)
 
-.PHONY: demo test test-cpus test-slow check docs wheel clean
+.PHONY: demo test test-cpus test-slow check docs results wheel clean
 
 demo: .venv/demo
 	$(BIN)/python jobs/compute.py
@@ -28,10 +28,13 @@ check: .venv/test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
-	$(BIN)/python -m pytest -q tests/test_docs.py
+	$(BIN)/python -m pytest -q tests/test_docs.py tests/test_results.py
 
 docs: .venv/docs  # the site, in build/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+results: .venv/bench  # every page of figures whose code has changed, confirmed or measured again
+	$(BIN)/python benchmarks/results.py --check --run changed
 
 wheel: .venv/demo  # dist/uap_dist-VERSION-py3-none-any.whl
 	rm -rf build
@@ -53,6 +56,12 @@ wheel: .venv/demo  # dist/uap_dist-VERSION-py3-none-any.whl
 	@echo 'Installing into .venv; this takes some minutes.'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo,docs]'
+	touch $@
+
+.venv/bench: pyproject.toml
+	@echo 'Installing into .venv; this takes some minutes.'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[bench]'
 	touch $@
 
 clean:
