@@ -95,6 +95,19 @@ PAGES = {
         RIVALS,
         "benchmarks/rivals.py --networks resnet20 --only 'ours*' --seeds 0",
     ),
+    "targeted.md": Page(
+        ("benchmarks/targeted.py",),
+        20,
+        RIVALS,
+        "benchmarks/targeted.py --networks resnet20 --targets 1 --seeds 0 --methods ours",
+    ),
+    "several_networks.md": Page(
+        ("benchmarks/several_networks.py",),
+        3,
+        (*RATES, "uap_dist/models/several.py"),
+        "benchmarks/several_networks.py --only cifar --seeds 0",
+    ),
+    "transfer.md": Page(("benchmarks/transfer.py",), 4, RATES),
     "rules_tried.md": Page(
         ("benchmarks/rules_tried.py",),
         30,
