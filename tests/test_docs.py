@@ -33,7 +33,7 @@ OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+")
 OF_OTHERS = {  # options of Ray, MLflow and pytest, and of benchmarks/
     "--port", "--dashboard-port", "--dashboard-agent-listen-port", "--num-cpus", "--runtime-env-json", "--working-dir",
     "--head", "--address", "--dashboard-host", "--disable-usage-stats", "--generate", "--sort", "--help",
-    "--table", "--data", "--only",
+    "--table", "--data", "--only", "--check", "--run",
 }  # fmt: skip
 
 
