@@ -87,13 +87,13 @@ PAGES = {
         ("benchmarks/rounds.py",),
         12,
         RIVALS,
-        "benchmarks/rounds.py --only 'resnet20-8000-*' --seeds 0",
+        "benchmarks/rounds.py --only resnet20-16000-sum-1x25 resnet20-16000-local-8x4x3 --seeds 0",
     ),
     "rivals.md": Page(
         ("benchmarks/rivals.py --networks resnet20 squeezenet lite0",),
         30,
         RIVALS,
-        "benchmarks/rivals.py --networks resnet20 --only 'ours*' --seeds 0",
+        "benchmarks/rivals.py --networks resnet20 --only ours-3000 ours-8000 --seeds 0",
     ),
     "targeted.md": Page(
         ("benchmarks/targeted.py",),
@@ -107,7 +107,12 @@ PAGES = {
         (*RATES, "uap_dist/models/several.py"),
         "benchmarks/several_networks.py --only cifar --seeds 0",
     ),
-    "transfer.md": Page(("benchmarks/transfer.py",), 4, RATES),
+    "transfer.md": Page(
+        ("benchmarks/transfer.py",),
+        4,
+        RATES,
+        "benchmarks/transfer.py --variants 2 --seeds 0 --sources squeezenet",
+    ),
     "rules_tried.md": Page(
         ("benchmarks/rules_tried.py",),
         30,
