@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[1]
 RECORDS = Path(__file__).with_name("results.json")
 PRINTED = ROOT / "build/results"
 OLDER = "**Older than the code.**"  # on a page that has not been measured since its code changed
-VOLATILE = {"seconds", "commit", "date", "machine"}  # of a run, beside what it gave
+VOLATILE = {"seconds", "commit", "date", "machine", "runs_at_once"}  # of a run, beside what it gave
 
 RATES = (
     "uap_dist/method/*.py",
