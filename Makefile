@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 NUMERIC := $(addprefix tests/test_, accelerate.py analysis.py augment.py classifiers.py compute.py concurrent.py datasets.py deepfool.py \
-	fooling.py gpu_images.py measurements.py norms.py pool.py rules.py schedule.py spectrum.py update.py worker.py)
+	fooling.py gpu_images.py measurements.py norms.py pool.py rules.py schedule.py several.py spectrum.py update.py worker.py)
 
 .PHONY: demo test test-cpus test-slow check docs results wheel clean
 
