@@ -69,7 +69,7 @@ class ComputeConfig:
     augment: Augmentation | None = None
     """Log-odds rule: random views of the training images, drawn for each image; if not given, flip-shift."""
     achromatic: bool = False
-    """Log-odds rule: v has the same value in all three channels; it transfers better to other networks, see docs/transfer.md."""
+    """Log-odds rule: v has the same value in all three channels; for transfer to other networks, see docs/transfer.md."""
     zoom: float | None = None
     """Log-odds rule: solve perturbed images at random sizes, up to this fraction smaller or larger; for transfer, too."""
     candidates: int | None = None
