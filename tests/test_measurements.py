@@ -93,9 +93,11 @@ def test_records_continue_the_running_mean_after_a_resume(local_workers, tiny_da
         assert (record.metrics["fooling_rate/running"], record.metrics["num_images/running"]) == (hits / images, images)
 
 
-@pytest.mark.parametrize(("num_rounds", "every"), [(50, 1), (1_999, 1), (2_000, 2), (16_700, 16), (None, 1)])
-def test_mlflow_gets_a_thousand_rounds_of_a_long_run_and_every_measurement(num_rounds, every):
+@pytest.mark.parametrize(("num_rounds", "every"), [(50, 1), (320, 1), (321, 2), (16_700, 53), (None, 1)])
+def test_mlflow_gets_as_many_rounds_as_its_charts_show_and_every_measurement(num_rounds, every):
     records = [RoundRecord(step, 0, {"fooling_rate/round": 0.5}) for step in range(1, (num_rounds or 50) + 1)]
     logged = [record.step for record in records if is_logged(record, num_rounds)]
-    assert logged == sorted({1, *range(every, len(records) + 1, every)}) and len(logged) >= min(1_000, len(records))
+    assert (
+        logged == sorted({1, *range(every, len(records) + 1, every)}) and min(160, len(records)) <= len(logged) <= 321
+    )
     assert is_logged(RoundRecord(17, 0, {"fooling_rate/val": 0.5}), num_rounds)

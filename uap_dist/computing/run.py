@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,15 @@ from uap_dist.tracking.mlflow_server import CHECKPOINTS_TAG
 from uap_dist.workers.dataset import Dataset
 from uap_dist.workers.local import Workers
 
-MAX_LOGGED = 1_000  # rounds in MLflow, whose charts show fewer points
+MAX_LOGGED = 320  # rounds of a run in MLflow: as many points as its charts show
 
 
 def is_logged(record: RoundRecord, num_rounds: int | None) -> bool:
-    """Whether MLflow gets a round: of a run of n rounds each (n/MAX_LOGGED)th, rounded down, and all that are measured.
+    """Whether MLflow gets a round: of a run of n rounds each (n/MAX_LOGGED)th, rounded up, and all that are measured.
 
-    MLflow stores a metric in a tenth of a millisecond. With all of a round it would be what a run of quick rounds waits for.
+    MLflow stores a metric in a tenth of a millisecond, so the twenty of a round take as long as a quick round itself.
     """
-    every = max(1, (num_rounds or 0) // MAX_LOGGED)
+    every = ceil((num_rounds or 1) / MAX_LOGGED)
     return record.step % every == 0 or record.step == 1 or "fooling_rate/val" in record.metrics
 
 

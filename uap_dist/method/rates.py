@@ -26,6 +26,7 @@ RATE_TITLES = {
 Labels = TypeVar("Labels", np.ndarray, Tensor)
 
 
+@cache  # a curve of thousands of rounds asks for few different ones, each of which takes half a millisecond
 def wilson_interval(successes: int, total: int) -> tuple[float, float]:
     """95 % Wilson score interval of a proportion.
 
@@ -340,10 +341,7 @@ def flatten_rates(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def running_rates(rates: Sequence[Rate], num_examples: int) -> list[Rate]:
-    """Running mean of consecutive rates, each pooled with the ones before it until it covers `num_examples` examples.
-
-    Every result pools as few rates as that takes; the first ones, which have too few before them, pool all so far.
-    """
+    """Running mean of consecutive rates, each pooled with as few before it as cover `num_examples` examples, or with all."""
     hits, examples = (np.cumsum([0, *(getattr(rate, name) for rate in rates)]) for name in ("num_hits", "num_examples"))
     starts = np.maximum(np.searchsorted(examples, examples[1:] - num_examples, side="right") - 1, 0)
     pooled = zip(hits[1:] - hits[starts], examples[1:] - examples[starts], strict=True)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from uap_dist.method.rates import Rate, running_rates
+from uap_dist.method.rates import Rate
 from uap_dist.method.state import RoundReport
 
 RUNNING_IMAGES = (
@@ -43,8 +43,13 @@ class RoundRecord:
         last = earlier[-RUNNING_IMAGES:]  # enough of them, because every round has at least one image
         metrics: dict[str, float] = {}
         for kind, rate in report.rates.items():
-            rates = [*(Rate.from_metrics(record.metrics, "round", kind) for record in last), rate]
-            metrics |= running_rates(rates, RUNNING_IMAGES)[-1].point("running", kind)
+            num_hits, num_examples = rate.num_hits, rate.num_examples
+            for record in reversed(last):
+                if num_examples >= RUNNING_IMAGES:
+                    break
+                before = Rate.from_metrics(record.metrics, "round", kind)
+                num_hits, num_examples = num_hits + before.num_hits, num_examples + before.num_examples
+            metrics |= Rate(num_hits, num_examples).point("running", kind)
         return cls(report.round_number + 1, int(1000 * report.finished), report.metrics() | metrics | dict(workers))
 
     @property
