@@ -1,5 +1,6 @@
 """A worker as a Ray actor: what its process does around each task, and how the driver sees it."""
 
+import gc
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -131,6 +132,7 @@ class UapWorker:
         if self._worker is not None:
             worker.adopt(self._worker)
         self._worker = worker
+        _spare_collections()
         self._warnings.take()  # they are in this process's log, and the driver's own classifier gave them too
         return Introduction(machine(), ray.get_runtime_context().get_node_id(), worker.classifier.weights_digest)
 
@@ -156,6 +158,13 @@ class UapWorker:
             traffic, self._reported = self._worker.traffic - self._reported, self._worker.traffic
         warnings = tuple(f"{self._name} on {self._node}: {text}" for text in self._warnings.take())
         return Answer(result, traffic, seconds, solves, warnings)
+
+
+def _spare_collections() -> None:
+    """Leave what there is now out of all later garbage collections: to look through torch's objects takes a quarter of a second."""
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
 
 class _WarningRecorder(logging.Handler):
