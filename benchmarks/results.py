@@ -130,7 +130,19 @@ PAGES = {
     "chaos.md": Page(("benchmarks/chaos.py", "benchmarks/checkpoint.py"), 1.2, JOBS),
     "cluster.md": Page(("benchmarks/spot.py",), 0.3, ("uap_dist/fleet/*.py",)),
     "plan.md": Page(("benchmarks/plan.py",), 0.5, (*JOBS, "uap_dist/planning/*.py")),
-    "overhead.md": Page(("benchmarks/overhead.py", "benchmarks/driver.py", "benchmarks/decoding.py"), 1, JOBS),
+    "overhead.md": Page(
+        (
+            "benchmarks/overhead.py --network resnet20 --max-evaluations 32000",
+            "benchmarks/overhead.py --max-evaluations 8000",
+            "benchmarks/overhead.py --round-size 24 --block-size 12 --max-evaluations 5000",
+            "benchmarks/driver.py",
+            "benchmarks/sweeps.py",
+            "benchmarks/decoding.py",
+            "benchmarks/decoding.py --compare start",
+        ),
+        0.5,
+        JOBS,
+    ),
     "free_network.md": Page(("benchmarks/free_network.py --num-rounds 1500",), 0.3, JOBS),
     "gpu.md": Page(("benchmarks/gpu_rounds.py --seconds 1.5 --budget 4000",), 0.2, ROUNDS),
 }
@@ -202,11 +214,11 @@ def measure(name: str) -> None:
     print(f"{name}: about {page.hours:g} h", flush=True)
     folder = PRINTED / digest(page.code)[:12]
     folder.mkdir(parents=True, exist_ok=True)
-    for command in page.commands:
+    for number, command in enumerate(page.commands, start=1):
         words, runs = shlex.split(command), runs_of(command)
         fresh = folder / runs.name
         words += ["--output", str(fresh)] if runs.exists() else []
-        (folder / f"{runs.stem}.txt").write_text(run(words))
+        (folder / f"{name}-{number}.txt").write_text(run(words))
         if fresh.exists():
             shutil.copy(fresh, runs)
     record(name, "measured")
