@@ -14,11 +14,11 @@ from uap_dist.errors import ConfigError
 from uap_dist.fleet.config import FleetConfig
 from uap_dist.fleet.fleet import Fleet
 from uap_dist.fleet.ray_cluster import connect
-from uap_dist.job_options import JobOptions, ResumableRecordOptions
+from uap_dist.job_options import JobOptions, RecordOptions, ResumableRecordOptions
 from uap_dist.models.classifier import Classifier
 from uap_dist.tracking.console import one_line_errors, set_up_logging
 from uap_dist.tracking.mlflow_run import Tracker
-from uap_dist.tracking.process import raise_on_sigterm, refuse_credentials
+from uap_dist.tracking.process import raise_on_sigterm, refuse_credentials, value_of
 from uap_dist.tracking.resume import Resumed, find_resumed
 
 console = Console(soft_wrap=True, highlight=False, markup=False)
@@ -26,6 +26,7 @@ console = Console(soft_wrap=True, highlight=False, markup=False)
 PARSER = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
 
 Options = TypeVar("Options", bound=JobOptions)
+Parsed = TypeVar("Parsed")
 
 
 @contextmanager
@@ -57,12 +58,9 @@ def run_job(
         resumed = find_resumed(job) if can_resume else None
         run_id = resumed.checkpoint.job.run_id if resumed else None
         try:
-            _refuse_models(sys.argv[1:])
-            default = resumed.options(options_type) if resumed else tyro.MISSING_NONPROP
-            options = tyro.cli(options_type, default=default, config=PARSER)
+            options = parse(options_type, resumed.options(options_type) if resumed else None)
         except ConfigError as error:  # whoever watches scheduled jobs expects a run that failed
-            words = sys.argv
-            experiment = words[words.index("--experiment") + 1] if "--experiment" in words[:-1] else "uap_dist"
+            experiment = value_of("--experiment") or RecordOptions.experiment
             with Tracker(job=job, experiment=experiment, run_name=job, run_id=run_id):
                 raise error
         experiment = options.record.experiment
@@ -70,10 +68,24 @@ def run_job(
             run(options, tracker, resumed)
 
 
-def _refuse_models(words: list[str]) -> None:
-    """Raise ConfigError where --model is given twice, of which the parser would take the last."""
-    if [word.partition("=")[0] for word in words].count("--model") > 1:
-        raise ConfigError("--model is given twice; several networks are --models A B")
+def parse(options_type: type[Parsed], default: Parsed | None = None) -> Parsed:
+    """The options on the command line.
+
+    Args:
+        options_type: dataclass of the options.
+        default: options where the command line gives none.
+
+    Raises:
+        ConfigError: one is given twice, of which the parser would take the last; or what the options themselves raise.
+    """
+    given = [word.partition("=")[0].replace("_", "-") for word in sys.argv[1:] if word.startswith("--")]
+    for name in given:
+        if given.count(name) > 1:
+            advice = (
+                "several networks are --models A B" if name == "--model" else "give it once, with all of its values"
+            )
+            raise ConfigError(f"{name} is given twice; {advice}")
+    return tyro.cli(options_type, default=tyro.MISSING_NONPROP if default is None else default, config=PARSER)
 
 
 def storage_of(record: ResumableRecordOptions, output: Path, tracker: Tracker, resumed: Resumed | None) -> str:

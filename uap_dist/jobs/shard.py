@@ -6,7 +6,6 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, BinaryIO
 
-import tyro
 from rich.progress import track
 
 from uap_dist.data.locations import is_url
@@ -22,7 +21,7 @@ from uap_dist.data.sources.parquet import is_parquet, list_parquet
 from uap_dist.data.write import write_classes, write_shards
 from uap_dist.errors import ConfigError
 from uap_dist.foreign_text import redact
-from uap_dist.jobs.common import PARSER, command_line, console
+from uap_dist.jobs.common import command_line, console, parse
 from uap_dist.tracking.outputs import output_folder
 
 
@@ -51,7 +50,7 @@ class ShardOptions:
 def main() -> None:
     """List, shuffle, write."""
     with command_line():
-        options = tyro.cli(ShardOptions, config=PARSER)
+        options = parse(ShardOptions)
         if options.shard_size < 1:
             raise ConfigError(f"shard size is {options.shard_size}; it must be positive")
         if any(options.output.glob(f"{options.prefix}-*.tar")):

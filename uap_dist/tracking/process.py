@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,14 @@ def command(job: str | None = None) -> str:
     if script.suffix == ".py":
         return f"python {script if job is None else script.with_name(f'{job}.py')}"
     return script.name if job is None else f"uap-{job}"
+
+
+def value_of(option: str) -> str | None:
+    """The value of an option such as --resume on the command line, before all others are parsed; None without one."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(option, dest="value", nargs="?")
+    value: str | None = parser.parse_known_args()[0].value
+    return value
 
 
 def refuse_credentials(words: Sequence[str]) -> None:

@@ -2,7 +2,6 @@
 
 import logging
 import re
-import sys
 import time
 from dataclasses import dataclass
 from typing import TypeVar
@@ -15,7 +14,7 @@ from uap_dist.job_options import from_json
 from uap_dist.tracking.checkpoint import Checkpoint
 from uap_dist.tracking.checkpoint_store import CheckpointStore
 from uap_dist.tracking.mlflow_server import RunFacts, look_up
-from uap_dist.tracking.process import command
+from uap_dist.tracking.process import command, value_of
 
 RESUMABLE_JOBS = {"compute": "a computation", "finetune": "a fine-tuning"}
 OTHER_JOBS = {"evaluate": "an evaluation", "analyze": "an analysis", "plan": "a plan"}
@@ -58,19 +57,17 @@ def find_resumed(job: str) -> Resumed | None:
         ResumeError: there is no checkpoint, or it is one that this job cannot resume.
         TrackingError: MLflow, which knows where the checkpoints are, does not answer.
     """
-    for number, word in enumerate(sys.argv[1:], start=1):
-        option, _, value = word.partition("=")
-        target = value or "".join(sys.argv[number + 1 : number + 2])
-        if option == "--resume" and target:
-            storage = _checkpoints_of(target, job) if re.fullmatch("[0-9a-f]{32}", target) else absolute(target)
-            checkpoint = CheckpointStore(storage).newest()
-            record = checkpoint.job
-            if record.part_of is not None:
-                raise ResumeError(_is_part(f"{storage} is", record.part_of, record.program))
-            _check_job(f"{storage} is of", record.program, job, target)
-            _warn_if_fresh(checkpoint)
-            return Resumed(checkpoint, storage)
-    return None
+    target = value_of("--resume")
+    if not target:
+        return None
+    storage = _checkpoints_of(target, job) if re.fullmatch("[0-9a-f]{32}", target) else absolute(target)
+    checkpoint = CheckpointStore(storage).newest()
+    record = checkpoint.job
+    if record.part_of is not None:
+        raise ResumeError(_is_part(f"{storage} is", record.part_of, record.program))
+    _check_job(f"{storage} is of", record.program, job, target)
+    _warn_if_fresh(checkpoint)
+    return Resumed(checkpoint, storage)
 
 
 def _warn_if_fresh(checkpoint: Checkpoint) -> None:
