@@ -261,7 +261,6 @@ def test_what_cannot_be_resumed_is_one_line(tmp_path, target, message):
         (("--model", "resnet50"), "unknown network 'resnet50'; nearest names: "),
         (("--model", TINY, "--model", TINY), "--model is given twice; several networks are --models A B"),
         (("--train_shards", "other-0000.tar"), "--train-shards is given twice; give it once, with all of its values"),
-        (("--seed=1", "--seed", "2"), "--seed is given twice; give it once"),
     ],
 )
 def test_bad_input_is_one_line_and_a_failed_run(shards, tmp_path, options, message):

@@ -1,8 +1,8 @@
 """Options that several jobs share, and any job's options as plain values for its checkpoints."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, get_origin, get_type_hints
 
 from cattrs.preconf.json import make_converter
 
@@ -106,6 +106,17 @@ def from_json(kind: type[Options], values: Any) -> Options:
         Exception: the values are not those of such options, as those of another version.
     """
     return _converter.structure(values, kind)
+
+
+def list_options(kind: Any) -> set[str]:
+    """Names of the options that take several values: fields of a dataclass of options, or of those in it, that are tuples."""
+    found, hints = set[str](), get_type_hints(kind)
+    for name, hint in ((field.name, hints[field.name]) for field in fields(kind)):
+        if is_dataclass(hint):
+            found |= list_options(hint)
+        elif get_origin(hint) is tuple:
+            found.add(name)
+    return found
 
 
 def check_limits(max_bad_fraction: float, *num_images: int | None) -> None:

@@ -14,7 +14,7 @@ from uap_dist.errors import ConfigError
 from uap_dist.fleet.config import FleetConfig
 from uap_dist.fleet.fleet import Fleet
 from uap_dist.fleet.ray_cluster import connect
-from uap_dist.job_options import JobOptions, RecordOptions, ResumableRecordOptions
+from uap_dist.job_options import JobOptions, RecordOptions, ResumableRecordOptions, list_options
 from uap_dist.models.classifier import Classifier
 from uap_dist.tracking.console import one_line_errors, set_up_logging
 from uap_dist.tracking.mlflow_run import Tracker
@@ -76,15 +76,17 @@ def parse(options_type: type[Parsed], default: Parsed | None = None) -> Parsed:
         default: options where the command line gives none.
 
     Raises:
-        ConfigError: one is given twice, of which the parser would take the last; or what the options themselves raise.
+        ConfigError: one that takes several values is given twice, of which the parser would take the last, as it should of others;
+            or what the options themselves raise.
     """
-    given = [word.partition("=")[0].replace("_", "-") for word in sys.argv[1:] if word.startswith("--")]
-    for name in given:
-        if given.count(name) > 1:
-            advice = (
-                "several networks are --models A B" if name == "--model" else "give it once, with all of its values"
-            )
-            raise ConfigError(f"{name} is given twice; {advice}")
+    given = [
+        word.partition("=")[0].removeprefix("--").replace("-", "_") for word in sys.argv[1:] if word.startswith("--")
+    ]
+    for name in sorted(name for name in list_options(options_type) if given.count(name) > 1):
+        option = f"--{name.replace('_', '-')}"
+        raise ConfigError(f"{option} is given twice; give it once, with all of its values")
+    if given.count("model") > 1:
+        raise ConfigError("--model is given twice; several networks are --models A B")
     return tyro.cli(options_type, default=tyro.MISSING_NONPROP if default is None else default, config=PARSER)
 
 
