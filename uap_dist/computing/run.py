@@ -78,8 +78,7 @@ class TrackedRun:
         for report in compute(workers, train, held_out, self.config, self.state, num_computations=num_computations):
             if held_out.done():
                 self._job = with_held_out(self._job, held_out.result())
-            of_workers = workers.metrics() if report.has_arrays else {}  # once for all rounds of a span
-            self._history.append(RoundRecord.of(report, of_workers, self._history))
+            self._history.append(RoundRecord.of(report, workers.metrics(), self._history))
             if report.has_arrays and not report.is_last:
                 self._store.commit(Checkpoint(self._job, report.state, self._history))
             # with the first report also those of earlier processes, which MLflow may lack

@@ -75,3 +75,7 @@ def _describe(options: AnalyzeOptions, perturbation: Perturbation, classifier: C
     digest = sha256(perturbation.v.numpy().tobytes()).hexdigest()
     setup = describe_setup(classifier, options.weights, options.fleet)
     return settings | asdict(options.data) | setup | {"perturbation_sha256": digest}
+
+
+if __name__ == "__main__":
+    main()

@@ -114,3 +114,7 @@ def _set_up(
     tracker.log_params(data)
     tracker.log_dataset(train, "training")
     return setting, Checkpoint(record, State.start(train.shape, train.clean.labels, options.config), ()), options
+
+
+if __name__ == "__main__":
+    main()

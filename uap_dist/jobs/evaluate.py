@@ -111,3 +111,7 @@ def _list_sets(specifications: Sequence[str]) -> dict[str, list[str]]:
         if own in urls[:number]:
             raise ConfigError(f"--shards has the same images twice: {patterns[urls.index(own)]} and {patterns[number]}")
     return dict(zip(name_sets(given, patterns), urls, strict=True))
+
+
+if __name__ == "__main__":
+    main()

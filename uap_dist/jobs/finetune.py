@@ -118,3 +118,7 @@ def _set_up(options: FinetuneOptions, pool: PerturbationPool, tracker: Tracker, 
         console=console,
         commit_every_s=options.record.commit_every_s,
     )
+
+
+if __name__ == "__main__":
+    main()

@@ -104,3 +104,7 @@ def _list_images(options: ShardOptions, copy: BinaryIO) -> tuple[list[SourceImag
 
 def _with_progress(samples: Iterable[dict[str, Any]], total: int) -> Iterator[dict[str, Any]]:
     yield from track(samples, total=total, description="writing shards", console=console)
+
+
+if __name__ == "__main__":
+    main()
