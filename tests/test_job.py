@@ -138,6 +138,18 @@ def test_the_mlflow_run_holds_all_of_it(finished):
     assert names == {p.name for p in (folder / "out").iterdir()}
 
 
+def test_the_page_on_records_names_all_that_a_run_records_and_nothing_else(finished):
+    folder, _ = finished
+    _, (run,) = runs(folder)
+    named = set(re.findall(r"`([\w/]+)`", (JOB.parents[1] / "docs/records.md").read_text()))
+    metrics = {name for name in run.data.metrics if not name.startswith(("planned/", "system/"))}
+    of_paper = {"round/mean_increment_norm", "round/deepfool_success"}
+    others = {"targeted_success_rate/val", "num_images/val_targeted_success"}
+    assert {name for name in named if "/" in name} == metrics | of_paper | others
+    table = pq.read_schema(folder / "out/tables/held-out-examples.parquet").names
+    assert {*json.loads((folder / "out/result.json").read_text()), *table} <= named
+
+
 def test_what_was_planned_stands_beside_what_it_took(finished):
     folder, out = finished
     _, (run,) = runs(folder)
