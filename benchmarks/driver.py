@@ -15,6 +15,9 @@ from statistics import median
 from typing import Any
 from unittest.mock import patch
 
+from uap_dist.fleet import ray_cluster as ray_cluster  # first: it sets variables that Ray reads when it is imported
+
+# isort: split
 import numpy as np
 import ray
 import torch
