@@ -1,5 +1,6 @@
 """Networks in files of a user's own, in this process as in any other."""
 
+import re
 import sys
 
 import pytest
@@ -81,3 +82,28 @@ def test_an_error_in_a_users_code_is_one_line_that_says_where(tmp_path, text, me
     assert str(refusal.value).isprintable()
     with pytest.raises(ClassifierError):
         load_classifier(write(tmp_path / "net.py", text))
+
+
+def named(tmp_path, class_names):
+    """A network with three classes of these names."""
+    text = NETWORK.replace("SEED", "1").replace("return", "network =") + f"    network.class_names = {class_names}\n"
+    return load_classifier(write(tmp_path / "net.py", text + "    return network\n"))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("None", ()),
+        ("['a', 'b', 'c']", ("a", "b", "c")),
+        ("{1: 'b', 0: 'a', 2: 'c'}", ("a", "b", "c")),
+        ("{'0': 'a', '1': 'b', '2': 'c'}", ("a", "b", "c")),
+    ],
+)
+def test_classes_are_named_by_a_list_or_by_label(tmp_path, given, expected):
+    assert named(tmp_path, given).class_names == expected
+
+
+@pytest.mark.parametrize("given", ["'abc'", "[0, 1, 2]", "{1: 'a', 2: 'b', 3: 'c'}", "{'a': 0, 'b': 1, 'c': 2}", "3"])
+def test_other_names_of_classes_are_refused(tmp_path, given):
+    with pytest.raises(ClassifierError, match=rf"has class_names {re.escape(given)}; they must be a list of str"):
+        named(tmp_path, given)

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import and_
+from reprlib import repr as shortened
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from uap_dist.data.decode import Geometry
 from uap_dist.errors import ClassifierError
 from uap_dist.models.weights import digest_weights
+
+ClassNames = Sequence[str] | Mapping[Any, str]  # in the order of the labels, or by label as id2label of transformers
 
 
 class Classifier(nn.Module):
@@ -42,15 +45,19 @@ class Classifier(nn.Module):
         geometry: Geometry,
         mean: Sequence[float] = (0.0, 0.0, 0.0),
         std: Sequence[float] = (1 / 255, 1 / 255, 1 / 255),
-        class_names: Sequence[str] = (),
+        class_names: ClassNames | None = None,
     ) -> None:
-        """Wrap a network whose input is (pixels / 255 − mean) / std; with the defaults this is the pixels themselves."""
+        """Wrap a network whose input is (pixels / 255 − mean) / std; with the defaults this is the pixels themselves.
+
+        Raises:
+            ClassifierError: the names are neither a list or tuple of str nor a dict of them by label.
+        """
         super().__init__()
         self.trainable = frozenset(name for name, parameter in network.named_parameters() if parameter.requires_grad)
         self.network = network.eval().requires_grad_(False)
         self.name = name
         self.geometry = geometry
-        self.class_names = tuple(class_names)
+        self.class_names = _by_label(class_names, name)
         self.weights_digest = digest_weights(network)
         self.register_buffer("mean", 255 * torch.tensor(mean, dtype=torch.float32).view(3, 1, 1))
         self.register_buffer("std", 255 * torch.tensor(std, dtype=torch.float32).view(3, 1, 1))
@@ -152,6 +159,24 @@ class Predictions:
         """Mask of the images (N, bool) whose labels are other ones, of several networks those of each."""
         differ = self.labels != others.labels
         return reduce(and_, differ.T) if self.networks else differ
+
+
+def _by_label(given: Any, name: str) -> tuple[str, ...]:
+    """Names of the classes in the order of their labels; none for None.
+
+    Raises:
+        ClassifierError: they are neither a list or tuple of str nor a dict with a str for each label.
+    """
+    names = () if given is None else given
+    if isinstance(given, Mapping):
+        of_label = {str(label): each for label, each in given.items()}  # labels are strings in JSON
+        names = [of_label.get(str(label)) for label in range(len(given))]
+    if isinstance(names, list | tuple) and all(isinstance(each, str) for each in names):
+        return tuple(names)
+    raise ClassifierError(
+        f"{name} has class_names {shortened(given)}; they must be a list of str in the order of the logits, or a dict of them by "
+        "label (0, 1, …)"
+    )
 
 
 def _find_logits(output: Any, num_images: int, name: str) -> Tensor:

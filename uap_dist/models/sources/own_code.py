@@ -75,7 +75,7 @@ def load_own(name: str, weights: str | None) -> Classifier:
         network,
         name=name,
         geometry=Geometry(math.floor(size / 0.875), size) if size else Geometry(),
-        class_names=getattr(network, "class_names", ()),
+        class_names=getattr(network, "class_names", None),
     )
 
 
