@@ -105,8 +105,10 @@ def count_work(
         num_measurements += plan.is_due(round_, spent_before, spent)
     all_images = [train.num_images, val.num_images]
     during = all_images if plan.num_images is None else [_thin(val.num_images, min(plan.num_images, num_val))]
-    in_the_corner = config.rule == "log-odds" and config.norm == "linf"  # where one random perturbation has both norms of v
-    num_random = (1 if in_the_corner else 2) * (1 if num_perturbations == 1 else 2)  # a pool measures others for its coverage
+    # where one random perturbation has both norms of v
+    in_the_corner = config.rule == "log-odds" and config.norm == "linf"
+    # a pool measures others for its coverage
+    num_random = (1 if in_the_corner else 2) * (1 if num_perturbations == 1 else 2)
     at_end = [*all_images, *[val.num_images] * num_random]
     return Work(
         train=train,
