@@ -42,6 +42,7 @@ def test_passes_default_to_ten_unless_evaluations_bound_them():
         ({"rule": "paper", "candidates": 1}, "candidates is 1; it must be at least 2"),
         ({"augment": "rotate"}, "augment is 'rotate'; it must be one of none, flip, flip-shift"),
         ({"period": 0}, "period is 0; it must be positive"),
+        ({"step_size": float("inf")}, "step size is inf; it must be positive and finite"),
         ({"zoom": 1.0}, "zoom is 1.0; it must lie in \\(0, 1\\)"),
         ({"zoom": -0.1}, "zoom is -0.1; it must lie"),
         ({"rule": "paper", "zoom": 0.2}, "zoom does not belong to rule paper"),

@@ -11,7 +11,7 @@ from uap_dist.data.locations import locate
 from uap_dist.errors import ConfigError
 from uap_dist.foreign_text import escape_markdown, hide_credentials, printable, redact
 from uap_dist.tracking.console import one_line_errors
-from uap_dist.tracking.process import refuse_credentials
+from uap_dist.tracking.process import refuse_credentials, refuse_empty
 
 ALPHABET = string.ascii_letters + string.digits + "/+=._~-"  # the alphabets of AWS, Azure and JSON web tokens
 SECRET = st.builds(
@@ -34,6 +34,11 @@ SHAPES = (
     "DefaultEndpointsProtocol=https;AccountName=me;AccountKey={};EndpointSuffix=core.windows.net",
     "https://storage.googleapis.com/b/key.tar?GoogleAccessId=me&Expires=1&Signature={}",
     "https://host/key.tar?key={}",
+    "https://host/key.tar?rlkey={}&dl=1",
+    "https://host/key.tar?md5={}&expires=1",
+    "https://host/key.tar?hdnts={}",
+    "abfs://container@account.dfs.core.windows.net/key.tar?sig={}",
+    "abfs://user:{}@account.dfs.core.windows.net/key.tar",
     "AWS_SECRET_ACCESS_KEY={}",
     "password='{}'",
     "pipe:curl -H 'Authorization: Bearer {}' https://host/key.tar",
@@ -99,6 +104,10 @@ def test_tokens_are_recognised_by_their_form(token):
         "path/to/file.py:factory",
         "efficientnet_lite0=weights/epoch=3.pth",
         "theirs=published/v.mat:255",
+        "models:/uap-pool@champion",
+        "runs:/0123456789abcdef0123456789abcdef/pool@2",
+        "abfs://container@account.dfs.core.windows.net/train.tar",
+        "net.py:vit?num_tokens=4&class_token=false&key=a",
         "if it has token authentication, set RAY_AUTH_MODE=token",
         "give AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or a profile, or the machine's role)",
         "[Errno 32] Broken pipe: 'x'",
@@ -138,6 +147,14 @@ def test_a_command_line_with_a_credential_is_refused_without_repeating_it(words,
     assert str(caught.value).startswith(said) and "hunter2" not in str(caught.value)
     assert "credentials belong in the environment (AWS_ACCESS_KEY_ID" in str(caught.value)
     assert redact(str(caught.value)) == str(caught.value)  # as it is printed
+
+
+@pytest.mark.parametrize(("words", "option"), [(("--resume", ""), "--resume"), (("--storage=",), "--storage")])
+def test_an_empty_value_is_refused_because_its_variable_is_not_set(words, option):
+    with pytest.raises(
+        ConfigError, match=f"^{option} is given an empty value; if it is a variable of the shell, it is not set"
+    ):
+        refuse_empty(("--model", "m", *words, "--seed", "1"))
 
 
 def test_locations_with_a_credential_are_refused_in_python_as_well():

@@ -1,12 +1,14 @@
 import csv
 import os
 import stat
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
+from uap_dist.errors import ConfigError
 from uap_dist.method.rates import Rate, flatten_rates, rate_columns
-from uap_dist.tracking.outputs import markdown_table, output_folder, save_table, writes_files
+from uap_dist.tracking.outputs import default_folder, markdown_table, output_folder, save_table, writes_files
 
 
 @pytest.fixture
@@ -19,15 +21,29 @@ def umask():
 @pytest.mark.parametrize("name", ["../../x-seed0", "/x:build-seed0", "a\nb-seed0", "torchvision-resnet18-seed0"])
 def test_a_default_folder_lies_in_outputs_however_the_model_is_named(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    folder = output_folder(None, name)
-    assert folder.parent == tmp_path / "outputs" and folder.name.isprintable()
+    folder = output_folder(default_folder(name, "0123456789abcdef"))
+    assert folder.parent == tmp_path / "outputs" and folder.name.isprintable() and folder.name.endswith("-012345")
+
+
+def test_jobs_that_begin_in_the_same_second_have_folders_of_their_own_and_long_names_fit(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs").mkdir()
+    folders = {output_folder(default_folder("vit+" * 100, run_id)) for run_id in ("a" * 32, "b" * 32)}
+    assert len(folders) == 2 and max(len(folder.name) for folder in folders) < 128
+    with pytest.raises(ConfigError, match="cannot write to --output .*: File name too long"):
+        output_folder(Path("outputs") / ("x" * 300))
+
+
+def test_a_tilde_that_no_shell_expanded_is_refused():
+    with pytest.raises(ConfigError, match="~/results: ~ is not expanded here; give the whole path"):
+        output_folder(Path("~/results"))
 
 
 def test_a_new_folder_is_its_owners_alone_and_one_that_is_there_stays_as_it_is(tmp_path, umask):
     (tmp_path / "mine").mkdir()
     save = writes_files(lambda folder: (folder / "result.json").write_text("{}"))
     for folder in ("mine", "new/out"):
-        save(output_folder(tmp_path / folder, "x"))
+        save(output_folder(tmp_path / folder))
     modes = [
         stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("mine", "new", "new/out", "new/out/result.json")
     ]

@@ -53,7 +53,7 @@ from pathlib import Path
 from uap_dist.tracking.checkpoint_store import CheckpointStore
 from uap_dist.errors import ConfigError
 from uap_dist.tracking.outputs import output_folder
-for ask in (lambda: output_folder(Path("full/out"), ""), lambda: CheckpointStore("full/runs").prepare()):
+for ask in (lambda: output_folder(Path("full/out")), lambda: CheckpointStore("full/runs").prepare()):
     try:
         ask()
     except ConfigError as error:
@@ -138,7 +138,7 @@ def test_results_that_do_not_fit_on_the_disk_say_how_to_continue(tmp_path):
 
 def test_a_folder_that_holds_a_plan_takes_the_run_that_was_planned(tmp_path):
     (tmp_path / "plan.json").write_text("{}")
-    assert output_folder(tmp_path, "run", besides=("plan.json",)) == tmp_path
+    assert output_folder(tmp_path, besides=("plan.json",)) == tmp_path
     (tmp_path / "result.json").write_text("{}")
     with pytest.raises(ConfigError, match="is not empty; give another --output"):
-        output_folder(tmp_path, "run", besides=("plan.json",))
+        output_folder(tmp_path, besides=("plan.json",))

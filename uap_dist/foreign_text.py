@@ -21,7 +21,10 @@ _NAME = (
     r"[\w.-]*(?:secret|token(?!iz)|passw|passphrase|pwd|signature|credential|access[_-]?key|account[_-]?key|api[_-]?key|"
     r"private[_-]?key)[\w.-]*"
 )
-_SHORT_NAME = r"key|sig|pass|auth|authorization|jwt|code"  # of query options only; elsewhere these words are common
+# of query options only; elsewhere these words are common
+_SHORT_NAME = r"\w*key|sig|pass|auth|authorization|jwt|code|md5|hmac|hdn\w+|ticket"
+_PLAIN = r"(?:\d{1,4}|true|false|none)"  # as the value of a query option no secret
+_SCHEME = r"(?<!\bmodel)(?<!\brun)\w:/{1,3}"  # but of MLflow's models:/NAME@ALIAS
 _VALUE = r"""(?:"[^"]*"|'[^']*'|[^\s&#"'<>]+)"""
 # a value that is hidden already stays as it is
 _CREDENTIALS = [
@@ -33,9 +36,13 @@ _CREDENTIALS = [
         (r"\b(bearer|basic)(?:\s+|%20|\+)[\w.~+/=%-]{6,}", rf"\1 {HIDDEN}"),
         # user and password before the @ of a URL; a password may hold / and @, a port has digits only, object stores have no port
         (rf"\b((?:s3a?|gs|gcs):/{{1,3}})(?!{HIDDEN})[^\s/?#:@]*:\S*@", rf"\1{HIDDEN}@"),
-        (r"(\w:/{1,3})(?:[^\s/?#:@]*:(?!\d+(?:[/?#]|$))\S*|[^\s/?#]*)@", rf"\1{HIDDEN}@"),
+        (rf"({_SCHEME})[^\s/?#:@]*:(?!\d+(?:[/?#]|$))\S*@", rf"\1{HIDDEN}@"),
+        (
+            rf"({_SCHEME})(?<!\babfs://)(?<!\babfss://)(?!{HIDDEN})[^\s/?#]*@",
+            rf"\1{HIDDEN}@",
+        ),  # there it is a container
         (r"""(?<![\w/:@.-])[^\s/:@'"=]+:(?!/)[^\s:@'"]+@(?=[\w.-]+(?::\d+)?(?:\W|$))""", f"{HIDDEN}@"),
-        (rf"(?<![\w.-])({_NAME})(=|%3D)(?!{HIDDEN}){_VALUE}", rf"\1\2{HIDDEN}"),
+        (rf"(?<![\w.-])(?!(?<=[?&])[\w.-]+={_PLAIN}(?![^\s&#]))({_NAME})(=|%3D)(?!{HIDDEN}){_VALUE}", rf"\1\2{HIDDEN}"),
         (rf"""(["'])({_NAME})(["']\s*:\s*)(?!{HIDDEN}){_VALUE}""", rf"\1\2\3{HIDDEN}"),
         (rf"(?<![\w.-])(?=\w+[_-])({_NAME})(:\s*)(?!{HIDDEN}){_VALUE}", rf"\1\2{HIDDEN}"),
     )
@@ -66,9 +73,11 @@ def redact(text: str) -> str:
 def _hide_option(match: re.Match[str], *, hides_unknown: bool) -> str:
     name = unquote_plus(match[1])
     before = re.split(r"\s", match.string[: match.start()])[-1]
-    hides_unknown &= not _ARGUMENTS.search(before) or "://" in before
-    is_secret = re.fullmatch(f"{_NAME}|{_SHORT_NAME}", name, re.IGNORECASE)
-    return f"{match[1]}={HIDDEN}" if is_secret or (hides_unknown and name not in SHOWN_OPTIONS) else match[0]
+    are_arguments = _ARGUMENTS.search(before) and "://" not in before
+    names = _NAME if are_arguments else f"{_NAME}|{_SHORT_NAME}"
+    is_secret = re.fullmatch(names, name, re.IGNORECASE) and not re.fullmatch(_PLAIN, match[2], re.IGNORECASE)
+    is_unknown = not are_arguments and name not in SHOWN_OPTIONS
+    return f"{match[1]}={HIDDEN}" if is_secret or (hides_unknown and is_unknown) else match[0]
 
 
 def printable(text: str) -> str:

@@ -50,7 +50,7 @@ class RecordOptions:
     """Where results go."""
 
     output: Path | None = None
-    """Folder for the results; if not given, outputs/<name of the run>-<time>."""
+    """Folder for the results; if not given, outputs/<name of the run>-<time>-<run id>."""
     experiment: str = "uap_dist"
     """MLflow experiment, at MLFLOW_TRACKING_URI or else in mlflow.db of the working directory."""
     debug: bool = False

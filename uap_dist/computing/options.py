@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,8 @@ class ComputeOptions:
             raise ConfigError("--plan makes what --planned takes; give one of them")
         if self.price_per_gpu_hour is not None and not self.plan:
             raise ConfigError("--price-per-gpu-hour belongs to --plan")
-        if self.price_per_gpu_hour is not None and not self.price_per_gpu_hour > 0:
-            raise ConfigError(f"price per gpu hour is {self.price_per_gpu_hour}; it must be positive")
+        if self.price_per_gpu_hour is not None and not 0 < self.price_per_gpu_hour < inf:
+            raise ConfigError(f"price per gpu hour is {self.price_per_gpu_hour}; it must be positive and finite")
 
     def _check_networks(self) -> None:
         if not self.models:

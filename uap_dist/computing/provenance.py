@@ -11,6 +11,7 @@ from rich.console import Console
 
 from uap_dist.fleet.config import FleetConfig
 from uap_dist.fleet.fleet import Fleet
+from uap_dist.foreign_text import redact
 from uap_dist.method.config import ComputeConfig
 from uap_dist.models.classes import label_name
 from uap_dist.models.classifier import Classifier
@@ -72,7 +73,7 @@ def describe_setup(classifier: Classifier, weights: str | None, fleet: FleetConf
     """Network, fleet and versions."""
     return {
         "model": classifier.name,
-        "weights": describe_weights(classifier.given, weights),
+        "weights": redact(describe_weights(classifier.given, weights)),
         "weights_digest": classifier.weights_digest,
         **_describe_networks(classifier),
         **{f"geometry.{key}": value for key, value in asdict(classifier.geometry).items()},

@@ -56,7 +56,13 @@ def split_query(location: str) -> tuple[str, str]:
 
 
 def absolute(location: str) -> str:
-    """A local path made independent of the working directory; a URL as it is."""
+    """A local path made independent of the working directory; a URL as it is.
+
+    Raises:
+        ConfigError: it begins with ~, which shells expand only where a word begins; a folder of that name is not what is meant.
+    """
+    if location.startswith("~"):
+        raise ConfigError(f"{location}: ~ is not expanded here; give the whole path")
     return location if is_url(location) else str(Path(location).resolve())
 
 

@@ -1,6 +1,7 @@
 """Options of a fleet."""
 
 from dataclasses import dataclass
+from math import inf
 from typing import get_args
 
 from uap_dist.errors import ConfigError
@@ -38,12 +39,12 @@ class FleetConfig:
         """Validate the options."""
         for name in ("threads_per_worker", "decode_threads", "cache_gib", "placement_timeout_s", "task_timeout_s"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"{name.replace('_', ' ')} is {value}; it must be positive")
+            if value is not None and not 0 < value < inf:
+                raise ConfigError(f"{name.replace('_', ' ')} is {value}; it must be positive and finite")
         if self.precision not in get_args(Precision):
             raise ConfigError(f"precision is {self.precision!r}; it must be one of {', '.join(get_args(Precision))}")
-        if not self.disk_cache_gib >= 0:
-            raise ConfigError(f"disk cache gib is {self.disk_cache_gib}; it must not be negative")
+        if not 0 <= self.disk_cache_gib < inf:
+            raise ConfigError(f"disk cache gib is {self.disk_cache_gib}; it must be finite and not negative")
         gpus = self.gpus_per_worker or 0
         if gpus < 0 or (gpus > 1 and gpus != int(gpus)):
             raise ConfigError(f"gpus per worker is {gpus:g}; it must be 0, a fraction of one GPU or a whole number")

@@ -17,7 +17,7 @@ from uap_dist.models.classifier import Classifier
 from uap_dist.models.loading import load_usable_classifier
 from uap_dist.perturbations.files import Perturbation, load_perturbations
 from uap_dist.tracking.mlflow_run import Tracker
-from uap_dist.tracking.outputs import output_folder
+from uap_dist.tracking.outputs import default_folder, output_folder
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def run(options: AnalyzeOptions, tracker: Tracker) -> None:
     classifier = load_usable_classifier(options.model, options.weights)
     check_sizes(options, perturbation, classifier.geometry.shape, options.data.num_train_images)
     urls = expand_apart(options.data.train_shards, options.data.val_shards)
-    output = output_folder(options.record.output, f"analysis-{perturbation.name}")
+    output = output_folder(options.record.output or default_folder(f"analysis-{perturbation.name}", tracker.run_id))
     provenance = _describe(options, perturbation, classifier)
     tracker.log_params(provenance)
     fleet = start_fleet(classifier, options.weights, options.fleet, tracker)

@@ -18,7 +18,7 @@ from uap_dist.job_options import JobOptions, RecordOptions, ResumableRecordOptio
 from uap_dist.models.classifier import Classifier
 from uap_dist.tracking.console import one_line_errors, set_up_logging
 from uap_dist.tracking.mlflow_run import Tracker
-from uap_dist.tracking.process import raise_on_sigterm, refuse_credentials, value_of
+from uap_dist.tracking.process import raise_on_sigterm, refuse_credentials, refuse_empty, value_of
 from uap_dist.tracking.resume import Resumed, find_resumed
 
 console = Console(soft_wrap=True, highlight=False, markup=False)
@@ -31,11 +31,12 @@ Parsed = TypeVar("Parsed")
 
 @contextmanager
 def command_line() -> Iterator[None]:
-    """A command that ends with one line for an error, obeys signals, logs to the console, and was given no credentials."""
+    """A command that ends with one line for an error, obeys signals, logs to the console, and was given no credentials or empty values."""
     with one_line_errors(debug="--debug" in sys.argv):
         raise_on_sigterm()
         set_up_logging(console, debug="--debug" in sys.argv)
         refuse_credentials(sys.argv[1:])
+        refuse_empty(sys.argv[1:])
         yield
 
 

@@ -17,7 +17,7 @@ from uap_dist.computing.provenance import (
     describe_training,
     job_record,
 )
-from uap_dist.errors import TrackingError
+from uap_dist.errors import ConfigError, TrackingError
 from uap_dist.job_options import to_json
 from uap_dist.jobs.common import console, run_job, start_fleet, storage_of
 from uap_dist.jobs.demo import check_demo, list_shards
@@ -31,7 +31,7 @@ from uap_dist.rounds.concurrent import describe_idle
 from uap_dist.tracking.checkpoint import Checkpoint
 from uap_dist.tracking.checkpoint_store import CheckpointStore
 from uap_dist.tracking.mlflow_run import Tracker
-from uap_dist.tracking.outputs import output_folder
+from uap_dist.tracking.outputs import default_folder, output_folder
 from uap_dist.tracking.resume import Resumed
 from uap_dist.versions import seconds_since_start
 from uap_dist.workers.accuracy import name_labels
@@ -45,8 +45,8 @@ def main() -> None:
 
 def run(options: ComputeOptions, tracker: Tracker, resumed: Resumed | None) -> None:
     """The whole job, or a plan of it. Its workers end with its process."""
-    record = options.record
-    output = output_folder(record.output, options.name, may_hold_files=resumed is not None, besides=(PLAN_FILE,))
+    folder = options.record.output or default_folder(options.name, tracker.run_id)
+    output = output_folder(folder, may_hold_files=resumed is not None, besides=(PLAN_FILE,))
     if options.plan:
         plan(options, tracker, output)
     else:
@@ -57,6 +57,10 @@ def compute(options: ComputeOptions, tracker: Tracker, resumed: Resumed | None, 
     """Connect, load, compute, save, and say what came of it."""
     storage = storage_of(options.record, output, tracker, resumed)
     planned = {}
+    if resumed is not None and options.planned != resumed.checkpoint.job.options["planned"]:
+        raise ConfigError(
+            "--planned belongs to the beginning of a run: how long its earlier processes took is not known"
+        )
     if options.planned is not None and resumed is None:
         planned = read_plan(Path(options.planned), options.costs())
         tracker.log_metrics(planned)

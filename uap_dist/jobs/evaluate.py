@@ -17,7 +17,7 @@ from uap_dist.models.names import ModelChoice, name_models, name_sets, plain_key
 from uap_dist.perturbations.files import Perturbation, load_perturbations, split_name
 from uap_dist.perturbations.pool import load_members
 from uap_dist.tracking.mlflow_run import Tracker
-from uap_dist.tracking.outputs import output_folder
+from uap_dist.tracking.outputs import default_folder, output_folder
 from uap_dist.versions import describe_code
 from uap_dist.workers.accuracy import check_accuracy, name_labels, warn_of_other_classes
 from uap_dist.workers.dataset import load_dataset
@@ -35,7 +35,7 @@ def run(options: EvaluateOptions, tracker: Tracker) -> None:
     urls = _list_sets(options.shards)
     perturbations = load_perturbations(options.perturbations, taken=[NOTHING])
     perturbations += load_members(options.pools, taken=[NOTHING, *(each.name for each in perturbations)])
-    output = output_folder(options.record.output, options.name)
+    output = output_folder(options.record.output or default_folder(options.name, tracker.run_id))
     classifiers = {name: load_usable_classifier(*model) for name, model in models.items()}
     for classifier in classifiers.values():
         if classifier.class_names:  # now, because a class that is none need not wait for the images

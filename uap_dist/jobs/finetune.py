@@ -25,7 +25,7 @@ from uap_dist.tracking.checkpoint import Checkpoint, check_identity
 from uap_dist.tracking.checkpoint_store import CheckpointStore
 from uap_dist.tracking.mlflow_run import Tracker, log_classifier
 from uap_dist.tracking.mlflow_server import CHECKPOINTS_TAG
-from uap_dist.tracking.outputs import deliverable, output_folder, publish, resumable
+from uap_dist.tracking.outputs import default_folder, deliverable, output_folder, publish, resumable
 from uap_dist.tracking.resume import Resumed
 from uap_dist.workers.behind import known
 
@@ -37,7 +37,9 @@ def main() -> None:
 
 def run(options: FinetuneOptions, tracker: Tracker, resumed: Resumed | None) -> None:
     """All repetitions, then every network under every perturbation. Workers end with the process."""
-    output = output_folder(options.record.output, options.name, may_hold_files=resumed is not None)
+    output = output_folder(
+        options.record.output or default_folder(options.name, tracker.run_id), may_hold_files=resumed is not None
+    )
     options = replace(options, record=replace(options.record, output=output))
     pool = PerturbationPool.load(options.pool)
     job = _set_up(options, pool, tracker, resumed)

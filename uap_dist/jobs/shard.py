@@ -58,7 +58,7 @@ def main() -> None:
                 f"{options.output} already holds {options.prefix}-*.tar; give another --output or --prefix"
             )
         _check_source(options)
-        output_folder(options.output, options.prefix, may_hold_files=True)
+        output_folder(options.output, may_hold_files=True)
         options.output.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(
             dir=options.output

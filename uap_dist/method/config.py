@@ -90,8 +90,8 @@ class ComputeConfig:
             raise ConfigError(f"target fooling rate is {self.target_fooling_rate}; it must lie in (0, 1]")
         for name in ("max_passes", "max_evaluations", "evaluate_every", "gain", "step_size", "period"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"{name.replace('_', ' ')} is {value}; it must be positive")
+            if value is not None and not 0 < value < inf:
+                raise ConfigError(f"{name.replace('_', ' ')} is {value}; it must be positive and finite")
         if self.candidates is not None and self.candidates < 2:
             raise ConfigError(f"candidates is {self.candidates}; it must be at least 2, the clean label included")
         if self.slope_ratio is not None and not self.slope_ratio >= 1:

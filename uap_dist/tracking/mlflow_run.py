@@ -144,7 +144,7 @@ class Tracker:
     @calls_mlflow
     def log_dataset(self, dataset: Dataset, context: str) -> None:
         """Log a dataset input: URL of the first shard, digest and size; `context` is its role, such as training."""
-        source = _dataset_source(dataset.shards[0].url)
+        source = _dataset_source(redact(dataset.shards[0].url))
         entry = MetaDataset(  # type: ignore[abstract]  # a class of MLflow that leaves an unused method abstract
             source, name=f"{context}-{dataset.num_examples}", digest=dataset.digest[:32]
         )

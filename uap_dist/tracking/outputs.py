@@ -14,42 +14,44 @@ import pyarrow.parquet as pq
 from safetensors import SafetensorError
 from tabulate import tabulate
 
-from uap_dist.data.locations import copy_folder, is_url, join, make_own_folder, try_to_write
+from uap_dist.data.locations import absolute, copy_folder, is_url, join, make_own_folder, try_to_write
 from uap_dist.errors import ConfigError, OutputError, TrackingError
 from uap_dist.foreign_text import first_line
 from uap_dist.tracking.process import command
 
 RESULT_FILE = "result.json"
 RESULTS_FOLDER = "results"  # beside the checkpoints
+MAX_NAME, NUM_DIGITS = 100, 6  # of the default folder: characters of the name, and digits of the run id
 
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
 
 
-def output_folder(
-    output: Path | None, name: str, *, may_hold_files: bool = False, besides: Collection[str] = ()
-) -> Path:
+def default_folder(name: str, run_id: str) -> Path:
+    """The folder for the files of a job without --output: named after its MLflow run, whose id no other job has."""
+    plain = re.sub(r"[/\\\s]+", "-", name)[:MAX_NAME]  # a model may be named by its path
+    return Path("outputs") / f"{plain}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{run_id[:NUM_DIGITS]}"
+
+
+def output_folder(folder: Path, *, may_hold_files: bool = False, besides: Collection[str] = ()) -> Path:
     """The folder for a job's files, checked to be writable but not created: a job that is refused leaves none.
 
     Args:
-        output: of the command line; None for outputs/<name>-<time>.
-        name: of the job, for the default.
+        folder: of the command line, or the default.
         may_hold_files: whether it may hold files already, as that of a resumed job does.
         besides: names of files that it may hold in any case.
 
     Raises:
-        ConfigError: it is a URL, holds files, or cannot be written to.
+        ConfigError: it is a URL, begins with ~, holds files, or cannot be written to.
     """
-    plain = re.sub(r"[/\\\s]+", "-", name)  # a model may be named by its path
-    folder = output or Path("outputs") / f"{plain}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     if re.match(r"\w+:/", str(folder)):
         raise ConfigError(
-            f"--output {output} is a URL; give a local folder (its files are also copied to MLflow, and to --storage s3://…)"
+            f"--output {folder} is a URL; give a local folder (its files are also copied to MLflow, and to --storage s3://…)"
         )
-    if not may_hold_files and folder.is_dir() and any(path.name not in besides for path in folder.iterdir()):
-        raise ConfigError(f"{folder} is not empty; give another --output")
-    folder = folder.resolve()
+    folder = Path(absolute(str(folder)))
     try:  # now rather than after hours of work
+        if not may_hold_files and folder.is_dir() and any(path.name not in besides for path in folder.iterdir()):
+            raise ConfigError(f"{folder} is not empty; give another --output")
         try_to_write(folder)
     except OSError as error:
         raise ConfigError(f"cannot write to --output {folder}: {error.strerror}") from error

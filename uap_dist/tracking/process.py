@@ -8,6 +8,7 @@ import threading
 from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 
@@ -63,6 +64,16 @@ def refuse_credentials(words: Sequence[str]) -> None:
                 else "seems to hold a credential, which runs, checkpoints and logs would keep"
             )
             raise ConfigError(f"{option} {printable(redact(value))} {problem}; {WHERE_CREDENTIALS_BELONG}".strip())
+
+
+def refuse_empty(words: Sequence[str]) -> None:
+    """Raise ConfigError for an option with an empty value, as from a variable of the shell that is not set."""
+    for before, word in pairwise(("", *words)):
+        option = before if not word else word.removesuffix("=")
+        if not word or (word.startswith("--") and word.endswith("=")):
+            raise ConfigError(
+                f"{option} is given an empty value; if it is a variable of the shell, it is not set".strip()
+            )
 
 
 def raise_on_sigterm() -> None:

@@ -58,7 +58,7 @@ def find_resumed(job: str) -> Resumed | None:
         TrackingError: MLflow, which knows where the checkpoints are, does not answer.
     """
     target = value_of("--resume")
-    if not target:
+    if target is None:
         return None
     storage = _checkpoints_of(target, job) if re.fullmatch("[0-9a-f]{32}", target) else absolute(target)
     checkpoint = CheckpointStore(storage).newest()

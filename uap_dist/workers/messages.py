@@ -7,6 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from uap_dist.errors import ShardError
+from uap_dist.foreign_text import redact
 
 NUM_KEYS_SHOWN = 5
 
@@ -56,7 +57,7 @@ class Examples:
     def title(self) -> str:
         """A title for logs: the shard and, for a block that is solved, its seed, round and block number."""
         place = "seed {}, round {}, block {}: ".format(*self.seed) if self.seed else ""
-        return place + self.shard
+        return place + redact(self.shard)
 
     @property
     def num_examples(self) -> int:
@@ -65,7 +66,7 @@ class Examples:
 
     def describe(self) -> str:
         """Such as "examples of shard.tar: key, key, …"."""
-        return f"examples of {self.shard}: {', '.join(self.keys[:NUM_KEYS_SHOWN])}" + ", …" * (
+        return f"examples of {redact(self.shard)}: {', '.join(self.keys[:NUM_KEYS_SHOWN])}" + ", …" * (
             len(self.keys) > NUM_KEYS_SHOWN
         )
 
