@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from scipy.io import savemat
 from torch import nn
 
 from uap_dist.errors import ConfigError, PerturbationError
@@ -18,6 +19,8 @@ from uap_dist.perturbations.transform import AddUniversalPerturbation
 
 V = (20 * torch.rand(3, 8, 6, generator=torch.Generator().manual_seed(0)) - 10) / 255
 EPSILON = 5 / 255
+SHIFTED = np.full((3, 2, 2), 138, np.uint8)  # 128 + v
+UNSIGNED = r"v\.\w+ holds uint8, which cannot be negative; subtract what was added"
 
 
 def names_and_arrays(*specifications):
@@ -119,7 +122,10 @@ class Own:
         ("v.pth:255", V, r"v.pth reaches ±0.0\d+ pixels of 255; is its unit right"),
         ("v.pth:1", b"<html>", "v.pth is a web page"),
         ("v.npy:1", b"<html>", "v.npy cannot be read: it is not what numpy.save writes, it begins with b'<html>'"),
-        ("v.npy:1", np.uint8([[[9]]] * 3), "its uint8 cannot be negative; subtract what was added"),
+        ("v.npy:255", SHIFTED, UNSIGNED),
+        ("v.mat:255", SHIFTED, UNSIGNED),
+        ("v.pth:255", {"v": torch.tensor(SHIFTED)}, UNSIGNED),
+        ("v.safetensors:255", {"v": torch.tensor(SHIFTED)}, UNSIGNED),
         ("v.npy:1", np.zeros((3, 2, 2)), "v.npy holds zeros only"),
         ("v.npy:1", np.full((3, 2, 2), np.inf), "v.npy holds values that are not finite"),
         ("v.pth#w:1", {"v": V}, "v.pth has nothing under 'w'; its keys: v"),
@@ -132,7 +138,9 @@ class Own:
 )  # fmt: skip
 def test_what_cannot_be_read_is_named_in_one_line(tmp_path, capsys, file, save, message):
     path = tmp_path / re.split("[:#]", file)[0]
-    if isinstance(save, np.ndarray):
+    if path.suffix == ".mat":
+        savemat(path, {"v": save})
+    elif isinstance(save, np.ndarray):
         np.save(path, save)
     elif isinstance(save, bytes):
         path.write_bytes(save)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -88,20 +89,19 @@ def _load_files(files: Mapping[str, bytes], unit: float, path: str) -> dict[str,
         stem = file.name.partition(".")[0] if file.suffix == ".tar" else file.stem
         parts = file.parent.parts if stem in NAMELESS and file.parent.parts else (*file.parent.parts, stem)
         for key, array in _take(_parse(data, where), "", where).items():
-            clipped = array if limit is None else array.clip(-limit, limit)
-            members[(*parts[:-1], f"{parts[-1]}-{key}" if key else parts[-1])] = _in_pixels(clipped, unit, where)
+            members[(*parts[:-1], f"{parts[-1]}-{key}" if key else parts[-1])] = _in_pixels(array, unit, where, limit)
     if not members:
         raise PerturbationError(f"{path} holds no file of a perturbation ({', '.join(EXTENSIONS)})")
     names = tell_apart(list(members), separator="-")
     return dict(zip(names, members.values(), strict=True))
 
 
-def _epsilon(config: bytes) -> float | None:
+def _epsilon(config: bytes) -> float:
     try:
         epsilon = json.loads(config).get("epsilon")
     except (ValueError, AttributeError):
-        return None
-    return float(epsilon) if isinstance(epsilon, int | float) else None
+        return math.inf
+    return float(epsilon) if isinstance(epsilon, int | float) else math.inf
 
 
 def _unzip(data: bytes, path: str) -> dict[str, bytes]:
@@ -157,10 +157,8 @@ def _parse(data: bytes, path: str) -> Any:
 def _load_npy(data: bytes) -> np.ndarray:
     if not data.startswith(b"\x93NUMPY"):  # NumPy would take it for a pickle, and advise to read that
         raise ValueError(f"it is not what numpy.save writes, it begins with {data[:NUM_BYTES_SHOWN]!r}")
-    array: np.ndarray = np.load(io.BytesIO(data))
-    if array.dtype.kind == "u":
-        raise ValueError(f"its {array.dtype} cannot be negative; subtract what was added, as 128, and save floats")
-    return array
+    found: np.ndarray = np.load(io.BytesIO(data))
+    return found
 
 
 def _take(value: Any, key: str, path: str) -> dict[str, np.ndarray]:
@@ -193,7 +191,8 @@ def _take(value: Any, key: str, path: str) -> dict[str, np.ndarray]:
 def _arrays(value: Any, name: str = "") -> Iterator[tuple[str, np.ndarray]]:
     """Arrays by the keys that lead to them; the state of optimisers is skipped, which has integers as keys."""
     if isinstance(value, Tensor):
-        yield name, (torch.tanh(value.detach()) if name.endswith(AS_TANH) else value.detach()).float().numpy()
+        tensor = torch.tanh(value.detach()) if name.endswith(AS_TANH) else value.detach()
+        yield name, (tensor.float() if tensor.is_floating_point() else tensor).numpy()  # which has no bfloat16
     elif isinstance(value, np.ndarray):
         yield name, value
     elif isinstance(value, Mapping | list | tuple):
@@ -211,8 +210,12 @@ def _to_chw(array: np.ndarray) -> np.ndarray | None:
     return np.moveaxis(array, places[0], 0) if len(places) == 1 and is_numeric else None
 
 
-def _in_pixels(array: np.ndarray, unit: float, where: str) -> Tensor:
-    v = unit * torch.tensor(array.astype(np.float32))
+def _in_pixels(array: np.ndarray, unit: float, where: str, limit: float = math.inf) -> Tensor:
+    if array.dtype.kind == "u":
+        raise PerturbationError(
+            f"{where} holds {array.dtype}, which cannot be negative; subtract what was added, as 128, and save floats"
+        )
+    v = unit * torch.tensor(array.astype(np.float32).clip(-limit, limit))
     if not v.isfinite().all():
         raise PerturbationError(f"{where} holds values that are not finite")
     if not v.any():
