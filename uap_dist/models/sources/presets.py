@@ -10,7 +10,7 @@ from torch import nn
 from uap_dist.data.decode import Geometry
 from uap_dist.errors import ClassifierError
 from uap_dist.foreign_text import first_line
-from uap_dist.models.classifier import Classifier
+from uap_dist.models.classifier import Classifier, ClassNames
 from uap_dist.models.weights_file import WeightsFile
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ class Preset:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     url: str = ""
-    class_names: tuple[str, ...] = ()
+    class_names: ClassNames = ()
 
     @property
     def input(self) -> str:
@@ -106,15 +106,15 @@ def _from_digest(file: WeightsFile, presets: Mapping[str, Preset]) -> Preset | N
     return None
 
 
-def download(create: Callable[[], nn.Module], name: str) -> nn.Module:
+def download(create: Callable[[], nn.Module], name: str, advice: str = "give a weights file (--weights)") -> nn.Module:
     """The network that a library creates with its published weights.
 
     Raises:
-        ClassifierError: they cannot be fetched.
+        ClassifierError: they cannot be fetched; the message ends with the advice.
     """
     try:
         return create()
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # of the library, its hub client, or what parses the files
         raise ClassifierError(
-            f"the published weights of {name} cannot be fetched ({first_line(error)}); give a weights file (--weights)"
+            f"the published weights of {name} cannot be fetched ({first_line(error)}); {advice}"
         ) from error
