@@ -297,7 +297,7 @@ def test_bad_input_is_one_line(name, weights, data, pool, tmp_path):
             "the pool was computed for",
         ),
         "one shard twice": (
-            words(weights, data, pool, "--val-shards", data[0][0]),
+            words(weights, (data[0], data[0][:1]), pool),
             f"shard {data[0][0]} is both a training and a held-out shard; hold out other shards",
         ),
     }[name]
