@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import re
 import signal
 import sys
 import threading
@@ -69,8 +70,8 @@ def refuse_credentials(words: Sequence[str]) -> None:
 def refuse_empty(words: Sequence[str]) -> None:
     """Raise ConfigError for an option with an empty value, as from a variable of the shell that is not set."""
     for before, word in pairwise(("", *words)):
-        option = before if not word else word.removesuffix("=")
-        if not word or (word.startswith("--") and word.endswith("=")):
+        if not word or re.fullmatch("--[^=]+=", word):
+            option = word.removesuffix("=") or before
             raise ConfigError(
                 f"{option} is given an empty value; if it is a variable of the shell, it is not set".strip()
             )
