@@ -52,3 +52,19 @@ def test_names_in_a_store(s3):
     write_file(f"s3://bucket/named/{CLASSES_FILE}?{s3}", b"ant\nbee\n")
     assert read_classes(f"s3://bucket/named/train-0000.tar?{s3}") == ["ant", "bee"]
     assert read_classes(f"s3://bucket/elsewhere/train-0000.tar?{s3}") == []
+
+
+def test_names_as_editors_save_them(tmp_path, caplog):
+    path = tmp_path / CLASSES_FILE
+    for data in ("\ufeffcat\r\ndog \r\n\r\n".encode(), "cat\ndog\n".encode("utf-16")):
+        path.write_bytes(data)
+        assert read_classes(str(tmp_path / "train-0000.tar")) == ["cat", "dog"]
+    path.write_bytes("café\n".encode("latin-1"))
+    assert names(tmp_path) == []
+    assert "labels are shown as numbers: " in caplog.text and "classes.txt is not in UTF-8" in caplog.text
+
+
+def test_names_that_differ_in_how_accents_are_composed_are_the_same_classes(tmp_path):
+    write_classes(tmp_path, ["cafe\u0301", "dog "])
+    write_classes(tmp_path, ["caf\u00e9", "dog"])
+    assert read_classes(str(tmp_path / "train-0000.tar")) == ["caf\u00e9", "dog"]

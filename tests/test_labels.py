@@ -133,6 +133,7 @@ def test_wordnet_ids_of_real_photographs_are_their_indices(shared):
         ({"json": b'{"label": [1, 2]}'}, "label", "its label (json, label) is '[1, 2]', neither"),
         ({"json": b'{"label": true}'}, "label", "is 'true', neither"),
         ({"json": b'{"label": null}'}, "label", ""),
+        ({"json": b'{"label": " "}'}, "label", "its label (json, label) is empty"),
         ({"cls": b"-1"}, None, ""),
         ({}, "label", ""),
         ({"cls": b"3"}, "label", ""),
@@ -141,6 +142,22 @@ def test_wordnet_ids_of_real_photographs_are_their_indices(shared):
 def test_what_is_no_label_says_why(files, key, reason):
     index, found = find_class(files, ClassIndex(COLOURS), key)
     assert index == UNKNOWN_CLASS and reason in found and bool(found) == bool(reason)
+
+
+@pytest.mark.parametrize(
+    ("files", "key", "index"),
+    [
+        ({"cls": b"\xef\xbb\xbf7\r\n"}, None, 7),
+        ({"cls": "3".encode("utf-16")}, None, 3),
+        ({"json": b'\xef\xbb\xbf{"label": " 5"}'}, "label", 5),
+        ({"cls": "cafe\u0301".encode()}, None, 1),
+        ({"cls": "caf\u00e9".encode()}, None, 1),
+        ({"json": b'{"label": "CAF\\u00c9 "}'}, "label", 1),
+    ],
+)
+def test_labels_in_other_spellings(files, key, index):
+    for name in ("cafe\u0301", "caf\u00e9"):
+        assert find_class(files, ClassIndex(["tea", name]), key) == (index, "")
 
 
 def test_subsets_keep_their_truths(tmp_path):

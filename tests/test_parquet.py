@@ -117,6 +117,18 @@ def test_labels_of_other_kinds(tmp_path):
     assert [label for label, _ in found.values()] == [0, 0, 1, 1] and names == ["a", "b"]
 
 
+def test_numbers_that_are_strings_are_indices_as_in_a_label_file(tmp_path):
+    images = image_column(map(picture, range(4)))
+    found, names = listed([write(tmp_path / "a.parquet", {"image": images, "label": ["10", "2", "-1", ""]})])
+    assert [label for label, _ in found.values()] == [10, 2, None, None] and names == [str(i) for i in range(11)]
+    for odd, message in (
+        ("cat", "the label is 'cat', but '10' in .*row 0"),
+        ("2.0", "the label is '2.0'; class indices"),
+    ):
+        with pytest.raises(ShardError, match=f"a.parquet, row 1: {message}"):
+            listed([write(tmp_path / "a.parquet", {"image": images, "label": ["10", odd, "1", "0"]})])
+
+
 def test_images_without_labels_make_shards_without_cls(tmp_path, caplog):
     path = write(tmp_path / "a.parquet", {"image": pa.array([picture(1), picture(2)], pa.binary()), "text": ["x", "y"]})
     with tempfile.TemporaryFile() as copy:

@@ -264,7 +264,7 @@ def test_keys_have_no_dots_and_are_unique(tmp_path):
 
 def test_label_lines_of_mixed_length_are_errors(val_tar, tmp_path):
     (tmp_path / "labels.txt").write_text("val_0.png 1\n2\n3\n")
-    with pytest.raises(ShardError, match="line '2' is not"):
+    with pytest.raises(ShardError, match="labels.txt: line 2: '2' is not"):
         list_ilsvrc_val(val_tar, tmp_path / "labels.txt")
     with pytest.raises(ShardError, match="cannot read .*absent.txt"):
         list_ilsvrc_val(val_tar, tmp_path / "absent.txt")

@@ -1,7 +1,9 @@
 """Text from outside (command lines, files, errors of libraries), made safe to print, store or embed: no credentials, no markup."""
 
+import codecs
 import errno
 import re
+import unicodedata
 from collections.abc import Sequence
 from urllib.parse import unquote_plus
 
@@ -78,6 +80,16 @@ def _hide_option(match: re.Match[str], *, hides_unknown: bool) -> str:
     is_secret = re.fullmatch(names, name, re.IGNORECASE) and not re.fullmatch(_PLAIN, match[2], re.IGNORECASE)
     is_unknown = not are_arguments and name not in SHOWN_OPTIONS
     return f"{match[1]}={HIDDEN}" if is_secret or (hides_unknown and is_unknown) else match[0]
+
+
+def to_text(data: bytes, errors: str = "strict") -> str:
+    """Text in UTF-8, or in UTF-16 where it begins with the mark of that; without a mark, and with letters composed (NFC).
+
+    Raises:
+        UnicodeDecodeError: it is in another encoding, and `errors` is "strict"; see `bytes.decode`.
+    """
+    encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    return unicodedata.normalize("NFC", data.decode(encoding, errors))
 
 
 def printable(text: str) -> str:

@@ -5,12 +5,13 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import webdataset as wds
 
 from uap_dist.data.locations import exists, join, read_file, split_query
 from uap_dist.errors import ConfigError
-from uap_dist.foreign_text import printable
+from uap_dist.foreign_text import printable, redact, to_text
 
 CLASSES_FILE = "classes.txt"
 
@@ -50,7 +51,7 @@ def write_classes(folder: Path, names: Sequence[str]) -> None:
     Raises:
         ConfigError: the folder has other classes, so that the same number would mean two things.
     """
-    path, names = folder / CLASSES_FILE, list(map(printable, names))
+    path, names = folder / CLASSES_FILE, [_one_spelling(printable(name)) for name in names]
     if names == [str(number) for number in range(len(names))]:
         return
     if path.exists() and (known := read_classes(str(path.absolute()))) != names:
@@ -70,8 +71,19 @@ def read_classes(url: str) -> list[str]:
 
     Raises:
         OSError: the file cannot be read.
-        ConfigError: see `locate`.
+        ConfigError: the file is not in UTF-8; or see `locate`.
     """
     path, query = split_query(url)
     place = join(path.rpartition("/")[0] + query, CLASSES_FILE)
-    return read_file(place).decode(errors="replace").splitlines() if exists(place) else []
+    if not exists(place):
+        return []
+    try:
+        text = to_text(read_file(place))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{redact(place)} is not in UTF-8: {error.reason}; save it as UTF-8") from error
+    return [line.strip() for line in text.rstrip().splitlines()]
+
+
+def _one_spelling(name: str) -> str:
+    """A name as `read_classes` returns it."""
+    return normalize("NFC", name).strip()

@@ -6,11 +6,13 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
+from unicodedata import normalize
 
 import numpy as np
 import torchvision.models
 
 from uap_dist.errors import ConfigError
+from uap_dist.foreign_text import to_text
 
 UNKNOWN_CLASS = -1
 MAX_SHOWN = 40  # characters of a label in messages
@@ -40,7 +42,8 @@ class ClassIndex:
 
         The classes of ILSVRC 2012 are also known by WordNet id, as n01440764; networks number them in the order of the ids.
         """
-        self._exact, self._alike = _unique(class_names), _unique([_plain(name) for name in class_names])
+        self._exact = _unique([normalize("NFC", name) for name in class_names])
+        self._alike = _unique([_plain(name) for name in class_names])
         if list(class_names) == list(imagenet_names()):
             self._exact |= _unique(files(__package__).joinpath("wordnet_ids.txt").read_text().split())
 
@@ -50,7 +53,7 @@ class ClassIndex:
 
     def find(self, name: str) -> int | None:
         """Index of the class of this name, or of one that differs in case, spaces and underscores only; None if there is not one."""
-        return self._exact.get(name, self._alike.get(_plain(name)))
+        return self._exact.get(normalize("NFC", name), self._alike.get(_plain(name)))
 
 
 def find_class(label: Mapping[str, bytes], classes: ClassIndex, label_key: str | None = None) -> tuple[int, str]:
@@ -65,9 +68,7 @@ def find_class(label: Mapping[str, bytes], classes: ClassIndex, label_key: str |
         The class index and "", or UNKNOWN_CLASS and why a label means no class; "" again where there is no label.
     """
     if label_key is None:
-        source, text = "cls", label.get("cls", b"").decode(errors="replace").strip()
-        if "cls" in label and not text:
-            return UNKNOWN_CLASS, "its label (cls) is empty"
+        source, given = "cls", to_text(label["cls"], "replace") if "cls" in label else None
     else:
         source = f"json, {label_key}"
         try:
@@ -79,9 +80,12 @@ def find_class(label: Mapping[str, bytes], classes: ClassIndex, label_key: str |
         if content and label_key not in content:
             return UNKNOWN_CLASS, f"its .json has no {label_key!r}, but {', '.join(map(str, content))}"
         value = content.get(label_key)
-        text = "" if value is None else value if isinstance(value, str) else json.dumps(value)
-    if not text:
+        given = value if value is None or isinstance(value, str) else json.dumps(value)
+    if given is None:
         return UNKNOWN_CLASS, ""
+    text = given.strip()
+    if not text:
+        return UNKNOWN_CLASS, f"its label ({source}) is empty"
     if re.fullmatch(r"-1|\+?[0-9]{1,18}", text):
         return int(text), ""
     index = classes.find(text)
@@ -167,4 +171,4 @@ def _unique(names: Sequence[str]) -> dict[str, int]:
 
 
 def _plain(name: str) -> str:
-    return " ".join(name.replace("_", " ").casefold().split())
+    return " ".join(normalize("NFC", name).replace("_", " ").casefold().split())

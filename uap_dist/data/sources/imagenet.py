@@ -10,11 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath, PurePosixPath
 from typing import IO, Any, TypeVar
+from unicodedata import normalize
 
 import numpy as np
 from PIL import Image
 
 from uap_dist.data.samples import IMAGE_EXTENSIONS
+from uap_dist.data.sources.labels import number_labels, read_label_file
 from uap_dist.data.tars import NAMES, StrictHeader, check_end, is_compressed, tar_errors
 from uap_dist.errors import ShardError
 
@@ -134,39 +136,34 @@ def list_ilsvrc_val(path: Path, labels: Path) -> tuple[list[SourceImage], list[s
     Args:
         path: of the tar.
         labels: text file with one line per image, `NAME LABEL`, or `LABEL` alone in the order of the sorted names. LABEL is a
-            WordNet id or a class index from 0. WordNet ids are numbered in their sorted order within the file; all 1,000 together
-            get the numbers that networks use. The devkit's ground truth, which counts from 1 in another order, is rejected.
+            WordNet id or a class index from 0, or -1 where the class is not known. WordNet ids are numbered in their sorted order
+            within the file; all 1,000 together get the numbers that networks use. The devkit's ground truth, which counts from 1
+            in another order, is rejected.
 
     Raises:
         ShardError: tar and labels do not match.
     """
     with _open(path) as file, _tar(file, str(path)) as tar:
         members = sorted(_keep(_files(tar), _name, path), key=lambda member: member.name)
-    try:
-        lines = [line.split() for line in labels.read_text().splitlines() if line.strip()]
-    except OSError as error:
-        raise ShardError(f"cannot read {labels}: {error.strerror}") from error
-    odd = next((line for line in lines if len(line) != len(lines[0]) or len(line) > 2), None)
-    if odd is not None:
-        raise ShardError(f"{labels}: line {' '.join(odd)!r} is not `NAME LABEL`, nor `LABEL` as all the others")
+    lines, places = read_label_file(labels)
     if len(lines) != len(members) or not members:
         raise ShardError(f"{labels} has {len(lines)} labels for the {len(members)} images of {path}")
-    by_name = {Path(line[0]).name: line[1] for line in lines} if len(lines[0]) == 2 else None
-    names = [Path(member.name).name for member in members]
-    try:
-        chosen = [by_name[name] for name in names] if by_name is not None else [line[0] for line in lines]
-    except KeyError as error:
-        raise ShardError(f"{labels} has no label for {error.args[0]}") from error
-    if all(label.isdigit() for label in chosen):
-        indices = [int(label) for label in chosen]
-        if min(indices) == 1 and max(indices) == 1000:
-            raise ShardError(
-                f"{labels} counts classes from 1 in the order of the devkit, which networks do not use; give WordNet ids instead"
-            )
-        found = [str(i) for i in range(max(indices) + 1)]
-    else:
-        found = sorted(set(chosen))
-        indices = [found.index(label) for label in chosen]
+    if len(lines[0]) == 2:
+        by_name = {Path(line[0]).name: row for row, line in enumerate(lines)}
+        names = [normalize("NFC", Path(member.name).name) for member in members]
+        absent = next((name for name in names if name not in by_name), None)
+        if absent is not None:
+            raise ShardError(f"{labels} has no label for {absent}")
+        rows = [by_name[name] for name in names]
+        lines, places = [lines[row] for row in rows], [places[row] for row in rows]
+    indices, found = number_labels([line[-1] for line in lines], places)
+    known = {index for index in indices if index is not None}
+    if known and (min(known), max(known)) == (1, 1000):
+        raise ShardError(
+            f"{labels} counts classes from 1 in the order of the devkit, which networks do not use; give WordNet ids instead"
+        )
+    if unknown := indices.count(None):
+        logger.warning("%d of %d images have no label (-1)", unknown, len(indices))
     return [_in_tar(m, label, path) for m, label in zip(members, indices, strict=True)], found
 
 
@@ -260,7 +257,7 @@ def _name(member: tarfile.TarInfo) -> PurePath:
     return PurePosixPath(member.name)
 
 
-def _in_tar(member: tarfile.TarInfo, label: int, path: Path, offset: int = 0) -> SourceImage:
+def _in_tar(member: tarfile.TarInfo, label: int | None, path: Path, offset: int = 0) -> SourceImage:
     name = Path(member.name)
     return SourceImage(
         _key(Path(name.stem)), _extension(name.name), label, path, offset + member.offset_data, member.size

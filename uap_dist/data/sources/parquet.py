@@ -14,6 +14,7 @@ from PIL import Image
 
 from uap_dist.data.locations import locate, persist, split_query
 from uap_dist.data.sources.imagenet import SourceImage
+from uap_dist.data.sources.labels import number_labels
 from uap_dist.errors import ShardError
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif", "AVIF": "avif"}
@@ -33,8 +34,8 @@ def list_parquet(
     """Images of Parquet files, and the names of their classes.
 
     The column of images is a struct with `bytes` and `path`, as the library `datasets` writes it, or binary. That of labels has
-    integers, which are class indices, or strings, which are numbered in sorted order. Names of the classes stand in the schema,
-    where `datasets` keeps them.
+    integers, which are class indices, or strings, see `number_labels`. Names of the classes stand in the schema, where `datasets`
+    keeps them.
 
     Args:
         urls: of the files, as `expand_patterns` returns them.
@@ -42,7 +43,7 @@ def list_parquet(
         label_column: None takes the only one that `datasets` calls labels, or that is named `label`; without one, no image has a label.
 
     Raises:
-        ShardError: a file cannot be read, is no Parquet, or has not one column of images and at most one of labels.
+        ShardError: a file cannot be read, is no Parquet, has not one column of images and at most one of labels, or labels of two kinds.
     """
     rows: list[tuple[SourceImage, Any]] = []
     known: dict[tuple[str, ...], str] = {}
@@ -62,12 +63,8 @@ def list_parquet(
         raise ShardError(f"{urls[0]} holds no image that Pillow can read")
     names = list(next(iter(known)))
     labels = [label for _, label in rows]
-    if any(isinstance(label, str) for label in labels):
-        names = sorted({label for label in labels if label is not None})
-        numbers = {name: number for number, name in enumerate(names)}
-        labels = [numbers.get(label) for label in labels]
-    elif not names:
-        names = [str(number) for number in range(1 + max((label for label in labels if label is not None), default=-1))]
+    if not names or any(isinstance(label, str) for label in labels):
+        labels, names = number_labels([_label(label) for label in labels], [image.place for image, _ in rows])
     labels = [None if label is None or label < 0 else label for label in labels]
     if unknown := labels.count(None):
         hint = (
@@ -117,6 +114,13 @@ def _read(
             url, len(lost), number, ", ".join(sorted(set(EXTENSIONS.values()))), lost[0],
         )  # fmt: skip
     return found, names
+
+
+def _label(value: str | int | None) -> str | None:
+    """A label of a column as one of a label file; empty strings and negative numbers stand for no class."""
+    if isinstance(value, int):
+        return str(value) if value >= 0 else None
+    return None if value is None else value.strip() or None
 
 
 def _columns(url: str, schema: pa.Schema, label_column: str | None) -> tuple[str, str | None, tuple[str, ...]]:
