@@ -6,8 +6,9 @@ import struct
 import numpy as np
 import pytest
 from conftest import encode, pack, random_samples
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
+from uap_dist.data.crops import random_resized_crop
 from uap_dist.data.decode import Geometry, decode_shard, load_shard
 from uap_dist.data.fetch import fetch
 from uap_dist.data.write import write_shards
@@ -27,6 +28,67 @@ def test_grey_and_sixteen_bit_grey_become_three_equal_channels(tmp_path):
     grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
     assert np.array_equal(one_image(tmp_path, encode(grey)), np.stack([grey] * 3))
     assert np.array_equal(one_image(tmp_path, encode(grey.astype(np.uint16) * 257)), np.stack([grey] * 3))
+
+
+def tiff(pixels, *, bits, sample_format=1, white_is_zero=False):
+    """A grey TIFF of one row from the bytes of its pixels, with tags that Pillow does not write."""
+    fields = {
+        256: len(pixels) * 8 // bits,
+        257: 1,
+        258: bits,
+        259: 1,
+        262: int(not white_is_zero),
+        273: 134,
+        277: 1,
+        278: 1,
+    }
+    fields |= {279: len(pixels), 339: sample_format}
+    directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in fields.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(fields)) + directory + bytes(4) + pixels
+
+
+def test_tiffs_of_twelve_bits_and_of_inverted_grey_are_as_bright_as_they_say(tmp_path):
+    for value in (0, 1, 2047, 4095):
+        pair = bytes([value >> 4, (value & 15) << 4 | value >> 8, value & 255])
+        assert (one_image(tmp_path, tiff(pair * 2, bits=12), "tif") == value * 255 // 4095).all()
+    for value in (0, 257, 65535):
+        pixels = struct.pack("<4H", *[value] * 4)
+        assert (one_image(tmp_path, tiff(pixels, bits=16), "tif") == value // 257).all()
+        assert (one_image(tmp_path, tiff(pixels, bits=16, white_is_zero=True), "tif") == 255 - value // 257).all()
+
+
+def test_pixels_of_an_unknown_scale_are_bad_images(tmp_path):
+    files = [("signed.tif", tiff(struct.pack("<4h", *[-5] * 4), bits=16, sample_format=2))]
+    for name, kind in (("whole", np.int32), ("float", np.float32)):
+        files.append((f"{name}.tif", encode(np.full((4, 4), 200, kind), "TIFF")))
+    shard = load_shard(pack(tmp_path / "t.tar", files), AS_IS)
+    assert shard.bad == (
+        "signed: its pixels are integers of an unknown scale",
+        "whole: its pixels are integers of an unknown scale",
+        "float: its pixels are floating-point numbers of an unknown scale",
+    )
+
+
+def test_pictures_too_narrow_to_resize_are_bad_images(tmp_path):
+    narrow = encode(np.zeros((20_000, 1, 3), np.uint8))
+    long = encode(np.zeros((2, 2000, 3), np.uint8))
+    path = pack(tmp_path / "t.tar", [("narrow.png", narrow), ("long.png", long)])
+    shard = load_shard(path, Geometry(256, 224))
+    assert shard.keys == ("long",)
+    assert shard.bad == ("narrow: it is 1×20000, too narrow: resized, it would have more than 178,956,970 pixels",)
+    assert not load_shard(path, Geometry(256, 224, crop_mode="squash")).bad
+    bad = load_shard(path, Geometry(256, 224, crop_mode="border")).bad
+    assert bad[0] == "narrow: it is 1×20000, too narrow: resized, it would have no pixels"
+
+
+def test_other_formats_are_not_opened_whatever_the_extension(tmp_path):
+    pixels = np.full((16, 16, 3), 100, np.uint8)
+    files = [(f"{kind}.jpg", encode(pixels, kind)) for kind in ("EPS", "PPM", "GIF", "MPO", "BMP")]
+    shard = load_shard(pack(tmp_path / "t.tar", files), AS_IS)
+    assert shard.keys == ("GIF", "MPO", "BMP")
+    assert shard.bad[0] == "EPS: no image in one of the formats JPEG, PNG, WEBP, BMP, TIFF, AVIF, GIF"
+    with pytest.raises(UnidentifiedImageError):
+        random_resized_crop(files[0][1], 0, size=(8, 8), interpolation="bilinear")
 
 
 def test_cmyk_comes_out_as_rgb(tmp_path):
@@ -139,7 +201,7 @@ def test_undecodable_images_are_listed_and_left_out(tmp_path):
     write_shards(samples, tmp_path, prefix="t", shard_size=9)
     shard = load_shard(str(tmp_path / "t-0000.tar"), AS_IS)
     assert len(shard.keys) == 1
-    assert shard.bad[0].startswith("s0-001: no image in a format") and shard.bad[1].startswith(
+    assert shard.bad[0].startswith("s0-001: no image in one of the formats") and shard.bad[1].startswith(
         "text: no image with extension"
     )
 

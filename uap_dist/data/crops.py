@@ -9,7 +9,7 @@ from torchvision.transforms import functional as F
 
 from uap_dist.data.decode import to_rgb
 from uap_dist.data.fetch import fetch
-from uap_dist.data.samples import Samples
+from uap_dist.data.samples import IMAGE_FORMATS, Samples
 
 AREA = (0.08, 1.0)  # share of the picture
 RATIO = (3 / 4, 4 / 3)  # width to height
@@ -41,7 +41,7 @@ def random_resized_crop(data: bytes, seed: int, *, size: tuple[int, int], interp
     Source: Szegedy et al., "Going deeper with convolutions", CVPR 2015, section 6.
     """
     rng = np.random.default_rng(seed)
-    image = to_rgb(Image.open(io.BytesIO(data)))
+    image = to_rgb(Image.open(io.BytesIO(data), formats=IMAGE_FORMATS))
     box = random_box(image.width, image.height, rng)
     image = F.resized_crop(image, *box, list(size), InterpolationMode(interpolation))
     view = np.asarray(image).transpose(2, 0, 1)

@@ -15,11 +15,12 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
 from uap_dist.data.fetch import ShardFile, fetch
-from uap_dist.data.samples import Samples
+from uap_dist.data.samples import IMAGE_FORMATS, Samples
 from uap_dist.data.tars import Member, Place
 from uap_dist.errors import ShardError
 
 HASH_SIZE = 16  # bytes
+MAX_PIXELS = 2 * 89_478_485  # of an image, as Pillow has it when it opens one
 SAMPLES_AHEAD = 2  # for each thread, read or decoded while the next one in order is not
 TO_UPRIGHT = {  # by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -231,18 +232,22 @@ def _stack(pool: ThreadPoolExecutor, images: list[np.ndarray]) -> np.ndarray:
 
 
 def _decode(data: bytes, geometry: Geometry) -> np.ndarray:
-    image = to_rgb(Image.open(io.BytesIO(data)))
+    image = to_rgb(Image.open(io.BytesIO(data), formats=IMAGE_FORMATS))
     if geometry.resize is not None and geometry.crop is not None:
         image = _fit(image, geometry.resize, geometry.crop, geometry)
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
 def _fit(image: Image.Image, resize: int, crop: int, geometry: Geometry) -> Image.Image:
-    size = [resize]
+    size, found = [resize], f"it is {image.width}×{image.height}, too narrow"
     if geometry.crop_mode == "squash":
         size = [resize, resize]
     elif geometry.crop_mode == "border":
         size = [round(side / (max(image.size) / resize)) for side in (image.height, image.width)]
+        if min(size) == 0:
+            raise ShardError(f"{found}: resized, it would have no pixels")
+    elif resize * resize * max(image.size) > MAX_PIXELS * min(image.size):
+        raise ShardError(f"{found}: resized, it would have more than {MAX_PIXELS:,} pixels")
     image = F.resize(image, size, InterpolationMode(geometry.interpolation))
     if geometry.crop_mode == "border":
         missing = [max(0, crop - side) for side in image.size]
@@ -254,16 +259,26 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """The image as a viewer shows it: upright, in RGB, transparency on white."""
     image.load()
     turn = TO_UPRIGHT.get(_orientation(image))
+    if image.mode in ("F", "I"):
+        kind = "floating-point numbers" if image.mode == "F" else "integers"
+        raise ShardError(f"its pixels are {kind} of an unknown scale")
+    if image.mode.startswith("I;16"):
+        image = _to_grey(image)
     if turn is not None:
         image = image.transpose(turn)
-    if image.mode == "F":
-        raise ShardError("its pixels are floating-point numbers of an unknown scale")
-    if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
-        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
     return image.convert("RGB")
+
+
+def _to_grey(image: Image.Image) -> Image.Image:
+    """8-bit grey of 16-bit grey, or of 12 bits of a TIFF, which convert() would clip at 255."""
+    tags = getattr(image, "tag_v2", {})
+    (bits,) = tags.get(ExifTags.Base.BitsPerSample, (16,))
+    levels = np.asarray(image) * np.uint32(255) // (2**bits - 1)
+    is_white_zero = tags.get(ExifTags.Base.PhotometricInterpretation) == 0  # which Pillow respects in 8 bits only
+    return Image.fromarray((255 - levels if is_white_zero else levels).astype(np.uint8))
 
 
 def _orientation(image: Image.Image) -> Any:
@@ -277,7 +292,7 @@ def _orientation(image: Image.Image) -> Any:
 def _reason(error: Exception) -> str:
     """Why an image cannot be decoded."""
     if isinstance(error, UnidentifiedImageError):
-        return "no image in a format that Pillow reads"
+        return f"no image in one of the formats {', '.join(IMAGE_FORMATS)}"
     text = (str(error).splitlines() or [""])[0]
     if isinstance(error, (ShardError, OSError, ValueError, SyntaxError, Image.DecompressionBombError)) and text:
         return text

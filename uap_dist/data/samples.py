@@ -22,6 +22,15 @@ IMAGE_EXTENSIONS = (
     "tiff",
     "avif",
 )  # the first is taken where a sample has several
+IMAGE_FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "BMP",
+    "TIFF",
+    "AVIF",
+    "GIF",
+)  # Pillow's names; it gives others, as EPS, to programs
 LABEL_EXTENSIONS = ("cls", "json")
 # names that are reserved by WebDataset, and folders of attributes that pax and macOS add
 RESERVED = re.compile(r"__[^/]*__($|/)|(.*/)?(__MACOSX|PaxHeaders?(\.\d+)?)/")

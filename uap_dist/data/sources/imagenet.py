@@ -15,7 +15,7 @@ from unicodedata import normalize
 import numpy as np
 from PIL import Image
 
-from uap_dist.data.samples import IMAGE_EXTENSIONS
+from uap_dist.data.samples import IMAGE_EXTENSIONS, IMAGE_FORMATS
 from uap_dist.data.sources.labels import number_labels, read_label_file
 from uap_dist.data.tars import NAMES, StrictHeader, check_end, is_compressed, tar_errors
 from uap_dist.errors import ShardError
@@ -196,7 +196,7 @@ def shuffled_samples(images: Sequence[SourceImage], seed: int) -> Iterator[dict[
 def _is_image(data: bytes) -> bool:
     """Whether Pillow recognises the header."""
     try:
-        Image.open(io.BytesIO(data)).close()
+        Image.open(io.BytesIO(data), formats=IMAGE_FORMATS).close()
     except Exception:  # on damaged files Pillow's parsers raise errors of many types
         return False
     return True

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from uap_dist.data.locations import locate, persist, split_query
+from uap_dist.data.samples import IMAGE_FORMATS
 from uap_dist.data.sources.imagenet import SourceImage
 from uap_dist.data.sources.labels import number_labels
 from uap_dist.errors import ShardError
@@ -180,7 +181,7 @@ def _choose(url: str, names: Sequence[str], preferred: Sequence[str], what: str)
 def _extension(data: bytes) -> str | None:
     """Extension of an image's format; None for what Pillow does not recognise, or shards do not hold."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
             return EXTENSIONS.get(image.format or "")
     except Exception:  # on damaged files Pillow's parsers raise errors of many types
         return None
