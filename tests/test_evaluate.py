@@ -69,6 +69,13 @@ def test_baselines_are_as_large_as_the_perturbations_in_both_norms(local_workers
     assert nothing.fooling.num_hits == 0 and nothing.is_baseline and nothing.top1 == nothing.top1_clean
 
 
+def test_perturbations_share_noise_by_their_norms_at_the_size_of_the_images():
+    small, large = torch.zeros(3, 8, 8), torch.zeros(SHAPE)
+    small[:, 2:4], large[:, 4:8] = 8.0, 4.0  # of one ℓ2 norm until they are resized
+    found = baselines([Perturbation("large", large), Perturbation("small", small)], SHAPE, seed=0)
+    assert "random, ℓ2 norm of small" in [each.name for each in found]
+
+
 def test_names_in_a_summary_are_text():
     names = {False: "<b>v|*w*", True: "random, ℓ2 norm of <b>v|*w*"}
     found = [

@@ -126,9 +126,10 @@ def baselines(perturbations: Iterable[Perturbation], shape: tuple[int, ...], see
     found = [Perturbation(NOTHING, torch.zeros(shape), {"baseline": True})]
     sizes: list[tuple[Norm, Goal, float]] = []
     for perturbation in perturbations:
-        noise = random_of_same_norms(perturbation.resized(shape), seed=seed)
+        v, goal = perturbation.resized(shape), perturbation.goal
+        noise = random_of_same_norms(v, seed=seed)
         for norm in ("linf", "l2") if noise["l2"] is not noise["linf"] else ("linf",):
-            size, goal = measure(perturbation.v, norm), perturbation.goal
+            size = measure(v, norm)
             alike = (known for *kind, known in sizes if kind == [norm, goal])
             if not any(abs(size - known) <= SAME_NORM * known for known in alike):
                 sizes.append((norm, goal, size))
