@@ -22,7 +22,8 @@ from uap_dist.errors import ConfigError
 from uap_dist.job_options import DataOptions
 from uap_dist.method.config import ComputeConfig
 from uap_dist.method.norms import measure, paper_norm_l2
-from uap_dist.perturbations.files import PERTURBATION_FILE, Perturbation, load_perturbations, save_perturbation
+from uap_dist.perturbations.files import Perturbation, load_perturbations, save_perturbation
+from uap_dist.perturbations.reading import PERTURBATION_FILE
 from uap_dist.workers.dataset import load_dataset
 from uap_dist.workers.local import LocalWorkers
 

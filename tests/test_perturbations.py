@@ -13,7 +13,8 @@ from uap_dist.errors import ConfigError, PerturbationError, UapDistError
 from uap_dist.method.norms import measure
 from uap_dist.models.weights import write_weights
 from uap_dist.models.weights_file import read_weights
-from uap_dist.perturbations.files import PERTURBATION_FILE, Perturbation, load_perturbations, save_perturbation
+from uap_dist.perturbations.files import Perturbation, load_perturbations, save_perturbation
+from uap_dist.perturbations.reading import PERTURBATION_FILE
 
 V = 20 * torch.rand(3, 6, 5, generator=torch.Generator().manual_seed(0)) - 10
 

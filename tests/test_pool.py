@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 
 from uap_dist.errors import ConfigError, PerturbationError
-from uap_dist.perturbations.files import Perturbation
-from uap_dist.perturbations.pool import POOL_FILE, PerturbationPool, load_members
+from uap_dist.perturbations.files import Perturbation, load_perturbations, save_perturbation
+from uap_dist.perturbations.pool import PerturbationPool, load_members
+from uap_dist.perturbations.reading import PERTURBATION_FILE, POOL_FILE
 from uap_dist.perturbations.transform import AddUniversalPerturbation
 
 SHARED = {"model": "tiny", "weights_digest": "a" * 64, "norm": "linf", "radius": 10.0}
@@ -106,6 +108,24 @@ def test_from_s3(pool, tmp_path, s3):
     with filesystem.open_output_stream(path) as file:
         file.write((tmp_path / POOL_FILE).read_bytes())
     assert torch.equal(PerturbationPool.load(f"s3://bucket/pool?{s3}").perturbations, pool.perturbations)
+
+
+@pytest.mark.parametrize("given", ["own", "own/FILE", "own:255", "own/FILE:1"])
+def test_a_pool_is_no_perturbation_nor_the_other_way_round(pool, tmp_path, given):
+    v = pool.perturbations[0]
+    provenance = SHARED | {"perturbation_sha256": sha256(v.numpy().tobytes()).hexdigest()}
+    for folder, file, load, message in (
+        ("pool", POOL_FILE, load_perturbations, "is a pool.*--pools$"),
+        ("v", PERTURBATION_FILE, PerturbationPool.load, "is a single perturbation.*--perturbations$"),
+    ):
+        (tmp_path / "own").mkdir()
+        if file == POOL_FILE:
+            pool.save(tmp_path / "own")
+        else:
+            save_perturbation(tmp_path / "own" / file, v, provenance)
+        with pytest.raises(PerturbationError, match=message):
+            load(f"{tmp_path}/{given}".replace("FILE", file))
+        (tmp_path / "own").rename(tmp_path / folder)
 
 
 def test_a_pool_that_is_damaged_or_outside_its_ball_is_rejected(pool, tmp_path):

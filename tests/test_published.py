@@ -88,7 +88,9 @@ def test_a_zoo_is_a_folder_or_a_zip_of_them(zoo, tmp_path):
     assert [each.name for each in load_members([f"{zoo}:1"], ["linf_a"])] == [f"zoo, {m['name']}" for m in pool.members]
     assert [each.name for each in load_members([f"a={zoo}:1"], [])][0] == "a, l2_c"
     pool.save(tmp_path / "saved")
-    with pytest.raises(PerturbationError, match="was written by jobs/compute.py and knows its unit; leave that out"):
+    with pytest.raises(
+        PerturbationError, match="is a pool of jobs/compute.py and knows its unit; leave that out, and give"
+    ):
         PerturbationPool.load(f"{tmp_path}/saved:255")
     assert torch.equal(PerturbationPool.load(tmp_path / "saved").perturbations, pool.perturbations)
     with pytest.raises(PerturbationError, match="does not say for which network it was computed"):
@@ -151,6 +153,17 @@ def test_what_cannot_be_read_is_named_in_one_line(tmp_path, capsys, file, save, 
     with pytest.raises(PerturbationError, match=message) as refusal:
         load_perturbations(f"{tmp_path}/{file}")
     assert str(refusal.value).isprintable() and "unpickled!" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_damaged_zip_is_refused_in_one_line(tmp_path, compression):
+    with zipfile.ZipFile(tmp_path / "v.zip", "w", compression) as archive:
+        archive.writestr("v.npy", V.numpy().tobytes())
+    data = bytearray((tmp_path / "v.zip").read_bytes())
+    data[50:150] = b"\xff" * 100
+    (tmp_path / "v.zip").write_bytes(data)
+    with pytest.raises(PerturbationError, match=r"v.zip cannot be unpacked: \w+"):
+        load_perturbations(f"{tmp_path}/v.zip:1")
 
 
 def test_a_member_that_cannot_be_read_is_named(zoo, tmp_path):

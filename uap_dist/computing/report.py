@@ -33,7 +33,8 @@ from uap_dist.method.state import RoundReport
 from uap_dist.models.classes import UNKNOWN_CLASS, label_name
 from uap_dist.models.classifier import Predictions
 from uap_dist.models.several import of_network, split_kind
-from uap_dist.perturbations.files import PERTURBATION_FILE, save_perturbation
+from uap_dist.perturbations.files import save_perturbation
+from uap_dist.perturbations.reading import PERTURBATION_FILE
 from uap_dist.rounds.record import RoundRecord
 from uap_dist.tracking.outputs import RESULT_FILE, writes_files
 from uap_dist.workers.dataset import Dataset

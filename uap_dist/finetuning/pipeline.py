@@ -38,7 +38,8 @@ from uap_dist.method.norms import random_of_same_norms
 from uap_dist.models.loading import load_classifier
 from uap_dist.models.weights import digest_weights, fill, write_weights
 from uap_dist.perturbations.files import Perturbation
-from uap_dist.perturbations.pool import MANIFEST_FILE, POOL_FILE, SHARED, PerturbationPool
+from uap_dist.perturbations.pool import MANIFEST_FILE, SHARED, PerturbationPool
+from uap_dist.perturbations.reading import POOL_FILE
 from uap_dist.rounds.record import RoundRecord
 from uap_dist.tracking.checkpoint import JobRecord
 from uap_dist.tracking.mlflow_run import Tracker

@@ -5,23 +5,22 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load, save
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from uap_dist.data.locations import join, split_query
+from uap_dist.data.locations import split_query
 from uap_dist.errors import ConfigError, PerturbationError
 from uap_dist.foreign_text import first_line
 from uap_dist.method.norms import Norm, measure
 from uap_dist.method.rates import Goal
 from uap_dist.models.names import Parts, canonical, name_rest, parts_of, refuse_twins
 from uap_dist.perturbations.published import load_published, split_unit
-from uap_dist.perturbations.reading import metadata_of, read
+from uap_dist.perturbations.reading import PERTURBATION_FILE, metadata_of, read_own
 
-PERTURBATION_FILE = "perturbation.safetensors"
 ENDING = r"\.(npy|mat|pth|pt|pth\.tar|bin|safetensors|zip)(?=#|$)"  # of published files
 ROUNDING = 1e-5  # relative error allowed in a norm, because v is stored as float32
 
@@ -127,16 +126,10 @@ def _load(name: str, location: str) -> list[Perturbation]:
     if unit is not None:
         found = load_published(place, unit)
         return [Perturbation(name if len(found) == 1 else f"{name}, {own}", v) for own, v in found.items()]
-    if PurePosixPath(split_query(place)[0]).suffix != ".safetensors":
-        place = join(place, PERTURBATION_FILE)
-    return [_own(name, place)]
+    return [_own(name, *read_own(place, PERTURBATION_FILE))]
 
 
-def _own(name: str, location: str) -> Perturbation:
-    try:
-        data = read(location)
-    except PerturbationError as error:
-        raise PerturbationError(f"{error}; files of others need the unit of their values, :255 or :1") from error
+def _own(name: str, location: str, data: bytes) -> Perturbation:
     try:
         v = load(data)["perturbation"].float()
         provenance = json.loads(metadata_of(data)["provenance"])

@@ -15,16 +15,16 @@ from PIL import Image
 from safetensors.torch import load, save
 from torch import Tensor
 
-from uap_dist.data.locations import join, split_query
+from uap_dist.data.locations import split_query
 from uap_dist.errors import ConfigError, PerturbationError
 from uap_dist.foreign_text import first_line
 from uap_dist.method.norms import check_ball
 from uap_dist.models.names import name_rest, parts_of, refuse_twins
 from uap_dist.perturbations.files import Perturbation, check_radius, split_name
 from uap_dist.perturbations.published import load_published, split_unit
-from uap_dist.perturbations.reading import metadata_of, read
+from uap_dist.perturbations.reading import POOL_FILE, metadata_of, read_own
 
-POOL_FILE, MANIFEST_FILE = "pool.safetensors", "pool.json"
+MANIFEST_FILE = "pool.json"
 SHARED = ("model", "weights_digest", "norm", "radius")  # the provenance that all members have in common
 MAX_NAME_BYTES = 200  # file systems allow 255 with the extension
 DIVERSE = 0.1  # the paper's criterion (section 3.2): largest normalised inner product of two members
@@ -100,9 +100,7 @@ class PerturbationPool:
         location, unit = split_unit(str(location))
         if unit is not None:
             return cls._of_published(load_published(location, unit), location)
-        if not location.partition("?")[0].endswith(".safetensors"):
-            location = join(location, POOL_FILE)
-        data = read(location)
+        location, data = read_own(location, POOL_FILE)
         try:
             perturbations = load(data)["perturbations"]
             manifest = json.loads(metadata_of(data)["manifest"])

@@ -21,7 +21,7 @@ from uap_dist.foreign_text import first_line
 from uap_dist.method.norms import measure
 from uap_dist.models.names import tell_apart
 from uap_dist.models.weights_file import choose_one, load_tensors, split_key
-from uap_dist.perturbations.reading import metadata_of, read
+from uap_dist.perturbations.reading import KINDS, read, written_as
 
 UNITS = {"1": 255.0, "255": 1.0}  # pixels per unit, by the largest value of the scale
 EXTENSIONS = (".npy", ".mat", ".pth", ".pt", ".tar", ".bin", ".safetensors")
@@ -109,7 +109,7 @@ def _unzip(data: bytes, path: str) -> dict[str, bytes]:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             names = [each for each in archive.namelist() if not each.endswith("/") and _is_visible(each)]
             return {name: archive.read(name) for name in sorted(names)}
-    except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:  # encrypted; an unknown compression
+    except Exception as error:  # of the archive and of each compression: damaged, encrypted, unknown
         raise PerturbationError(f"{path} cannot be unpacked: {first_line(error)}") from error
 
 
@@ -143,8 +143,13 @@ def _parse(data: bytes, path: str) -> Any:
         if extension == ".mat":
             return {key: value for key, value in loadmat(io.BytesIO(data)).items() if not key.startswith("__")}
         found = load_tensors(data, path, SAVE_ALONE)
-        if extension == ".safetensors" and {"provenance", "manifest"} & set(metadata_of(data)):
-            raise PerturbationError(f"{path} was written by jobs/compute.py and knows its unit; leave that out")
+        own = written_as(data)
+        if own is not None:
+            raise PerturbationError(
+                "{} is {} of jobs/compute.py and knows its unit; leave that out, and give it as {}".format(
+                    path, *KINDS[own]
+                )
+            )
         return found
     except PerturbationError:
         raise

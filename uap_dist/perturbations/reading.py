@@ -1,11 +1,16 @@
 """Reading a file of perturbations, wherever it lies."""
 
 import json
+from pathlib import PurePosixPath
+from typing import Any
 
-from uap_dist.data.locations import read_file
-from uap_dist.errors import PerturbationError
+from uap_dist.data.locations import join, read_file, split_query
+from uap_dist.errors import PerturbationError, TrackingError
 
 MLFLOW_SCHEMES = ("runs:/", "models:/")
+PERTURBATION_FILE, POOL_FILE = "perturbation.safetensors", "pool.safetensors"
+# what they are, and how jobs/evaluate.py is given them
+KINDS = {PERTURBATION_FILE: ("a single perturbation", "--perturbations"), POOL_FILE: ("a pool", "--pools")}
 
 
 def read(location: str) -> bytes:
@@ -25,8 +30,58 @@ def read(location: str) -> bytes:
         raise PerturbationError(f"cannot read {error}") from error
 
 
+def read_own(location: str, file: str) -> tuple[str, bytes]:
+    """Location and content of a file that jobs/compute.py has written, which is given as itself or by its folder.
+
+    Args:
+        location: of the file or folder.
+        file: PERTURBATION_FILE or POOL_FILE.
+
+    Raises:
+        PerturbationError: it cannot be read, or the other one was given.
+        TrackingError: MLflow cannot provide it.
+    """
+    (other,) = KINDS.keys() - {file}
+    refusal = PerturbationError("{} is {}; jobs/evaluate.py takes it as {}".format(location, *KINDS[other]))
+    is_folder = PurePosixPath(split_query(location)[0]).suffix != ".safetensors"
+    place = join(location, file) if is_folder else location
+    try:
+        data = read(place)
+    except (PerturbationError, TrackingError) as error:
+        if is_folder and _is_readable(join(location, other)):
+            raise refusal from error
+        if isinstance(error, TrackingError):
+            raise
+        raise PerturbationError(f"{error}; files of others need the unit of their values, :255 or :1") from error
+    if written_as(data) == other:
+        raise refusal
+    return place, data
+
+
+def written_as(data: bytes) -> str | None:
+    """PERTURBATION_FILE or POOL_FILE for the contents of one that jobs/compute.py has written; None for any other."""
+    metadata = metadata_of(data)
+    if "manifest" in metadata:
+        return POOL_FILE
+    # files of weights have a provenance, too
+    return PERTURBATION_FILE if "provenance" in metadata and "perturbation" in _header(data) else None
+
+
+def _is_readable(location: str) -> bool:
+    try:
+        return bool(read(location))
+    except (PerturbationError, TrackingError):
+        return False
+
+
 def metadata_of(data: bytes) -> dict[str, str]:
-    """Metadata of a safetensors file in memory (the library reads metadata only from files)."""
+    """Metadata of a safetensors file in memory (the library reads metadata only from files); none of any other file."""
+    return _header(data).get("__metadata__", {})
+
+
+def _header(data: bytes) -> dict[str, Any]:
     length = int.from_bytes(data[:8], "little")
-    metadata: dict[str, str] = json.loads(data[8 : 8 + length]).get("__metadata__", {})
-    return metadata
+    try:
+        return json.loads(data[8 : 8 + length]) if data[8:9] == b"{" else {}
+    except ValueError:
+        return {}
