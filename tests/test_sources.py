@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -268,3 +269,57 @@ def test_label_lines_of_mixed_length_are_errors(val_tar, tmp_path):
         list_ilsvrc_val(val_tar, tmp_path / "labels.txt")
     with pytest.raises(ShardError, match="cannot read .*absent.txt"):
         list_ilsvrc_val(val_tar, tmp_path / "absent.txt")
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
+    write(tmp_path, "ants/1.png", "bees/1.png", "bees/more/2.png")
+    monkeypatch.chdir(tmp_path)  # its parents are closed to others
+    tmp_path.chmod(0o755)
+    for mode in (0, 0o444):
+        (tmp_path / "bees/more").chmod(mode)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)  # root reads everything
+        try:
+            with pytest.raises(ShardError, match="cannot read the folder bees/more: Permission denied"):
+                list_folder(Path())
+        finally:
+            os.seteuid(user)
+
+
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path, caplog):
+    write(tmp_path, "root/ants/1.png", "root/bees/1.png", "elsewhere/2.png")
+    root = tmp_path / "root"
+    for link, target in (("ants/self", "."), ("bees/all", ".."), ("bees/other", "../../elsewhere")):
+        (root / link).symlink_to(target)
+    images, _ = list_folder(root)
+    assert [image.key for image in images] == ["ants_1", "bees_1", "bees_other_2"]
+    left_out = sorted(record.args[0].relative_to(root).as_posix() for record in caplog.records)
+    assert left_out == ["ants/self", "bees/all"] and "a link to a folder that it lies in" in caplog.text
+
+
+def link(tar, name, target, kind):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    tar.addfile(info)
+
+
+def test_links_in_tars_of_ilsvrc_are_followed(tmp_path):
+    inner = io.BytesIO()
+    with tarfile.open(fileobj=inner, mode="w") as tar:
+        add(tar, "sub/a.png", picture(7))
+        link(tar, "b.png", "sub/a.png", tarfile.LNKTYPE)
+        link(tar, "sub/c.png", "a.png", tarfile.SYMTYPE)
+        link(tar, "README", "gone", tarfile.SYMTYPE)
+    with tarfile.open(tmp_path / "train.tar", "w") as outer:
+        add(outer, "n01.tar", inner.getvalue())
+        link(outer, "n02.tar", "n01.tar", tarfile.LNKTYPE)
+    images, _ = list_ilsvrc_train(tmp_path / "train.tar")
+    assert [(image.key, image.label) for image in images] == [(key, label) for label in (0, 1) for key in "abc"]
+    assert {image.read() for image in images} == {picture(7)}
+    with tarfile.open(tmp_path / "train.tar", "a") as outer:
+        link(outer, "n03.tar", "n04.tar", tarfile.LNKTYPE)
+    with pytest.raises(
+        ShardError, match="train.tar: n03.tar is a link to n04.tar, which is no file before it in this tar"
+    ):
+        list_ilsvrc_train(tmp_path / "train.tar")

@@ -86,7 +86,7 @@ def read_tar(
             raise EOFError
         for tar, member in _members(opener(stream) if opener else stream):
             if member.islnk() or member.issym():
-                place = places.get(_target(member)) if read_at and not opener else None
+                place = places.get(link_target(member)) if read_at and not opener else None
                 if read_at is None or place is None:
                     yield Member(member.name, b"", member.linkname)
                     continue
@@ -121,7 +121,7 @@ def _members(stream: Any) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
             raise tarfile.ReadError(f"what follows its end mark is no tar ({error})") from error
 
 
-def _target(link: tarfile.TarInfo) -> str:
+def link_target(link: tarfile.TarInfo) -> str:
     """Name of the member that a link leads to: from the top of the tar for a hard link, from its own folder for a symbolic one."""
     return normpath(link.linkname if link.islnk() else join(dirname(link.name), link.linkname))
 

@@ -2,13 +2,13 @@
 
 import io
 import logging
-import os
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath, PurePosixPath
+from posixpath import normpath
 from typing import IO, Any, TypeVar
 from unicodedata import normalize
 
@@ -17,7 +17,7 @@ from PIL import Image
 
 from uap_dist.data.samples import IMAGE_EXTENSIONS, IMAGE_FORMATS
 from uap_dist.data.sources.labels import number_labels, read_label_file
-from uap_dist.data.tars import NAMES, StrictHeader, check_end, is_compressed, tar_errors
+from uap_dist.data.tars import NAMES, StrictHeader, check_end, is_compressed, link_target, tar_errors
 from uap_dist.errors import ShardError
 
 T = TypeVar("T")
@@ -75,17 +75,17 @@ class SourceImage:
 def list_folder(root: Path) -> tuple[list[SourceImage], list[str]]:
     """Images of root/CLASS/…/NAME.jpg, and the class names in the sorted order in which torchvision's ImageFolder numbers them.
 
-    Hidden files and folders, whose names begin with a dot, are ignored.
+    Hidden files and folders, whose names begin with a dot, are ignored. Links to folders are followed, but not those that lead to a
+    folder above them.
 
     Raises:
-        ShardError: there is no class folder, or one without an image.
+        ShardError: there is no class folder, or one without an image, or a folder cannot be read.
     """
     if not root.is_dir():
         raise ShardError(f"no folder {root}")
+    files = sorted(path.relative_to(root) for path in _walk(root))
     names = sorted(path.name for path in root.iterdir() if path.is_dir() and not _is_hidden(PurePath(path.name)))
     labels = {name: label for label, name in enumerate(names)}
-    walked = os.walk(root, followlinks=True)
-    files = sorted(Path(folder, name).relative_to(root) for folder, _, files in walked for name in files)
     pictures = _keep(files, lambda path: path, root)
     images = [
         SourceImage(_key(path.with_suffix("")), _extension(path.name), labels[path.parts[0]], root / path)
@@ -113,12 +113,13 @@ def list_ilsvrc_train(path: Path) -> tuple[list[SourceImage], list[str]]:
     """
     found: list[tuple[tarfile.TarInfo, tarfile.TarInfo]] = []
     with _open(path) as file, _tar(file, str(path)) as tar:
-        inner = _keep(_files(tar), _name, path, ("tar",))
+        inner = _keep(_files(tar, str(path), ("tar",)), _name, path, ("tar",))
         for member in inner:
             part = tar.extractfile(member)
             assert part is not None
-            with _tar(part, f"{path}: {member.name}") as tar_of_class:
-                found += [(member, image) for image in _files(tar_of_class)]
+            name = f"{path}: {member.name}"
+            with _tar(part, name) as tar_of_class:
+                found += [(member, image) for image in _files(tar_of_class, name)]
     classes = sorted(Path(member.name).stem for member in inner)
     labels = {name: classes.index(name) for name in classes}
     images = [
@@ -144,7 +145,7 @@ def list_ilsvrc_val(path: Path, labels: Path) -> tuple[list[SourceImage], list[s
         ShardError: tar and labels do not match.
     """
     with _open(path) as file, _tar(file, str(path)) as tar:
-        members = sorted(_keep(_files(tar), _name, path), key=lambda member: member.name)
+        members = sorted(_keep(_files(tar, str(path)), _name, path), key=lambda member: member.name)
     lines, places = read_label_file(labels)
     if len(lines) != len(members) or not members:
         raise ShardError(f"{labels} has {len(lines)} labels for the {len(members)} images of {path}")
@@ -191,6 +192,24 @@ def shuffled_samples(images: Sequence[SourceImage], seed: int) -> Iterator[dict[
         logger.warning("left out %d files that Pillow cannot read as images, the first %s", len(broken), min(broken))
     if len(broken) == len(images):
         raise ShardError(f"none of the {len(images)} files is an image that Pillow can read")
+
+
+def _walk(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:
+    """Files in a folder and those below it; `above` are the devices and inodes of the folders that it lies in."""
+    try:
+        status = folder.stat()
+        paths = [(path, path.is_dir()) for path in folder.iterdir()]
+    except OSError as error:
+        raise ShardError(f"cannot read the folder {folder}: {error.strerror}") from error
+    place = (status.st_dev, status.st_ino)
+    if place in above:
+        logger.warning("left out %s, a link to a folder that it lies in", folder)
+        return
+    for path, is_folder in paths:
+        if is_folder:
+            yield from _walk(path, above | {place})
+        else:
+            yield path
 
 
 def _is_image(data: bytes) -> bool:
@@ -245,8 +264,23 @@ def _tar(file: IO[bytes], name: str) -> Iterator[tarfile.TarFile]:
         yield tar
 
 
-def _files(tar: tarfile.TarFile) -> list[tarfile.TarInfo]:
-    files = [member for member in tar if member.isfile()]
+def _files(tar: tarfile.TarFile, name: str, extensions: Collection[str] = IMAGE_EXTENSIONS) -> list[tarfile.TarInfo]:
+    """Files of a tar; of links, those to a file before them, as files with the content of that."""
+    files: list[tarfile.TarInfo] = []
+    by_name: dict[str, tarfile.TarInfo] = {}
+    for member in tar:
+        if member.islnk() or member.issym():
+            target = by_name.get(link_target(member))
+            if target is not None:
+                member.type, member.offset_data, member.size = target.type, target.offset_data, target.size
+            elif _extension(member.name) in extensions and not _is_hidden(_name(member)):
+                raise ShardError(
+                    f"{name}: {member.name} is a link to {member.linkname}, which is no file before it in this tar; pack the files "
+                    "themselves, or pack with tar --dereference --hard-dereference"
+                )
+        if member.isfile():
+            by_name[normpath(member.name)] = member
+            files.append(member)
     assert tar.fileobj is not None
     tar.fileobj.seek(tar.offset + tarfile.BLOCKSIZE)
     check_end(tar.fileobj.read)
