@@ -12,6 +12,7 @@ from torchvision.datasets import ImageFolder
 
 from uap_dist.data.decode import Geometry, load_shard
 from uap_dist.data.sources.imagenet import list_folder, list_ilsvrc_train, list_ilsvrc_val, shuffled_samples
+from uap_dist.data.write import write_shards
 from uap_dist.errors import ShardError
 
 JOB = Path(__file__).parents[1] / "jobs/shard.py"
@@ -153,6 +154,25 @@ def test_job_makes_shards_of_the_tars_of_ilsvrc(train_tar, val_tar, tmp_path):
     ] == [True] * 3
 
 
+def test_a_job_that_ends_midway_leaves_no_shards_and_can_be_run_again(tmp_path):
+    write(tmp_path, *(f"images/cat/{i}.png" for i in range(6)))
+    (tmp_path / "images/cat/6.png").symlink_to("gone")
+    command = [str(JOB), "--source", "images", "--output", "out", "--shard-size", "1"]
+    done = run_job(command, tmp_path)
+    assert done.returncode == 1 and "6.png: No such file" in done.stderr and not list((tmp_path / "out").iterdir())
+    (tmp_path / "images/cat/6.png").unlink()
+    assert "6 images of 1 classes in 6 shards" in run_job(command, tmp_path).stdout
+
+    def interrupted():
+        yield from shuffled_samples(list_folder(tmp_path / "images")[0], 0)
+        raise KeyboardInterrupt
+
+    before = sorted((tmp_path / "out").iterdir())
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(interrupted(), tmp_path / "out", prefix="val", shard_size=4)
+    assert sorted((tmp_path / "out").iterdir()) == before
+
+
 def test_the_shard_job_reports_invalid_options_before_listing_images(tmp_path):
     (tmp_path / "labels.txt").write_text("a 0\n")
     given = [str(JOB), "--source", str(tmp_path)]
@@ -162,6 +182,10 @@ def test_the_shard_job_reports_invalid_options_before_listing_images(tmp_path):
             ["--output", str(tmp_path / "labels.txt/out")],
             f"cannot write to --output {tmp_path}/labels.txt/out: Not a dir",
         ),
+        (["--output", "out", "--seed", "-1"], "seed is -1; it must not be negative"),
+        (["--output", "out", "--shard-size", "0"], "shard size is 0; it must be positive"),
+        (["--output", "out", "--prefix", "t[1]"], "prefix is 't[1]'; it must be the beginning of a file name"),
+        (["--output", "out", "--prefix", "a/b"], "prefix is 'a/b'; it must be the beginning of a file name"),
     ):
         done = run_job([*given, *more], tmp_path)
         assert done.returncode == 1 and done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1

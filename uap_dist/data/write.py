@@ -14,13 +14,13 @@ from uap_dist.errors import ConfigError
 from uap_dist.foreign_text import printable, redact, to_text
 
 CLASSES_FILE = "classes.txt"
+UNFINISHED = ".unfinished"  # ending of a shard's name until all are complete
 
 
 def write_shards(samples: Iterable[dict[str, Any]], folder: Path, *, prefix: str, shard_size: int) -> dict[str, int]:
     """Write samples to `<prefix>-0000.tar`, … in a folder, and the number of examples in each to `<prefix>-index.json`.
 
-    The same samples give the same bytes. No shard is begun before its first sample is there, so none is left empty if `samples`
-    raises at once (wds.ShardWriter would leave one).
+    The same samples give the same bytes. Files get their names when all are complete; if `samples` raises, none is left.
 
     Args:
         samples: each has `__key__`, an image as bytes under its extension (`jpg`, …) and, if known, its class as int under `cls`.
@@ -33,28 +33,28 @@ def write_shards(samples: Iterable[dict[str, Any]], folder: Path, *, prefix: str
     """
     folder.mkdir(parents=True, exist_ok=True)
     counts: dict[str, int] = {}
-    for number, group in groupby(enumerate(samples), key=lambda numbered: numbered[0] // shard_size):
-        name = f"{prefix}-{number:04d}.tar"
-        with wds.TarWriter(str(folder / name), mtime=0, user="root", group="root") as writer:
+    try:
+        for number, group in groupby(enumerate(samples), key=lambda numbered: numbered[0] // shard_size):
+            name = f"{prefix}-{number:04d}.tar"
             counts[name] = 0
-            for _, sample in group:
-                writer.write({key: str(value).encode() if key == "cls" else value for key, value in sample.items()})
-                counts[name] += 1
+            with wds.TarWriter(str(folder / f"{name}{UNFINISHED}"), mtime=0, user="root", group="root") as writer:
+                for _, sample in group:
+                    writer.write({key: str(value).encode() if key == "cls" else value for key, value in sample.items()})
+                    counts[name] += 1
+        for name in counts:
+            (folder / f"{name}{UNFINISHED}").rename(folder / name)
+    finally:
+        for name in counts:
+            (folder / f"{name}{UNFINISHED}").unlink(missing_ok=True)
     index = {"num_examples": sum(counts.values()), "shards": counts}
     (folder / f"{prefix}-index.json").write_text(json.dumps(index, indent=2) + "\n")
     return counts
 
 
-def write_classes(folder: Path, names: Sequence[str]) -> None:
-    """Write the names of classes 0, 1, … to classes.txt in a folder, one a line, for all shards in it; numbers name nothing.
-
-    Raises:
-        ConfigError: the folder has other classes, so that the same number would mean two things.
-    """
-    path, names = folder / CLASSES_FILE, [_one_spelling(printable(name)) for name in names]
-    if names == [str(number) for number in range(len(names))]:
-        return
-    if path.exists() and (known := read_classes(str(path.absolute()))) != names:
+def check_classes(folder: Path, names: Sequence[str]) -> None:
+    """Raise ConfigError where a folder has other classes, so that the same number would mean two things."""
+    path, names = folder / CLASSES_FILE, _lines(names)
+    if names and path.exists() and (known := read_classes(str(path.absolute()))) != names:
         same = (number for number, pair in enumerate(zip(known, names, strict=False)) if pair[0] != pair[1])
         number = next(same, min(len(known), len(names)))
         before, after = (repr(each[number]) if number < len(each) else "missing" for each in (known, names))
@@ -62,8 +62,18 @@ def write_classes(folder: Path, names: Sequence[str]) -> None:
             f"{path} has {len(known)} classes, these images have {len(names)}: class {number} is {before} there and {after} here; training "
             "and held-out images need the same classes. Shards of other classes need another --output"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+
+
+def write_classes(folder: Path, names: Sequence[str]) -> None:
+    """Write the names of classes 0, 1, … to classes.txt in a folder, one a line, for all shards in it; numbers name nothing.
+
+    Raises:
+        ConfigError: see `check_classes`.
+    """
+    check_classes(folder, names)
+    if lines := _lines(names):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CLASSES_FILE).write_text("".join(f"{name}\n" for name in lines), encoding="utf-8")
 
 
 def read_classes(url: str) -> list[str]:
@@ -84,6 +94,7 @@ def read_classes(url: str) -> list[str]:
     return [line.strip() for line in text.rstrip().splitlines()]
 
 
-def _one_spelling(name: str) -> str:
-    """A name as `read_classes` returns it."""
-    return normalize("NFC", name).strip()
+def _lines(names: Sequence[str]) -> list[str]:
+    """The lines of classes.txt, as `read_classes` returns them; none where the names are the numbers of the classes."""
+    are_numbers = list(names) == [str(number) for number in range(len(names))]
+    return [] if are_numbers else [normalize("NFC", printable(name)).strip() for name in names]

@@ -1,5 +1,6 @@
 """Make WebDataset shards from an ImageFolder tree, Parquet files or the tars of ILSVRC 2012: shuffled once, with an index of counts."""
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from uap_dist.data.sources.imagenet import (
     shuffled_samples,
 )
 from uap_dist.data.sources.parquet import is_parquet, list_parquet
-from uap_dist.data.write import write_classes, write_shards
+from uap_dist.data.write import check_classes, write_classes, write_shards
 from uap_dist.errors import ConfigError
 from uap_dist.foreign_text import redact
 from uap_dist.jobs.common import command_line, console, parse
@@ -46,13 +47,22 @@ class ShardOptions:
     debug: bool = False
     """Show tracebacks of errors."""
 
+    def __post_init__(self) -> None:
+        """Validate the options."""
+        if self.shard_size < 1:
+            raise ConfigError(f"shard size is {self.shard_size}; it must be positive")
+        if self.seed < 0:
+            raise ConfigError(f"seed is {self.seed}; it must not be negative")
+        if not re.fullmatch(r"[\w=-][\w.=-]{0,99}", self.prefix):
+            raise ConfigError(
+                f"prefix is {self.prefix!r}; it must be the beginning of a file name, of at most 100 letters, digits and _ . = -"
+            )
+
 
 def main() -> None:
     """List, shuffle, write."""
     with command_line():
         options = parse(ShardOptions)
-        if options.shard_size < 1:
-            raise ConfigError(f"shard size is {options.shard_size}; it must be positive")
         if any(options.output.glob(f"{options.prefix}-*.tar")):
             raise ConfigError(
                 f"{options.output} already holds {options.prefix}-*.tar; give another --output or --prefix"
@@ -60,13 +70,13 @@ def main() -> None:
         _check_source(options)
         output_folder(options.output, may_hold_files=True)
         options.output.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(
-            dir=options.output
-        ) as copy:  # of the images in Parquet files, where there is room for the shards
+        # the copy is one of the images in Parquet files, where there is room for the shards
+        with TemporaryFile(dir=options.output) as copy:
             images, classes = _list_images(options, copy)
-            write_classes(options.output, classes)
+            check_classes(options.output, classes)
             samples = _with_progress(shuffled_samples(images, options.seed), len(images))
             counts = write_shards(samples, options.output, prefix=options.prefix, shard_size=options.shard_size)
+            write_classes(options.output, classes)
         console.print(
             f"{sum(counts.values())} images of {len(classes)} classes in {len(counts)} shards: {options.output}/{options.prefix}-*.tar"
         )
