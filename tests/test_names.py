@@ -55,6 +55,7 @@ def names(*texts):
     [
         (("torchvision/resnet50", "timm/vit=w.pth", OWN), ["resnet50", "vit", "build"]),
         (("torchvision/resnet50", "timm/resnet50=w.pth"), ["torchvision/resnet50", "timm/resnet50"]),
+        (("a/n.py:f?x=a,b", "b/n.py:f?x=a:b"), ["a/n.py/f(x=a,b)", "b/n.py/f(x=a:b)"]),
         ((OWN, "nets/b.py:build", "more/b.py:build"), ["a.py/build", "nets/b.py/build", "more/b.py/build"]),
         ((f"{OWN}?a=1&b=x/y", f"{OWN}?a=2"), ["build(a=1, b=x/y)", "build(a=2)"]),
         (("timm/x=a/c.pth.tar#model", "timm/x=a/c.pth.tar#ema"), ["x, c#model", "x, c#ema"]),
@@ -79,6 +80,14 @@ def test_equal_networks_and_equal_names_are_rejected():
         names("a=timm/x", "a=timm/y")
     with pytest.raises(ConfigError, match="two models are named 'y'"):
         names("y=timm/x", "timm/y")
+    with pytest.raises(
+        ConfigError, match=r"two models are named 'a\+' and 'a;', which are one name in MLflow; give them"
+    ):
+        names("a+=timm/x", "a;=timm/y")
+    with pytest.raises(
+        ConfigError, match=r"two models are named '.*build\(x=a,b\)' and '.*build\(x=a:b\)', which are one"
+    ):
+        names(f"{OWN}?x=a,b", f"{OWN}?x=a:b")
 
 
 def test_names_of_sets_are_fit_for_files():
@@ -88,6 +97,10 @@ def test_names_of_sets_are_fit_for_files():
     assert name_sets(["", ""], ["a/val-0.tar", "a/val-1.tar"]) == ["val-0.tar", "val-1.tar"]
     with pytest.raises(ConfigError, match="two sets of images are named 'val'"):
         name_sets(["val", "val"], patterns[:2])
+    with pytest.raises(
+        ConfigError, match="two sets of images are named 'val,' and 'val;', which are one name in MLflow"
+    ):
+        name_sets(["val,", "val;"], patterns[:2])
 
 
 def test_plain_keys_are_valid_in_mlflow():

@@ -127,12 +127,13 @@ def name_rest(
 
 
 def tell_apart(parts: Sequence[Parts], *, taken: Collection[str] = (), separator: str = "/") -> list[str]:
-    """Names made of the last part of each location, or of as many of the last parts as it takes to be unique."""
-    counts = [1] * len(parts)
+    """Names made of the last part of each location, or of as many of the last parts as it takes to be unique, also in MLflow."""
+    counts, known = [1] * len(parts), set(map(plain_key, taken))
     while True:
         names = [separator.join(own[-count:]) for own, count in zip(parts, counts, strict=True)]
-        uses = Counter(names)
-        short = [i for i, name in enumerate(names) if (uses[name] > 1 or name in taken) and counts[i] < len(parts[i])]
+        keys = list(map(plain_key, names))
+        uses = Counter(keys)
+        short = [i for i, key in enumerate(keys) if (uses[key] > 1 or key in known) and counts[i] < len(parts[i])]
         if not short:
             return names
         for i in short:
@@ -150,10 +151,14 @@ def canonical(location: str) -> str:
 
 
 def refuse_twins(what: str, names: Sequence[str], taken: Collection[str] = ()) -> None:
-    """Raise ConfigError if a name occurs twice or is taken."""
-    for name, count in Counter(names).items():
-        if count > 1 or name in taken:
-            raise ConfigError(f"two {what} are named {name!r}; give them other names, as NAME=…")
+    """Raise ConfigError if a name occurs twice or is taken, or if another is the same in MLflow (see `plain_key`)."""
+    known = {plain_key(name): name for name in taken}
+    for name in names:
+        key = plain_key(name)
+        if key in known:
+            alike = f"{known[key]!r} and {name!r}, which are one name in MLflow" if known[key] != name else repr(name)
+            raise ConfigError(f"two {what} are named {alike}; give them other names, as NAME=…")
+        known[key] = name
 
 
 def plain_key(name: str) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -19,7 +20,7 @@ from uap_dist.data.locations import split_query
 from uap_dist.errors import ConfigError, PerturbationError
 from uap_dist.foreign_text import first_line
 from uap_dist.method.norms import check_ball
-from uap_dist.models.names import name_rest, parts_of, refuse_twins
+from uap_dist.models.names import name_rest, parts_of, plain_key, refuse_twins
 from uap_dist.perturbations.files import Perturbation, check_radius, split_name
 from uap_dist.perturbations.published import load_published, split_unit
 from uap_dist.perturbations.reading import POOL_FILE, metadata_of, read_own
@@ -233,11 +234,13 @@ def load_members(specifications: Sequence[str], taken: Collection[str]) -> list[
     places = [split_query(split_unit(location)[0])[0] for location in locations]
     places = [re.sub(rf"(/{POOL_FILE}|\.safetensors|\.zip)$", "", place) for place in places]
     names = name_rest("pools", given, [parts_of(place) for place in places])
-    unnamed = [member["name"] for name, pool in zip(given, pools, strict=True) if not name for member in pool.members]
+    keys = [[plain_key(member["name"]) for member in pool.members] for pool in pools]
+    known = Counter(map(plain_key, taken))
+    for has_name, own in zip(given, keys, strict=True):
+        known.update(own if not has_name else ())
     found = []
-    for has_name, name, pool in zip(given, names, pools, strict=True):
-        own = [member["name"] for member in pool.members]
-        is_known = any(member in taken or unnamed.count(member) > 1 for member in own)
+    for has_name, name, pool, own in zip(given, names, pools, keys, strict=True):
+        is_known = any(known[key] > 1 for key in own)
         prefix = f"{name}, " if has_name or is_known else ""
         found += [replace(p, name=f"{prefix}{p.name}", pool=name) for p in pool.to_perturbations()]
     refuse_twins("perturbations", [perturbation.name for perturbation in found], taken)
