@@ -56,6 +56,7 @@ GRID: dict[Method, tuple[Constants, ...]] = {
 CHOSEN: dict[tuple[str, Method], Constants] = {  # by network, from the table of --tune
     ("resnet20", "entropy"): {"step": 2.0, "clamp": NO_CLAMP},
     ("resnet20", "art"): {"eps": 1.0},
+    ("squeezenet", "entropy"): {"step": 2.0, "clamp": NO_CLAMP},
 }
 
 
