@@ -182,6 +182,12 @@ def test_files_that_are_no_parquet_or_of_another_data_set(cifar, tmp_path):
         listed([str(tmp_path / "absent.parquet")])
 
 
+def test_a_folder_of_them_is_refused_with_the_pattern_to_give(tmp_path):
+    (tmp_path / "train.parquet").mkdir()
+    done = run_job([str(JOB), "--source", "train.parquet/", "--output", "out"], tmp_path)
+    assert done.stderr == "error: no shard train.parquet/: it is a folder; FOLDER/*.parquet names all files in one\n"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

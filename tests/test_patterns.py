@@ -57,6 +57,33 @@ def test_existing_files_with_pattern_characters_are_taken_literally(tmp_path):
             ]
 
 
+def test_wildcards_do_not_stand_for_the_hidden_files_of_macos(tmp_path):
+    for name in ("t-0.tar", "._t-0.tar", ".t-1.tar"):
+        (tmp_path / name).touch()
+    for folder in (str(tmp_path), f"file://{tmp_path}"):
+        assert expand_patterns([f"{folder}/*.tar"]) == [f"{folder}/t-0.tar"]
+        assert expand_patterns([f"{folder}/.t*.tar"]) == [f"{folder}/.t-1.tar"]
+
+
+def test_a_backslash_is_part_of_a_name_unless_it_escapes_a_brace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in (r"a\b-0.tar", r"a\b-1.tar", "{c}-0.tar"):
+        (tmp_path / name).touch()
+    assert expand_patterns([r"a\b-{0..1}.tar"]) == [rf"{tmp_path}/a\b-{i}.tar" for i in range(2)]
+    assert expand_patterns([r"\{c\}-0.tar"]) == [f"{tmp_path}/{{c}}-0.tar"]
+    with pytest.raises(ShardError, match=r"no shard gone\\b-0.tar"):
+        expand_patterns([r"gone\b-0.tar"])
+
+
+def test_what_is_no_file_says_what_it_is(tmp_path):
+    (tmp_path / "train.parquet").mkdir()
+    for slash in ("", "/"):
+        with pytest.raises(ShardError, match=r"it is a folder; FOLDER/\*.parquet names all files in one"):
+            expand_patterns([f"{tmp_path}/train.parquet{slash}"])
+    with pytest.raises(ShardError, match=f"no shard file://{tmp_path}/nope.tar$"):
+        expand_patterns([f"file://{tmp_path}/nope.tar"])
+
+
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [

@@ -66,9 +66,14 @@ def _expand_braces(pattern: str) -> list[str]:
     folder, slash, name = pattern.rpartition("/")
     has_own_name = not is_url(pattern) and "::" not in pattern and Path(folder).is_dir()
     try:
-        return [folder + slash + each for each in expand_urls(name)] if has_own_name else list(expand_urls(pattern))
+        return [folder + slash + each for each in _expand(name)] if has_own_name else _expand(pattern)
     except (ValueError, AssertionError) as error:  # unbalanced braces; ${…}, which WebDataset reads as a variable WDS_…
         raise ShardError(f"{pattern} is not a valid pattern of shards: {error}") from error
+
+
+def _expand(pattern: str) -> list[str]:
+    """What WebDataset makes of a pattern, except that a backslash that escapes no brace or comma is part of a name."""
+    return list(expand_urls(re.sub(r"\\(?![{},])", r"\\\\", pattern)))
 
 
 def _look_up(part: str) -> list[str]:
@@ -84,14 +89,15 @@ def _is_local_file(location: str) -> bool:
 
 def _existing(url: str) -> str:
     filesystem, path = locate(url)
+    has_buckets = not isinstance(filesystem, fs.PyFileSystem | fs.LocalFileSystem)  # the first is one of fsspec
     try:
-        if isinstance(filesystem, fs.PyFileSystem):  # of fsspec: it neither repeats requests nor has buckets
+        if not has_buckets:  # nor are requests repeated there
             bucket = info = persist(url, partial(filesystem.get_file_info, path), "shard")[0]
         else:
             info = filesystem.get_file_info(path)
             bucket = info if info.type == fs.FileType.File else filesystem.get_file_info(path.partition("/")[0])
     except OSError as error:
-        said = str(error) if isinstance(filesystem, fs.PyFileSystem) else explain(url, error)
+        said = explain(url, error) if has_buckets else str(error)
         raise ShardError(f"cannot read shard {said}") from error
     if is_url(url) and bucket is not info and bucket.type == fs.FileType.NotFound:
         raise ShardError(f"no shard {url}: there is no bucket {bucket.path}")
@@ -101,6 +107,8 @@ def _existing(url: str) -> str:
             reason = f": it is a link to {os.readlink(url)}, which is no file"
         elif url.startswith("~"):
             reason = ": ~ is not expanded here; give the whole path"
+        elif info.type == fs.FileType.Directory and re.search(r"\.(parquet|pq)/*$", split_query(url)[0], re.IGNORECASE):
+            reason = ": it is a folder; FOLDER/*.parquet names all files in one"
         elif info.type == fs.FileType.Directory:
             reason = ": it is a folder; jobs/shard.py makes shards of a folder of images, and FOLDER/*.tar names all shards in one"
         raise ShardError(f"no shard {url}{reason}")
@@ -124,7 +132,8 @@ def _glob(url: str) -> list[str]:
         if _has_wildcard(folder):
             raise ShardError(f"{url}: wildcards may stand in the file name only") from error
         raise ShardError(f"{url} matches nothing: {explain(folder + query, error)}") from error
-    names = [pattern] if pattern in there else sorted(name for name in there if fnmatch(name, pattern))
+    seen = (name for name in there if pattern.startswith(".") or not name.startswith("."))  # as a shell has it
+    names = [pattern] if pattern in there else sorted(name for name in seen if fnmatch(name, pattern))
     if not names:
         raise ShardError(f"{url} matches nothing in {folder or 'the working directory'}")
     found = [folder + slash + name + query for name in names]

@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 
 
 def is_parquet(source: str) -> bool:
-    """Whether a path, URL or pattern names Parquet files."""
-    return split_query(source)[0].lower().endswith((".parquet", ".pq"))
+    """Whether a path, URL or pattern names Parquet files, or a folder of them, as Spark writes it."""
+    return split_query(source)[0].rstrip("/").lower().endswith((".parquet", ".pq"))
 
 
 def list_parquet(
