@@ -296,7 +296,8 @@ def test_label_lines_of_mixed_length_are_errors(val_tar, tmp_path):
 
 
 def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
-    write(tmp_path, "ants/1.png", "bees/1.png", "bees/more/2.png")
+    write(tmp_path, "ants/1.png", "bees/1.png", "bees/more/2.png", ".Trash/more/3.png")
+    (tmp_path / ".Trash").chmod(0)  # its files are left out in any case
     monkeypatch.chdir(tmp_path)  # its parents are closed to others
     tmp_path.chmod(0o755)
     for mode in (0, 0o444):

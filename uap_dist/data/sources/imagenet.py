@@ -195,7 +195,7 @@ def shuffled_samples(images: Sequence[SourceImage], seed: int) -> Iterator[dict[
 
 
 def _walk(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:
-    """Files in a folder and those below it; `above` are the devices and inodes of the folders that it lies in."""
+    """Files and hidden folders in a folder and those below it; `above` are devices and inodes of the folders that it lies in."""
     try:
         status = folder.stat()
         paths = [(path, path.is_dir()) for path in folder.iterdir()]
@@ -206,7 +206,7 @@ def _walk(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iter
         logger.warning("left out %s, a link to a folder that it lies in", folder)
         return
     for path, is_folder in paths:
-        if is_folder:
+        if is_folder and not path.name.startswith("."):
             yield from _walk(path, above | {place})
         else:
             yield path
