@@ -32,6 +32,13 @@ def test_functions_and_classes_are_short():
                 assert num_lines(node) <= 200, f"{path}: {node.name}"
 
 
+def test_text_is_read_and_written_as_utf8_whatever_the_locale():
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("read_text", "write_text"):
+                assert "encoding" in [each.arg for each in node.keywords], f"{path}, line {node.lineno}"
+
+
 def test_folders_are_small_and_names_say_something():
     for folder in {path.parent for path in MODULES}:
         assert sum(path.parent == folder for path in MODULES) <= 10, folder

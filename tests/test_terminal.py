@@ -61,6 +61,15 @@ for ask in (lambda: output_folder(Path("full/out")), lambda: CheckpointStore("fu
 """
 
 
+NO_UTF8 = """
+from uap_dist.errors import ConfigError
+from uap_dist.jobs.common import command_line, console
+with command_line():
+    console.print("\\u2113\\u221e norm")
+    raise ConfigError("\\xb110")
+"""
+
+
 def start(*command, **options):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, *command], **pipes, **options)
@@ -108,6 +117,13 @@ def test_an_interrupt_while_a_job_imports_is_quiet(command, tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and err == ""
+
+
+def test_what_a_terminal_cannot_show_is_replaced():
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    process = start("-c", NO_UTF8, env=os.environ | {"PYTHONPATH": str(ROOT)} | locale)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (1, "?? norm\n", "error: ?10\n")
 
 
 @pytest.mark.skipif(not can_hide_folders(), reason="needs a mount of its own")

@@ -39,7 +39,8 @@ def git_commit() -> str:
 
 def _git(*words: str) -> str:
     folder = Path(__file__).parent
-    return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout
+    done = subprocess.run(["git", *words], cwd=folder, capture_output=True, check=True)
+    return done.stdout.decode(errors="replace")
 
 
 def describe_code() -> dict[str, str]:

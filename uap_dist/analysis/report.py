@@ -171,10 +171,10 @@ def save_analysis(folder: Path, finished: FinishedAnalysis) -> None:
         plots.save_number_of_images(folder / text.NUMBERS_PICTURE, finished.numbers)
         save_table(folder / "tables/number-of-images", [flatten_rates(vars(point)) for point in finished.numbers])
     markdown = finished.markdown()
-    (folder / f"{REPORT_FILE}.md").write_text(markdown)
-    (folder / f"{REPORT_FILE}.html").write_text(to_html(markdown, folder))
+    (folder / f"{REPORT_FILE}.md").write_text(markdown, encoding="utf-8")
+    (folder / f"{REPORT_FILE}.html").write_text(to_html(markdown, folder), encoding="utf-8")
     result = finished.result() | {"provenance": finished.provenance}
-    (folder / RESULT_FILE).write_text(json.dumps(result, indent=2) + "\n")
+    (folder / RESULT_FILE).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def to_html(markdown: str, folder: Path) -> str:

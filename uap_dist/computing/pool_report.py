@@ -64,7 +64,9 @@ class FinishedPool:
     def of(cls, folders: Mapping[str, Path], workers: Workers, val: Dataset, mlflow_run_id: str) -> "FinishedPool":
         """Load the members from their folders, by name, and measure random perturbations beside them."""
         pool = PerturbationPool.of(load_perturbations([f"{name}={folder}" for name, folder in folders.items()]))
-        results = {name: json.loads((folder / RESULT_FILE).read_text()) for name, folder in folders.items()}
+        results = {
+            name: json.loads((folder / RESULT_FILE).read_text(encoding="utf-8")) for name, folder in folders.items()
+        }
         rounds = {name: pq.read_table(folder / "tables" / ROUNDS_FILE).to_pylist() for name, folder in folders.items()}
         examples = {name: pq.read_table(folder / "tables" / EXAMPLES_FILE) for name, folder in folders.items()}
         goal = common_goal(pool.to_perturbations()).of_networks(val.clean.networks)
@@ -247,4 +249,4 @@ def save_pool(folder: Path, finished: FinishedPool) -> None:
         for name, result in finished.results.items()
     ]
     pyarrow.csv.write_csv(pa.Table.from_pylist(members), folder / "tables/members.csv")
-    (folder / RESULT_FILE).write_text(json.dumps(finished.result(), indent=2) + "\n")
+    (folder / RESULT_FILE).write_text(json.dumps(finished.result(), indent=2) + "\n", encoding="utf-8")

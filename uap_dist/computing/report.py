@@ -251,7 +251,9 @@ def save_run(folder: Path, run: FinishedRun, workers: Workers) -> None:
     save_label_graph(folder / "tables", graph)
     _save_pictures(folder / "pictures", run, workers)
     draw_label_graph(folder / "pictures/5-label-graph.png", graph)
-    (folder / RESULT_FILE).write_text(json.dumps(result | {"provenance": run.provenance}, indent=2) + "\n")
+    (folder / RESULT_FILE).write_text(
+        json.dumps(result | {"provenance": run.provenance}, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 def _save_pictures(folder: Path, run: FinishedRun, workers: Workers) -> None:

@@ -47,7 +47,7 @@ def write_shards(samples: Iterable[dict[str, Any]], folder: Path, *, prefix: str
         for name in counts:
             (folder / f"{name}{UNFINISHED}").unlink(missing_ok=True)
     index = {"num_examples": sum(counts.values()), "shards": counts}
-    (folder / f"{prefix}-index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (folder / f"{prefix}-index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return counts
 
 

@@ -29,7 +29,7 @@ def save_evaluation(folder: Path, measurements: Sequence[Measurement], covered: 
     for name in ("pictures", "tables"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     save_table(folder / "tables/evaluation", _table(measurements))
-    (folder / "tables/evaluation.md").write_text(markdown(measurements) + "\n")
+    (folder / "tables/evaluation.md").write_text(markdown(measurements) + "\n", encoding="utf-8")
     rows = [
         {"classifier": each.classifier, "dataset": each.dataset, "pool": each.pool} | row
         for each in covered

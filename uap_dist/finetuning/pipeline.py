@@ -150,7 +150,7 @@ def repeat(job: Job, repetition: int, before: Network) -> Network:
     if not ((pool / POOL_FILE).exists() and job.tracker.has_finished(f"{name}: fresh pool")):
         job.console.print(f"{name}: fresh pool")
         _compute_pool(job, repetition, before.pool, weights)
-    epochs = [RoundRecord.from_json(line) for line in (folder / EPOCHS_FILE).read_text().splitlines()]
+    epochs = [RoundRecord.from_json(line) for line in (folder / EPOCHS_FILE).read_text(encoding="utf-8").splitlines()]
     digest = load_classifier(job.model, weights).weights_digest
     online = PerturbationPool.load(folder / ONLINE_FOLDER) if job.config.online else None
     return Network(name, weights, digest, PerturbationPool.load(pool), epochs, online)
@@ -278,7 +278,7 @@ def _write_network(
 ) -> None:
     """Write the network last, atomically."""
     make_own_folder(folder)
-    (folder / EPOCHS_FILE).write_text("".join(f"{record.json}\n" for record in records))
+    (folder / EPOCHS_FILE).write_text("".join(f"{record.json}\n" for record in records), encoding="utf-8")
     if online is not None:
         online.save(folder / ONLINE_FOLDER)
     unfinished = folder / f".{NETWORK_FILE}"

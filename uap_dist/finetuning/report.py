@@ -157,7 +157,7 @@ class FinishedFinetuning:
 def save_finetuning(folder: Path, finished: FinishedFinetuning) -> None:
     """Write all files except the networks, result.json last."""
     save_evaluation(folder, finished.measurements)
-    (folder / "tables/before-after.md").write_text(finished.markdown() + "\n")
+    (folder / "tables/before-after.md").write_text(finished.markdown() + "\n", encoding="utf-8")
     save_table(folder / "tables/before-after", [flatten_rates(vars(comparison)) for comparison in finished.comparisons])
     epochs = [{"repetition": name, "epoch": r.step, **r.metrics} for name, rs in finished.epochs.items() for r in rs]
     names = list(dict.fromkeys(name for row in epochs for name in row))
@@ -168,7 +168,7 @@ def save_finetuning(folder: Path, finished: FinishedFinetuning) -> None:
         finished.online.save(folder / ONLINE_FOLDER)
         own = [member["name"] for member in finished.online.members]
         save_perturbations(folder / "pictures/3-online.png", finished.online.perturbations, own)
-    (folder / RESULT_FILE).write_text(json.dumps(finished.result(), indent=2) + "\n")
+    (folder / RESULT_FILE).write_text(json.dumps(finished.result(), indent=2) + "\n", encoding="utf-8")
 
 
 def _cell(c: Comparison | None) -> str:

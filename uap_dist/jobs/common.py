@@ -16,7 +16,7 @@ from uap_dist.fleet.fleet import Fleet
 from uap_dist.fleet.ray_cluster import connect
 from uap_dist.job_options import JobOptions, RecordOptions, ResumableRecordOptions, list_options
 from uap_dist.models.classifier import Classifier
-from uap_dist.tracking.console import one_line_errors, set_up_logging
+from uap_dist.tracking.console import one_line_errors, replace_unknown_characters, set_up_logging
 from uap_dist.tracking.mlflow_run import Tracker
 from uap_dist.tracking.process import raise_on_sigterm, refuse_credentials, refuse_empty, value_of
 from uap_dist.tracking.resume import Resumed, find_resumed
@@ -32,6 +32,7 @@ Parsed = TypeVar("Parsed")
 @contextmanager
 def command_line() -> Iterator[None]:
     """A command that ends with one line for an error, obeys signals, logs to the console, and was given no credentials or empty values."""
+    replace_unknown_characters()
     with one_line_errors(debug="--debug" in sys.argv):
         raise_on_sigterm()
         set_up_logging(console, debug="--debug" in sys.argv)

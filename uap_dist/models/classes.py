@@ -45,7 +45,7 @@ class ClassIndex:
         self._exact = _unique([normalize("NFC", name) for name in class_names])
         self._alike = _unique([_plain(name) for name in class_names])
         if list(class_names) == list(imagenet_names()):
-            self._exact |= _unique(files(__package__).joinpath("wordnet_ids.txt").read_text().split())
+            self._exact |= _unique(files(__package__).joinpath("wordnet_ids.txt").read_text(encoding="utf-8").split())
 
     def __bool__(self) -> bool:
         """Whether any class has a name."""

@@ -147,7 +147,7 @@ class PerturbationPool:
         }
         metadata = {"manifest": json.dumps(manifest, sort_keys=True)}
         (folder / POOL_FILE).write_bytes(save({"perturbations": self.perturbations.contiguous()}, metadata))
-        (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
+        (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
     def export(self, folder: Path) -> None:
         """Write each member as NAME.npy (C×H×W float32, pixels) and NAME.png (128 + v, rounded)."""

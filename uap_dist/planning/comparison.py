@@ -31,7 +31,7 @@ def planned_metrics(result: Mapping[str, Any]) -> dict[str, float]:
 @writes_files
 def save_plan(folder: Path, result: Mapping[str, Any]) -> None:
     """Write a plan as `Plan.result` has it."""
-    (folder / PLAN_FILE).write_text(json.dumps(result, indent=2) + "\n")
+    (folder / PLAN_FILE).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def read_plan(path: Path, options: Mapping[str, Any]) -> dict[str, float]:
@@ -45,7 +45,7 @@ def read_plan(path: Path, options: Mapping[str, Any]) -> dict[str, float]:
         ConfigError: the file is not a plan, or is one of a job with other options; the message names what differs.
     """
     try:
-        result = json.loads(path.read_text())
+        result = json.loads(path.read_text(encoding="utf-8"))
         planned, metrics = result["job"], planned_metrics(result)
     except (OSError, ValueError, LookupError, TypeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not a plan"

@@ -6,6 +6,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from types import TracebackType
 
 from rich.console import Console
@@ -90,6 +91,13 @@ def _rates_in_words(evaluation: Evaluation) -> Iterator[str]:
         name = "" if tuple(evaluation.val_rates) == (FOOLING,) else f"{titles[kind]} "
         train = (evaluation.train_rates or {}).get(kind)
         yield name + (f"training {train}, " if train else "") + f"held-out {val}"
+
+
+def replace_unknown_characters() -> None:
+    """Have stdout and stderr show ? where the locale's encoding lacks a character, as that of C lacks ℓ, ∞ and ±."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def set_up_logging(console: Console, *, debug: bool) -> None:
