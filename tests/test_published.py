@@ -128,6 +128,8 @@ class Own:
         ("v.mat:255", SHIFTED, UNSIGNED),
         ("v.pth:255", {"v": torch.tensor(SHIFTED)}, UNSIGNED),
         ("v.safetensors:255", {"v": torch.tensor(SHIFTED)}, UNSIGNED),
+        ("v.npy:1", np.full((3, 2, 2), 0.1 + 0.1j), r"v.npy must hold one array of shape"),
+        ("v.pth:1", {"v": V.to("meta")}, "v.pth holds a tensor that is no array: .*; save the perturbation's tensor"),
         ("v.npy:1", np.zeros((3, 2, 2)), "v.npy holds zeros only"),
         ("v.npy:1", np.full((3, 2, 2), np.inf), "v.npy holds values that are not finite"),
         ("v.pth#w:1", {"v": V}, "v.pth has nothing under 'w'; its keys: v"),

@@ -168,7 +168,10 @@ def _load_npy(data: bytes) -> np.ndarray:
 
 def _take(value: Any, key: str, path: str) -> dict[str, np.ndarray]:
     """The perturbations (C×H×W) in a file's contents by their keys, "" for the only one."""
-    arrays = dict(_arrays(value))
+    try:
+        arrays = dict(_arrays(value))
+    except (TypeError, RuntimeError) as error:  # of tensors that are sparse, nested, quantised or without values
+        raise PerturbationError(f"{path} holds a tensor that is no array: {first_line(error)}; {SAVE_ALONE}") from error
     if key:
         own = {name: array for name, array in arrays.items() if name == key or name.startswith(f"{key}.")}
         if not own:
@@ -211,8 +214,7 @@ def _to_chw(array: np.ndarray) -> np.ndarray | None:
     """The array as C×H×W, if it is a perturbation in either layout; None otherwise."""
     array = np.squeeze(array)
     places = [axis for axis in (0, 2) if array.ndim == 3 and array.shape[axis] == 3]
-    is_numeric = np.issubdtype(array.dtype, np.number)
-    return np.moveaxis(array, places[0], 0) if len(places) == 1 and is_numeric else None
+    return np.moveaxis(array, places[0], 0) if len(places) == 1 and array.dtype.kind in "iuf" else None
 
 
 def _in_pixels(array: np.ndarray, unit: float, where: str, limit: float = math.inf) -> Tensor:
