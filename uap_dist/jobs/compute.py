@@ -17,16 +17,16 @@ from uap_dist.computing.provenance import (
     describe_training,
     job_record,
 )
-from uap_dist.errors import ConfigError, TrackingError
+from uap_dist.errors import TrackingError
 from uap_dist.job_options import to_json
 from uap_dist.jobs.common import console, run_job, start_fleet, storage_of
 from uap_dist.jobs.demo import check_demo, list_shards
 from uap_dist.jobs.images import classify_images, list_training, read_held_out, say_what_is_seen, say_who_takes_part
-from uap_dist.jobs.plan import plan
+from uap_dist.jobs.plan import plan, what_was_planned
 from uap_dist.method.config import warn_of_default_radius
 from uap_dist.method.state import State
 from uap_dist.models.loading import load_usable_classifier
-from uap_dist.planning.comparison import PLAN_FILE, Spent, read_plan
+from uap_dist.planning.comparison import PLAN_FILE, Spent
 from uap_dist.rounds.concurrent import describe_idle
 from uap_dist.tracking.checkpoint import Checkpoint
 from uap_dist.tracking.checkpoint_store import CheckpointStore
@@ -56,14 +56,7 @@ def run(options: ComputeOptions, tracker: Tracker, resumed: Resumed | None) -> N
 def compute(options: ComputeOptions, tracker: Tracker, resumed: Resumed | None, output: Path) -> None:
     """Connect, load, compute, save, and say what came of it."""
     storage = storage_of(options.record, output, tracker, resumed)
-    planned = {}
-    if resumed is not None and options.planned != resumed.checkpoint.job.options["planned"]:
-        raise ConfigError(
-            "--planned belongs to the beginning of a run: how long its earlier processes took is not known"
-        )
-    if options.planned is not None and resumed is None:
-        planned = read_plan(Path(options.planned), options.costs())
-        tracker.log_metrics(planned)
+    planned = what_was_planned(options, tracker, resumed)
     options = replace(options, record=replace(options.record, output=output))
     setting, checkpoint, options = _set_up(options, storage, tracker, resumed, output)
     text, results = compute_all(setting, options, checkpoint, tracker, output, storage)

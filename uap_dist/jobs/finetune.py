@@ -1,11 +1,11 @@
 """Fine-tune a classifier on universal perturbations of it, and measure what that changes (the paper's section 3.2).
 
-Each repetition trains on a pool, or with --online on perturbations that move with the network, then computes a fresh pool against the
-fine-tuned network, by the same config and seeds.
+Each repetition trains on a pool, or on perturbations that move (--online), then computes a fresh pool against the fine-tuned network.
 """
 
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 from uap_dist.computing.provenance import Setting, job_record
 from uap_dist.data.patterns import expand_apart
@@ -37,13 +37,11 @@ def main() -> None:
 
 def run(options: FinetuneOptions, tracker: Tracker, resumed: Resumed | None) -> None:
     """All repetitions, then every network under every perturbation. Workers end with the process."""
-    output = output_folder(
-        options.record.output or default_folder(options.name, tracker.run_id), may_hold_files=resumed is not None
-    )
+    folder = options.record.output or default_folder(options.name, tracker.run_id)
+    output = output_folder(folder, may_hold_files=resumed is not None)
     options = replace(options, record=replace(options.record, output=output))
-    pool = PerturbationPool.load(options.pool)
-    job = _set_up(options, pool, tracker, resumed)
-    networks = [Network(BEFORE, options.weights, job.provenance["weights_digest"], pool)]
+    job, before = _set_up(options, output, tracker, resumed)
+    networks = [before]
     with resumable(job.storage), deliverable(output, job.storage):
         for repetition in range(1, options.repetitions + 1):
             networks.append(repeat(job, repetition, networks[-1]))
@@ -56,26 +54,22 @@ def run(options: FinetuneOptions, tracker: Tracker, resumed: Resumed | None) -> 
             provenance=job.provenance,
             mlflow_run_id=tracker.run_id,
         )
-        last = job.network_folder(options.repetitions) / NETWORK_FILE
-        shutil.copy(last, output / NETWORK_FILE)
+        last = shutil.copy(job.network_folder(options.repetitions) / NETWORK_FILE, output / NETWORK_FILE)
         save_finetuning(output, finished)
         publish(output, job.storage)
         text = finished.summary()
-        console.print(f"\n{text}\n\nFiles: {output}")
-        in_runs_below = (REPETITIONS_FOLDER,)
-        metrics = finished.metrics()
+        metrics, in_runs_below = finished.metrics(), (REPETITIONS_FOLDER,)
         tracker.complete(tags={}, metrics=metrics, step=0, markdown=text, folder=output, leave_out=in_runs_below)
         log_classifier(tracker, load_classifier(options.model, str(last)), job.train.shape)
-    console.print(f"MLflow: {tracker.how_to_open()}")
+    console.print(f"\n{text}\n\nFiles: {output}\nMLflow: {tracker.how_to_open()}")
 
 
-def _set_up(options: FinetuneOptions, pool: PerturbationPool, tracker: Tracker, resumed: Resumed | None) -> Job:
+def _set_up(options: FinetuneOptions, output: Path, tracker: Tracker, resumed: Resumed | None) -> tuple[Job, Network]:
     """Check network, pool and data against each other; the job can be resumed from now on."""
+    pool = PerturbationPool.load(options.pool)
     classifier = load_usable_classifier(options.model, options.weights)
     first = check_pool(options, pool, classifier)
     urls = expand_apart(options.data.train_shards, options.data.val_shards)
-    output = options.record.output
-    assert output is not None
     store = CheckpointStore(storage_of(options.record, output, tracker, resumed))
     store.prepare()  # before any work is done
     fleet = start_fleet(classifier, options.weights, options.fleet, tracker)
@@ -88,8 +82,7 @@ def _set_up(options: FinetuneOptions, pool: PerturbationPool, tracker: Tracker, 
     options.finetune.check_images(train.num_examples)
     check_size(pool, train.shape, options)
     check_network(classifier, train, val)
-    train = classify_images(fleet, options.model, train, "training")
-    val = classify_images(fleet, options.model, val, "held-out")
+    train, val = (classify_images(fleet, options.model, *each) for each in ((train, "training"), (val, "held-out")))
     fleet.close()  # training workers take its place
     check_labels(train)
     provenance = describe_finetuning(options, classifier, first, pool, train, val)
@@ -105,7 +98,7 @@ def _set_up(options: FinetuneOptions, pool: PerturbationPool, tracker: Tracker, 
         tracker.log_params(provenance)
         tracker.log_dataset(train, "training")
         tracker.log_dataset(val, "held-out")
-    return Job(
+    job = Job(
         model=options.model,
         config=options.finetune,
         fleet=options.fleet,
@@ -120,6 +113,7 @@ def _set_up(options: FinetuneOptions, pool: PerturbationPool, tracker: Tracker, 
         console=console,
         commit_every_s=options.record.commit_every_s,
     )
+    return job, Network(BEFORE, options.weights, provenance["weights_digest"], pool)
 
 
 if __name__ == "__main__":
