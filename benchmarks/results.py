@@ -120,7 +120,9 @@ PAGES = {
         """benchmarks/rules_tried.py --network resnet20 --budget 4000 --grid '[{"augment": "none"}]' --seeds 0""",
     ),
     "pools.md": Page(("benchmarks/pools.py", "benchmarks/pool_coverage.py"), 1.2, JOBS),
-    "finetune.md": Page(("benchmarks/finetune.py",), 6, (*RATES, "uap_dist/finetuning/*.py")),
+    "finetune.md": Page(
+        ("benchmarks/finetune.py", "benchmarks/finetune_speed.py"), 6, (*RATES, "uap_dist/finetuning/*.py")
+    ),
     "analysis.md": Page((), 1, ("uap_dist/analysis/*.py", "uap_dist/method/deepfool.py", *RATES)),
     "deepfool.md": Page(
         ("benchmarks/deepfool.py", "benchmarks/universal.py"),
