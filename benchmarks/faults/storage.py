@@ -93,5 +93,6 @@ def _with_own_shards(lab: Lab, name: str, *options: str) -> tuple[Trial, Path]:
     """A trial with shards that may be harmed, and one of them."""
     trial = Trial(lab, name, *options)
     folder = shutil.copytree(lab.folder / "shards", trial.folder / "shards")
-    trial.options += shard_options(folder)
+    own = dict(zip(shard_options(lab.folder / "shards"), shard_options(folder), strict=True))
+    trial.options = tuple(own.get(option, option) for option in trial.options)
     return trial, folder / "train-0001.tar"
