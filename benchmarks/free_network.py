@@ -3,18 +3,20 @@
     python benchmarks/free_network.py      # about ten minutes on two idle cores
 
 Rounds of six images by the job, with one worker and with two, one perturbation and a pool of eight, committed to a local disk and to an S3
-server on loopback that waits before each answer; beside them the same rounds in this process, on one thread and without Ray. This is what
-a GPU would feel, whose network evaluations take a few milliseconds.
+server on loopback that waits before each answer; beside them the same rounds in one process and in two at once, each on one thread and
+without Ray. This is what a GPU would feel, whose network evaluations take a few milliseconds.
 """
 
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from tempfile import TemporaryDirectory
 
 import mlflow
@@ -76,14 +78,15 @@ def main() -> None:
     options = tyro.cli(Options)
     print(f"{machine()}; commit {git_commit()}\n")
     for side in options.sides:
-        alone = in_this_process(side, options)
+        alone, two_at_once = (mean(in_processes(number, side, options)) for number in (1, 2))
         print(f"\n{side}×{side}, {options.num_rounds:,} rounds of six images for each perturbation:\n")
-        print("| | a round, ms | beside this process | rounds/s | images/s | committed, MB |")
+        print("| | a round, ms | beside one process | rounds/s | images/s | committed, MB |")
         print("| --- | --- | --- | --- | --- | --- |")
         print(
-            f"| in this process, without Ray | {alone:.2f} | 1 | {1000 / alone:.0f} | {6000 / alone:.0f} | |",
+            f"| in one process, without Ray | {alone:.2f} | 1 | {1000 / alone:.0f} | {6000 / alone:.0f} | |",
             flush=True,
         )
+        print_row("in two processes at once, without Ray", Rounds(two_at_once / 2000, 1), alone)
         for num_perturbations in (1, options.pool):
             for num_workers in (1, 2):
                 job = run_job(side, options, num_workers, num_perturbations)
@@ -107,6 +110,12 @@ def print_row(name: str, job: Rounds, alone: float) -> None:
         f"| {name} | {each:.2f} | {each / alone:.2f} | {1000 / each:.0f} | {6000 / each:.0f} | {committed} |",
         flush=True,
     )
+
+
+def in_processes(number: int, side: int, options: Options) -> list[float]:
+    """As `in_this_process`, in so many processes at once: what these cores can give, with nothing beside."""
+    with ProcessPoolExecutor(number, mp_context=get_context("spawn")) as processes:
+        return list(processes.map(in_this_process, [side] * number, [options] * number))
 
 
 def in_this_process(side: int, options: Options) -> float:

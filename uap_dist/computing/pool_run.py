@@ -178,11 +178,11 @@ def _begin_all(setting: Setting, members: Mapping[str, TrackedRun]) -> dict[str,
     """The remaining rounds of each member, by name."""
 
     def begin(name: str, workers: Workers) -> Iterator[RoundReport]:
-        own = members[name].rounds(workers, setting.train, setting.held_out, num_unfinished)
+        own = members[name].rounds(workers, setting.train, setting.held_out, num_uncomputed)
         return keep_last_arrays(own)
 
-    def num_unfinished() -> int:
-        return sum(member.finished is None for member in members.values())
+    def num_uncomputed() -> int:
+        return sum(not member.is_computed for member in members.values())
 
     configs = {name: member.config for name, member in members.items()}
     if next(iter(configs.values())).members_at_once == 1:

@@ -41,6 +41,7 @@ class TrackedRun:
         config: of the computation.
         state: state from which the computation continues.
         folder: folder of the results.
+        is_computed: whether the last round is over.
         finished: what the computation measured; None until `finish`.
         is_delivered: whether MLflow has everything.
     """
@@ -60,7 +61,8 @@ class TrackedRun:
         Raises:
             ConfigError: the storage cannot be written to.
         """
-        self.config, self.state, self.folder, self.is_delivered = config, checkpoint.state, folder, False
+        self.config, self.state, self.folder = config, checkpoint.state, folder
+        self.is_computed = self.is_delivered = False
         self._job, self._history = checkpoint.job, list(checkpoint.history)
         self._store, self._tracker = store, tracker
         self.finished: FinishedRun | None = None
@@ -75,9 +77,10 @@ class TrackedRun:
         Raises:
             ResumeError: other held-out images were measured before.
         """
+        are_known = False
         for report in compute(workers, train, held_out, self.config, self.state, num_computations=num_computations):
-            if held_out.done():
-                self._job = with_held_out(self._job, held_out.result())
+            if held_out.done() and not are_known:
+                self._job, are_known = with_held_out(self._job, held_out.result()), True
             self._history.append(RoundRecord.of(report, workers.metrics(), self._history))
             if report.has_arrays and not report.is_last:
                 self._store.commit(Checkpoint(self._job, report.state, self._history))
@@ -85,6 +88,7 @@ class TrackedRun:
             for record in self._history if report.round_number == self.state.num_rounds else self._history[-1:]:
                 if report.is_last or is_logged(record, report.num_rounds):
                     self._tracker.log_round(record)
+            self.is_computed = report.is_last
             yield report
 
     def finish(

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from math import ceil
 from queue import SimpleQueue
-from threading import Event, Thread
+from threading import Event, Lock, Thread
 
 from uap_dist.method.config import ComputeConfig
 from uap_dist.method.state import RoundReport
@@ -22,15 +22,28 @@ def compute_concurrently(
     computations whose reports are small (see `keep_last_arrays`).
 
     Args:
-        computations: iterators over reports, by name. They start in this order, a new one whenever another one ends.
-        limit: how many may run at once, given how many are not finished; called again after every round.
+        computations: iterators over reports, by name. They start in this order, a new one as soon as another one has ended, whether
+            or not the caller has consumed its reports.
+        limit: how many may run at once, given how many have not ended; called again after every round, in any thread.
 
     Raises:
         BaseException: the first exception that a computation raises. After it, or when the caller stops iterating, every other
             computation ends after its current round.
     """
     results: SimpleQueue[Result] = SimpleQueue()
-    is_over = Event()
+    lock, is_over = Lock(), Event()
+    waiting, num_active, num_left = iter(computations), 0, len(computations)
+
+    def begin(*, num_ended: int = 0) -> None:
+        nonlocal num_active, num_left
+        with lock:
+            num_active, num_left = num_active - num_ended, num_left - num_ended
+            if is_over.is_set() or not num_left:
+                return
+            for name in islice(waiting, max(0, limit(num_left) - num_active)):
+                # daemon threads, because nobody waits for them when the job is interrupted
+                Thread(target=advance, args=(name,), name=f"compute-{name}", daemon=True).start()
+                num_active += 1
 
     def advance(name: str) -> None:
         try:
@@ -38,22 +51,20 @@ def compute_concurrently(
                 results.put((name, report))
                 if is_over.is_set():
                     return
+            begin(num_ended=1)  # now, because the caller may take seconds over the last report
             results.put((name, None))
         except BaseException as error:
             results.put((name, error))
 
-    waiting, num_active, num_left = iter(computations), 0, len(computations)
+    num_seen_to_end = 0
     try:
-        while num_left:
-            for name in islice(waiting, max(0, limit(num_left) - num_active)):
-                # daemon threads, because nobody waits for them when the job is interrupted
-                Thread(target=advance, args=(name,), name=f"compute-{name}", daemon=True).start()
-                num_active += 1
+        while num_seen_to_end < len(computations):
+            begin()
             name, result = results.get()
             if isinstance(result, BaseException):
                 raise result
             if result is None:
-                num_active, num_left = num_active - 1, num_left - 1
+                num_seen_to_end += 1
             else:
                 yield name, result
     finally:
