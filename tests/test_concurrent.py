@@ -113,6 +113,22 @@ def test_one_that_has_nothing_left_and_none_at_all_just_end(tiny_data, local_wor
     assert list(compute_concurrently({}, limit=lambda num_left: 2)) == []
 
 
+def test_the_next_begins_while_the_caller_is_busy_with_the_last_report(tiny_data, local_workers):
+    has_begun, seen = Event(), 0
+
+    def watched(config):
+        has_begun.set()
+        yield from compute(local_workers, *tiny_data, config)
+
+    first, second = configs(2).values()
+    both = {"first": compute(local_workers, *tiny_data, first), "second": watched(second)}
+    for name, report in compute_concurrently(both, limit=lambda num_left: 1):
+        if name == "first" and report.is_last:  # what now draws its pictures
+            seen += 1
+            assert has_begun.wait(20)
+    assert seen == 1
+
+
 def test_more_begin_when_more_workers_come(tiny_data, local_workers):
     allowed, begun = [1], []
 
