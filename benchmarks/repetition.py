@@ -1,0 +1,187 @@
+"""What does a network learn that is fine-tuned on perturbations that repeat themselves? By real jobs. See benchmarks/repetition.md.
+
+    python benchmarks/repetition.py                       # about two hours on one core
+    python benchmarks/repetition.py --table               # what has been measured
+    python benchmarks/repetition.py --tune 0.0001 0.001   # learning rates, on a training shard that nothing learns from
+
+Pools of each period, and one of both; the network is fine-tuned on each; fresh perturbations of each period, and those that others have
+published, attack what comes of it. Jobs that have left a result in the folder already are not repeated.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from comparison.bench import stamp
+from networks import NETWORKS
+
+from uap_dist.perturbations.pool import PerturbationPool
+
+JOBS = Path(__file__).parents[1] / "jobs"
+PERIODS = (32, 224)  # the default for photographs, and the whole image: no repetition
+SIZE, EVALUATIONS = 6, 4_000  # of a pool, and of each of its members
+NUM_ATTACKS, ATTACK_EVALUATIONS, ATTACK_SEED = 2, 8_000, 100
+IMAGES = {"pool": 500, "attack": 1_000, "tuning": 4_000, "held out": 1_000}
+POOLS = (*map(str, PERIODS), "both")
+BEFORE = "before"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Measure, tune, or show what has been measured."""
+
+    network: str = "squeezenet"
+    """That is fine-tuned and attacked."""
+    learning_rate: float = 0.001
+    """Of fine-tuning."""
+    epochs: int = 5
+    """Of fine-tuning."""
+    tune: tuple[float, ...] = ()
+    """Learning rates to try, two epochs each on the first pool; nothing else is done."""
+    table: bool = False
+    """Print the tables and measure nothing."""
+    num_workers: int = 1
+    """Of each job."""
+    data: Path = Path("../shared")
+    """Folder of the images and networks."""
+    folder: Path = Path("outputs/repetition")
+    """Where the jobs leave their files."""
+    output: Path = Path(__file__).with_name("repetition.jsonl")
+    """A line of JSON for each network that was attacked, and each pool; written again by each run."""
+
+    def given(self, weights: str | None = None) -> list[str]:
+        """Network and number of workers as options of a job."""
+        model, own = NETWORKS[self.network].locate(self.data)
+        weights = weights or own
+        words = ["--model", model, *(("--weights", weights) if weights else ())]
+        return [*words, "--num-workers", str(self.num_workers)]
+
+    def images(self, part: str, *, val: str = "val-*", num_val: int = IMAGES["held out"]) -> list[str]:
+        """Imagenette's images as options of a job."""
+        folder = self.data / "data/imagenette"
+        words = ["--train-shards", f"{folder}/train-000[0-8].tar", "--num-train-images", str(IMAGES[part])]
+        return [*words, "--val-shards", f"{folder}/{val}.tar", "--num-val-images", str(num_val)]
+
+
+def main() -> None:
+    """Measure what is missing, then print the tables."""
+    options = tyro.cli(Options)
+    for rate in options.tune:
+        tune(options, rate)
+    if options.tune:
+        return
+    if not options.table:
+        lines = [*pools(options), *attacks(options)]
+        options.output.write_text("".join(json.dumps(line | stamp()) + "\n" for line in lines))
+    print("\n".join(tables([json.loads(line) for line in options.output.read_text().splitlines()])))
+
+
+def pools(options: Options) -> Iterator[dict[str, Any]]:
+    """What each pool is like."""
+    for name in POOLS:
+        pool = PerturbationPool.load(pool_folder(options, name))
+        yield {
+            "pool": name,
+            "fooling": [member["val_fooling_rate"] for member in pool.members],
+            "largest_inner_product": pool.nearest_pairs()[0][0],
+            "energy": energy_by_frequency(pool.perturbations.numpy()),
+        }
+
+
+def attacks(options: Options) -> Iterator[dict[str, Any]]:
+    """What is left of each network's accuracy, and what fools it."""
+    networks = {BEFORE: None} | {name: fine_tune(options, name) for name in POOLS}
+    for name, weights in networks.items():
+        fresh = {str(period): attack(options, name, weights, period) for period in PERIODS}
+        yield {"network": name, "fresh": fresh} | published(options, name, weights)
+
+
+def pool_folder(options: Options, name: str) -> Path:
+    """A pool of one period, or the first halves of all pools."""
+    folder = options.folder / f"pool-{name}"
+    if name == "both":
+        halves = [PerturbationPool.load(pool_folder(options, each)).take(0, SIZE // len(PERIODS)) for each in POOLS[:-1]]
+        renamed = [
+            member | {"name": f"period-{period}-{member['name']}"}
+            for period, half in zip(PERIODS, halves, strict=True)
+            for member in half.members
+        ]
+        values = np.concatenate([half.perturbations.numpy() for half in halves])
+        PerturbationPool(torch.from_numpy(values), halves[0].shared, renamed).save(folder / "pool")
+    else:
+        words = ["--period", name, "--num-perturbations", str(SIZE), "--max-evaluations", str(EVALUATIONS)]
+        run("compute.py", folder, *options.given(), *options.images("pool"), *words)
+    return folder / "pool"
+
+
+def fine_tune(options: Options, name: str) -> str:
+    """The weights of the network that was fine-tuned on a pool."""
+    folder, pool = options.folder / f"tuned-{name}", str(pool_folder(options, name))
+    words = ["--pool", pool, "--epochs", str(options.epochs), "--learning-rate", str(options.learning_rate)]
+    run("finetune.py", folder, *options.given(), *options.images("tuning"), *words)
+    return str(folder / "network.safetensors")
+
+
+def tune(options: Options, rate: float) -> None:
+    """Two epochs, measured on the last training shard."""
+    folder, pool = options.folder / f"tune-{rate:g}", str(pool_folder(options, POOLS[0]))
+    words = ["--pool", pool, "--epochs", "2", "--learning-rate", str(rate)]
+    run("finetune.py", folder, *options.given(), *options.images("tuning", val="train-0009", num_val=500), *words)
+
+
+def attack(options: Options, name: str, weights: str | None, period: int) -> list[float]:
+    """Fooling rates of fresh perturbations, which know nothing of the training."""
+    folder = options.folder / f"attack-{name}-{period}"
+    words = ["--period", str(period), "--num-perturbations", str(NUM_ATTACKS), "--seed", str(ATTACK_SEED)]
+    words += ["--max-evaluations", str(ATTACK_EVALUATIONS)]
+    run("compute.py", folder, *options.given(weights), *options.images("attack"), *words)
+    return [member["val_fooling_rate"] for member in PerturbationPool.load(folder / "pool").members]
+
+
+def published(options: Options, name: str, weights: str | None) -> dict[str, Any]:
+    """Clean top-1, and the fooling rates of what others have published and of random signs."""
+    folder = options.folder / f"published-{name}"
+    model, own = NETWORKS[options.network].locate(options.data)
+    words = ["--models", f"{name}={model}={weights or own}", "--num-workers", str(options.num_workers), "--perturbations"]
+    places = options.data / "reference"
+    words += [*(f"{path}:255" for path in sorted((places / "lts4").iterdir()))]
+    words += [*(f"{path}:1" for path in sorted((places / "sgd-uap").iterdir()))]
+    words += ["--shards", f"{options.data}/data/imagenette/val-*.tar", "--num-images", str(IMAGES["held out"])]
+    run("evaluate.py", folder, *words)
+    return {"evaluation": json.loads((folder / "result.json").read_text())}
+
+
+def energy_by_frequency(perturbations: np.ndarray) -> list[float]:
+    """Share of the energy of v (M×C×H×W) in eighths of the band from 0 to half a cycle per pixel, mean over members."""
+    height, width = perturbations.shape[-2:]
+    energy = np.abs(np.fft.fft2(perturbations)) ** 2
+    radius = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width))
+    band = np.minimum((16 * radius).astype(int), 7)  # the corners belong to the last
+    shares = np.array([energy[..., band == number].sum(axis=(1, 2)) for number in range(8)])
+    return [round(float(share), 4) for share in (shares / shares.sum(axis=0)).mean(axis=1)]
+
+
+def run(job: str, output: Path, *words: str) -> None:
+    """A job, unless it has left its result already."""
+    if not (output / "result.json").exists():
+        shutil.rmtree(output, ignore_errors=True)
+        print("python", f"jobs/{job}", *words, flush=True)
+        subprocess.run([sys.executable, str(JOBS / job), *words, "--output", str(output)], check=True)
+
+
+def tables(lines: list[dict[str, Any]]) -> Iterator[str]:
+    """Markdown."""
+    yield ""
+
+
+if __name__ == "__main__":
+    main()
