@@ -23,13 +23,13 @@ from unittest.mock import patch
 
 import torch
 import tyro
+from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parent))
 from networks import NETWORKS
 
 from uap_dist.data.patterns import expand_patterns
 from uap_dist.method.config import ComputeConfig
-from uap_dist.method.rates import Rate
 from uap_dist.method.state import RoundReport, State
 from uap_dist.models.loading import load_classifier
 from uap_dist.rounds import span as span_module
@@ -100,7 +100,8 @@ def main() -> None:
         compare_bits(options)
     if options.budget:
         print(
-            "\n| precision | members | fooling rate of held-out images, mean of seeds | each |\n| --- | --- | --- | --- |"
+            "\n| computed in | members | held-out fooling rate in that precision, mean | each | in float32, mean | each | images |\n"
+            "| --- | --- | --- | --- | --- | --- | --- |"
         )
         for precision in options.precisions:
             for count in options.members:
@@ -169,17 +170,18 @@ def print_rates(precision: Precision, count: int, options: Options) -> None:
     """A row with the fooling rates of perturbations that are computed in batches of so many."""
     workers, train, val = load(options.rates_of, precision, options)
     config = ComputeConfig(members_at_once=count, max_evaluations=options.budget)
-    rates = [rate_of(workers, val, last) for last in run(workers.worker, train, config, range(options.seeds))]
-    each = ", ".join(f"{rate.rate:.3f}" for rate in rates)
-    print(
-        f"| {precision} | {count} | {mean(rate.rate for rate in rates):.4f} | {each} of {rates[0].num_examples} |",
-        flush=True,
-    )
+    found = [last.perturbation for last in run(workers.worker, train, config, range(options.seeds))]
+    cells = [rates_of(workers, val, found)]
+    if precision != "float32":
+        workers, _, val = load(options.rates_of, "float32", options)
+        cells.append(rates_of(workers, val, found))
+    print(f"| {precision} | {count} | {' | '.join((*cells, *cells)[:2])} | {val.num_examples} |", flush=True)
 
 
-def rate_of(workers: LocalWorkers, val: Dataset, last: RoundReport) -> Rate:
-    """Fooling rate on held-out images."""
-    return evaluate(workers, None, val, last.perturbation).val
+def rates_of(workers: LocalWorkers, val: Dataset, perturbations: list[Tensor]) -> str:
+    """Two cells: mean fooling rate on held-out images, and that of each."""
+    rates = [evaluate(workers, None, val, v).val.rate for v in perturbations]
+    return f"{mean(rates):.4f} | {', '.join(f'{rate:.3f}' for rate in rates)}"
 
 
 def run(worker: Worker, train: Dataset, config: ComputeConfig, seeds: Sequence[int]) -> Iterator[RoundReport]:

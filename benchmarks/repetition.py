@@ -15,7 +15,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -29,8 +28,8 @@ from uap_dist.perturbations.pool import PerturbationPool
 JOBS = Path(__file__).parents[1] / "jobs"
 PERIODS = (32, 224)  # the default for photographs, and the whole image: no repetition
 SIZE, EVALUATIONS = 6, 4_000  # of a pool, and of each of its members
-NUM_ATTACKS, ATTACK_EVALUATIONS, ATTACK_SEED = 2, 8_000, 100
-IMAGES = {"pool": 500, "attack": 1_000, "tuning": 4_000, "held out": 1_000}
+NUM_ATTACKS, ATTACK_EVALUATIONS, ATTACK_SEED = 2, 5_000, 100
+IMAGES = {"pool": 500, "attack": 500, "tuning": 4_000, "held out": 1_000}
 POOLS = (*map(str, PERIODS), "both")
 BEFORE = "before"
 
@@ -109,7 +108,9 @@ def pool_folder(options: Options, name: str) -> Path:
     """A pool of one period, or the first halves of all pools."""
     folder = options.folder / f"pool-{name}"
     if name == "both":
-        halves = [PerturbationPool.load(pool_folder(options, each)).take(0, SIZE // len(PERIODS)) for each in POOLS[:-1]]
+        halves = [
+            PerturbationPool.load(pool_folder(options, each)).take(0, SIZE // len(PERIODS)) for each in POOLS[:-1]
+        ]
         renamed = [
             member | {"name": f"period-{period}-{member['name']}"}
             for period, half in zip(PERIODS, halves, strict=True)
@@ -151,7 +152,13 @@ def published(options: Options, name: str, weights: str | None) -> dict[str, Any
     """Clean top-1, and the fooling rates of what others have published and of random signs."""
     folder = options.folder / f"published-{name}"
     model, own = NETWORKS[options.network].locate(options.data)
-    words = ["--models", f"{name}={model}={weights or own}", "--num-workers", str(options.num_workers), "--perturbations"]
+    words = [
+        "--models",
+        f"{name}={model}={weights or own}",
+        "--num-workers",
+        str(options.num_workers),
+        "--perturbations",
+    ]
     places = options.data / "reference"
     words += [*(f"{path}:255" for path in sorted((places / "lts4").iterdir()))]
     words += [*(f"{path}:1" for path in sorted((places / "sgd-uap").iterdir()))]
