@@ -12,12 +12,14 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 import tyro
 from comparison.bench import stamp
@@ -32,6 +34,7 @@ NUM_ATTACKS, ATTACK_EVALUATIONS, ATTACK_SEED = 2, 5_000, 100
 IMAGES = {"pool": 500, "attack": 500, "tuning": 4_000, "held out": 1_000}
 POOLS = (*map(str, PERIODS), "both")
 BEFORE = "before"
+KINDS = {"published": False, "random": True}  # whether it is a baseline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,10 +101,17 @@ def pools(options: Options) -> Iterator[dict[str, Any]]:
 
 def attacks(options: Options) -> Iterator[dict[str, Any]]:
     """What is left of each network's accuracy, and what fools it."""
-    networks = {BEFORE: None} | {name: fine_tune(options, name) for name in POOLS}
-    for name, weights in networks.items():
-        fresh = {str(period): attack(options, name, weights, period) for period in PERIODS}
-        yield {"network": name, "fresh": fresh} | published(options, name, weights)
+    networks: dict[str, str | None] = {BEFORE: None} | {name: fine_tune(options, name) for name in POOLS}
+    fresh = {
+        name: {str(period): attack(options, name, weights, period) for period in PERIODS}
+        for name, weights in networks.items()
+    }
+    table = published(options, networks)
+    for name in networks:
+        own = [row for row in table if row["classifier"] == name]
+        rates = {kind: [row["fooling_rate"] for row in own if row["is_baseline"] == b] for kind, b in KINDS.items()}
+        top1 = {"top1_clean": own[0]["top1_clean"], "num_images": own[0]["fooling_rate_num_images"]}
+        yield {"network": name, "fresh": fresh[name]} | rates | top1
 
 
 def pool_folder(options: Options, name: str) -> Path:
@@ -148,23 +158,17 @@ def attack(options: Options, name: str, weights: str | None, period: int) -> lis
     return [member["val_fooling_rate"] for member in PerturbationPool.load(folder / "pool").members]
 
 
-def published(options: Options, name: str, weights: str | None) -> dict[str, Any]:
-    """Clean top-1, and the fooling rates of what others have published and of random signs."""
-    folder = options.folder / f"published-{name}"
+def published(options: Options, networks: Mapping[str, str | None]) -> list[dict[str, Any]]:
+    """The measurements of what others have published on each network, and of noise."""
+    folder, references = options.folder / "published", options.data / "reference"
     model, own = NETWORKS[options.network].locate(options.data)
-    words = [
-        "--models",
-        f"{name}={model}={weights or own}",
-        "--num-workers",
-        str(options.num_workers),
-        "--perturbations",
-    ]
-    places = options.data / "reference"
-    words += [*(f"{path}:255" for path in sorted((places / "lts4").iterdir()))]
-    words += [*(f"{path}:1" for path in sorted((places / "sgd-uap").iterdir()))]
+    words = ["--models", *(f"{name}={model}={weights or own}" for name, weights in networks.items())]
+    words += ["--perturbations", *(f"{path}:255" for path in sorted((references / "lts4").iterdir()))]
+    words += [*(f"{path}:1" for path in sorted((references / "sgd-uap").iterdir()))]
     words += ["--shards", f"{options.data}/data/imagenette/val-*.tar", "--num-images", str(IMAGES["held out"])]
-    run("evaluate.py", folder, *words)
-    return {"evaluation": json.loads((folder / "result.json").read_text())}
+    table = folder / "tables/evaluation.parquet"
+    run("evaluate.py", folder, *words, "--num-workers", str(options.num_workers), leaves=table)
+    return pq.read_table(table).to_pylist()
 
 
 def energy_by_frequency(perturbations: np.ndarray) -> list[float]:
@@ -177,17 +181,31 @@ def energy_by_frequency(perturbations: np.ndarray) -> list[float]:
     return [round(float(share), 4) for share in (shares / shares.sum(axis=0)).mean(axis=1)]
 
 
-def run(job: str, output: Path, *words: str) -> None:
-    """A job, unless it has left its result already."""
-    if not (output / "result.json").exists():
+def run(job: str, output: Path, *words: str, leaves: Path | None = None) -> None:
+    """A job, unless it has left its last file already."""
+    if not (leaves or output / "result.json").exists():
         shutil.rmtree(output, ignore_errors=True)
         print("python", f"jobs/{job}", *words, flush=True)
         subprocess.run([sys.executable, str(JOBS / job), *words, "--output", str(output)], check=True)
 
 
 def tables(lines: list[dict[str, Any]]) -> Iterator[str]:
-    """Markdown."""
-    yield ""
+    """Markdown: pools, and what is left of networks that were fine-tuned on them."""
+    yield "| pool | fooling rate of members, mean | largest inner product | energy by eighths of the band, lowest first |"
+    yield "| --- | --- | --- | --- |"
+    for line in (line for line in lines if "pool" in line):
+        energy = ", ".join(f"{share:.3f}" for share in line["energy"])
+        yield f"| {line['pool']} | {mean(line['fooling']):.3f} | {line['largest_inner_product']:.2f} | {energy} |"
+    heads = ("fine-tuned on", "clean top-1", *(f"fresh, period {period}" for period in PERIODS))
+    yield f"\n| {' | '.join((*heads, 'published, mean', 'published, most', 'random', 'images'))} |"
+    yield "| --- " * (len(heads) + 4) + "|"
+    for line in (line for line in lines if "network" in line):
+        fresh = [
+            f"**{mean(rates):.3f}** ({', '.join(f'{rate:.3f}' for rate in rates)})" for rates in line["fresh"].values()
+        ]
+        rates = (mean(line["published"]), max(line["published"]), mean(line["random"]))
+        cells = (f"{line['top1_clean']:.3f}", *fresh, *(f"{rate:.3f}" for rate in rates), str(line["num_images"]))
+        yield f"| {line['network']} | {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":
