@@ -16,7 +16,7 @@ from uap_dist.finetuning.adversarial import smallest_factors
 from uap_dist.finetuning.batches import ImageReader, WorkerImages
 from uap_dist.finetuning.network import check_labels, check_trainable, check_truths, make_optimiser
 from uap_dist.finetuning.options import FinetuneConfig
-from uap_dist.finetuning.trainer import HELD_OUT, TRAINED_ON, Learner, Task
+from uap_dist.finetuning.trainer import HELD_OUT, NETWORK_FILE, TRAINED_ON, Learner, Task
 from uap_dist.fleet.config import FleetConfig
 from uap_dist.method.norms import random_perturbation
 from uap_dist.models.classifier import Classifier
@@ -132,6 +132,7 @@ def test_it_learns_and_repeats_to_the_bit(tiny_data, pool):
         {"online": True, "adaptive": True},
         {"training_precision": "bfloat16", "augment": "random-resized-crop"},
         {"optimiser": "adamw"},
+        {"ema_decay": 0.9, "model": NORMED},
     ],
 )
 def test_an_interrupted_training_ends_in_the_same_bits(tiny_data, pool, tmp_path, options):
@@ -145,6 +146,28 @@ def test_an_interrupted_training_ends_in_the_same_bits(tiny_data, pool, tmp_path
     assert same(finish(rest), whole.classifier.network.state_dict())
     metrics = [[{k: v for k, v in r.metrics.items() if "second" not in k} for r in x.history] for x in (rest, whole)]
     assert metrics[0] == metrics[1]
+
+
+def test_the_average_of_the_weights_is_measured_and_saved_and_trains_nothing(tiny_data, pool, tmp_path):
+    plain, averaged = learner(tiny_data, pool), learner(tiny_data, pool, ema_decay=0.75)
+    expected = {key: value.clone() for key, value in plain.classifier.network.state_dict().items()}
+
+    def average(*_):
+        for key, value in plain.classifier.network.state_dict().items():
+            expected[key] = 0.75 * expected[key] + 0.25 * value
+
+    plain._optimiser.register_step_post_hook(average)
+    assert same(finish(plain), finish(averaged))
+    measured = averaged.measured.network.state_dict()
+    assert not same(measured, averaged.classifier.network.state_dict())
+    for key, value in expected.items():
+        torch.testing.assert_close(measured[key], value)
+    averaged.save(tmp_path)
+    saved = load_classifier(TINY, str(tmp_path / NETWORK_FILE))
+    assert same(saved.network.state_dict(), measured)
+    workers = LocalWorkers(Worker(saved, cache_bytes=1 << 30, num_threads=1))
+    val = reload_dataset(workers, tiny_data[1])
+    assert averaged.history[-1].metrics["top1/clean"] == float((val.clean.labels == val.truths).mean())
 
 
 @pytest.mark.parametrize(("smoothing", "is_same"), [(1.0, True), (0.0, False), (0.5, False)])
@@ -234,6 +257,7 @@ def test_two_workers_see_all_images_between_them(tiny_data, pool):
         ({"ladder": (0.5, 1.0)}, "ladder belongs to --adaptive"),
         ({"augment": "rotate"}, "augment is 'rotate'; it must be one of none, flip, flip-shift, random-resized-crop"),
         ({"momentum": 1.0}, r"momentum is 1.0; it must lie in \[0, 1\)"),
+        ({"ema_decay": 1.0}, r"ema decay is 1.0; it must lie in \[0, 1\)"),
         ({"label_smoothing": 1.5}, r"label smoothing is 1.5; it must lie in \[0, 1\]"),
         ({"optimiser": "adam"}, "optimiser is 'adam'; it must be one of sgd, adamw"),
         ({"training_precision": "half"}, "training precision is 'half'; it must be one of float32, bfloat16"),

@@ -49,6 +49,8 @@ class FinetuneConfig:
     """Weight decay of the optimiser."""
     label_smoothing: float = 0.0
     """Share (0..1) of each label that is spread over all classes, as networks for photographs are often trained."""
+    ema_decay: float = 0.0
+    """Measure and save a moving average of the weights, which keeps this share (0..1) of itself at each step; 0: the last."""
     batch_norm: Literal["train", "frozen"] = "train"
     """train: statistics of each worker's batches. frozen: running ones, and only scale and shift are trained."""
     augment: TrainingAugmentation = "flip"
@@ -67,8 +69,9 @@ class FinetuneConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ConfigError(f"{name.replace('_', ' ')} is {value}; it must be positive")
-        if not 0 <= self.momentum < 1:
-            raise ConfigError(f"momentum is {self.momentum}; it must lie in [0, 1)")
+        for name in ("momentum", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name.replace('_', ' ')} is {getattr(self, name)}; it must lie in [0, 1)")
         for name in ("probability", "label_smoothing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name.replace('_', ' ')} is {getattr(self, name)}; it must lie in [0, 1]")

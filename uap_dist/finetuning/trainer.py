@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from uap_dist.errors import ConfigError
 from uap_dist.finetuning.adversarial import OnlinePerturbations, perturb
@@ -60,7 +61,13 @@ class Task:
 
 
 class Learner:
-    """One of the workers that train a network together. Each has its own part of the images; gradients are averaged in every step."""
+    """One of the workers that train a network together. Each has its own part of the images; gradients are averaged in every step.
+
+    Attributes:
+        classifier: the network in training.
+        measured: what is measured and saved: the same, or with --ema-decay the moving average of it.
+        history: one record for each epoch, the first of them before training.
+    """
 
     def __init__(
         self,
@@ -92,10 +99,18 @@ class Learner:
         check_same_weights(task.model, task.weights, digest, task.weights_digest or digest, who)
         make_trainable(self.classifier, task.train.shape)
         self._model = prepare(self.classifier)
+        self._average: AveragedModel | None = None
+        self.measured = self.classifier
+        if config.ema_decay:
+            self._average = AveragedModel(
+                self.classifier, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True
+            )
+            self._average.update_parameters(self.classifier)  # the first weights of the average
+            self.measured = self._average.module
         part = task.train.part(number, num_workers)
         reader = ImageReader(self.classifier.geometry, task.fleet)
         self._images = WorkerImages(part, reader, config.shuffle_shards)
-        self._validation = Validation(self.classifier, task.val, reader, config, group)
+        self._validation = Validation(self.measured, task.val, reader, config, group)
         self._batch_size = config.batch_size // num_workers
         self._num_steps = task.train.num_examples // num_workers // self._batch_size
         shape = task.train.shape
@@ -136,13 +151,15 @@ class Learner:
 
     def save(self, folder: Path) -> None:
         """Write weights, optimiser, history and the perturbations of --online, from which `load` continues."""
-        write_weights(folder / NETWORK_FILE, self.classifier.network, {"epoch": len(self.history) - 1})
+        write_weights(folder / NETWORK_FILE, self.measured.network, {"epoch": len(self.history) - 1})
         state = {
             "optimiser": self._optimiser.state_dict(),
             "schedule": self._schedule.state_dict(),
             "num_evaluations": self._num_evaluations,
             "history": [record.json for record in self.history],
         }
+        if self._average is not None:
+            state["in_training"] = self.classifier.network.state_dict()
         torch.save(state, folder / OPTIMISER_FILE)
         if self._online is not None:
             (folder / ONLINE_FILE).write_bytes(save(self._online.state))
@@ -150,8 +167,10 @@ class Learner:
     def load(self, folder: Path) -> None:
         """Continue from what `save` wrote."""
         path = str(folder / NETWORK_FILE)
-        fill(self.classifier.network, read_weights(path), path)
+        fill(self.measured.network, read_weights(path), path)
         state = torch.load(folder / OPTIMISER_FILE, map_location=self._group.device, weights_only=True)
+        if self._average is not None:
+            self.classifier.network.load_state_dict(state["in_training"])
         self._optimiser.load_state_dict(state["optimiser"])
         self._schedule.load_state_dict(state["schedule"])
         self._num_evaluations = state["num_evaluations"]
@@ -193,6 +212,8 @@ class Learner:
         loss.backward()
         self._optimiser.step()
         self._schedule.step()
+        if self._average is not None:
+            self._average.update_parameters(self.classifier)
         return loss.detach()
 
 
