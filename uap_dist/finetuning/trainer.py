@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from math import isfinite
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from uap_dist.finetuning.validation import Validation
 from uap_dist.fleet.config import FleetConfig
 from uap_dist.method.config import ComputeConfig
 from uap_dist.method.update import Steps
+from uap_dist.models.classifier import Classifier
 from uap_dist.models.loading import check_same_weights, load_classifier
 from uap_dist.models.weights import fill, write_weights
 from uap_dist.models.weights_file import read_weights
@@ -106,7 +108,7 @@ class Learner:
                 self.classifier, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True
             )
             self._average.update_parameters(self.classifier)  # the first weights of the average
-            self.measured = self._average.module
+            self.measured = cast(Classifier, self._average.module)
         part = task.train.part(number, num_workers)
         reader = ImageReader(self.classifier.geometry, task.fleet)
         self._images = WorkerImages(part, reader, config.shuffle_shards)
