@@ -146,7 +146,7 @@ def tune(options: Options, rate: float) -> None:
     """Two epochs, measured on the last training shard."""
     folder, pool = options.folder / f"tune-{rate:g}", str(pool_folder(options, POOLS[0]))
     words = ["--pool", pool, "--epochs", "2", "--learning-rate", str(rate)]
-    run("finetune.py", folder, *options.given(), *options.images("tuning", val="train-0009", num_val=500), *words)
+    run("finetune.py", folder, *options.given(), *options.images("tuning", val="train-0009", num_val=400), *words)
 
 
 def attack(options: Options, name: str, weights: str | None, period: int) -> list[float]:
