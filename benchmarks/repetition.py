@@ -31,7 +31,7 @@ JOBS = Path(__file__).parents[1] / "jobs"
 PERIODS = (32, 224)  # the default for photographs, and the whole image: no repetition
 SIZE, EVALUATIONS = 6, 4_000  # of a pool, and of each of its members
 NUM_ATTACKS, ATTACK_EVALUATIONS, ATTACK_SEED = 2, 5_000, 100
-IMAGES = {"pool": 500, "attack": 500, "tuning": 4_000, "held out": 1_000}
+IMAGES = {"pool": 500, "attack": 500, "tuning": 1_000, "held out": 1_000, "published": 500}
 POOLS = (*map(str, PERIODS), "both")
 BEFORE = "before"
 KINDS = {"published": False, "random": True}  # whether it is a baseline
@@ -45,10 +45,10 @@ class Options:
     """That is fine-tuned and attacked."""
     learning_rate: float = 0.001
     """Of fine-tuning."""
-    epochs: int = 5
+    epochs: int = 3
     """Of fine-tuning."""
     tune: tuple[float, ...] = ()
-    """Learning rates to try, two epochs each on the first pool; nothing else is done."""
+    """Learning rates to try on the first pool; nothing else is done."""
     table: bool = False
     """Print the tables and measure nothing."""
     num_workers: int = 1
@@ -143,9 +143,9 @@ def fine_tune(options: Options, name: str) -> str:
 
 
 def tune(options: Options, rate: float) -> None:
-    """Two epochs, measured on the last training shard."""
+    """The network after fine-tuning on the first pool, measured on the last training shard."""
     folder, pool = options.folder / f"tune-{rate:g}", str(pool_folder(options, POOLS[0]))
-    words = ["--pool", pool, "--epochs", "2", "--learning-rate", str(rate)]
+    words = ["--pool", pool, "--epochs", str(options.epochs), "--learning-rate", str(rate)]
     run("finetune.py", folder, *options.given(), *options.images("tuning", val="train-0009", num_val=400), *words)
 
 
@@ -165,7 +165,7 @@ def published(options: Options, networks: Mapping[str, str | None]) -> list[dict
     words = ["--models", *(f"{name}={model}={weights or own}" for name, weights in networks.items())]
     words += ["--perturbations", *(f"{path}:255" for path in sorted((references / "lts4").iterdir()))]
     words += [*(f"{path}:1" for path in sorted((references / "sgd-uap").iterdir()))]
-    words += ["--shards", f"{options.data}/data/imagenette/val-*.tar", "--num-images", str(IMAGES["held out"])]
+    words += ["--shards", f"{options.data}/data/imagenette/val-*.tar", "--num-images", str(IMAGES["published"])]
     table = folder / "tables/evaluation.parquet"
     run("evaluate.py", folder, *words, "--num-workers", str(options.num_workers), leaves=table)
     return pq.read_table(table).to_pylist()
