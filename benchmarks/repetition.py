@@ -1,8 +1,7 @@
 """What does a network learn that is fine-tuned on perturbations that repeat themselves? By real jobs. See benchmarks/repetition.md.
 
-    python benchmarks/repetition.py                       # about two hours on one core
+    python benchmarks/repetition.py                       # about half an hour on two cores
     python benchmarks/repetition.py --table               # what has been measured
-    python benchmarks/repetition.py --tune 0.0001 0.001   # learning rates, on a training shard that nothing learns from
 
 Pools of each period, and one of both; the network is fine-tuned on each; fresh perturbations of each period, and those that others have
 published, attack what comes of it. Jobs that have left a result in the folder already are not repeated.
@@ -29,9 +28,9 @@ from uap_dist.perturbations.pool import PerturbationPool
 
 JOBS = Path(__file__).parents[1] / "jobs"
 PERIODS = (32, 224)  # the default for photographs, and the whole image: no repetition
-SIZE, EVALUATIONS = 6, 4_000  # of a pool, and of each of its members
-NUM_ATTACKS, ATTACK_EVALUATIONS, ATTACK_SEED = 2, 5_000, 100
-IMAGES = {"pool": 500, "attack": 500, "tuning": 1_000, "held out": 1_000, "published": 500}
+SIZE, EVALUATIONS = 4, 3_000  # of a pool, and of each of its members
+NUM_ATTACKS, ATTACK_EVALUATIONS, ATTACK_SEED = 2, 4_000, 100
+NUM_IMAGES, NUM_TUNING, NUM_HELD_OUT = 500, 1_000, 500  # computed from, fine-tuned on, measured on
 POOLS = (*map(str, PERIODS), "both")
 BEFORE = "before"
 KINDS = {"published": False, "random": True}  # whether it is a baseline
@@ -39,16 +38,12 @@ KINDS = {"published": False, "random": True}  # whether it is a baseline
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Measure, tune, or show what has been measured."""
+    """Measure, or show what has been measured."""
 
     network: str = "squeezenet"
     """That is fine-tuned and attacked."""
-    learning_rate: float = 0.001
-    """Of fine-tuning."""
     epochs: int = 3
     """Of fine-tuning."""
-    tune: tuple[float, ...] = ()
-    """Learning rates to try on the first pool; nothing else is done."""
     table: bool = False
     """Print the tables and measure nothing."""
     num_workers: int = 1
@@ -67,20 +62,16 @@ class Options:
         words = ["--model", model, *(("--weights", weights) if weights else ())]
         return [*words, "--num-workers", str(self.num_workers)]
 
-    def images(self, part: str, *, val: str = "val-*", num_val: int = IMAGES["held out"]) -> list[str]:
+    def images(self, num_train: int = NUM_IMAGES) -> list[str]:
         """Imagenette's images as options of a job."""
         folder = self.data / "data/imagenette"
-        words = ["--train-shards", f"{folder}/train-000[0-8].tar", "--num-train-images", str(IMAGES[part])]
-        return [*words, "--val-shards", f"{folder}/{val}.tar", "--num-val-images", str(num_val)]
+        words = ["--train-shards", f"{folder}/train-*.tar", "--num-train-images", str(num_train)]
+        return [*words, "--val-shards", f"{folder}/val-*.tar", "--num-val-images", str(NUM_HELD_OUT)]
 
 
 def main() -> None:
     """Measure what is missing, then print the tables."""
     options = tyro.cli(Options)
-    for rate in options.tune:
-        tune(options, rate)
-    if options.tune:
-        return
     if not options.table:
         lines = [*pools(options), *attacks(options)]
         options.output.write_text("".join(json.dumps(line | stamp()) + "\n" for line in lines))
@@ -130,23 +121,16 @@ def pool_folder(options: Options, name: str) -> Path:
         PerturbationPool(torch.from_numpy(values), halves[0].shared, renamed).save(folder / "pool")
     else:
         words = ["--period", name, "--num-perturbations", str(SIZE), "--max-evaluations", str(EVALUATIONS)]
-        run("compute.py", folder, *options.given(), *options.images("pool"), *words)
+        run("compute.py", folder, *options.given(), *options.images(), *words)
     return folder / "pool"
 
 
 def fine_tune(options: Options, name: str) -> str:
     """The weights of the network that was fine-tuned on a pool."""
     folder, pool = options.folder / f"tuned-{name}", str(pool_folder(options, name))
-    words = ["--pool", pool, "--epochs", str(options.epochs), "--learning-rate", str(options.learning_rate)]
-    run("finetune.py", folder, *options.given(), *options.images("tuning"), *words)
+    words = ["--pool", pool, "--epochs", str(options.epochs)]
+    run("finetune.py", folder, *options.given(), *options.images(NUM_TUNING), *words)
     return str(folder / "network.safetensors")
-
-
-def tune(options: Options, rate: float) -> None:
-    """The network after fine-tuning on the first pool, measured on the last training shard."""
-    folder, pool = options.folder / f"tune-{rate:g}", str(pool_folder(options, POOLS[0]))
-    words = ["--pool", pool, "--epochs", str(options.epochs), "--learning-rate", str(rate)]
-    run("finetune.py", folder, *options.given(), *options.images("tuning", val="train-0009", num_val=400), *words)
 
 
 def attack(options: Options, name: str, weights: str | None, period: int) -> list[float]:
@@ -154,7 +138,7 @@ def attack(options: Options, name: str, weights: str | None, period: int) -> lis
     folder = options.folder / f"attack-{name}-{period}"
     words = ["--period", str(period), "--num-perturbations", str(NUM_ATTACKS), "--seed", str(ATTACK_SEED)]
     words += ["--max-evaluations", str(ATTACK_EVALUATIONS)]
-    run("compute.py", folder, *options.given(weights), *options.images("attack"), *words)
+    run("compute.py", folder, *options.given(weights), *options.images(), *words)
     return [member["val_fooling_rate"] for member in PerturbationPool.load(folder / "pool").members]
 
 
@@ -165,7 +149,7 @@ def published(options: Options, networks: Mapping[str, str | None]) -> list[dict
     words = ["--models", *(f"{name}={model}={weights or own}" for name, weights in networks.items())]
     words += ["--perturbations", *(f"{path}:255" for path in sorted((references / "lts4").iterdir()))]
     words += [*(f"{path}:1" for path in sorted((references / "sgd-uap").iterdir()))]
-    words += ["--shards", f"{options.data}/data/imagenette/val-*.tar", "--num-images", str(IMAGES["published"])]
+    words += ["--shards", f"{options.data}/data/imagenette/val-*.tar", "--num-images", str(NUM_HELD_OUT)]
     table = folder / "tables/evaluation.parquet"
     run("evaluate.py", folder, *words, "--num-workers", str(options.num_workers), leaves=table)
     return pq.read_table(table).to_pylist()
