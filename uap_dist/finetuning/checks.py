@@ -1,12 +1,12 @@
 """What a fine-tuning needs of its network, pool, images and storage, checked before any work; and how they are recorded."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from uap_dist.computing.provenance import describe_config, describe_held_out, describe_setup, describe_training
 from uap_dist.data.locations import is_url
-from uap_dist.errors import PerturbationError
+from uap_dist.errors import ConfigError, PerturbationError
 from uap_dist.finetuning.network import check_trainable, check_truths
 from uap_dist.finetuning.options import FinetuneOptions
 from uap_dist.fleet.ray_cluster import Need, check_shared
@@ -26,7 +26,7 @@ def check_pool(options: FinetuneOptions, pool: PerturbationPool, classifier: Cla
 
     Raises:
         PerturbationError: the pool is of another network or input size (unless --allow-transfer), or does not say how it was computed.
-        ConfigError: it has too few members.
+        ConfigError: it has too few members, or a fresh pool would.
         ClassifierError: the classifier has nothing to train.
     """
     if not options.allow_transfer:
@@ -35,11 +35,26 @@ def check_pool(options: FinetuneOptions, pool: PerturbationPool, classifier: Cla
         except PerturbationError as error:
             raise PerturbationError(f"{error}; --allow-transfer trains on it all the same") from error
     options.finetune.split(pool)
-    first, *_ = (ComputeConfig.from_provenance(p.provenance, p.name) for p in pool.to_perturbations())
+    configs = {p.name: ComputeConfig.from_provenance(p.provenance, p.name) for p in pool.to_perturbations()}
+    _check_fresh(configs)
     check_trainable(classifier)
     if classifier.geometry.shape is not None:
         check_size(pool, classifier.geometry.shape, options)
-    return first
+    return next(iter(configs.values()))
+
+
+def _check_fresh(configs: Mapping[str, ComputeConfig]) -> None:
+    """Raise ConfigError unless a fresh pool of members with these configs, by name, has as many members, and two at least."""
+    if len(configs) < 2:
+        raise ConfigError("the pool has one member, and reports compare members; give a pool of two or more")
+    names: dict[int, str] = {}
+    for name, config in configs.items():
+        other = names.setdefault(config.seed, name)
+        if other != name:
+            raise ConfigError(
+                f"members {other} and {name} of the pool both have seed {config.seed}, and a fresh pool has one member of each seed; "
+                "leave one of them out, or compute one with another --seed"
+            )
 
 
 def check_size(pool: PerturbationPool, shape: tuple[int, ...], options: FinetuneOptions) -> None:
