@@ -2,7 +2,10 @@
 
 import os
 import signal
+import time
 from dataclasses import replace
+from itertools import islice
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from uap_dist.rounds import span as span_module
 from uap_dist.rounds.concurrent import compute_concurrently, describe_idle, num_concurrent
 from uap_dist.rounds.group import in_groups, run_together
 from uap_dist.rounds.loop import compute
+from uap_dist.rounds.plan import count_rounds, schedule_rounds
 from uap_dist.workers.local import LocalWorkers
 
 CONFIG = ComputeConfig(round_size=10, block_size=5, max_passes=4, radius=20.0, members_at_once=3, random_start=0.5)
@@ -58,6 +62,41 @@ def test_a_member_has_the_same_bits_alone_in_its_batch_and_beside_others(
         *_, alone = compute(local_workers, *tiny_data, config)
         assert same(together[str(config.seed)], alone)
         assert together[str(config.seed)].evaluation.val == alone.evaluation.val
+
+
+@pytest.mark.parametrize("budget", range(440, 520, 13))
+@pytest.mark.parametrize("sizes", [(20, 20, 7), (4, 9, 11, 30)])
+def test_members_of_a_batch_have_one_number_of_rounds_which_the_budget_pays_for(sizes, budget):
+    """Each member has its own order of blocks, which are not all of one size."""
+    configs = [replace(CONFIG, seed=seed, max_passes=None, max_evaluations=budget) for seed in range(12)]
+    (number,) = {count_rounds(sizes, config) for config in configs}
+    for config in configs:
+        solves = sum(round_.num_examples for round_ in islice(schedule_rounds(sizes, config), number))
+        assert sum(sizes) + 2 * solves <= budget
+        own = count_rounds(sizes, replace(config, members_at_once=1))
+        assert own - 1 <= number <= own
+
+
+def test_bits_do_not_depend_on_which_member_asks_first(tiny_data, local_workers, members):
+    """With a budget, which the last rounds of the members' orders use up differently."""
+    members = [replace(config, max_passes=None, max_evaluations=252) for config in members[:3]]
+    *_, alone = compute(local_workers, *tiny_data, members[2])
+    for order in (members, members[::-1]):
+        assert same(pool(local_workers, tiny_data, order)["7"], alone)
+
+
+def test_a_member_that_is_dropped_lets_no_span_begin(tiny_data, local_workers, members):
+    """As at the exit of a process, which would wait forever for the start of a thread. The others wait for the member."""
+    names, seen = {str(config.seed): config for config in members[:3]}, []
+    rest = run_together(local_workers, names, lambda name, own: compute(own, *tiny_data, names[name]))
+    for name in ("5", "6"):
+        Thread(target=lambda own: seen.append(list(own)), args=(rest[name],), daemon=True).start()
+    first = next(rest["7"])
+    assert not first.is_last
+    time.sleep(1)
+    rest["7"].close()
+    time.sleep(1)
+    assert not seen  # they would have come to their ends
 
 
 def test_members_need_not_have_the_same_number_of_rounds(tiny_data, local_workers, members):

@@ -44,8 +44,10 @@ def run_together(
     def compute(name: str, place: int) -> Iterator[RoundReport]:
         try:
             yield from rounds(name, _Member(group, workers))
-        finally:
+        except Exception:
             group.leave(place)
+            raise
+        group.leave(place)  # not when the generator is closed: then nobody waits, and the process may be ending
 
     return {name: compute(name, place_of(config)) for name, config in configs.items()}
 
@@ -78,7 +80,9 @@ class _Group:
             return
         states = {place: self._spans[place][1] for place in sorted(self._spans)}
         rounds = {place: self._spans[place][0].rounds[place] for place in states}
-        *_, plan = next(iter(self._spans.values()))  # they differ only in their seeds
+        *_, plan = next(
+            iter(self._spans.values())
+        )  # they differ only in their seeds, which decide nothing but the rounds
         task = Span(rounds, plan.config.members_at_once)
         Thread(target=self._compute, args=(self._answer, task, states, plan), daemon=True).start()
         self._spans, self._answer = {}, Future()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import count, takewhile
 from math import ceil, inf, sqrt
 
 from uap_dist.errors import ConfigError
@@ -167,9 +168,9 @@ def count_rounds(shard_sizes: Sequence[int], config: ComputeConfig, num_networks
     if passes is None and budget is None:
         return None
     spent, rounds = num_networks * sum(shard_sizes), 0
-    for round_ in schedule_rounds(shard_sizes, config):
-        spent += EVALUATIONS_PER_LOG_ODDS_SOLVE * num_networks * round_.num_examples
-        if round_.pass_number == passes or (budget is not None and spent > budget):
+    for pass_number, num_examples in _sizes_of_rounds(shard_sizes, config):
+        spent += EVALUATIONS_PER_LOG_ODDS_SOLVE * num_networks * num_examples
+        if pass_number == passes or (budget is not None and spent > budget):
             break
         rounds += 1
     if rounds == 0:
@@ -178,6 +179,22 @@ def count_rounds(shard_sizes: Sequence[int], config: ComputeConfig, num_networks
             f"images{_by(num_networks)} and one round; give at least {spent}"
         )
     return rounds
+
+
+def _sizes_of_rounds(shard_sizes: Sequence[int], config: ComputeConfig) -> Iterator[tuple[int, int]]:
+    """Pass and number of examples of each round, without end.
+
+    Members of one batch take their steps together and need the same number of rounds, so it must not depend on the seed: for them each
+    pass begins with the largest blocks, and no order of the blocks has had more examples after any of its rounds.
+    """
+    rounds = schedule_rounds(shard_sizes, config)
+    if config.members_at_once == 1:
+        return ((round_.pass_number, round_.num_examples) for round_ in rounds)
+    first_pass = takewhile(lambda round_: round_.pass_number == 0, rounds)
+    sizes = sorted((len(block.examples) for round_ in first_pass for block in round_.blocks), reverse=True)
+    per_round = config.round_size // config.block_size
+    most = [sum(sizes[start : start + per_round]) for start in range(0, len(sizes), per_round)]
+    return ((number, num_examples) for number in count() for num_examples in most)
 
 
 def schedule_rounds(shard_sizes: Sequence[int], config: ComputeConfig) -> Iterator[Round]:

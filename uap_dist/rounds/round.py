@@ -160,7 +160,8 @@ def run_rounds(
         total = total / num_blocks
     firsts = [each[0] for each in sizes]
     given = [before.v, before.momentum, before.scale, total, summed, send(np.array(firsts), total.device)]
-    *arrays, found = call(_update, given, config, solver, steps)
+    seedless = replace(config, seed=0)  # so that all members share one CUDA graph
+    *arrays, found = call(_update, given, seedless, solver, steps)
     iterate = Iterate(*arrays)
     after = {place: replace(state, iterate=iterate) for place, state in members.states.items()}
     for place, round_ in rounds.items():
