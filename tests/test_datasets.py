@@ -1,6 +1,7 @@
 """Which images of the shards make a data set, and that held-out images are none of the training images."""
 
 import io
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image
 
 from uap_dist.data.write import write_shards
 from uap_dist.errors import ConfigError, ShardError
-from uap_dist.workers.dataset import CLASSIFY_TIMES, classify, classify_each, load_dataset
+from uap_dist.workers.dataset import CLASSIFY_TIMES, classify, classify_each, list_dataset, load_dataset
 from uap_dist.workers.disjoint import check_disjoint
 from uap_dist.workers.local import LocalWorkers
 
@@ -111,6 +112,39 @@ def test_the_first_images_are_taken(local_workers, tiny_data, shards):
     assert part.keys == tiny_data[0].keys[:23] and part.sizes == [20, 3]
     assert np.array_equal(part.clean.labels, tiny_data[0].clean.labels[:23])
     assert part.digest != tiny_data[0].digest
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 9])
+def test_how_many_shards_are_read_depends_on_the_images_alone(num_workers, tmp_path):
+    """So does whether a damaged one ends the job."""
+    write_shards(random_samples(80, seed=3), tmp_path, prefix="t", shard_size=20)
+    urls = [str(tmp_path / f"t-{i:04d}.tar") for i in range(4)]
+    (tmp_path / "t-0003.tar").write_bytes((tmp_path / "t-0003.tar").read_bytes()[:3000])
+    read = []
+
+    class Many(LocalWorkers):
+        def map(self, method, tasks, *shared):
+            read.extend(task.shard for task in tasks)
+            return super().map(method, tasks, *shared)
+
+    workers = Many(tiny_worker())
+    workers.num_workers = num_workers
+    assert list_dataset(workers, urls, num_images=30).num_examples == 30 and read == urls[:2]
+    assert list_dataset(workers, urls, num_images=60).num_examples == 60
+    with pytest.raises(ShardError, match="t-0003.tar"):
+        list_dataset(workers, urls, num_images=61)
+
+
+def test_shards_are_read_until_there_are_enough_images(local_workers, tmp_path):
+    """However few are in the first ones."""
+    samples, urls = random_samples(67, seed=3), []
+    for number, size in enumerate((1, 1, 3, 20, 2, 40)):
+        some = [sample if number else sample | {"png": b"broken"} for sample in islice(samples, size)]
+        write_shards(some, tmp_path, prefix=f"t{number}", shard_size=40)
+        urls.append(str(tmp_path / f"t{number}-0000.tar"))
+    options = {"max_bad_fraction": 0.1}
+    assert list_dataset(local_workers, urls, num_images=30, **options).sizes == [1, 3, 20, 2, 4]
+    assert list_dataset(local_workers, urls, num_images=66, **options).num_examples == 66
 
 
 def test_bad_images_are_counted_and_too_many_end_it(local_workers, tmp_path, caplog):

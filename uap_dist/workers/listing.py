@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from math import ceil
 
 import numpy as np
 
@@ -34,10 +35,12 @@ class Shard:
 def list_shards(
     workers: Workers, urls: Sequence[str], num_images: int | None, label_key: str | None, read: Reader
 ) -> Iterator[tuple[str, ShardListing]]:
-    """Load all shards at once or, for a limited number of images, two per worker at a time until there are enough images."""
-    found, start = 0, 0
+    """Load all shards at once or, for a limited number of images, one, and then as many at a time as should hold the rest.
+
+    How many that are does not depend on the workers, because a shard that cannot be used ends the job.
+    """
+    found, start, size = 0, 0, len(urls) if num_images is None else 1
     while start < len(urls) and (num_images is None or found < num_images):
-        size = len(urls) if num_images is None else 2 * workers.num_workers
         wave = urls[start : start + size]
         start += size
         tasks = [Examples(url) for url in wave]
@@ -45,6 +48,8 @@ def list_shards(
             if num_images is None or found < num_images:
                 yield url, listing
             found += len(listing.keys)
+        if num_images is not None:
+            size = ceil((num_images - found) * start / found) if found else start
 
 
 def take_images(listings: Sequence[tuple[str, ShardListing]], num_images: int | None) -> Iterator[Shard]:
