@@ -5,7 +5,7 @@ import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from threading import Thread
+from threading import Event, Thread
 from urllib.request import urlopen
 
 import numpy as np
@@ -157,6 +157,22 @@ def test_no_caller_waits_for_a_dispatch_thread_that_died(local_ray, shards, monk
         with pytest.raises(WorkerLostError, match="the thread that dispatches its tasks"):
             ask()
     fleet.close()
+
+
+def test_a_shard_that_is_read_beside_a_computation_counts_nothing_of_it(local_ray, shards, store, put):
+    """Neither its solves nor its shards, which the computing thread reports itself."""
+    url, is_computed = put("beside.tar", "val-0000.tar"), Event()
+    store.fault = lambda method, path: is_computed.wait(60) and None
+    fleet = make_fleet(1)
+    reading = fleet.map(Worker.read, [Examples(f"{url}&anonymous=true")], None)
+    list(compute(fleet, *load(fleet, shards), CONFIG))
+    assert store.requests  # it is under way
+    is_computed.set()
+    (listing,) = reading
+    fleet.close()
+    assert len(listing.keys) == 20 and fleet.stats.solves == 3 * 47
+    sizes = [path.stat().st_size for path in sorted(shards.glob("*.tar"))]
+    assert fleet.stats.traffic.bytes_read == sum(sizes) + sizes[-1]
 
 
 def test_workers_that_can_never_fit_are_refused_at_once(local_ray):

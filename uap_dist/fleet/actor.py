@@ -75,16 +75,16 @@ class Answer:
         result: of the method.
         traffic: what the worker has read since its last answer.
         seconds: time that the task took.
-        solves: increments that were computed for it.
         warnings: that the package logged since then.
+        solves: increments that were computed for it.
         kernels: names of nondeterministic torch kernels that the task used.
     """
 
     result: Any
     traffic: Traffic
     seconds: float
-    solves: int
     warnings: tuple[str, ...]
+    solves: int = 0
     kernels: frozenset[str] = frozenset()
 
 
@@ -138,9 +138,11 @@ class UapWorker:
 
     def call(self, method: Callable[..., Any], task: Task, upcoming: str, *shared: Any) -> Answer:
         """Run a method of `Worker` on a task, while the shard `upcoming` (empty: none) is fetched in the background."""
+        assert self._worker is not None
+        solved = self._worker.num_solves
         with noticing_kernels() as kernels:
             answer = self._run(method, task, upcoming, *shared)
-        return replace(answer, kernels=frozenset(kernels))
+        return replace(answer, solves=self._worker.num_solves - solved, kernels=frozenset(kernels))
 
     def read(self, task: Task, upcoming: str, *shared: Any) -> Answer:
         """Run `Worker.read`; Ray calls this in another thread than `call`."""
@@ -149,15 +151,16 @@ class UapWorker:
     def _run(self, method: Callable[..., Any], task: Task, upcoming: str, *shared: Any) -> Answer:
         assert self._worker is not None
         logger.info("%s %s", method.__name__, task.title)
-        started, solved = time.perf_counter(), self._worker.num_solves
+        started = time.perf_counter()
         if upcoming:
             self._worker.prefetch(upcoming)
         result = method(self._worker, task, *shared)
-        seconds, solves = time.perf_counter() - started, self._worker.num_solves - solved
+        seconds = time.perf_counter() - started
         with self._lock:
-            traffic, self._reported = self._worker.traffic - self._reported, self._worker.traffic
+            so_far = self._worker.traffic  # once, because the other thread may be adding to it
+            traffic, self._reported = so_far - self._reported, so_far
         warnings = tuple(f"{self._name} on {self._node}: {text}" for text in self._warnings.take())
-        return Answer(result, traffic, seconds, solves, warnings)
+        return Answer(result, traffic, seconds, warnings)
 
 
 def _spare_collections() -> None:
