@@ -38,7 +38,7 @@ def resume(runs_uri, monkeypatch):
 def track(status="FAILED", **options):
     """The tracker of a run that ended with this status."""
     tracker = Tracker(experiment="resume", run_name="a run", **options)
-    tracker._end(status, None)
+    tracker._end(status)
     return tracker
 
 
@@ -77,7 +77,7 @@ def test_a_child_run_names_the_run_to_resume(resume, tmp_path):
         advice = f"is part of run {whole.run_id}, a fine-tuning; resume that: python jobs/finetune.py --resume {whole.run_id}$"
         with pytest.raises(ResumeError, match=advice):
             resume(target)
-    whole._end("FAILED", None)
+    whole._end("FAILED")
 
 
 def test_a_run_of_another_program(resume):
@@ -100,7 +100,7 @@ def test_a_run_that_ended_too_early_and_one_that_is_not_there(resume):
 def test_a_run_whose_checkpoints_are_gone(resume, tmp_path):
     tracker = Tracker(job="compute", experiment="resume", run_name="a run")
     tracker.set_tag(CHECKPOINTS_TAG, str(tmp_path / "gone"))
-    tracker._end("FAILED", None)
+    tracker._end("FAILED")
     with pytest.raises(ResumeError, match=f"no checkpoint in {tmp_path / 'gone'}"):
         resume(tracker.run_id)
 

@@ -9,6 +9,7 @@ import mlflow
 import pytest
 import requests
 from mlflow.exceptions import MlflowException, RestException
+from processes import environment, run_job
 
 from uap_dist.errors import ConfigError, TrackingError
 from uap_dist.foreign_text import in_one_line
@@ -16,6 +17,40 @@ from uap_dist.rounds.record import RoundRecord
 from uap_dist.tracking.mlflow_run import Tracker
 from uap_dist.tracking.mlflow_server import tracking_errors
 
+BROKEN_OFF = """
+import os, signal, sys
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from uap_dist.tracking.console import one_line_errors
+from uap_dist.tracking.mlflow_run import Tracker
+from uap_dist.tracking.process import raise_on_sigterm
+
+run_id, where, what = sys.argv[1:]
+old = {name: getattr(MlflowClient, name) for name in ("get_metric_history", "set_tag", "set_terminated")}
+
+def disturb(*names):
+    def disturbed(name):
+        def call(*args, **options):
+            if what == "down":
+                raise MlflowException("API request failed with exception timed out")
+            os.kill(os.getpid(), signal.SIGTERM)
+            return old[name](*args, **options)
+        return call
+    for name in names:
+        setattr(MlflowClient, name, disturbed(name))
+
+with one_line_errors(debug=False):
+    raise_on_sigterm()
+    try:
+        if where == "begin":
+            disturb("get_metric_history")
+        with Tracker(run_name="a run", run_id=run_id):
+            disturb("set_tag", *(["set_terminated"] if what == "down" else []))
+            raise ValueError("disk full")
+    finally:
+        for name, method in old.items():  # it answers again when the process ends
+            setattr(MlflowClient, name, method)
+"""
 SERVER, FILE = "http://127.0.0.1:9", "sqlite:////runs/mlflow.db"
 
 
@@ -76,6 +111,38 @@ def test_artifacts_that_cannot_be_written_are_named(tracker, tmp_path):
         TrackingError, match=f"{tmp_path}/mlflow.db or its artifacts cannot be used: .*{tmp_path}/mlruns"
     ):
         tracker.complete(tags={}, metrics={}, step=0, markdown="", folder=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("where", "what", "status"),
+    [
+        ("begin", "down", "FAILED"),
+        ("begin", "interrupt", "KILLED"),
+        ("end", "down", "RUNNING"),
+        ("end", "interrupt", "FAILED"),
+    ],
+)
+def test_a_run_that_is_broken_off_as_it_begins_or_ends_can_be_resumed(tracker, tmp_path, where, what, status):
+    mlflow.end_run("FAILED")
+    (tmp_path / "job.py").write_text(BROKEN_OFF)
+    uri = {"MLFLOW_TRACKING_URI": tracker.uri}
+    done = run_job([str(tmp_path / "job.py"), tracker.run_id, where, what], tmp_path, environment(**uri))
+    assert done.returncode == (130 if what == "interrupt" else 1), done.stderr
+    assert mlflow.get_run(tracker.run_id).info.status == status, done.stderr
+
+
+def test_a_finished_run_is_marked_so_at_the_second_attempt(tracker, monkeypatch):
+    set_terminated, attempts = mlflow.MlflowClient.set_terminated, []
+
+    def fail_once(*args):
+        attempts.append(args)
+        if len(attempts) == 1:
+            raise MlflowException("(sqlite3.OperationalError) database is locked")
+        set_terminated(*args)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "set_terminated", fail_once)
+    tracker.finish()
+    assert mlflow.get_run(tracker.run_id).info.status == "FINISHED"
 
 
 @pytest.mark.slow  # MLflow's patience with a locked database is 20 s

@@ -6,6 +6,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
 
-from uap_dist.errors import ResumeError, TrackingError, is_mistake
+from uap_dist.errors import TrackingError, is_mistake
 from uap_dist.foreign_text import HIDDEN, first_line, hide_credentials, in_one_line, printable, redact
 from uap_dist.models.classifier import Classifier
 from uap_dist.rounds.record import RoundRecord
@@ -33,12 +34,13 @@ from uap_dist.tracking.mlflow_server import (
     PARENT_TAG,
     calls_mlflow,
     connect,
+    end_run,
     explain,
-    find_experiment,
-    get_run,
+    open_run,
     tracking_errors,
 )
 from uap_dist.tracking.outbox import Outbox
+from uap_dist.tracking.process import finishing_first
 from uap_dist.workers.dataset import Dataset
 
 MAX_REASON_LENGTH = 5000  # characters; MLflow refuses longer tags
@@ -81,22 +83,22 @@ class Tracker:
         """
         self.uri = connect()
         self.job: str = job if parent is None else parent.job
-        self._is_child, self._is_ended = parent is not None, False
-        with tracking_errors(self.uri):
-            self._client = mlflow.MlflowClient()
-            tags = {"command": shlex.join(map(redact, sys.argv)), JOB_TAG: self.job}
-            if parent is not None:
-                run = _open_child(parent, run_name, run_id, tags)
-            elif run_id is not None:
-                run = _reopen(run_id, self.uri)
-            else:
-                mlflow.set_experiment(experiment_id=find_experiment(experiment, self.uri))
-                run = mlflow.start_run(run_name=run_name, tags=tags, log_system_metrics=True)
-            steps = self._client.get_metric_history(run.info.run_id, "total/evaluations")
-        self._delivered = {metric.step for metric in steps}
-        self.run_id: str = run.info.run_id
-        self.experiment_id: str = run.info.experiment_id
-        self._outbox = Outbox(self._send)
+        self._is_ended = False
+        with ExitStack() as unless_ready:
+            with tracking_errors(self.uri):
+                self._client = mlflow.MlflowClient()
+                tags = {"command": shlex.join(map(redact, sys.argv)), JOB_TAG: self.job}
+                if parent is not None:
+                    run = _open_child(parent, run_name, run_id, tags)
+                else:
+                    run = open_run(self.uri, experiment, run_name, run_id, tags)
+                self.run_id: str = run.info.run_id
+                self.experiment_id: str = run.info.experiment_id
+                self._outbox = Outbox(self._send)
+                unless_ready.push(self)
+                steps = self._client.get_metric_history(self.run_id, "total/evaluations")
+                self._delivered = {metric.step for metric in steps}
+            unless_ready.pop_all()
 
     def __enter__(self) -> "Tracker":
         return self
@@ -107,33 +109,31 @@ class Tracker:
         """End the run as its block ended: FINISHED, FAILED with the error in the tag `reason`, or KILLED when interrupted."""
         if self._is_ended:
             return
-        self._outbox.close(0.5 if error else 0)
-        if error is None:
-            self.finish()
-        elif isinstance(error, Exception):
-            self._end("FAILED", in_one_line(error))
-        else:
-            self._end("KILLED", type(error).__name__)
+        with finishing_first():
+            self._outbox.close(0.5 if error else 0)
+            if error is None:
+                self.finish()
+            elif isinstance(error, Exception):
+                self._give_up("FAILED", in_one_line(error))
+            else:
+                self._give_up("KILLED", type(error).__name__)
 
-    @calls_mlflow
     def finish(self) -> None:
         """End the run as FINISHED before its block ends; TrackingError if the server does not answer."""
-        self._end("FINISHED", None)
+        self._end("FINISHED")
         self._is_ended = True
 
-    def _end(self, status: Literal["FINISHED", "FAILED", "KILLED"], reason: str | None) -> None:
+    def _give_up(self, status: Literal["FAILED", "KILLED"], reason: str) -> None:
         try:
-            if reason is not None:
-                self.set_tag("reason", printable(redact(reason))[:MAX_REASON_LENGTH])
-            if self._is_child:
-                self._client.set_terminated(self.run_id, status)
-            else:
-                mlflow.end_run(status)
-                _mark_useless(self.run_id, status)
+            self._end(status)
+            self.set_tag("reason", printable(redact(reason))[:MAX_REASON_LENGTH])
+            _mark_useless(self.run_id, status)
         except Exception as error:  # of MLflow, its server or its store
-            if status == "FINISHED":
-                raise
-            logger.warning("the run could not be marked %s at %s: %s", status, self.uri, error)
+            logger.warning("that the run is %s could not be recorded at %s: %s", status, self.uri, error)
+
+    @calls_mlflow
+    def _end(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
+        end_run(self.run_id, status)
 
     @calls_mlflow
     def log_params(self, params: Mapping[str, Any]) -> None:
@@ -298,20 +298,10 @@ def register(tracker: Tracker, artifact: str, name: str) -> str:
     return f"models:/{name}/{version.version}"
 
 
-def _reopen(run_id: str, uri: str) -> Run:
-    info = get_run(run_id, uri).info
-    if info.status == "FINISHED":
-        raise ResumeError(f"run {run_id} is finished; there is nothing to resume")
-    if info.lifecycle_stage == "deleted":
-        raise ResumeError(f"run {run_id} was deleted; restore it with `mlflow.MlflowClient().restore_run` first")
-    mlflow.set_experiment(experiment_id=info.experiment_id)
-    return mlflow.start_run(run_id=run_id, log_system_metrics=True)
-
-
 def _mark_useless(run_id: str, status: str) -> None:
-    """Add how the run ended to its name if it holds neither results nor commits, from which it could be resumed."""
+    """Add how the run ended to its name if it holds no commits, from which it could be resumed, and is no child, found by its name."""
     run = mlflow.get_run(run_id)
-    if status != "FINISHED" and CHECKPOINTS_TAG not in run.data.tags:
+    if not {CHECKPOINTS_TAG, PARENT_TAG} & set(run.data.tags):
         mlflow.MlflowClient().update_run(run_id, name=f"{run.info.run_name} ({status.lower()})")
 
 

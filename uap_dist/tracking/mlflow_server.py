@@ -1,10 +1,11 @@
-"""Reaching MLflow: where it is, its errors in one line each, patience with a locked sqlite file, and look-ups of any run."""
+"""Reaching MLflow: where it is, its errors in one line each, patience with a locked sqlite file, and runs as it keeps them."""
 
+import atexit
 import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, wraps
@@ -14,6 +15,7 @@ from typing import Concatenate, ParamSpec, Protocol, TypeVar
 import mlflow
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
+from mlflow.tracking import fluent
 
 from uap_dist.errors import ResumeError, TrackingError, UapDistError, is_mistake
 from uap_dist.foreign_text import first_line, redact
@@ -170,6 +172,34 @@ def find_experiment(name: str, uri: str) -> str:
         if found.tags.get(key) != value:
             client.set_experiment_tag(found.experiment_id, key, value)
     return str(found.experiment_id)
+
+
+def open_run(uri: str, experiment: str, run_name: str, run_id: str | None, tags: Mapping[str, str]) -> Run:
+    """Start a run in an experiment, or go on with `run_id`, as MLflow's active run.
+
+    Raises:
+        ResumeError: the run to go on with is finished, deleted or does not exist.
+    """
+    atexit.unregister(fluent._safe_end_run)  # marks the active run FINISHED, even one that was broken off
+    if run_id is None:
+        mlflow.set_experiment(experiment_id=find_experiment(experiment, uri))
+        return mlflow.start_run(run_name=run_name, tags=dict(tags), log_system_metrics=True)
+    info = get_run(run_id, uri).info
+    if info.status == "FINISHED":
+        raise ResumeError(f"run {run_id} is finished; there is nothing to resume")
+    if info.lifecycle_stage == "deleted":
+        raise ResumeError(f"run {run_id} was deleted; restore it with `mlflow.MlflowClient().restore_run` first")
+    mlflow.set_experiment(experiment_id=info.experiment_id)
+    return mlflow.start_run(run_id=run_id, log_system_metrics=True)
+
+
+def end_run(run_id: str, status: str) -> None:
+    """End a run, which may be MLflow's active run; if this fails, it can be called again."""
+    active = mlflow.active_run()
+    if active is not None and active.info.run_id == run_id:
+        mlflow.end_run(status)  # first makes it inactive, so its own second call would do nothing
+    else:
+        mlflow.MlflowClient().set_terminated(run_id, status)
 
 
 def get_run(run_id: str, uri: str) -> Run:
