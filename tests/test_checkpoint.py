@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_worker
-from pyarrow import fs
+from pyarrow import ArrowCapacityError, ArrowException, fs
 
 from uap_dist.errors import ConfigError, ResumeError
 from uap_dist.method.config import ComputeConfig
@@ -140,6 +140,30 @@ def test_a_storage_that_fails_meanwhile_costs_only_its_commits(tmp_path, caplog)
     assert caplog.text.count("could not be committed") == caplog.text.count("round 1 could not be committed to") == 1
     assert "round 3 is committed; the 2 commits before it failed" in caplog.text
     assert same(store.newest(), checkpoint(3))
+
+
+def test_a_commit_may_fail_in_any_way(tmp_path, caplog):
+    """As with the errors of Google's store for which pyarrow has none of the operating system."""
+    errors = [ArrowCapacityError("too many requests"), ArrowException("an unknown error")]
+    caplog.set_level("INFO", "uap_dist")
+    with CheckpointStore(str(tmp_path)) as store:
+        write = store._write
+
+        def fail_first(checkpoint):
+            if errors:
+                raise errors.pop(0)
+            write(checkpoint)
+
+        store._write = fail_first
+        with pytest.raises(ConfigError, match=f"cannot write checkpoints to {tmp_path}: too many requests"):
+            store.start(checkpoint(0))
+        for rounds in (1, 2):
+            store.commit(checkpoint(rounds))
+            while not store._last.done():
+                time.sleep(0.01)
+    assert f"round 1 could not be committed to {tmp_path}: an unknown error; the job continues" in caplog.text
+    assert "round 2 is committed; the 1 commits before it failed" in caplog.text
+    assert same(store.newest(), checkpoint(2))
 
 
 def test_a_commit_does_not_make_the_next_round_wait(tmp_path):

@@ -18,7 +18,7 @@ from hashlib import sha256
 from math import inf
 from pathlib import Path
 
-from pyarrow import fs
+from pyarrow import ArrowException, fs
 
 from uap_dist.data.locations import explain, locate, make_own_folder, persist, try_to_write
 from uap_dist.errors import ConfigError, ResumeError
@@ -118,7 +118,7 @@ class CheckpointStore:
         """Delete the folder and everything in it, if the storage allows it."""
         self.wait()
         self._newest = None
-        with suppress(OSError):
+        with suppress(OSError, ArrowException):
             self._filesystem.delete_dir(self._folder)
 
     def newest(self) -> Checkpoint:
@@ -179,13 +179,13 @@ class CheckpointStore:
     def _writable(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
+        except (OSError, ArrowException) as error:
             raise ConfigError(f"cannot write checkpoints to {explain(self.location, error)} (--storage)") from error
 
     def _try_to_write(self, checkpoint: Checkpoint) -> None:
         try:
             self._write(checkpoint)
-        except OSError as error:
+        except Exception as error:  # whatever it is, as an ArrowException of Google's store, the job continues
             if not self._num_failed:
                 logger.warning(
                     "round %d could not be committed to %s; the job continues, and tries again",
