@@ -3,7 +3,7 @@
     python benchmarks/repetition.py                       # about half an hour on two cores
     python benchmarks/repetition.py --table               # what has been measured
 
-Pools of each period, and one of both; the network is fine-tuned on each; fresh perturbations of each period, and those that others have
+Pools of each period; the network is fine-tuned on each; fresh perturbations of each period, and those that others have
 published, attack what comes of it. Jobs that have left a result in the folder already are not repeated.
 """
 
@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-import torch
 import tyro
 from comparison.bench import stamp
 from networks import NETWORKS
@@ -31,7 +30,6 @@ PERIODS = (32, 224)  # the default for photographs, and the whole image: no repe
 SIZE, EVALUATIONS = 4, 3_000  # of a pool, and of each of its members
 NUM_ATTACKS, ATTACK_EVALUATIONS, ATTACK_SEED = 2, 4_000, 100
 NUM_IMAGES, NUM_TUNING, NUM_HELD_OUT = 500, 1_000, 500  # computed from, fine-tuned on, measured on
-POOLS = (*map(str, PERIODS), "both")
 BEFORE = "before"
 KINDS = {"published": False, "random": True}  # whether it is a baseline
 
@@ -80,10 +78,10 @@ def main() -> None:
 
 def pools(options: Options) -> Iterator[dict[str, Any]]:
     """What each pool is like."""
-    for name in POOLS:
-        pool = PerturbationPool.load(pool_folder(options, name))
+    for period in PERIODS:
+        pool = PerturbationPool.load(pool_folder(options, period))
         yield {
-            "pool": name,
+            "pool": f"period {period}",
             "fooling": [member["val_fooling_rate"] for member in pool.members],
             "largest_inner_product": pool.nearest_pairs()[0][0],
             "energy": energy_by_frequency(pool.perturbations.numpy()),
@@ -92,7 +90,9 @@ def pools(options: Options) -> Iterator[dict[str, Any]]:
 
 def attacks(options: Options) -> Iterator[dict[str, Any]]:
     """What is left of each network's accuracy, and what fools it."""
-    networks: dict[str, str | None] = {BEFORE: None} | {name: fine_tune(options, name) for name in POOLS}
+    networks: dict[str, str | None] = {BEFORE: None} | {
+        f"period-{period}": fine_tune(options, period) for period in PERIODS
+    }
     fresh = {
         name: {str(period): attack(options, name, weights, period) for period in PERIODS}
         for name, weights in networks.items()
@@ -105,29 +105,17 @@ def attacks(options: Options) -> Iterator[dict[str, Any]]:
         yield {"network": name, "fresh": fresh[name]} | rates | top1
 
 
-def pool_folder(options: Options, name: str) -> Path:
-    """A pool of one period, or the first halves of all pools."""
-    folder = options.folder / f"pool-{name}"
-    if name == "both":
-        halves = [
-            PerturbationPool.load(pool_folder(options, each)).take(0, SIZE // len(PERIODS)) for each in POOLS[:-1]
-        ]
-        renamed = [
-            member | {"name": f"period-{period}-{member['name']}"}
-            for period, half in zip(PERIODS, halves, strict=True)
-            for member in half.members
-        ]
-        values = np.concatenate([half.perturbations.numpy() for half in halves])
-        PerturbationPool(torch.from_numpy(values), halves[0].shared, renamed).save(folder / "pool")
-    else:
-        words = ["--period", name, "--num-perturbations", str(SIZE), "--max-evaluations", str(EVALUATIONS)]
-        run("compute.py", folder, *options.given(), *options.images(), *words)
+def pool_folder(options: Options, period: int) -> Path:
+    """A pool of one period."""
+    folder = options.folder / f"pool-{period}"
+    words = ["--period", str(period), "--num-perturbations", str(SIZE), "--max-evaluations", str(EVALUATIONS)]
+    run("compute.py", folder, *options.given(), *options.images(), *words)
     return folder / "pool"
 
 
-def fine_tune(options: Options, name: str) -> str:
+def fine_tune(options: Options, period: int) -> str:
     """The weights of the network that was fine-tuned on a pool."""
-    folder, pool = options.folder / f"tuned-{name}", str(pool_folder(options, name))
+    folder, pool = options.folder / f"tuned-{period}", str(pool_folder(options, period))
     words = ["--pool", pool, "--epochs", str(options.epochs)]
     run("finetune.py", folder, *options.given(), *options.images(NUM_TUNING), *words)
     return str(folder / "network.safetensors")
