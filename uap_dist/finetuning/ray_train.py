@@ -23,6 +23,7 @@ import ray.train.torch
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig, TrainingFailedError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 
 from uap_dist.data.locations import locate
@@ -66,8 +67,10 @@ class Training:
             num_workers: workers among which each batch is split.
             uses_gpu: whether each worker takes a GPU.
         """
+        # where the driver is: with another node the mailbox would be lost, and only workers are started again
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         mailbox_class: Any = ray.remote(num_cpus=0)(_Mailbox)
-        self._mailbox: ActorHandle[Any] = mailbox_class.remote()
+        self._mailbox: ActorHandle[Any] = mailbox_class.options(scheduling_strategy=here).remote()
         self._outcome: SimpleQueue[Result | Exception] = SimpleQueue()
         filesystem, path = locate(storage)
         resources = {"CPU": float(task.fleet.threads_per_worker)} | ({"GPU": 1.0} if uses_gpu else {})
