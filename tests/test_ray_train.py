@@ -1,9 +1,17 @@
-"""The driver's side of a training on Ray Train: where its mailbox lies."""
+"""The driver's side of a training on Ray Train: where its mailbox lies, and what becomes of an error."""
 
 import subprocess
 import sys
+from threading import Lock
 
+import pytest
 from clusters import ray_cluster
+from conftest import TINY
+
+from uap_dist.finetuning.options import FinetuneConfig
+from uap_dist.finetuning.ray_train import Training
+from uap_dist.finetuning.trainer import Task
+from uap_dist.fleet.config import FleetConfig
 
 MAILBOXES = """
 import sys
@@ -28,3 +36,11 @@ def test_no_lost_node_but_the_drivers_takes_the_mailbox_with_it(tmp_path):
         words = [sys.executable, "-c", MAILBOXES, str(tmp_path)]
         done = subprocess.run(words, env=cluster.env, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.timeout(60)
+def test_an_error_that_is_none_of_rays_reaches_the_caller(local_ray, tmp_path):
+    task = Task(TINY, Lock(), None, None, None, FinetuneConfig(), FleetConfig())  # which cannot be sent to workers
+    training = Training(task, name="n", storage=str(tmp_path), num_workers=1, uses_gpu=False)
+    with pytest.raises(TypeError, match="serialize"):
+        list(training.epochs())

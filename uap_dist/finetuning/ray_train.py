@@ -11,9 +11,9 @@ os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # keeps relative paths of 
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
-from queue import SimpleQueue
 from threading import Thread
 from typing import Any
 
@@ -71,7 +71,7 @@ class Training:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         mailbox_class: Any = ray.remote(num_cpus=0)(_Mailbox)
         self._mailbox: ActorHandle[Any] = mailbox_class.options(scheduling_strategy=here).remote()
-        self._outcome: SimpleQueue[Result | Exception] = SimpleQueue()
+        self._outcome: Future[Result] = Future()
         filesystem, path = locate(storage)
         resources = {"CPU": float(task.fleet.threads_per_worker)} | ({"GPU": 1.0} if uses_gpu else {})
         self._trainer = ray.train.torch.TorchTrainer(
@@ -100,7 +100,7 @@ class Training:
         Thread(target=self._fit, name="training", daemon=True).start()
         num_seen, is_over = 0, False
         while not is_over:
-            is_over = not self._outcome.empty()  # before the mailbox is emptied, so that no message is missed
+            is_over = self._outcome.done()  # before the mailbox is emptied, so that no message is missed
             messages: list[RoundRecord | UapDistError] = ray.get(self._mailbox.take.remote())
             for message in messages:
                 if isinstance(message, UapDistError):
@@ -110,10 +110,10 @@ class Training:
                     yield message
             time.sleep(SECONDS_BETWEEN_LOOKS)
         ray.kill(self._mailbox)
-        outcome = self._outcome.get()
-        if isinstance(outcome, Exception):
-            raise WorkerLostError(f"the training was given up: {_last_line(outcome)}") from outcome
-        self._result = outcome
+        try:
+            self._result = self._outcome.result()
+        except (TrainingFailedError, RayError) as error:
+            raise WorkerLostError(f"the training was given up: {_last_line(error)}") from error
 
     def tensors(self, file: str) -> dict[str, Tensor]:
         """Tensors by name of a file that `Learner.save` writes. To be called after the last epoch."""
@@ -123,9 +123,9 @@ class Training:
 
     def _fit(self) -> None:
         try:
-            self._outcome.put(self._trainer.fit())
-        except (TrainingFailedError, RayError) as error:
-            self._outcome.put(error)
+            self._outcome.set_result(self._trainer.fit())
+        except BaseException as error:  # so that the caller gets it, who waits for an outcome
+            self._outcome.set_exception(error)
 
 
 def _train(config: dict[str, Any]) -> None:
