@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,10 @@ from test_job import data, empty_store, runs
 from uap_dist.analysis.boundaries import SUBSPACE, analyze_boundaries, gather_normals
 from uap_dist.analysis.options import AnalyzeOptions
 from uap_dist.analysis.phase_transition import UNIVERSAL, phase_transition
-from uap_dist.analysis.run import check_sizes, plan_sample_sizes
+from uap_dist.analysis.run import check_sizes, plan_sample_sizes, read_recipe
 from uap_dist.analysis.sample_size import Recipe, compute_sample_sizes, configs_by_size
 from uap_dist.errors import ConfigError
+from uap_dist.fleet.config import FleetConfig
 from uap_dist.job_options import DataOptions
 from uap_dist.method.config import ComputeConfig
 from uap_dist.method.norms import measure, paper_norm_l2
@@ -222,6 +224,22 @@ def test_what_options_and_network_do_not_allow_is_refused_before_the_data(change
     options, v = options_from(**{"num_singular": 5} | changed), Perturbation("v", torch.ones(3, 16, 16))
     with pytest.raises(ConfigError, match=re.escape(message)):
         check_sizes(options, v, shape, num_train)
+
+
+def test_verifying_others_that_one_worker_would_compute_alone_is_refused():
+    said = {"num_evaluations": 300, "num_train_images": 47}
+    alone, batched = (
+        Perturbation("v", torch.ones(3, 16, 16), asdict(ComputeConfig(members_at_once=number)) | said)
+        for number in (1, 4)
+    )
+    verified = {"fleet": FleetConfig(num_workers=2, verify_determinism=True)}
+    assert read_recipe(options_from(**verified), alone) == Recipe(ComputeConfig(), 253)
+    assert read_recipe(options_from(), batched) == Recipe(ComputeConfig(members_at_once=4), 253)
+    assert read_recipe(options_from(**verified, analyses=("phase",)), batched) is None
+    with pytest.raises(
+        ConfigError, match="^--verify-determinism .* v was computed with --members-at-once 4, .*; leave it out"
+    ):
+        read_recipe(options_from(**verified), batched)
 
 
 def test_an_analysis_that_cannot_be_is_one_line(shards, tmp_path):

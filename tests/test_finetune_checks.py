@@ -9,6 +9,7 @@ from conftest import TINY
 from uap_dist.errors import ConfigError
 from uap_dist.finetuning.checks import check_pool
 from uap_dist.finetuning.options import FinetuneConfig, FinetuneOptions
+from uap_dist.fleet.config import FleetConfig
 from uap_dist.job_options import DataOptions
 from uap_dist.method.config import ComputeConfig
 from uap_dist.models.loading import load_classifier
@@ -40,3 +41,12 @@ def test_a_pool_whose_fresh_pool_would_have_fewer_members_is_refused():
     with pytest.raises(ConfigError, match="^the pool has one member, .*; give a pool of two or more"):
         check(configs[:1], finetune=FinetuneConfig(online=True))
     check(configs[:2], finetune=FinetuneConfig(online=True))
+
+
+def test_verifying_where_one_worker_computes_members_in_one_batch_is_refused():
+    fleet = FleetConfig(num_workers=2, verify_determinism=True)
+    configs = [ComputeConfig(seed=seed, members_at_once=2) for seed in range(2)]
+    check(configs)
+    check([ComputeConfig(seed=seed) for seed in range(2)], fleet=fleet)
+    with pytest.raises(ConfigError, match="--verify-determinism .* computed with --members-at-once 2.*; leave it out"):
+        check(configs, fleet=fleet)

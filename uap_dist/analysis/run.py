@@ -47,6 +47,25 @@ def check_sizes(
         check_subspace(options.num_singular, num_normals, own, options.memory_bytes)
 
 
+def read_recipe(options: AnalyzeOptions, perturbation: Perturbation) -> Recipe | None:
+    """How the perturbation was computed, if others are to be computed likewise.
+
+    Raises:
+        PerturbationError: it does not say that, see `Recipe.of`.
+        ConfigError: nothing of the others would be verified.
+    """
+    if "images" not in options.analyses:
+        return None
+    recipe = Recipe.of(perturbation)
+    at_once = recipe.config.members_at_once
+    if options.fleet.verify_determinism and at_once > 1:
+        raise ConfigError(
+            f"--verify-determinism compares blocks that workers share, but {perturbation.name} was computed with --members-at-once "
+            f"{at_once}, and so are others; leave it out, or leave images out of --analyses"
+        )
+    return recipe
+
+
 def plan_sample_sizes(
     options: AnalyzeOptions, perturbation: Perturbation, recipe: Recipe | None, train: Dataset
 ) -> Plan:

@@ -26,7 +26,7 @@ def check_pool(options: FinetuneOptions, pool: PerturbationPool, classifier: Cla
 
     Raises:
         PerturbationError: the pool is of another network or input size (unless --allow-transfer), or does not say how it was computed.
-        ConfigError: it has too few members, or a fresh pool would.
+        ConfigError: it has too few members, or a fresh pool would; or nothing of a fresh pool would be verified that shall be.
         ClassifierError: the classifier has nothing to train.
     """
     if not options.allow_transfer:
@@ -36,11 +36,18 @@ def check_pool(options: FinetuneOptions, pool: PerturbationPool, classifier: Cla
             raise PerturbationError(f"{error}; --allow-transfer trains on it all the same") from error
     options.finetune.split(pool)
     configs = {p.name: ComputeConfig.from_provenance(p.provenance, p.name) for p in pool.to_perturbations()}
+    first = next(iter(configs.values()))
     _check_fresh(configs)
+    at_once = max(config.members_at_once for config in configs.values())
+    if options.fleet.verify_determinism and at_once > 1:
+        raise ConfigError(
+            f"--verify-determinism compares blocks that workers share, but the pool was computed with --members-at-once {at_once}, "
+            "and so are fresh ones; leave it out"
+        )
     check_trainable(classifier)
     if classifier.geometry.shape is not None:
         check_size(pool, classifier.geometry.shape, options)
-    return next(iter(configs.values()))
+    return first
 
 
 def _check_fresh(configs: Mapping[str, ComputeConfig]) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 from uap_dist.analysis.options import AnalyzeOptions
 from uap_dist.analysis.report import FinishedAnalysis, save_analysis
-from uap_dist.analysis.run import check_sizes, measure, plan_sample_sizes, show
-from uap_dist.analysis.sample_size import Recipe, compute_sample_sizes
+from uap_dist.analysis.run import check_sizes, measure, plan_sample_sizes, read_recipe, show
+from uap_dist.analysis.sample_size import compute_sample_sizes
 from uap_dist.computing.provenance import describe_setup
 from uap_dist.data.patterns import expand_apart
 from uap_dist.errors import ConfigError
@@ -32,7 +32,7 @@ def run(options: AnalyzeOptions, tracker: Tracker) -> None:
         raise ConfigError(
             f"--perturbation {options.perturbation} holds {1 + len(others)} perturbations; give one, as FILE#KEY:UNIT"
         )
-    recipe = Recipe.of(perturbation) if "images" in options.analyses else None
+    recipe = read_recipe(options, perturbation)
     classifier = load_usable_classifier(options.model, options.weights)
     check_sizes(options, perturbation, classifier.geometry.shape, options.data.num_train_images)
     urls = expand_apart(options.data.train_shards, options.data.val_shards)
