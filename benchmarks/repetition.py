@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -71,8 +72,10 @@ def main() -> None:
     """Measure what is missing, then print the tables."""
     options = tyro.cli(Options)
     if not options.table:
-        lines = [*pools(options), *attacks(options)]
-        options.output.write_text("".join(json.dumps(line | stamp()) + "\n" for line in lines))
+        lines: list[str] = []
+        for line in chain(pools(options), attacks(options)):
+            lines.append(json.dumps(line | stamp()) + "\n")
+            options.output.write_text("".join(lines))
     print("\n".join(tables([json.loads(line) for line in options.output.read_text().splitlines()])))
 
 

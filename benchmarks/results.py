@@ -123,6 +123,7 @@ PAGES = {
     "finetune.md": Page(
         ("benchmarks/finetune.py", "benchmarks/finetune_speed.py"), 6, (*RATES, "uap_dist/finetuning/*.py")
     ),
+    "repetition.md": Page(("benchmarks/repetition.py",), 1, (*RATES, "uap_dist/finetuning/*.py")),
     "analysis.md": Page((), 1, ("uap_dist/analysis/*.py", "uap_dist/method/deepfool.py", *RATES)),
     "deepfool.md": Page(
         ("benchmarks/deepfool.py", "benchmarks/universal.py"),
