@@ -1,8 +1,10 @@
 """All computations of a job on one fleet: one perturbation, or the members of a pool at the same time."""
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from uap_dist.computing.pool_report import MEMBERS_FOLDER, POOL_FOLDER, Finished
 from uap_dist.computing.provenance import Setting, check_resumed, describe_held_out, describe_member
 from uap_dist.computing.run import TrackedRun
 from uap_dist.data.locations import join
-from uap_dist.errors import TrackingError
+from uap_dist.errors import ResumeError, TrackingError
 from uap_dist.job_options import to_json
 from uap_dist.method.config import ComputeConfig
 from uap_dist.method.state import RoundReport, State
@@ -23,6 +25,7 @@ from uap_dist.tracking.console import RoundProgress
 from uap_dist.tracking.mlflow_run import Tracker, register
 from uap_dist.tracking.mlflow_server import CHECKPOINTS_TAG, is_finished
 from uap_dist.tracking.outputs import RESULT_FILE, deliverable, publish, resumable
+from uap_dist.workers.dataset import Dataset
 from uap_dist.workers.local import Workers
 
 DELIVERY_TIMEOUT_S, LAST_DELIVERY_TIMEOUT_S = 1.0, 20.0  # while other members compute; at the end
@@ -68,20 +71,24 @@ def compute_all(
     with ExitStack() as stack:
         stack.enter_context(resumable(storage))
         store = stack.enter_context(CheckpointStore(storage, setting.commit_every_s))
+        plans: Mapping[str, MemberPlan] = {}
+        pool = None
         if options.num_perturbations == 1:
             run = TrackedRun(options.config, checkpoint, store=store, folder=output, tracker=tracker)
-            members, pool = {"": run}, None
-            compute_members(setting, members, tracker)
+            members = {"": run}
         else:
             store.start(checkpoint)  # identifies the pool; the members have checkpoints of their own
             tracker.set_tag(CHECKPOINTS_TAG, storage)
             plans = plan_members(options, output)
             members = open_members(setting, plans, storage, checkpoint.job, tracker, stack)
-            compute_members(setting, members, tracker)
+        record = cache(partial(record_held_out, tracker, setting, plans))  # once, but again after an error
+        compute_members(setting, members, record)
+        if plans:
             pool = finish_pool(setting, plans, tracker)
             save_pool(output, pool)
         publish(output, storage)
         with deliverable(output, storage):
+            record()
             deliver_members(setting, members)
             if pool is not None:
                 deliver_pool(tracker, setting, pool, output)
@@ -141,13 +148,15 @@ def open_members(
     return members
 
 
-def compute_members(setting: Setting, members: Mapping[str, TrackedRun], tracker: Tracker | None = None) -> None:
-    """Compute all remaining rounds. The results of a member are saved and sent to MLflow as soon as it is done.
+def compute_members(
+    setting: Setting, members: dict[str, TrackedRun], record: Callable[[], None] = lambda: None
+) -> None:
+    """Compute all remaining rounds. A member that is done is saved, sent to MLflow and, with its history, removed from `members`.
 
     Args:
         setting: network, workers and data.
-        members: by name.
-        tracker: of the job, where the held-out images are recorded as soon as they are there; None if they are recorded.
+        members: by name; those that MLflow does not accept now are left.
+        record: called when the held-out images are there, before a member is sent; if MLflow does not answer, it is called again.
     """
     if not members:
         return
@@ -162,16 +171,16 @@ def compute_members(setting: Setting, members: Mapping[str, TrackedRun], tracker
             rounds, limit=lambda left: num_concurrent(fleet.num_workers, left, config)
         ):
             progress.show(report, name)
-            if tracker is not None and setting.held_out.done():
-                with suppress(TrackingError):  # the next round tries again
-                    record_held_out(tracker, setting)
-                    tracker = None
             if report.is_last:
                 val = setting.held_out.result()
                 provenance = describe_held_out(setting.train, val) | dict(setting.provenance) | fleet.describe()
                 members[name].finish(report, fleet, val, provenance, setting.class_names)
-                with suppress(TrackingError):  # `deliver_members` tries again
+            with suppress(TrackingError):  # the next round tries again, or `deliver_members`
+                if setting.held_out.done():
+                    record()
+                if report.is_last:
                     members[name].deliver(DELIVERY_TIMEOUT_S, fleet.describe())
+                    del members[name]
 
 
 def _begin_all(setting: Setting, members: Mapping[str, TrackedRun]) -> dict[str, Iterator[RoundReport]]:
@@ -182,7 +191,8 @@ def _begin_all(setting: Setting, members: Mapping[str, TrackedRun]) -> dict[str,
         return keep_last_arrays(own)
 
     def num_uncomputed() -> int:
-        return sum(not member.is_computed for member in members.values())
+        computed = [member.is_computed for member in list(members.values())]  # which others remove meanwhile
+        return computed.count(False)
 
     configs = {name: member.config for name, member in members.items()}
     if next(iter(configs.values())).members_at_once == 1:
@@ -191,28 +201,46 @@ def _begin_all(setting: Setting, members: Mapping[str, TrackedRun]) -> dict[str,
     return {name: own for group in groups for name, own in run_together(setting.fleet, group, begin).items()}
 
 
-def record_held_out(tracker: Tracker, setting: Setting) -> None:
-    """Log the held-out images, which are there now."""
+def record_held_out(tracker: Tracker, setting: Setting, plans: Mapping[str, MemberPlan]) -> None:
+    """Log the held-out images, which are there now, unless members of a pool were measured on other ones."""
     val = setting.held_out.result()
+    _check_measured(plans, val)
     tracker.log_params(describe_held_out(setting.train, val))
     tracker.log_dataset(val, "held-out")
 
 
 def finish_pool(setting: Setting, plans: Mapping[str, MemberPlan], tracker: Tracker) -> FinishedPool:
-    """The pool of these members, which are computed."""
+    """The pool of these members, which are computed.
+
+    Raises:
+        ResumeError: an earlier process measured some of them on other held-out images.
+    """
+    val = setting.held_out.result()
+    _check_measured(plans, val)
     folders = {name: plan.folder for name, plan in plans.items()}
-    return FinishedPool.of(folders, setting.fleet, setting.held_out.result(), tracker.run_id)
+    return FinishedPool.of(folders, setting.fleet, val, tracker.run_id)
+
+
+def _check_measured(plans: Mapping[str, MemberPlan], val: Dataset) -> None:
+    for name, plan in plans.items():
+        path = plan.folder / RESULT_FILE
+        if path.exists():
+            measured = json.loads(path.read_text(encoding="utf-8"))["provenance"]["val_digest"]
+            if measured != val.digest:
+                raise ResumeError(
+                    f"{name} was measured on other held-out images: val_digest was {measured}, is {val.digest}; "
+                    "restore these, or start a new run"
+                )
 
 
 def deliver_members(setting: Setting, members: Mapping[str, TrackedRun]) -> None:
-    """Complete the MLflow runs of the members that are not delivered yet.
+    """Complete the MLflow runs of the members that `compute_members` has left.
 
     Raises:
         TrackingError: the server does not answer.
     """
     for member in members.values():
-        if not member.is_delivered:
-            member.deliver(LAST_DELIVERY_TIMEOUT_S, setting.fleet.describe())
+        member.deliver(LAST_DELIVERY_TIMEOUT_S, setting.fleet.describe())
 
 
 def deliver_pool(tracker: Tracker, setting: Setting, pool: FinishedPool, folder: Path) -> None:

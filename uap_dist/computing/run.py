@@ -43,7 +43,6 @@ class TrackedRun:
         folder: folder of the results.
         is_computed: whether the last round is over.
         finished: what the computation measured; None until `finish`.
-        is_delivered: whether MLflow has everything.
     """
 
     def __init__(
@@ -62,7 +61,7 @@ class TrackedRun:
             ConfigError: the storage cannot be written to.
         """
         self.config, self.state, self.folder = config, checkpoint.state, folder
-        self.is_computed = self.is_delivered = False
+        self.is_computed = False
         self._job, self._history = checkpoint.job, list(checkpoint.history)
         self._store, self._tracker = store, tracker
         self.finished: FinishedRun | None = None
@@ -86,7 +85,8 @@ class TrackedRun:
                 self._store.commit(Checkpoint(self._job, report.state, self._history))
             # with the first report also those of earlier processes, which MLflow may lack
             for record in self._history if report.round_number == self.state.num_rounds else self._history[-1:]:
-                if report.is_last or is_logged(record, report.num_rounds):
+                is_last = report.is_last and record is self._history[-1]
+                if is_last or is_logged(record, report.num_rounds):
                     self._tracker.log_round(record)
             self.is_computed = report.is_last
             yield report
@@ -146,4 +146,4 @@ class TrackedRun:
             folder=self.folder,
         )
         self._tracker.finish()
-        self.is_delivered = True
+        self._store.forget_newest()

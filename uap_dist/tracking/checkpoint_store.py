@@ -114,10 +114,14 @@ class CheckpointStore:
         if self._last is not None:
             self._last.result()
 
+    def forget_newest(self) -> None:
+        """Leave out the newest state, unless it is written already, because nothing is left to resume."""
+        self._newest = None
+
     def remove(self) -> None:
         """Delete the folder and everything in it, if the storage allows it."""
         self.wait()
-        self._newest = None
+        self.forget_newest()
         with suppress(OSError, ArrowException):
             self._filesystem.delete_dir(self._folder)
 
