@@ -75,7 +75,7 @@ class Sleeper:
         """As actor.UapWorker, after a while."""
         time.sleep(self._sleep_s)
         result = BlockResult(self._total, np.ones((1, len(ComputeConfig().solver.names), 2)))
-        return Answer(result, Traffic(), self._sleep_s, len(task.keys), ())
+        return Answer(result, Traffic(), self._sleep_s, warnings=(), solves=len(task.keys))
 
 
 def start_fleet(num_workers: int, options: Options) -> Fleet:
