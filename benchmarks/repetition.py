@@ -29,6 +29,7 @@ from uap_dist.perturbations.pool import PerturbationPool
 JOBS = Path(__file__).parents[1] / "jobs"
 PERIODS = (32, 224)  # the default for photographs, and the whole image: no repetition
 SIZE, EVALUATIONS = 4, 3_000  # of a pool, and of each of its members
+EPOCHS = 3  # of fine-tuning
 NUM_ATTACKS, ATTACK_EVALUATIONS, ATTACK_SEED = 2, 4_000, 100
 NUM_IMAGES, NUM_TUNING, NUM_HELD_OUT = 500, 1_000, 500  # computed from, fine-tuned on, measured on
 BEFORE = "before"
@@ -41,8 +42,6 @@ class Options:
 
     network: str = "squeezenet"
     """That is fine-tuned and attacked."""
-    epochs: int = 3
-    """Of fine-tuning."""
     table: bool = False
     """Print the tables and measure nothing."""
     num_workers: int = 1
@@ -119,7 +118,7 @@ def pool_folder(options: Options, period: int) -> Path:
 def fine_tune(options: Options, period: int) -> str:
     """The weights of the network that was fine-tuned on a pool."""
     folder, pool = options.folder / f"tuned-{period}", str(pool_folder(options, period))
-    words = ["--pool", pool, "--epochs", str(options.epochs)]
+    words = ["--pool", pool, "--epochs", str(EPOCHS)]
     run("finetune.py", folder, *options.given(), *options.images(NUM_TUNING), *words)
     return str(folder / "network.safetensors")
 
