@@ -1,10 +1,11 @@
 """What does a network learn that is fine-tuned on perturbations that repeat themselves? By real jobs. See benchmarks/repetition.md.
 
-    python benchmarks/repetition.py                       # about half an hour on two cores
+    python benchmarks/repetition.py                       # about an hour on two cores
     python benchmarks/repetition.py --table               # what has been measured
 
-Pools of each period; the network is fine-tuned on each; fresh perturbations of each period, and those that others have
-published, attack what comes of it. Jobs that have left a result in the folder already are not repeated.
+Pools of each period; the network is fine-tuned on each, on clean images only, and with --online; fresh perturbations of
+each period, and those that others have published, attack what comes of it. Jobs that have left a result in the folder
+already are not repeated.
 """
 
 import json
@@ -29,10 +30,17 @@ from uap_dist.perturbations.pool import PerturbationPool
 JOBS = Path(__file__).parents[1] / "jobs"
 PERIODS = (32, 224)  # the default for photographs, and the whole image: no repetition
 SIZE, EVALUATIONS = 4, 3_000  # of a pool, and of each of its members
-EPOCHS = 3  # of fine-tuning
 NUM_ATTACKS, ATTACK_EVALUATIONS, ATTACK_SEED = 2, 4_000, 100
 NUM_IMAGES, NUM_TUNING, NUM_HELD_OUT = 500, 1_000, 500  # computed from, fine-tuned on, measured on
+# Epochs of fine-tuning; --online computes no pool, and has as many image gradients as the others with theirs.
+EPOCHS = 3
+ONLINE_EPOCHS = EPOCHS + SIZE * EVALUATIONS // (2 * NUM_TUNING)
 BEFORE = "before"
+TRAININGS = {  # period of the pool, options of jobs/finetune.py
+    "control": (32, ("--probability", "0", "--epochs", str(EPOCHS))),
+    **{f"period-{period}": (period, ("--epochs", str(EPOCHS))) for period in PERIODS},
+    "online": (32, ("--online", "--epochs", str(ONLINE_EPOCHS))),
+}
 KINDS = {"published": False, "random": True}  # whether it is a baseline
 
 
@@ -92,9 +100,7 @@ def pools(options: Options) -> Iterator[dict[str, Any]]:
 
 def attacks(options: Options) -> Iterator[dict[str, Any]]:
     """What is left of each network's accuracy, and what fools it."""
-    networks: dict[str, str | None] = {BEFORE: None} | {
-        f"period-{period}": fine_tune(options, period) for period in PERIODS
-    }
+    networks: dict[str, str | None] = {BEFORE: None} | {name: fine_tune(options, name) for name in TRAININGS}
     fresh = {
         name: {str(period): attack(options, name, weights, period) for period in PERIODS}
         for name, weights in networks.items()
@@ -115,11 +121,11 @@ def pool_folder(options: Options, period: int) -> Path:
     return folder / "pool"
 
 
-def fine_tune(options: Options, period: int) -> str:
-    """The weights of the network that was fine-tuned on a pool."""
-    folder, pool = options.folder / f"tuned-{period}", str(pool_folder(options, period))
-    words = ["--pool", pool, "--epochs", str(EPOCHS)]
-    run("finetune.py", folder, *options.given(), *options.images(NUM_TUNING), *words)
+def fine_tune(options: Options, name: str) -> str:
+    """The weights of the network after one of the trainings."""
+    period, words = TRAININGS[name]
+    folder, pool = options.folder / f"tuned-{name}", str(pool_folder(options, period))
+    run("finetune.py", folder, *options.given(), *options.images(NUM_TUNING), "--pool", pool, *words)
     return str(folder / "network.safetensors")
 
 
