@@ -1,15 +1,18 @@
 """Addresses of object stores: options, endpoints, credentials, and how a store refuses."""
 
 import re
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
 import pytest
 
+from uap_dist.data import locations
 from uap_dist.data.decode import Geometry, load_shard
-from uap_dist.data.locations import locate
+from uap_dist.data.locations import exists, locate, write_file
 from uap_dist.data.patterns import expand_patterns
-from uap_dist.errors import ConfigError, ShardError, UapDistError
+from uap_dist.errors import ConfigError, ResumeError, ShardError, UapDistError
+from uap_dist.tracking.checkpoint_store import CheckpointStore
 
 AS_IS = Geometry()
 
@@ -108,24 +111,70 @@ def test_an_invalid_endpoint_in_the_url_is_an_error(query, message):
         locate(f"s3://bucket/t.tar?{query}")
 
 
-def test_the_gcs_emulator_in_a_variable_is_used(monkeypatch):
-    asked = []
+@pytest.fixture
+def google():
+    """An emulator of Google's store that answers each request with its `status`, and the paths that it was `asked` for."""
 
     class Emulator(BaseHTTPRequestHandler):
+        status, asked = 404, []
+
         def do_GET(self):
-            asked.append(self.path)
-            self.send_error(404)
+            self.asked.append(self.path)
+            self.send_response(self.status)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_POST = do_GET
 
         def log_message(self, *words):
             pass
 
-    with HTTPServer(("127.0.0.1", 0), Emulator) as emulator:
-        Thread(target=emulator.serve_forever, daemon=True).start()
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{emulator.server_port}")
-        with pytest.raises(ShardError, match="no shard gs://bucket/t.tar"):
-            expand_patterns(["gs://bucket/t.tar?retry_limit_seconds=2"])
-        emulator.shutdown()
-    assert any("/b/bucket" in path for path in asked)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Emulator) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        Emulator.address = f"http://127.0.0.1:{server.server_port}"
+        yield Emulator
+        server.shutdown()
+
+
+def test_the_gcs_emulator_in_a_variable_is_used(monkeypatch, google):
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", google.address)
+    with pytest.raises(ShardError, match="no shard gs://bucket/t.tar"):
+        expand_patterns(["gs://bucket/t.tar?retry_limit_seconds=2"])
+    assert any("/b/bucket" in path for path in google.asked)
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (400, "the request is refused as it stands; look at the name of the bucket$"),
+        (403, "access is denied; give credentials that may do this as GOOGLE_APPLICATION_CREDENTIALS "),
+        (503, r"the store answers UNAVAILABLE \(Received HTTP status code: 503\)$"),
+    ],
+)
+def test_what_google_answers_is_one_line_wherever_it_is_asked(google, status, message, monkeypatch):
+    monkeypatch.setattr(locations, "SECONDS_BEFORE_RETRY", 0.01)
+    google.status = status
+    url = f"gs://bucket/t.tar?anonymous=true&retry_limit_seconds=0.5&endpoint_override={google.address}"
+    for ask, error in (
+        (exists, OSError),
+        (partial(write_file, data=b""), OSError),
+        (lambda url: expand_patterns([url]), ShardError),
+        (lambda url: expand_patterns([url.replace("t.tar", "t-*.tar")]), ShardError),
+        (lambda url: CheckpointStore(url).find_newest(), ResumeError),
+    ):
+        with pytest.raises(error, match=message.replace("$", "( .--storage.)?(; 5 attempts failed)?$")) as found:
+            ask(url)
+        assert "\n" not in str(found.value)
+
+
+def test_a_store_of_google_that_does_not_answer_is_named_with_its_own_variable():
+    with pytest.raises(OSError, match="127.0.0.1:9 does not answer; look at .endpoint_override=… .or STORAGE_EMULATOR"):
+        exists("gs://bucket/t.tar?anonymous=true&retry_limit_seconds=0.5&endpoint_override=127.0.0.1:9&scheme=http")
+
+
+def test_azure_without_credentials_is_one_line():
+    with pytest.raises(OSError, match="t.tar: no credentials are found; give credentials that .* as AZURE_TENANT_ID, "):
+        exists("abfs://container@account.dfs.core.windows.net/t.tar")
 
 
 def test_a_refusal_is_not_retried(store, put):

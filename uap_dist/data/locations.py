@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryFile
 from typing import TypeVar
 
-from pyarrow import ArrowInvalid, fs
+from pyarrow import ArrowException, fs
 
 from uap_dist.data.stores.fsspec_stores import Refused, open_fsspec
 from uap_dist.data.stores.object_stores import name_endpoint, open_store
@@ -24,23 +24,34 @@ logger = logging.getLogger(__name__)
 TRIAL_BYTES = 1 << 20
 ATTEMPTS, SECONDS_BEFORE_RETRY = 5, 0.5  # the pause doubles after each attempt
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # on this machine; errors of a store have no such number
-CREDENTIALS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or a profile, or the machine's role)"
+STORE_ERRORS = (
+    OSError,
+    ArrowException,
+)  # what pyarrow raises for a store: some answers of Google's and Azure's are no OSError
+CREDENTIALS = {  # where each store's belong
+    "s3": "as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or a profile, or the machine's role)",
+    "gs": "as GOOGLE_APPLICATION_CREDENTIALS (or those of gcloud, or the machine's service account)",
+    "abfs": "as AZURE_TENANT_ID, AZURE_CLIENT_ID and AZURE_CLIENT_SECRET (or those of `az login`), on every node",
+    "hf": "as HF_TOKEN, or log in with `hf auth login`, on every node",
+    "https": "in ~/.netrc, on every node",
+}
+SAME_STORE = {"gcs": "gs", "abfss": "abfs", "http": "https"}
+DENIED, INVALID, LACKING = "access is denied", "the credentials are not valid there", "no credentials are found"
 
 # patterns in the error of a store that refuses a request, and what they mean; trying again does not help
 REFUSALS = {
     r"NO_SUCH_BUCKET|Bucket '.*' not found|bucket does not exist": "there is no such bucket; look at its name and the endpoint",
-    r"INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|INVALID_CLIENT_TOKEN_ID|ExpiredToken|InvalidToken": (
-        f"the credentials are not valid there; look at {CREDENTIALS}"
-    ),
-    r"ACCESS_DENIED|HTTP status 40[13]|PERMISSION_DENIED|UNAUTHENTICATED": "access is denied",
+    r"INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|INVALID_CLIENT_TOKEN_ID|ExpiredToken|InvalidToken": INVALID,
+    r"ACCESS_DENIED|HTTP status 40[13]|PERMISSION_DENIED|UNAUTHENTICATED": DENIED,
     r"HTTP status (301|400)": (
         "the request is refused as it stands, as when the bucket is in another region or the credentials have expired; "
         "give its region as ?region=…"
     ),
-    r"OAuth2 access token": (
-        "no Google credentials; give GOOGLE_APPLICATION_CREDENTIALS, or ?anonymous=true where the bucket is public"
-    ),
+    r"INVALID_ARGUMENT": "the request is refused as it stands; look at the name of the bucket",
+    r"OAuth2 access token|DefaultAzureCredential": LACKING,
 }
+# of Google's errors, what matters: the kind, and the server's own words unless they are a web page
+GOOGLE_STATUS = r"google::cloud::Status\((\w+): (?:.*last message of )?([^<\n]*?)(?: error_info=|<|\n|$)"
 UNREACHABLE = "NETWORK_CONNECTION.*curlCode: (6|7),|CURL error .(6|7)."
 
 
@@ -92,20 +103,24 @@ def locate(location: str) -> tuple[fs.FileSystem, str]:
         return fs.LocalFileSystem(), os.path.abspath(location)  # pyarrow takes a relative path with a colon for a URL
     if hide_credentials(location) != location:
         raise ConfigError(
-            f"{redact(location)} holds credentials, which runs and checkpoints would keep; give {_where_credentials_belong(location)}"
+            f"{redact(location)} holds credentials, which runs and checkpoints would keep; give them {_where_credentials_belong(location)}"
         )
     try:
         return open_store(location) or open_fsspec(location)
-    except (ArrowInvalid, OSError) as error:
+    except STORE_ERRORS as error:
         raise ConfigError(f"cannot reach {explain(location, error)}") from error
 
 
-def _where_credentials_belong(location: str) -> str:
+def _store_of(location: str) -> str:
+    """The scheme of a URL, one for each kind of store."""
     scheme = location.partition("://")[0].lower()
-    if scheme in ("s3", "gs", "gcs"):
-        return f"{CREDENTIALS}, or ?anonymous=true where the bucket is public"
-    known = {"hf": "HF_TOKEN, or log in with `hf auth login`", "https": "them in ~/.netrc", "http": "them in ~/.netrc"}
-    return f"{known.get(scheme, 'them as the library of this store finds them in the environment')}, on every node"
+    return SAME_STORE.get(scheme, scheme)
+
+
+def _where_credentials_belong(location: str) -> str:
+    store = _store_of(location)
+    found = CREDENTIALS.get(store, "as the library of this store finds them in the environment, on every node")
+    return f"{found}, or ?anonymous=true where the bucket is public" if store in ("s3", "gs") else found
 
 
 def read_file(location: str) -> bytes:
@@ -133,7 +148,7 @@ def persist(location: str, read: Callable[[], T], what: str) -> tuple[T, int]:
 
     Args:
         location: that is read.
-        read: reads it; on failure it raises OSError, or ConfigError caused by one.
+        read: reads it; on failure it raises one of STORE_ERRORS, or ConfigError caused by one.
         what: kind of thing that is read, for warnings.
 
     Raises:
@@ -143,12 +158,12 @@ def persist(location: str, read: Callable[[], T], what: str) -> tuple[T, int]:
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return read(), attempt - 1
-        except (OSError, ConfigError) as raised:
+        except (*STORE_ERRORS, ConfigError) as raised:
             # `locate` may have to ask a store for a bucket's region
             error = raised.__cause__ if isinstance(raised, ConfigError) else raised
-            if not isinstance(error, OSError):
+            if not isinstance(error, STORE_ERRORS):
                 raise
-            if error.errno in NO_ROOM:
+            if isinstance(error, OSError) and error.errno in NO_ROOM:
                 raise error from None
             if not is_url(location) or is_refusal(error):
                 raise OSError(explain(location, error)) from error
@@ -169,7 +184,7 @@ def exists(location: str) -> bool:
     filesystem, path = locate(location)
     try:
         return bool(filesystem.get_file_info(path).type == fs.FileType.File)
-    except OSError as error:
+    except STORE_ERRORS as error:
         raise OSError(explain(location, error)) from error
 
 
@@ -183,7 +198,7 @@ def write_file(location: str, data: bytes) -> None:
     filesystem, path = locate(location)
     try:
         _write(filesystem, path, data)
-    except OSError as error:
+    except STORE_ERRORS as error:
         raise OSError(explain(location, error)) from error
 
 
@@ -212,7 +227,7 @@ def copy_folder(folder: Path, location: str, last: str) -> None:
             filesystem.create_dir(f"{place}/{parent.relative_to(folder).as_posix()}".removesuffix("/."), recursive=True)
         for file in files:
             _write(filesystem, f"{place}/{file.relative_to(folder).as_posix()}", file.read_bytes())
-    except OSError as error:
+    except STORE_ERRORS as error:
         raise OSError(explain(location, error)) from error
 
 
@@ -249,15 +264,19 @@ def explain(location: str, error: Exception) -> str:
     """One line with the location, what a store's error there means and, if known, what to do."""
     text = str(error)
     meaning = next((meaning for pattern, meaning in REFUSALS.items() if re.search(pattern, text)), None)
-    if meaning == "access is denied":
-        lack = "" if "AWS_ACCESS_KEY_ID" in os.environ else ", and no AWS_ACCESS_KEY_ID is set"
-        meaning += (
-            f"{lack}; give credentials that may do this as {CREDENTIALS}, or ?anonymous=true where the bucket is public"
-        )
+    if meaning == DENIED and _store_of(location) == "s3" and "AWS_ACCESS_KEY_ID" not in os.environ:
+        meaning += ", and no AWS_ACCESS_KEY_ID is set"
+    if meaning is not None and meaning.startswith((DENIED, LACKING, INVALID)):
+        meaning += f"; give credentials that may do this {_where_credentials_belong(location)}"
     if isinstance(error, Refused):
         meaning = text
     if isinstance(error, FileNotFoundError):
         meaning = "there is no such file or folder"
-    if re.search(UNREACHABLE, text):
-        meaning = f"{name_endpoint(location)} does not answer; look at ?endpoint_override=… (or AWS_ENDPOINT_URL) and the network"
+    if meaning is None and re.search(UNREACHABLE, text):
+        variable = "STORAGE_EMULATOR_HOST" if _store_of(location) == "gs" else "AWS_ENDPOINT_URL"
+        meaning = (
+            f"{name_endpoint(location)} does not answer; look at ?endpoint_override=… (or {variable}) and the network"
+        )
+    if meaning is None and (found := re.search(GOOGLE_STATUS, text)):
+        meaning = f"the store answers {found[1]}" + (f" ({found[2]})" if found[2] else "")
     return f"{location}: {meaning or (text.splitlines() or [type(error).__name__])[0]}"

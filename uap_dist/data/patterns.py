@@ -11,7 +11,7 @@ from pathlib import Path
 from pyarrow import fs
 from webdataset.shardlists import expand_urls
 
-from uap_dist.data.locations import explain, is_url, locate, persist, split_query
+from uap_dist.data.locations import STORE_ERRORS, explain, is_url, locate, persist, split_query
 from uap_dist.errors import ShardError
 
 NUM_LOOKED_UP_AT_ONCE = 24  # a store answers in a tenth of a second, to 25 requests at once
@@ -96,7 +96,7 @@ def _existing(url: str) -> str:
         else:
             info = filesystem.get_file_info(path)
             bucket = info if info.type == fs.FileType.File else filesystem.get_file_info(path.partition("/")[0])
-    except OSError as error:
+    except STORE_ERRORS as error:
         said = explain(url, error) if has_buckets else str(error)
         raise ShardError(f"cannot read shard {said}") from error
     if is_url(url) and bucket is not info and bucket.type == fs.FileType.NotFound:
@@ -128,7 +128,7 @@ def _glob(url: str) -> list[str]:
         )
     try:
         there = _names_in(folder + slash + query)
-    except OSError as error:
+    except STORE_ERRORS as error:
         if _has_wildcard(folder):
             raise ShardError(f"{url}: wildcards may stand in the file name only") from error
         raise ShardError(f"{url} matches nothing: {explain(folder + query, error)}") from error

@@ -15,7 +15,7 @@ from pyarrow import fs
 from scipy.io import loadmat
 from torch import Tensor
 
-from uap_dist.data.locations import explain, locate, split_query
+from uap_dist.data.locations import STORE_ERRORS, explain, locate, split_query
 from uap_dist.errors import ClassifierError, PerturbationError
 from uap_dist.foreign_text import first_line
 from uap_dist.method.norms import measure
@@ -127,7 +127,7 @@ def _folder(path: str) -> Iterator[tuple[str, bytes]]:
             if info.type == fs.FileType.File and _is_visible(name):
                 with filesystem.open_input_stream(info.path, compression=None) as stream:
                     yield name, stream.read()
-    except OSError as error:
+    except STORE_ERRORS as error:
         raise PerturbationError(f"cannot read {explain(path, error)}") from error
 
 

@@ -3,11 +3,12 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 
 from pyarrow import fs
 
-from uap_dist.data.locations import locate, split_query
+from uap_dist.data.locations import STORE_ERRORS, locate, persist, split_query
 from uap_dist.errors import ConfigError, ShardError
 
 
@@ -47,7 +48,7 @@ def size_shards(
 
     Raises:
         ConfigError: the shards are known to hold fewer images.
-        ShardError: a shard does not exist.
+        ShardError: a shard does not exist, or its store refuses or keeps failing.
     """
     num_bytes, indexed = count_bytes(urls), read_indexes(urls)
     known = [*counted, *(indexed.get(url) for url in urls[len(counted) :])]
@@ -69,7 +70,7 @@ def count_bytes(urls: Sequence[str]) -> list[int]:
     """Sizes of shards in bytes, as their file system lists them.
 
     Raises:
-        ShardError: a shard does not exist.
+        ShardError: a shard does not exist, or its store refuses or keeps failing.
     """
     by_folder: dict[str, list[int]] = {}
     for number, url in enumerate(urls):
@@ -77,7 +78,11 @@ def count_bytes(urls: Sequence[str]) -> list[int]:
     sizes = [0] * len(urls)
     for folder, numbers in by_folder.items():
         filesystem, _ = locate(folder)
-        infos = filesystem.get_file_info([locate(urls[number])[1] for number in numbers])
+        paths = [locate(urls[number])[1] for number in numbers]
+        try:
+            infos, _ = persist(folder, partial(filesystem.get_file_info, paths), "shards in")
+        except OSError as error:
+            raise ShardError(f"cannot read the sizes of shards in {error}") from error
         for number, info in zip(numbers, infos, strict=True):
             if info.type != fs.FileType.File:
                 raise ShardError(f"no shard {urls[number]}")
@@ -104,7 +109,13 @@ def _read_index(folder: str, prefix: str) -> dict[str, int]:
     try:
         with filesystem.open_input_stream(f"{path.rstrip('/')}/{prefix}-index.json", compression=None) as stream:
             return {str(name): int(count) for name, count in json.loads(stream.read())["shards"].items()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # no index, or a file of another program
+    except (
+        *STORE_ERRORS,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ):  # no index, or a file of another program
         return {}
 
 

@@ -18,9 +18,9 @@ from hashlib import sha256
 from math import inf
 from pathlib import Path
 
-from pyarrow import ArrowException, fs
+from pyarrow import fs
 
-from uap_dist.data.locations import explain, locate, make_own_folder, persist, try_to_write
+from uap_dist.data.locations import STORE_ERRORS, explain, locate, make_own_folder, persist, try_to_write
 from uap_dist.errors import ConfigError, ResumeError
 from uap_dist.rounds.record import RoundRecord
 from uap_dist.tracking.checkpoint import Checkpoint
@@ -122,7 +122,7 @@ class CheckpointStore:
         """Delete the folder and everything in it, if the storage allows it."""
         self.wait()
         self.forget_newest()
-        with suppress(OSError, ArrowException):
+        with suppress(*STORE_ERRORS):
             self._filesystem.delete_dir(self._folder)
 
     def newest(self) -> Checkpoint:
@@ -183,7 +183,7 @@ class CheckpointStore:
     def _writable(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, ArrowException) as error:
+        except STORE_ERRORS as error:
             raise ConfigError(f"cannot write checkpoints to {explain(self.location, error)} (--storage)") from error
 
     def _try_to_write(self, checkpoint: Checkpoint) -> None:
