@@ -19,7 +19,8 @@ from uap_dist.computing import run as computing_run
 from uap_dist.computing.pool_run import compute_all, compute_members, open_members, plan_members
 from uap_dist.computing.provenance import Setting, describe_config, describe_setup, describe_training, job_record
 from uap_dist.computing.run import TrackedRun
-from uap_dist.errors import ResumeError, TrackingError
+from uap_dist.data.locations import exists
+from uap_dist.errors import ConfigError, ResumeError, TrackingError
 from uap_dist.fleet.config import FleetConfig
 from uap_dist.job_options import to_json
 from uap_dist.method.config import ComputeConfig
@@ -87,6 +88,23 @@ def test_held_out_images_are_recorded_even_if_mlflow_does_not_answer_when_they_a
     assert run.info.status == "FINISHED"
     assert [each.dataset.name for each in run.inputs.dataset_inputs] == ["held-out-20"]
     assert "val_digest" in run.data.params
+
+
+@pytest.mark.parametrize("num_perturbations", [1, 2])
+def test_a_run_whose_results_could_not_be_copied_to_its_storage_is_not_finished(begin, store, num_perturbations):
+    def begin_in_store(tracker):
+        *given, _ = begin(tracker, num_perturbations=num_perturbations)
+        return *given, f"s3://bucket/{num_perturbations}?{store.query}&retries=1"
+
+    with pytest.raises(ConfigError, match="access is denied.*copy them with --resume s3://bucket"), track() as tracker:
+        store.fault = lambda method, path: ("status", 403) if path.endswith("/results/result.json") else None
+        compute_all(*begin_in_store(tracker))
+    assert mlflow.get_run(tracker.run_id).info.status == "FAILED"
+    store.reset()
+    with Tracker(run_name="", run_id=tracker.run_id) as tracker:
+        compute_all(*begin_in_store(tracker))
+    assert mlflow.get_run(tracker.run_id).info.status == "FINISHED"
+    assert exists(f"s3://bucket/{num_perturbations}/results/result.json?{store.query}")
 
 
 def test_a_pool_is_not_mixed_of_members_that_were_measured_on_different_images(begin, fleet, shards):

@@ -82,7 +82,8 @@ def compute_all(
             plans = plan_members(options, output)
             members = open_members(setting, plans, storage, checkpoint.job, tracker, stack)
         record = cache(partial(record_held_out, tracker, setting, plans))  # once, but again after an error
-        compute_members(setting, members, record)
+        # the run of a single perturbation ends only when its files are published, because a finished run is not resumed
+        compute_members(setting, members, record, deliver_at_once=bool(plans))
         if plans:
             pool = finish_pool(setting, plans, tracker)
             save_pool(output, pool)
@@ -149,7 +150,11 @@ def open_members(
 
 
 def compute_members(
-    setting: Setting, members: dict[str, TrackedRun], record: Callable[[], None] = lambda: None
+    setting: Setting,
+    members: dict[str, TrackedRun],
+    record: Callable[[], None] = lambda: None,
+    *,
+    deliver_at_once: bool = True,
 ) -> None:
     """Compute all remaining rounds. A member that is done is saved, sent to MLflow and, with its history, removed from `members`.
 
@@ -157,6 +162,7 @@ def compute_members(
         setting: network, workers and data.
         members: by name; those that MLflow does not accept now are left.
         record: called when the held-out images are there, before a member is sent; if MLflow does not answer, it is called again.
+        deliver_at_once: if not, all members are left, and none is sent.
     """
     if not members:
         return
@@ -178,7 +184,7 @@ def compute_members(
             with suppress(TrackingError):  # the next round tries again, or `deliver_members`
                 if setting.held_out.done():
                     record()
-                if report.is_last:
+                if report.is_last and deliver_at_once:
                     members[name].deliver(DELIVERY_TIMEOUT_S, fleet.describe())
                     del members[name]
 
