@@ -9,6 +9,7 @@ from threading import Event
 
 import mlflow
 import pytest
+import torch
 from conftest import TINY
 from fleets import load, make_fleet
 from rich.console import Console
@@ -16,7 +17,14 @@ from test_job import data, empty_store, job_options
 
 from uap_dist.computing import pool_run
 from uap_dist.computing import run as computing_run
-from uap_dist.computing.pool_run import compute_all, compute_members, open_members, plan_members
+from uap_dist.computing.pool_run import (
+    MemberPlan,
+    compute_all,
+    compute_members,
+    finish_pool,
+    open_members,
+    plan_members,
+)
 from uap_dist.computing.provenance import Setting, describe_config, describe_setup, describe_training, job_record
 from uap_dist.computing.run import TrackedRun
 from uap_dist.data.locations import exists
@@ -26,6 +34,7 @@ from uap_dist.job_options import to_json
 from uap_dist.method.config import ComputeConfig
 from uap_dist.method.state import State
 from uap_dist.models.loading import load_classifier
+from uap_dist.rounds.loop import compute
 from uap_dist.tracking.checkpoint import Checkpoint
 from uap_dist.tracking.checkpoint_store import CheckpointStore
 from uap_dist.tracking.mlflow_run import Tracker
@@ -113,6 +122,27 @@ def test_a_pool_is_not_mixed_of_members_that_were_measured_on_different_images(b
     _, val = load(fleet, shards)
     with track() as tracker, pytest.raises(ResumeError, match="seed-0 was measured on other held-out images: val_dig"):
         compute_all(*begin(tracker, val.thin(5), num_perturbations=2))
+
+
+def test_members_of_a_pool_that_was_put_together_by_hand_have_their_own_configs(begin, fleet):
+    """Whose members are computed two at once or alone, and for so many passes."""
+    with track() as tracker, ExitStack() as stack:
+        setting, options, checkpoint, _, output, storage = begin(tracker)
+        configs = {
+            f"seed-{seed}": replace(
+                options.config, round_size=5, seed=seed, members_at_once=at_once, max_passes=passes, period=period
+            )
+            for seed, at_once, passes, period in ((0, 2, 1, None), (1, 2, 2, 8), (2, 1, 1, 8), (3, 2, 2, 8))
+        }
+        plans = {name: MemberPlan(config, output / name, name, {}) for name, config in configs.items()}
+        members = open_members(setting, plans, storage, checkpoint.job, tracker, stack)
+        compute_members(setting, members)
+        pool = finish_pool(setting, plans, tracker).pool
+    for member, v in zip(pool.members, pool.perturbations, strict=True):
+        config = configs[member["name"]]
+        assert ComputeConfig.from_provenance(dict(pool.shared) | dict(member), "") == config
+        *_, alone = compute(fleet, setting.train, setting.held_out, config)
+        assert torch.equal(v, alone.perturbation)
 
 
 def test_a_member_that_mlflow_has_is_kept_no_longer(begin):

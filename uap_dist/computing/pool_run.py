@@ -170,11 +170,11 @@ def compute_members(
     for name, member in members.items():
         if member.state.num_rounds:
             setting.console.print(f"{name} resuming after round {member.state.num_rounds}".strip())
-    config = next(iter(members.values())).config
+    configs = [member.config for member in members.values()]  # those of pools that were put together by hand differ
     rounds = _begin_all(setting, members)
-    with RoundProgress(setting.console, config.max_evaluations, len(members)) as progress:
+    with RoundProgress(setting.console, configs[0].max_evaluations, len(members)) as progress:
         for name, report in compute_concurrently(
-            rounds, limit=lambda left: num_concurrent(fleet.num_workers, left, config)
+            rounds, limit=lambda left: max(num_concurrent(fleet.num_workers, left, each) for each in configs)
         ):
             progress.show(report, name)
             if report.is_last:
@@ -201,10 +201,12 @@ def _begin_all(setting: Setting, members: Mapping[str, TrackedRun]) -> dict[str,
         return computed.count(False)
 
     configs = {name: member.config for name, member in members.items()}
-    if next(iter(configs.values())).members_at_once == 1:
-        return {name: begin(name, setting.fleet) for name in members}
-    groups = ({name: configs[name] for name in names} for names in in_groups(configs))
-    return {name: own for group in groups for name, own in run_together(setting.fleet, group, begin).items()}
+    found: dict[str, Iterator[RoundReport]] = {}
+    for names in in_groups(configs):
+        group = {name: configs[name] for name in names}
+        is_batch = group[names[0]].members_at_once > 1
+        found |= run_together(setting.fleet, group, begin) if is_batch else {n: begin(n, setting.fleet) for n in names}
+    return found
 
 
 def record_held_out(tracker: Tracker, setting: Setting, plans: Mapping[str, MemberPlan]) -> None:

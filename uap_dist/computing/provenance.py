@@ -137,8 +137,7 @@ def _describe_top1(name: str, dataset: Dataset) -> dict[str, float]:
 
 def describe_member(config: ComputeConfig) -> dict[str, Any]:
     """What the provenance of a member of a pool has instead of the pool's."""
-    described = describe_config(config)
-    return {name: described[name] for name in ("seed", "random_start", *GOAL)} | {"num_perturbations": 1}
+    return describe_config(config) | {"num_perturbations": 1}
 
 
 def identity(provenance: Mapping[str, Any], train: Dataset) -> dict[str, Any]:

@@ -6,6 +6,7 @@ waits until all its members have asked, and has one worker compute their spans t
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from threading import Lock, Thread
 from typing import Any
 
@@ -20,13 +21,19 @@ Answer = dict[int, list[RoundReport]]  # by place, see `compute_span`
 
 
 def in_groups(configs: Mapping[str, ComputeConfig]) -> list[list[str]]:
-    """Names of the members that are computed together; their places in the batch differ."""
+    """Names of the members that are computed together: their configs differ in nothing but what makes one, and their places differ."""
     groups: list[list[str]] = []
     for name, config in configs.items():
-        if not groups or place_of(config) in {place_of(configs[other]) for other in groups[-1]}:
+        last = [configs[other] for other in groups[-1]] if groups else []
+        if not last or _shared(config) != _shared(last[0]) or place_of(config) in map(place_of, last):
             groups.append([])
         groups[-1].append(name)
     return groups
+
+
+def _shared(config: ComputeConfig) -> ComputeConfig:
+    """A config without what each member of a pool has of its own."""
+    return replace(config, seed=0, random_start=False)
 
 
 def run_together(
