@@ -204,6 +204,10 @@ def test_what_others_made_is_measured_under_names_of_ones_choice(shards, tmp_pat
             ("--models", TINY, "--shards", "a.tar", "--perturbations", "v.npy:255", "--num-images", "0"),
             "number of images is 0; it must be positive",
         ),
+        (
+            ("--models", TINY, "--shards", "a.tar", "--perturbations", "v.npy:255", "--verify-determinism"),
+            "--verify-determinism compares increments, and an evaluation computes none; leave it out",
+        ),
     ],
 )
 def test_bad_options_are_refused_in_one_line(tmp_path, options, message):

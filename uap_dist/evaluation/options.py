@@ -52,6 +52,8 @@ class EvaluateOptions:
         if not self.perturbations and not self.pools:
             raise ConfigError("no perturbations given (--perturbations, --pools)")
         check_limits(self.max_bad_fraction, self.num_images)
+        if self.fleet.verify_determinism:
+            raise ConfigError("--verify-determinism compares increments, and an evaluation computes none; leave it out")
         for scale in self.scales:
             if not isfinite(scale) or self.scales.count(scale) > 1:
                 raise ConfigError(f"scale {scale:g} is not finite, or given twice (--scales)")
