@@ -235,7 +235,8 @@ def test_verifying_others_that_one_worker_would_compute_alone_is_refused():
     verified = {"fleet": FleetConfig(num_workers=2, verify_determinism=True)}
     assert read_recipe(options_from(**verified), alone) == Recipe(ComputeConfig(), 253)
     assert read_recipe(options_from(), batched) == Recipe(ComputeConfig(members_at_once=4), 253)
-    assert read_recipe(options_from(**verified, analyses=("phase",)), batched) is None
+    with pytest.raises(ConfigError, match="^--verify-determinism .* only the analysis `images` computes; leave it out"):
+        options_from(**verified, analyses=("phase",))
     with pytest.raises(
         ConfigError, match="^--verify-determinism .* v was computed with --members-at-once 4, .*; leave it out"
     ):

@@ -82,6 +82,11 @@ def test_random_perturbations_are_as_many_and_as_large_as_the_members(local_work
         noise = [random_of_same_norms(v, seed=seed)[norm].numpy() for seed, v in enumerate(members)]
         expected = [classify(local_workers, val, v).labels != val.clean.labels for v in noise]
         assert np.array_equal(coverage.is_hit, expected) and not np.array_equal(noise[0], noise[1])
+    tiny = 0.4 * members.sign()  # which rounding removes
+    assert not any(c.is_hit.any() for c in measure_random_coverage(local_workers, val, tiny, quantize=True).values())
+    later = measure_random_coverage(local_workers, val, members, seed=1)["linf"]
+    own = random_of_same_norms(members[0], seed=1)["linf"].numpy()
+    assert np.array_equal(later.is_hit[0], classify(local_workers, val, own).labels != val.clean.labels)
     corners = measure_random_coverage(local_workers, val, 20 * members.sign())
     assert corners["l2"] is corners["linf"]  # measured once
     assert list(by_symbol(corners)) == ["ℓ∞ and ℓ2"] and list(by_symbol(found)) == ["ℓ∞", "ℓ2"]

@@ -42,6 +42,17 @@ def test_same_bits_for_any_number_of_workers(local_ray, shards, undisturbed, num
     assert torch.equal(final.perturbation, undisturbed)
 
 
+def visible_gpus(worker, task):
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+@pytest.mark.parametrize(("gpus_per_worker", "visible"), [(0, {""}), (1, {"0", "1"})])
+def test_a_worker_sees_only_the_gpus_that_it_has_asked_for(local_ray, shards, gpus_per_worker, visible):
+    fleet = make_fleet(2, gpus_per_worker=gpus_per_worker)
+    assert set(fleet.map(visible_gpus, load(fleet, shards)[0].blocks(5))) <= visible
+    fleet.close()
+
+
 def test_same_bits_with_local_steps_for_one_two_and_three_workers_and_through_a_kill(local_ray, shards):
     config = replace(CONFIG, round_size=30, block_size=10, local_steps=5, period=8)
     finals = []

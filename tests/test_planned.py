@@ -47,6 +47,14 @@ def test_a_plan_of_another_job_is_refused_and_what_differs_is_named(tmp_path):
         read_plan(tmp_path / "plan.json", other)
 
 
+def test_a_plan_is_of_the_same_job_whether_labels_are_named_or_numbered():
+    of_name, of_number = (
+        job_options(compute=ComputeConfig(target=target, only_classes=only)).costs()
+        for target, only in (("goldfish", ("cat",)), (1, (2, 3)))
+    )
+    assert of_name == of_number
+
+
 def test_a_resumed_run_does_not_claim_to_know_its_time():
     spent = Spent.of([{"num_evaluations": 10, "num_solves": 5}] * 2, 4, None)
     assert spent.metrics() == {"spent/evaluations": 20, "spent/solves": 10} and spent.beside({}) == ""

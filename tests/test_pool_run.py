@@ -134,6 +134,9 @@ def test_members_of_a_pool_that_was_put_together_by_hand_have_their_own_configs(
             )
             for seed, at_once, passes, period in ((0, 2, 1, None), (1, 2, 2, 8), (2, 1, 1, 8), (3, 2, 2, 8))
         }
+        configs["seed-4"] = ComputeConfig(
+            rule="paper", max_evaluations=200, radius=20.0, round_size=5, block_size=5, seed=4
+        )
         plans = {name: MemberPlan(config, output / name, name, {}) for name, config in configs.items()}
         members = open_members(setting, plans, storage, checkpoint.job, tracker, stack)
         compute_members(setting, members)

@@ -155,3 +155,26 @@ def test_a_folder_that_cannot_be_written_to_is_one_line():
 )
 def test_the_file_that_a_uri_names(uri, path):
     assert sqlite_path(uri) == path
+
+
+def test_a_uri_that_names_no_file_is_one_line():
+    with pytest.raises(
+        TrackingError, match="^MLFLOW_TRACKING_URI is sqlite:mlflow.db; give sqlite:///PATH or the URL of a server$"
+    ):
+        sqlite_path("sqlite:mlflow.db")
+
+
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [
+        ("disk is full", "cannot open .*mlflow.db: .*disk is full; free some space on its disk"),
+        ("disk I/O error", "the tables in .*mlflow.db are incomplete.* .disk I/O error.; it holds no runs"),
+    ],
+)
+def test_a_file_that_cannot_be_created_is_one_line_and_leaves_none(tmp_path, failure, message):
+    def fail(uri):
+        raise OSError(failure)
+
+    with pytest.raises(TrackingError, match=message):
+        prepare_store(tmp_path / "mlflow.db", fail)
+    assert not (tmp_path / "mlflow.db").exists()

@@ -49,7 +49,7 @@ class ResumeError(UapDistError):
 
 
 class OutputError(UapDistError):
-    """Results cannot be written, because no space or no permission is left."""
+    """Results cannot be written, because the disk is full or permission is missing."""
 
 
 class TrackingError(UapDistError):

@@ -10,6 +10,7 @@ import psutil
 import torch
 
 __version__ = "0.1.0"  # the only place: pyproject.toml reads it
+DECISIVE_VERSIONS = ("python", "uap_dist", "torch", "torchvision", "pillow")  # the bits of a result may depend on them
 LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "ray", "mlflow", "webdataset", "pyarrow", "timm")
 
 

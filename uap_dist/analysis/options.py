@@ -52,6 +52,10 @@ class AnalyzeOptions:
         self.data.require()
         if not self.analyses:
             raise ConfigError("no analyses given (--analyses); name some of phase, boundaries, images")
+        if self.fleet.verify_determinism and "images" not in self.analyses:
+            raise ConfigError(
+                "--verify-determinism compares increments, which only the analysis `images` computes; leave it out"
+            )
         for name in ("num_draws", "num_singular", "norm_l2", "memory_gib", "num_seeds", "num_normals"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):

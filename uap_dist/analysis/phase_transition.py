@@ -3,7 +3,6 @@
 Source: Moosavi-Dezfooli, Fawzi, Fawzi, Frossard, "Universal adversarial perturbations", CVPR 2017, section 4, figure 8.
 """
 
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -149,8 +148,7 @@ def mean_image(workers: Workers, dataset: Dataset) -> Tensor:
 def _single_steps(workers: Workers, dataset: Dataset, seed: int) -> Iterator[Tensor]:
     """DeepFool's unit normals of single examples in random order, without examples for which it finds none."""
     for place in np.random.default_rng(seed).permutation(dataset.num_examples):
-        shard = bisect_right(dataset.starts, place) - 1
-        (found,) = workers.map(Worker.normals, [dataset.examples(shard, [place - dataset.starts[shard]])])
+        (found,) = workers.map(Worker.normals, dataset.take(np.array([place])).blocks(1))
         yield from torch.tensor(found.directions)  # Ray's arrays are read-only
 
 

@@ -9,14 +9,16 @@ import numpy as np
 from uap_dist.analysis.boundaries import Boundaries
 from uap_dist.analysis.phase_transition import Point
 from uap_dist.analysis.sample_size import SampleSizePoint
+from uap_dist.analysis.text import NORMS
 from uap_dist.figures import save_figure
+from uap_dist.method.norms import SYMBOLS
 from uap_dist.method.rates import Rate
 
 
 def save_phase_transition(path: Path, points: Sequence[Point]) -> None:
     """Plot fooling rate against ℓ2 and ℓ∞ norm: the mean over the draws of each kind, in the hull of their Wilson intervals."""
     figure, panels = plt.subplots(1, 2, figsize=(11, 5), layout="constrained", sharey=True)
-    for axes, norm, name in zip(panels, ("l2", "linf"), ("ℓ2", "ℓ∞"), strict=True):
+    for axes, norm in zip(panels, NORMS, strict=True):
         own = [point for point in points if point.norm == norm]
         for number, kind in enumerate(dict.fromkeys(point.kind for point in own)):
             colour = f"C{number}"
@@ -34,7 +36,7 @@ def save_phase_transition(path: Path, points: Sequence[Point]) -> None:
             axes.fill_between([0, *norms], [0, *lows], [0, *highs], color=colour, alpha=0.15, lw=0)
             if number == 0:
                 axes.axvline(norms[scales.index(1.0)], color="0.5", ls=":", label=f"norm of the {kind}")
-        axes.set(xlabel=f"{name} norm, pixels", ylim=(0, 1))
+        axes.set(xlabel=f"{SYMBOLS[norm]} norm, pixels", ylim=(0, 1))
         axes.set_xlim(left=0)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel(f"fooling rate on {points[0].fooling.num_examples:,} held-out images")

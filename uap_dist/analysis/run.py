@@ -61,7 +61,7 @@ def read_recipe(options: AnalyzeOptions, perturbation: Perturbation) -> Recipe |
     if options.fleet.verify_determinism and at_once > 1:
         raise ConfigError(
             f"--verify-determinism compares blocks that workers share, but {perturbation.name} was computed with --members-at-once "
-            f"{at_once}, and so are others; leave it out, or leave images out of --analyses"
+            f"{at_once}, and so are others; leave it out"
         )
     return recipe
 

@@ -8,14 +8,14 @@ from uap_dist.analysis.boundaries import SUBSPACE, Boundaries
 from uap_dist.analysis.phase_transition import MEAN, SIGNS, SINGLE, SPHERE, SUM, UNIVERSAL, Point
 from uap_dist.analysis.sample_size import SampleSizePoint
 from uap_dist.analysis.spectrum import Spectrum
-from uap_dist.method.norms import Norm
+from uap_dist.method.norms import SYMBOLS, Norm
 from uap_dist.tracking.outputs import markdown_table
 
 PHASE_PICTURE = "pictures/1-phase-transition.png"
 BOUNDARIES_PICTURE = "pictures/2-singular-values.png"
 NUMBERS_PICTURE = "pictures/3-number-of-images.png"
 ENERGY_SHARE = 0.9
-NORM_NAMES: dict[Norm, str] = {"l2": "ℓ2", "linf": "ℓ∞"}
+NORMS: tuple[Norm, ...] = ("l2", "linf")  # in the order of the figures
 KINDS = {
     UNIVERSAL: "the perturbation that this report is about",
     SPHERE: "drawn uniformly from a sphere; the baseline for the ℓ2 norm",
@@ -65,7 +65,7 @@ def phase_numbers(points: Sequence[Point]) -> dict[str, Any]:
             "fooling_rates_at_own_norm": {k: mean_rate(select(points, kind=k, norm=norm, scale=1.0)) for k in kinds},
             "norms_at_half": {k: norm_at(select(points, kind=k, norm=norm), 0.5) for k in kinds},
         }
-        for norm in NORM_NAMES
+        for norm in NORMS
     }
 
 
@@ -108,8 +108,8 @@ def phase_section(points: Sequence[Point], num_train_images: int, num_summed: in
         f"What it shows, on the held-out images: {_halves(points)} In the paper "
         "(figure 8, CaffeNet, ImageNet) the universal perturbation fools 85 % at ℓ2 norm 2000, and random vectors of that norm 10 %."
     )
-    for norm, name in NORM_NAMES.items():
-        yield f"Mean fooling rate of the draws, at multiples of the perturbation's own {name} norm (that norm is in brackets):"
+    for norm in NORMS:
+        yield f"Mean fooling rate of the draws, at multiples of the perturbation's own {SYMBOLS[norm]} norm (that norm is in brackets):"
         own = select(points, norm=norm)
         scales = sorted({point.scale for point in own})
         lengths = [getattr(select(own, kind=UNIVERSAL, scale=scale)[0], f"norm_{norm}") for scale in scales]

@@ -138,7 +138,7 @@ class ComputeOptions:
 
     def costs(self) -> dict[str, Any]:
         """The options that time and money depend on, as plain values; a plan that differs in one is of another run."""
-        values = to_json(self)
+        values = to_json(replace(self, compute=self.compute.without_goal()))  # a goal costs nothing, and may be a name
         data, fleet = values["data"], values["fleet"]
         return {
             **{name: values[name] for name in ("model", "weights", "num_perturbations")},

@@ -170,11 +170,13 @@ def compute_members(
     for name, member in members.items():
         if member.state.num_rounds:
             setting.console.print(f"{name} resuming after round {member.state.num_rounds}".strip())
-    configs = [member.config for member in members.values()]  # those of pools that were put together by hand differ
+    configs = {
+        name: member.config for name, member in members.items()
+    }  # those of pools that were put together by hand differ
     rounds = _begin_all(setting, members)
-    with RoundProgress(setting.console, configs[0].max_evaluations, len(members)) as progress:
+    with RoundProgress(setting.console, {name: each.max_evaluations for name, each in configs.items()}) as progress:
         for name, report in compute_concurrently(
-            rounds, limit=lambda left: max(num_concurrent(fleet.num_workers, left, each) for each in configs)
+            rounds, limit=lambda left: max(num_concurrent(fleet.num_workers, left, each) for each in configs.values())
         ):
             progress.show(report, name)
             if report.is_last:

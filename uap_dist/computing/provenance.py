@@ -17,7 +17,7 @@ from uap_dist.models.classes import label_name
 from uap_dist.models.classifier import Classifier
 from uap_dist.models.loading import describe_weights
 from uap_dist.tracking.checkpoint import JobRecord, check_identity
-from uap_dist.versions import describe_code
+from uap_dist.versions import DECISIVE_VERSIONS, describe_code
 from uap_dist.workers.accuracy import name_labels, top1
 from uap_dist.workers.dataset import Dataset
 
@@ -38,7 +38,6 @@ HELD_OUT = (
     "top1.clean_val",
 )  # see `describe_held_out`
 GOAL = ("target", "only_classes", "spare_classes")  # labels in a config, which may be names at first
-DECISIVE_VERSIONS = ("torch", "torchvision", "uap_dist")
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def describe_config(config: ComputeConfig) -> dict[str, Any]:
 
 def describe_goal(config: ComputeConfig, class_names: Sequence[str], train: Dataset) -> dict[str, Any]:
     """What a computation makes of the labels of images: target and classes by number, the target by name, and the weight that is used."""
-    described = {name: describe_config(config)[name] for name in GOAL}
+    described = {key: value for key, value in describe_config(config).items() if key in GOAL}
     if config.goal.target is not None:
         described["target_name"] = label_name(config.goal.target, class_names)
     if config.goal.has_classes:

@@ -264,10 +264,7 @@ def _save_pictures(folder: Path, run: FinishedRun, workers: Workers) -> None:
     chosen = np.unique(
         np.linspace(0, val.num_examples - 1, NUM_PICTURED).astype(int)
     )  # evenly spread: nobody chose them
-    places = [(shard, i) for shard, size in enumerate(val.sizes) for i in range(size)]
-    pixels = np.concatenate(
-        list(workers.map(Worker.pixels, [val.examples(places[n][0], [places[n][1]]) for n in chosen]))
-    )
+    pixels = np.concatenate(list(workers.map(Worker.pixels, val.take(chosen).blocks(NUM_PICTURED))))
     names = [
         [[label_name(each.labels[i], run.class_names) for _, each in p.each()] for i in chosen]
         for p in (val.clean, run.perturbed)

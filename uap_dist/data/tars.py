@@ -64,17 +64,15 @@ class StrictHeader(tarfile.TarInfo):
             raise  # a block of zeros, the end of a tar
 
 
-def read_tar(
-    stream: Any, head: bytes, name: str, read_at: Callable[[int, int], bytes] | None = None
-) -> Iterator[Member]:
+def read_tar(stream: Any, head: bytes, name: str, read_at: Callable[[int, int], bytes]) -> Iterator[Member]:
     """Files and links of a tar in their order; it may be compressed (gzip, bzip2, xz), and be several that were joined.
 
     Args:
         stream: a binary file at its start, of which only `read` is used, up to its end.
         head: its first block.
         name: of the file, for error messages.
-        read_at: reads from an offset of the file so many bytes. With it, links to members before them are followed in a tar
-            that is not compressed.
+        read_at: reads from an offset of the file so many bytes: links to members before them are followed in a tar that is not
+            compressed.
 
     Raises:
         ShardError: it is truncated, damaged or not a tar, or what follows its end mark is no tar.
@@ -86,8 +84,8 @@ def read_tar(
             raise EOFError
         for tar, member in _members(opener(stream) if opener else stream):
             if member.islnk() or member.issym():
-                place = places.get(link_target(member)) if read_at and not opener else None
-                if read_at is None or place is None:
+                place = None if opener else places.get(link_target(member))
+                if place is None:
                     yield Member(member.name, b"", member.linkname)
                     continue
                 places[normpath(member.name)] = place

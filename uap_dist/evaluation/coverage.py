@@ -116,7 +116,13 @@ class PoolCoverage:
 
 
 def cover_pools(
-    workers: Workers, dataset: Dataset, perturbations: Sequence[Perturbation], measurements: Sequence[Measurement]
+    workers: Workers,
+    dataset: Dataset,
+    perturbations: Sequence[Perturbation],
+    measurements: Sequence[Measurement],
+    *,
+    quantize: bool,
+    seed: int,
 ) -> list[PoolCoverage]:
     """Coverage by each pool of which all members were measured, at scale 1, on a classifier and a data set.
 
@@ -125,6 +131,8 @@ def cover_pools(
         dataset: images with their clean labels.
         perturbations: whose `pool` is not empty are the members.
         measurements: of these and other perturbations.
+        quantize: as for the measurements.
+        seed: of the random perturbations beside the first member.
     """
     full = {m.perturbation: m for m in measurements if m.scale == 1}
     found = []
@@ -134,7 +142,7 @@ def cover_pools(
         goal, labels = common_goal(members), np.stack([full[p.name].labels for p in members])
         coverage = Coverage.of([p.name for p in members], goal, dataset.clean.labels, labels)
         shown = torch.stack([p.resized(dataset.shape) for p in members])
-        random = measure_random_coverage(workers, dataset, shown, goal)
+        random = measure_random_coverage(workers, dataset, shown, goal, quantize=quantize, seed=seed)
         found.append(PoolCoverage(first.classifier, first.dataset, pool, coverage, random))
     return found
 
@@ -146,7 +154,13 @@ def common_goal(members: Sequence[Perturbation]) -> Goal:
 
 
 def measure_random_coverage(
-    workers: Workers, dataset: Dataset, perturbations: Tensor, goal: Goal = UNTARGETED
+    workers: Workers,
+    dataset: Dataset,
+    perturbations: Tensor,
+    goal: Goal = UNTARGETED,
+    *,
+    quantize: bool = False,
+    seed: int = 0,
 ) -> dict[Norm, Coverage]:
     """Coverage by as many random perturbations: for each member noise of its ℓ∞ and of its ℓ2 norm, all of different seeds.
 
@@ -155,15 +169,17 @@ def measure_random_coverage(
         dataset: images with their clean labels.
         perturbations: M×C×H×W, pixels.
         goal: of the members.
+        quantize: round perturbed images to whole pixel values.
+        seed: of the noise beside the first member; the next ones follow.
     """
     clean, names = dataset.clean.labels, [str(number) for number in range(len(perturbations))]
-    noise = [random_of_same_norms(v, seed=seed) for seed, v in enumerate(perturbations)]
+    noise = [random_of_same_norms(v, seed=number) for number, v in enumerate(perturbations, seed)]
     found: dict[Norm, Coverage] = {}
     for norm in ("linf", "l2"):
         if norm == "l2" and all(each["l2"] is each["linf"] for each in noise):
             found["l2"] = found["linf"]
             break
-        shown = classify_each(workers, dataset, (each[norm].numpy() for each in noise))
+        shown = classify_each(workers, dataset, (each[norm].numpy() for each in noise), quantize=quantize)
         found[norm] = Coverage.of(names, goal, clean, np.stack([each.labels for each in shown]))
     return found
 

@@ -139,19 +139,17 @@ def baselines(perturbations: Iterable[Perturbation], shape: tuple[int, ...], see
 
 
 def aim(perturbations: Iterable[Perturbation], goal: Goal, classifier: str, num_labels: int) -> list[Perturbation]:
-    """Perturbations as they are measured on a classifier: with the goal of their files, else with the one given.
+    """Perturbations as they are measured on a classifier: with the goal of their files; those whose files name none, with the one given.
 
     Args:
         perturbations: of any networks.
         goal: of those that are only to fool all images by what their files say.
         classifier: its name, for messages.
-        num_labels: how many it has. A goal that names others is none on it.
+        num_labels: how many it has. A perturbation whose own goal names others is measured without one.
     """
     found, others = [], []
     for each in perturbations:
         own = each.goal
-        if UNTARGETED not in (own, goal) and own != goal:
-            others.append(each.name)
         outside = [label for label in own.labels if label >= num_labels]
         if outside:
             logger.warning(
@@ -159,12 +157,15 @@ def aim(perturbations: Iterable[Perturbation], goal: Goal, classifier: str, num_
                 *(each.name, outside[0], classifier, num_labels),
             )
             found.append(each.aimed(UNTARGETED))
+        elif own == UNTARGETED:
+            found.append(each.aimed(goal))
         else:
-            found.append(each.aimed(goal) if own == UNTARGETED else each)
+            found.append(each)
+            if goal not in (UNTARGETED, own):
+                others.append(each.name)
     if others:
         logger.warning(
-            "%d perturbations are measured by the goal of their files, not by the one given: %s",
-            len(others),
+            "measured by the goal of their files, not by the one given: %s",
             first_few(others),
         )
     return found

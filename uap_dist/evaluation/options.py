@@ -18,7 +18,7 @@ class EvaluateOptions:
     perturbations: tuple[str, ...] = ()
     """Folders or files of jobs/compute.py; of others with their unit: FILE.mat:255, FILE.pth:1. NAME=FILE names one."""
     pools: tuple[str, ...] = ()
-    """Pools, of which all members are measured; FOLDER:1, FILE.zip:255 of others. NAME=… puts NAME before theirs."""
+    """Pools, of which all members are measured; FOLDER:1, FILE.zip:255 of others. NAME=… names them NAME, member."""
     models: tuple[str, ...] = ()
     """Classifiers as [NAME=]MODEL[=WEIGHTS], as in tuned=torchvision/resnet50=tuned.safetensors."""
     shards: tuple[str, ...] = ()
@@ -28,7 +28,7 @@ class EvaluateOptions:
     scales: tuple[float, ...] = (1.0,)
     """Factors for each perturbation and baseline; several give fooling rate against norm."""
     target: int | str | None = None
-    """Label (number or name) that perturbations shall give whose files name no goal; jobs/compute.py writes theirs."""
+    """Label (number or name) that images shall get under perturbations whose files name no goal, as those of others."""
     only_classes: tuple[int | str, ...] = ()
     """Classes (labels or names) whose images such perturbations shall fool, leaving the others alone."""
     spare_classes: tuple[int | str, ...] = ()

@@ -75,9 +75,8 @@ def summary(measurements: Sequence[Measurement], covered: Sequence[PoolCoverage]
                 _best_of_goal(*names, counted, kind) for names in dict.fromkeys((m.classifier, m.goal) for m in counted)
             ]
             lines += ["", _matrix(counted, kind), ""]
-    return "\n".join(
-        [*lines, "See `pictures/1-transfer-….png`; `tables/evaluation.csv` also has norms, and top-1 before and after."]
-    )
+    picture = "See `pictures/1-transfer-….png`; " if any(m.scale == 1 for m in measurements) else ""
+    return "\n".join([*lines, f"{picture}`tables/evaluation.csv` also has norms, and top-1 before and after."])
 
 
 def _matrix(measurements: Sequence[Measurement], kind: str) -> str:

@@ -26,8 +26,8 @@ def check_pool(options: FinetuneOptions, pool: PerturbationPool, classifier: Cla
 
     Raises:
         PerturbationError: the pool is of another network or input size (unless --allow-transfer), or does not say how it was computed.
-        ConfigError: it has too few members, or a fresh pool would; or nothing of a fresh pool would be verified that shall be.
-        ClassifierError: the classifier has nothing to train.
+        ConfigError: it has too few members, or a fresh pool would; nothing of a fresh pool would be verified that shall be; or the
+            classifier has nothing to train.
     """
     if not options.allow_transfer:
         try:
@@ -76,7 +76,7 @@ def check_network(classifier: Classifier, train: Dataset, val: Dataset) -> None:
 
     Raises:
         ClassifierError: the network cannot be used.
-        ShardError: images without a class, or with one that the network does not have.
+        ConfigError: images without a class, or with one that the network does not have.
     """
     check_classifier(classifier, train.shape)
     check_truths(classifier, train, val)

@@ -26,8 +26,7 @@ def check_truths(classifier: Classifier, train: Dataset, val: Dataset) -> None:
     Raises:
         ConfigError: images without a label, or with a label outside the classes.
     """
-    with torch.no_grad():
-        num_classes = classifier(torch.zeros(1, *train.shape)).shape[1]
+    num_classes = classifier.count_labels(train.shape)
     for what, dataset in (("training", train), ("held-out", val)):
         truths = dataset.truths
         unknown = int((truths == UNKNOWN_CLASS).sum())

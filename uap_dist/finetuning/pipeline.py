@@ -23,7 +23,14 @@ from uap_dist.computing.pool_run import (
     member_folder,
     open_members,
 )
-from uap_dist.computing.provenance import Setting, describe_config, describe_setup, job_record
+from uap_dist.computing.provenance import (
+    Setting,
+    describe_config,
+    describe_held_out,
+    describe_setup,
+    describe_training,
+    job_record,
+)
 from uap_dist.data.locations import copy_folder, exists, join, make_own_folder, read_file, write_file
 from uap_dist.errors import ConfigError
 from uap_dist.evaluation.evaluate import Measurement, measure_perturbations
@@ -247,7 +254,8 @@ def _save_network(
     """Write what was trained, with its provenance, and the epochs to the output folder and, for workers, to the storage."""
     classifier = load_classifier(job.model, before.weights)
     fill(classifier.network, training.tensors(NETWORK_FILE), f"repetition {repetition}")
-    provenance = dict(job.provenance) | {
+    of_another = [key for key in job.provenance if key.startswith("top1.")]  # of the network before fine-tuning
+    provenance = {key: value for key, value in job.provenance.items() if key not in of_another} | {
         "repetition": repetition,
         "pool_sha256": before.pool.digest,
         "weights_digest_before": classifier.weights_digest,
@@ -277,7 +285,6 @@ def _write_network(
     online: PerturbationPool | None,
 ) -> None:
     """Write the network last, atomically."""
-    make_own_folder(folder)
     (folder / EPOCHS_FILE).write_text("".join(f"{record.json}\n" for record in records), encoding="utf-8")
     if online is not None:
         online.save(folder / ONLINE_FOLDER)
@@ -317,10 +324,11 @@ def _compute_pool(job: Job, repetition: int, pool: PerturbationPool, weights: st
         path = member_folder(folder, config.seed)
         plans[path.name] = MemberPlan(config, path, f"repetition {repetition}: {path.name}", job.record.options)
     config = next(iter(plans.values())).config
-    provenance = dict(job.provenance) | describe_setup(classifier, weights, job.fleet) | describe_config(config)
     fleet = Fleet(job.model, weights, job.fleet, job.tracker.run_id, weights_digest=classifier.weights_digest)
     fleet.wait()
     train, val = reload_dataset(fleet, job.train), reload_dataset(fleet, job.val)
+    provenance = dict(job.provenance) | describe_setup(classifier, weights, job.fleet) | describe_config(config)
+    provenance |= describe_training(train) | describe_held_out(train, val)
     setting = Setting(classifier, fleet, train, known(val), provenance, job.console, job.commit_every_s)
     record = job_record(job.record.program, setting, run_id=job.tracker.run_id, options=job.record.options)
     with ExitStack() as stack:

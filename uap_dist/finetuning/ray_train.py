@@ -29,7 +29,7 @@ from torch import Tensor
 from uap_dist.data.locations import locate
 from uap_dist.errors import UapDistError, WorkerLostError
 from uap_dist.finetuning.trainer import HELD_OUT, Learner, Task
-from uap_dist.fleet.ray_cluster import Need
+from uap_dist.fleet.ray_cluster import Need, hide_gpus_of_others
 from uap_dist.models.weights_file import read_weights
 from uap_dist.rounds.record import RoundRecord
 from uap_dist.workers.reproducible import set_up_torch
@@ -137,6 +137,7 @@ def _train(config: dict[str, Any]) -> None:
 
 
 def _train_to_the_end(task: Task, mailbox: ActorHandle[Any]) -> None:
+    hide_gpus_of_others()
     set_up_torch(task.fleet.threads_per_worker)
     context = ray.train.get_context()
     device, size = ray.train.torch.get_device(), context.get_world_size()

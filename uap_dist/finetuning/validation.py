@@ -28,7 +28,7 @@ class Validation:
         """Nothing is measured yet.
 
         Args:
-            classifier: the network in training.
+            classifier: the network to measure, see `Learner.measured`.
             val: all held-out images.
             reader: reads them.
             config: of the training.

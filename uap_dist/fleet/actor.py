@@ -17,12 +17,10 @@ from ray.util import get_node_ip_address
 
 from uap_dist.data.cache import Traffic
 from uap_dist.errors import ConfigError
-from uap_dist.versions import machine, versions
+from uap_dist.versions import DECISIVE_VERSIONS, machine, versions
 from uap_dist.workers.messages import Task
 from uap_dist.workers.reproducible import noticing_kernels, set_up_torch
 from uap_dist.workers.worker import Worker, make_worker
-
-DECISIVE_VERSIONS = ("python", "uap_dist", "torch", "torchvision", "pillow")  # the bits of a result may depend on them
 
 READING = "reading"  # Ray's name of the thread that reads shards while the other one computes
 
@@ -94,7 +92,8 @@ class UapWorker:
     _worker: Worker | None = None
 
     def __init__(self, name: str, run: str) -> None:
-        """Write logs of this process with the names of the worker and of the MLflow run."""
+        """Hide GPUs that this worker did not ask for, and write logs of this process with the names of the worker and of the MLflow run."""
+        ray_cluster.hide_gpus_of_others()
         self._name, self._node = name, get_node_ip_address()
         logging.basicConfig(format=f"%(asctime)s run {run} {name} %(levelname)s %(message)s")
         logger.setLevel(logging.INFO)

@@ -23,7 +23,6 @@ import logging
 import re
 import shutil
 import socket
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +39,7 @@ from uap_dist.foreign_text import first_line, redact
 ANSWER_TIMEOUT_S = 10.0
 FOLDER_TIMEOUT_S = 60.0  # for a node to look for a folder, which starts a process
 NUM_NODES_NAMED = 3
-MAX_SOCKET_BYTES = 103 if sys.platform == "darwin" else 107  # length of the path of a Unix socket
+MAX_SOCKET_BYTES = 107  # length of the path of a Unix socket
 FOLDER_PREFIX = "uap-"
 SETTINGS = b"\0\0\0\x04\0\0\0\0\0"  # first frame of both sides in HTTP/2, which Ray speaks
 GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + SETTINGS
@@ -181,6 +180,15 @@ def _check_answers(address: str) -> None:
 def can_grow() -> bool:
     """Whether nodes may join the cluster, which is so unless the job has started a Ray itself."""
     return _address() != LOCAL
+
+
+def hide_gpus_of_others() -> None:
+    """Have this process, a worker, compute on the CPU if it asked Ray for no GPU; call it before torch looks for any.
+
+    Ray shows all GPUs to a process that asked for none.
+    """
+    if not ray.get_gpu_ids():
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def has_gpus() -> bool:

@@ -88,7 +88,8 @@ def parse(options_type: type[Parsed], default: Parsed | None = None) -> Parsed:
         option = f"--{name.replace('_', '-')}"
         raise ConfigError(f"{option} is given twice; give it once, with all of its values")
     if given.count("model") > 1:
-        raise ConfigError("--model is given twice; several networks are --models A B")
+        several = "; several networks are --models A B" if "models" in list_options(options_type) else ""
+        raise ConfigError(f"--model is given twice{several}")
     return tyro.cli(options_type, default=tyro.MISSING_NONPROP if default is None else default, config=PARSER)
 
 

@@ -100,7 +100,8 @@ def _measure(
         name, rates = f"{measurement.perturbation} × {measurement.scale:g}", "; ".join(measurement.rates_in_words())
         console.print(f"{model}, {set_name}, {name}: {rates}")
         measurements.append(measurement)
-    return measurements, cover_pools(fleet, dataset, perturbations, measurements)
+    covered = cover_pools(fleet, dataset, perturbations, measurements, quantize=options.quantize, seed=options.seed)
+    return measurements, covered
 
 
 def _list_sets(specifications: Sequence[str]) -> dict[str, list[str]]:

@@ -6,7 +6,7 @@ from uap_dist.computing.options import ComputeOptions
 from uap_dist.computing.provenance import describe_config, describe_setup
 from uap_dist.errors import ConfigError
 from uap_dist.fleet.config import need_of
-from uap_dist.jobs.common import connect_to_ray, console
+from uap_dist.jobs.common import connect_to_ray, console, storage_of
 from uap_dist.jobs.demo import check_demo, list_shards
 from uap_dist.models.loading import load_usable_classifier
 from uap_dist.planning.comparison import read_plan, save_plan
@@ -26,7 +26,7 @@ def plan(options: ComputeOptions, tracker: Tracker, output: Path) -> None:
     train_urls, val_urls = list_shards(options, output)
     connect_to_ray()
     check_demo(options, train_urls, need_of(options.fleet))
-    storage = options.record.storage or str(output.parent / "checkpoints")
+    storage = storage_of(options.record, output, tracker, None)
     made = make_plan(Profiler(options, classifier, train_urls, storage, tracker, console), val_urls)
     save_plan(output, made.result() | {"code": describe_code()})
     tracker.complete(tags={}, metrics=made.metrics(), step=0, markdown=made.summary(), folder=output)

@@ -133,7 +133,7 @@ def find_label(given: int | str, class_names: Sequence[str], num_classes: int, *
     alike = [label for label, name in enumerate(plain) if name == _plain(given)]
     if alike:
         raise ConfigError(
-            f"{option} is {given!r}, the name of several classes; give one of the labels {_listed(alike)}"
+            f"{option} is {given!r}, the name of several classes; give one of the labels {', '.join(map(str, alike))}"
         )
     holding = [name for name in plain if _plain(given) in name]
     near = dict.fromkeys([*holding, *difflib.get_close_matches(_plain(given), plain, n=3, cutoff=0.4)])
@@ -158,10 +158,6 @@ def find_labels(
     numbers = (int(part) if isinstance(part, str) and part.isdecimal() else part for part in parts)
     found = [find_label(part, class_names, num_classes, option=option) for part in numbers]
     return tuple(dict.fromkeys(found))
-
-
-def _listed(labels: Sequence[int]) -> str:
-    return ", ".join(map(str, labels))
 
 
 def _unique(names: Sequence[str]) -> dict[str, int]:

@@ -9,6 +9,7 @@ from uap_dist.models.classifier import Classifier
 from uap_dist.models.names import ModelChoice, name_models, plain_key
 from uap_dist.models.several import WORST, Several
 from uap_dist.models.sources.own_code import is_factory, load_own
+from uap_dist.models.sources.presets import GIVE_WEIGHTS
 from uap_dist.models.sources.timm_networks import LITE_NAMES, load_lite, load_timm
 from uap_dist.models.sources.torchvision_networks import classifier_names, load_torchvision
 
@@ -115,14 +116,15 @@ def check_same_weights(model: Given, weights: str | None, found: str, expected: 
     """
     if found == expected:
         return
-    if isinstance(model, tuple):
-        model = ", ".join(model)
-    others = f"{who} loaded other weights of {model} than the driver (digest {found[:12]} instead of {expected[:12]})"
+    names = ", ".join(model) if isinstance(model, tuple) else model
+    message = f"{who} loaded other weights of {names} than the driver (digest {found[:12]} instead of {expected[:12]})"
     if weights is not None:
-        others += f"; keep {weights} as it is while the job runs, and the same on every node"
-    if is_factory(model):
+        message += f"; keep {weights} as it is while the job runs, and the same on every node"
+    if isinstance(model, tuple):
+        message += f"; {GIVE_WEIGHTS} for each"
+    elif is_factory(model):
         cause = "makes others in every process" if weights is None else "may add random tensors of its own"
-        others += f"; its factory {cause}: give --weights, or seed the factory with torch.manual_seed"
+        message += f"; its factory {cause}: {GIVE_WEIGHTS}, or seed the factory with torch.manual_seed"
     elif weights is None:
-        others += "; the published weights differ between nodes: give --weights"
-    raise ClassifierError(others)
+        message += f"; the published weights differ between nodes: {GIVE_WEIGHTS}"
+    raise ClassifierError(message)

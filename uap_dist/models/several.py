@@ -69,7 +69,7 @@ class Several(Classifier):
             if own != other:
                 raise ClassifierError(
                     f"label {label} is {own!r} to {name}, and {other!r} to another network; one perturbation needs networks of the "
-                    "same classes in one order. If they are, give them the same class_names, or none"
+                    "same classes in one order. If only the names differ, give the networks the same class_names, or none"
                 )
 
 

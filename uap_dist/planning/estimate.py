@@ -9,7 +9,6 @@ from functools import partial
 from rich.console import Console
 
 from uap_dist.computing.options import ComputeOptions
-from uap_dist.data.locations import join
 from uap_dist.errors import ConfigError, WorkerLostError
 from uap_dist.fleet.config import need_of
 from uap_dist.fleet.fleet import Fleet
@@ -64,7 +63,7 @@ class Profiler:
         options, classifier, run_id = self.options, self.classifier, self.tracker.run_id
         config = replace(options.fleet, num_workers=num_workers)
         fleet = Fleet(options.given, options.weights, config, run_id, weights_digest=classifier.weights_digest)
-        with closing(fleet), CheckpointStore(join(self.storage, run_id)) as store:
+        with closing(fleet), CheckpointStore(self.storage) as store:
             fleet.wait()
             ready_s = time.perf_counter() - started
             store.prepare()

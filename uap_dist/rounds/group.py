@@ -33,7 +33,7 @@ def in_groups(configs: Mapping[str, ComputeConfig]) -> list[list[str]]:
 
 def _shared(config: ComputeConfig) -> ComputeConfig:
     """A config without what each member of a pool has of its own."""
-    return replace(config, seed=0, random_start=False)
+    return replace(config, seed=0, random_start=None)
 
 
 def run_together(

@@ -4,7 +4,7 @@ import logging
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import TextIOWrapper
 from types import TracebackType
@@ -23,17 +23,17 @@ SECONDS_BETWEEN_LINES = 10.0
 class RoundProgress:
     """Progress of one computation, or of several told apart by name, as their rounds are done; a context manager."""
 
-    def __init__(self, console: Console, max_evaluations: int | None, num_computations: int = 1) -> None:
+    def __init__(self, console: Console, max_evaluations: Mapping[str, int | None]) -> None:
         """Show nothing yet.
 
         Args:
             console: where progress appears.
-            max_evaluations: network evaluations that end a computation whose number of rounds is not known in advance.
-            num_computations: how many computations the progress bar covers.
+            max_evaluations: of each computation by name: the network evaluations that end it if its number of rounds is not known in
+                advance.
         """
         self._console = console
         self._max_evaluations = max_evaluations
-        self._num_computations = num_computations
+        self._num_computations = len(max_evaluations)
         self._fractions: dict[str, float] = {}  # done of each computation
         self._done_before = 0.0  # fraction of everything that resumed computations had done when this process started
         self._started = self._last_line = time.monotonic()
@@ -53,11 +53,11 @@ class RoundProgress:
         if self._console.is_terminal:
             self._bar.stop()
 
-    def show(self, report: RoundReport, name: str = "") -> None:
+    def show(self, report: RoundReport, name: str) -> None:
         """Move the bar, or write a line if the last one is some time ago; every evaluation gets a line."""
         if name not in self._fractions and report.num_rounds:
             self._done_before += report.round_number / report.num_rounds / self._num_computations
-        self._fractions[name] = self._fraction_done(report)
+        self._fractions[name] = self._fraction_done(report, name)
         done = sum(self._fractions.values()) / self._num_computations
         left_s = (time.monotonic() - self._started) * (1 - done) / max(done - self._done_before, 1e-9)
         of_rounds = f"/{report.num_rounds}" if report.num_rounds else ""
@@ -73,11 +73,12 @@ class RoundProgress:
             rates = "; ".join(_rates_in_words(report.evaluation))
             self._write_line(f"{prefix}after {report.num_evaluations} network evaluations: {rates}")
 
-    def _fraction_done(self, report: RoundReport) -> float:
+    def _fraction_done(self, report: RoundReport, name: str) -> float:
         if report.num_rounds:
             return (report.round_number + 1) / report.num_rounds
-        assert self._max_evaluations is not None
-        return min(1.0, report.num_evaluations / self._max_evaluations)
+        most = self._max_evaluations[name]
+        assert most is not None
+        return min(1.0, report.num_evaluations / most)
 
     def _write_line(self, text: str) -> None:
         self._last_line = time.monotonic()

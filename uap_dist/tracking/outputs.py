@@ -93,7 +93,7 @@ def resumable(storage: str) -> Iterator[None]:
         yield
     except OutputError as error:
         raise OutputError(
-            f"{error}; everything computed is committed: free some space, then run {command()} --resume {storage}"
+            f"{error}; everything computed is committed: mend that, then run {command()} --resume {storage}"
         ) from error
 
 

@@ -84,7 +84,8 @@ def _warn_if_fresh(checkpoint: Checkpoint) -> None:
 
 def _checkpoints_of(run_id: str, job: str) -> str:
     """Folder or URL of a run's checkpoints; ResumeError if it has none, or this job cannot resume it."""
-    run, (root_id, root) = look_up(run_id), _root(run_id)
+    run = look_up(run_id)
+    root_id, root = _root(run_id, run)
     if not root.job:
         raise ResumeError(
             f"run {run_id} ({run.name}) was started by another program, or by an earlier version of uap_dist; it cannot be resumed"
@@ -99,10 +100,9 @@ def _checkpoints_of(run_id: str, job: str) -> str:
     return run.checkpoints
 
 
-def _root(run_id: str) -> tuple[str, RunFacts]:
+def _root(run_id: str, run: RunFacts) -> tuple[str, RunFacts]:
     """The run at the top of the one given, which may be its own: parent of its parents."""
-    run = look_up(run_id)
-    return (run_id, run) if run.parent is None else _root(run.parent)
+    return (run_id, run) if run.parent is None else _root(run.parent, look_up(run.parent))
 
 
 def _is_part(subject: str, run_id: str, job: str) -> str:

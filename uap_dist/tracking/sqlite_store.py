@@ -9,17 +9,28 @@ from pathlib import Path
 from typing import IO
 
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
 
 from uap_dist.errors import TrackingError
+from uap_dist.foreign_text import redact
 
 logger = logging.getLogger(__name__)
 
 
 def sqlite_path(uri: str) -> Path | None:
-    """The file that a tracking URI names; None for the URI of a server or of a database in memory."""
+    """The file that a tracking URI names; None for the URI of a server or of a database in memory.
+
+    Raises:
+        TrackingError: it begins like one of a file, and is none.
+    """
     if not uri.startswith("sqlite"):
         return None
-    name = make_url(uri).database
+    try:
+        name = make_url(uri).database
+    except ArgumentError as error:
+        raise TrackingError(
+            f"MLFLOW_TRACKING_URI is {redact(uri)}; give sqlite:///PATH or the URL of a server"
+        ) from error
     return None if not name or name.startswith((":memory:", "file:")) else Path(name).absolute()
 
 
@@ -37,11 +48,11 @@ def prepare_store(path: Path, open_store: Callable[[str], object]) -> None:
     """
     draft = path.with_name(f"{path.name}.unfinished")
     with _lock(path):
-        if not path.exists() or path.stat().st_size == 0:
-            draft.unlink(missing_ok=True)
-            open_store(f"sqlite:///{draft}")
-            draft.replace(path)
         try:
+            if not path.exists() or path.stat().st_size == 0:
+                draft.unlink(missing_ok=True)
+                open_store(f"sqlite:///{draft}")
+                draft.replace(path)
             open_store(f"sqlite:///{path}")
         except Exception as error:
             raise TrackingError(_explain(path, str(error))) from error
@@ -89,8 +100,8 @@ def _explain(path: Path, reason: str) -> str:
 
 
 def _count_runs(path: Path) -> int:
-    with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
-        try:
+    try:
+        with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
             return int(connection.execute("SELECT count(*) FROM runs").fetchone()[0])
-        except sqlite3.OperationalError:
-            return 0  # the table does not exist
+    except sqlite3.OperationalError:
+        return 0  # the file or the table does not exist

@@ -22,7 +22,10 @@ class Workers(Protocol):
 
     @property
     def room_for_spans(self) -> int:
-        """Bytes of decoded images that each worker can keep; a computation with more gives none of them a span. 0: no spans at all."""
+        """Bytes of decoded images that each worker can keep; a computation with more gives none of them a span.
+
+        0: no spans at all, except for perturbations that share batches (`members_at_once`).
+        """
         ...
 
     def map(self, method: Callable[[Worker, T, *Shared], R], tasks: Sequence[T], *shared: *Shared) -> Iterator[R]:

@@ -82,13 +82,13 @@ class Settings:
             os.environ[WORKSPACE] = self.workspace
 
 
-def set_up_torch(num_threads: int, precision: Precision = "float32") -> None:
+def set_up_torch(num_threads: int) -> None:
     """Set up a process that belongs to this package alone: number of CPU threads, deterministic kernels, full precision.
 
     Freed memory is kept for the next tensors.
     """
     _keep_freed_memory()
-    _ours(num_threads, precision).apply()
+    _ours(num_threads, "float32").apply()
 
 
 @contextmanager

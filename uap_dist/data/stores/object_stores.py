@@ -145,7 +145,8 @@ def _region(bucket: str) -> str:
     return region
 
 
-@cache  # because it takes 8 ms to make one, and its connections are used again
+# because it takes 8 ms to make one, and its connections are used again; `environment` is part of the key: pyarrow reads those variables
+@cache
 def _s3(bucket: str, given: Options, environment: Options) -> fs.S3FileSystem:
     options = dict(given)
     options = _endpoint_of_environment(options, *S3_ENDPOINTS) | options
@@ -156,7 +157,7 @@ def _s3(bucket: str, given: Options, environment: Options) -> fs.S3FileSystem:
     return fs.S3FileSystem(**timeouts | options, retry_strategy=retries)
 
 
-@cache
+@cache  # see `_s3`
 def _gcs(given: Options, environment: Options) -> fs.GcsFileSystem:
     options = dict(given)
     emulator = _endpoint_of_environment(options, *GCS_ENDPOINTS)

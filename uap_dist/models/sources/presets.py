@@ -15,6 +15,8 @@ from uap_dist.models.weights_file import WeightsFile
 
 logger = logging.getLogger(__name__)
 
+GIVE_WEIGHTS = "give a weights file (--weights FILE, or MODEL=FILE in --models)"
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -106,7 +108,7 @@ def _from_digest(file: WeightsFile, presets: Mapping[str, Preset]) -> Preset | N
     return None
 
 
-def download(create: Callable[[], nn.Module], name: str, advice: str = "give a weights file (--weights)") -> nn.Module:
+def download(create: Callable[[], nn.Module], name: str, advice: str = GIVE_WEIGHTS) -> nn.Module:
     """The network that a library creates with its published weights.
 
     Raises:
