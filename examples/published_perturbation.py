@@ -1,4 +1,4 @@
-"""A perturbation that others published, as .npy or .mat, measured on a network of one's own beside random ones of the same norms.
+"""Perturbations that others published, measured on a network of one's own beside random ones of the same norms.
 
 python examples/published_perturbation.py --help
 """
@@ -28,10 +28,10 @@ def main(
     num_images: int | None = None,
     folder: Path = Path("outputs/example"),
 ) -> None:
-    """Print the fooling rates of a perturbation and of random ones.
+    """Print the fooling rates of perturbations and of random ones.
 
     Args:
-        perturbation: FILE.npy or FILE.mat with its unit: FILE.npy:255 for pixels, FILE.npy:1 for 0..1. Default: stripes are made.
+        perturbation: file, folder or zip with its unit: FILE.npy:255 for pixels, FILE.pth:1 for 0..1. Default: stripes are made.
         model: as `load_classifier` takes it: torchvision/NAME, timm/NAME, or my_network.py:factory.
         weights: file with its weights.
         shards: WebDataset tars, as 'val-*.tar'. Default: the demonstration's held-out crops.
@@ -45,16 +45,16 @@ def main(
     urls = expand_patterns([shards]) if shards else write_demo_shards(folder / "shards")[1]
     workers = LocalWorkers(Worker(load_classifier(model, weights), cache_bytes=4 << 30, num_threads=2))
     images = load_dataset(workers, urls, num_images=num_images)
-    (published,) = load_perturbations([perturbation])
-    v = published.resized(images.shape)
-    random = random_of_same_norms(v, seed=0)
-    for name, shown in {
-        published.name: v,
-        "random, same ℓ∞ norm": random["linf"],
-        "random, same ℓ2 norm": random["l2"],
-    }.items():
-        rate = fooling_rate(images, classify(workers, images, shown.numpy()))
-        print(f"{name}: fooled {rate}; ℓ∞ {measure(shown, 'linf'):.1f}, ℓ2 {measure(shown, 'l2'):.0f} pixels")
+    for published in load_perturbations([perturbation]):
+        v = published.resized(images.shape)
+        random = random_of_same_norms(v, seed=0)
+        for name, shown in {
+            published.name: v,
+            "random, same ℓ∞ norm": random["linf"],
+            "random, same ℓ2 norm": random["l2"],
+        }.items():
+            rate = fooling_rate(images, classify(workers, images, shown.numpy()))
+            print(f"{name}: fooled {rate}; ℓ∞ {measure(shown, 'linf'):.1f}, ℓ2 {measure(shown, 'l2'):.0f} pixels")
 
 
 if __name__ == "__main__":

@@ -84,12 +84,11 @@ def parse(options_type: type[Parsed], default: Parsed | None = None) -> Parsed:
     given = [
         word.partition("=")[0].removeprefix("--").replace("-", "_") for word in sys.argv[1:] if word.startswith("--")
     ]
-    for name in sorted(name for name in list_options(options_type) if given.count(name) > 1):
-        option = f"--{name.replace('_', '-')}"
-        raise ConfigError(f"{option} is given twice; give it once, with all of its values")
+    lists = list_options(options_type)
+    for name in sorted(name for name in lists if given.count(name) > 1):
+        raise ConfigError(f"--{name.replace('_', '-')} is given twice; give it once, with all of its values")
     if given.count("model") > 1:
-        several = "; several networks are --models A B" if "models" in list_options(options_type) else ""
-        raise ConfigError(f"--model is given twice{several}")
+        raise ConfigError("--model is given twice" + "; several networks are --models A B" * ("models" in lists))
     return tyro.cli(options_type, default=tyro.MISSING_NONPROP if default is None else default, config=PARSER)
 
 
