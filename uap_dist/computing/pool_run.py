@@ -170,9 +170,8 @@ def compute_members(
     for name, member in members.items():
         if member.state.num_rounds:
             setting.console.print(f"{name} resuming after round {member.state.num_rounds}".strip())
-    configs = {
-        name: member.config for name, member in members.items()
-    }  # those of pools that were put together by hand differ
+    # those of pools that were put together by hand may differ
+    configs = {name: member.config for name, member in members.items()}
     rounds = _begin_all(setting, members)
     with RoundProgress(setting.console, {name: each.max_evaluations for name, each in configs.items()}) as progress:
         for name, report in compute_concurrently(

@@ -24,10 +24,8 @@ logger = logging.getLogger(__name__)
 TRIAL_BYTES = 1 << 20
 ATTEMPTS, SECONDS_BEFORE_RETRY = 5, 0.5  # the pause doubles after each attempt
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # on this machine; errors of a store have no such number
-STORE_ERRORS = (
-    OSError,
-    ArrowException,
-)  # what pyarrow raises for a store: some answers of Google's and Azure's are no OSError
+# what pyarrow raises for a store: some answers of Google's and Azure's are no OSError
+STORE_ERRORS = (OSError, ArrowException)
 CREDENTIALS = {  # where each store's belong
     "s3": "as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or a profile, or the machine's role)",
     "gs": "as GOOGLE_APPLICATION_CREDENTIALS (or those of gcloud, or the machine's service account)",

@@ -109,13 +109,7 @@ def _read_index(folder: str, prefix: str) -> dict[str, int]:
     try:
         with filesystem.open_input_stream(f"{path.rstrip('/')}/{prefix}-index.json", compression=None) as stream:
             return {str(name): int(count) for name, count in json.loads(stream.read())["shards"].items()}
-    except (
-        *STORE_ERRORS,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-    ):  # no index, or a file of another program
+    except (*STORE_ERRORS, ValueError, LookupError, TypeError, AttributeError):  # no index, or another program's
         return {}
 
 
