@@ -19,12 +19,14 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pyarrow.parquet as pq
 import tyro
 from comparison.bench import stamp
 from networks import NETWORKS
 
+from uap_dist.figures import save_figure
 from uap_dist.perturbations.pool import PerturbationPool
 
 JOBS = Path(__file__).parents[1] / "jobs"
@@ -83,7 +85,9 @@ def main() -> None:
         for line in chain(pools(options), attacks(options)):
             lines.append(json.dumps(line | stamp()) + "\n")
             options.output.write_text("".join(lines))
-    print("\n".join(tables([json.loads(line) for line in options.output.read_text().splitlines()])))
+    found = [json.loads(line) for line in options.output.read_text().splitlines()]
+    save_picture(options.output.with_suffix(".png"), [line for line in found if "network" in line])
+    print("\n".join(tables(found)))
 
 
 def pools(options: Options) -> Iterator[dict[str, Any]]:
@@ -167,6 +171,21 @@ def run(job: str, output: Path, *words: str, leaves: Path | None = None) -> None
         shutil.rmtree(output, ignore_errors=True)
         print("python", f"jobs/{job}", *words, flush=True)
         subprocess.run([sys.executable, str(JOBS / job), *words, "--output", str(output)], check=True)
+
+
+def save_picture(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Fooling rates of fresh perturbations against clean top-1: a line for each network, a marker for each kind of attack."""
+    figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
+    attacks = {f"fresh, period {period}": marker for period, marker in zip(PERIODS, "os", strict=True)}
+    for number, line in enumerate(lines):
+        rates = [mean(rates) for rates in line["fresh"].values()] + [mean(line["published"])]
+        axes.plot([line["top1_clean"]] * len(rates), rates, color=f"C{number}", alpha=0.4)
+        for (attack, marker), rate in zip((attacks | {"published": "^"}).items(), rates, strict=True):
+            axes.plot(line["top1_clean"], rate, marker, color=f"C{number}", label=attack if number == 0 else None)
+        axes.annotate(line["network"], (line["top1_clean"], max(rates)), xytext=(4, 4), textcoords="offset points")
+    axes.set(xlabel="clean top-1", ylabel="fooling rate, mean", ylim=(0, 1.05))
+    axes.legend()
+    save_figure(figure, path)
 
 
 def tables(lines: list[dict[str, Any]]) -> Iterator[str]:
