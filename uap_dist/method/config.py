@@ -37,7 +37,7 @@ class ComputeConfig:
     max_passes: int | None = None
     """Stop after so many passes over the training images; if not given, 10, or no limit with --max-evaluations."""
     target_fooling_rate: float = 1.0
-    """Stop after a pass at whose end v fools this fraction (0..1) of the training images. For a label: --target."""
+    """Stop after a pass at whose end v fools this fraction (0..1) of the training images; no relation to --target."""
     target: int | str | None = None
     """Label that all images shall get, by number or name (of the network); if not given, any but their own will do."""
     only_classes: tuple[int | str, ...] = ()

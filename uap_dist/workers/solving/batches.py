@@ -89,8 +89,8 @@ def solve_chosen(
         perturbation: v, M×C×H×W float32, pixels.
         scales: see `solve_block`.
         images: as `GpuImages.pixels`.
-        classifier: likewise.
-        solver: likewise.
+        classifier: see `solve_block`.
+        solver: see `solve_block`.
     """
     rows, flips, *_ = choice.unbind(1)
     pixels = take_views(images, rows, flips.bool(), choice[:, 2:4]).to(torch.float32)
