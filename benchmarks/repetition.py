@@ -32,7 +32,7 @@ from uap_dist.perturbations.pool import PerturbationPool
 JOBS = Path(__file__).parents[1] / "jobs"
 PERIODS = (32, 224)  # the default for photographs, and the whole image: no repetition
 SIZE, EVALUATIONS = 4, 3_000  # of a pool, and of each of its members
-NUM_ATTACKS, ATTACK_EVALUATIONS, ATTACK_SEED = 2, 4_000, 100
+NUM_ATTACKS, ATTACK_SEED = 2, 100  # with as many evaluations as a member of a pool
 NUM_IMAGES, NUM_TUNING, NUM_HELD_OUT = 500, 1_000, 500  # computed from, fine-tuned on, measured on
 # Epochs of fine-tuning; --online computes no pool, and has as many image gradients as the others with theirs.
 EPOCHS = 3
@@ -96,7 +96,7 @@ def pools(options: Options) -> Iterator[dict[str, Any]]:
         pool = PerturbationPool.load(pool_folder(options, period))
         yield {
             "pool": f"period {period}",
-            "fooling": [member["val_fooling_rate"] for member in pool.members],
+            "fooling": rates_of(pool_folder(options, period)),
             "largest_inner_product": pool.nearest_pairs()[0][0],
             "energy": energy_by_frequency(pool.perturbations.numpy()),
         }
@@ -108,7 +108,9 @@ def attacks(options: Options) -> Iterator[dict[str, Any]]:
     fresh = {
         name: {str(period): attack(options, name, weights, period) for period in PERIODS}
         for name, weights in networks.items()
+        if name != BEFORE
     }
+    fresh[BEFORE] = {str(period): rates_of(pool_folder(options, period)) for period in PERIODS}
     table = published(options, networks)
     for name in networks:
         own = [row for row in table if row["classifier"] == name]
@@ -137,9 +139,14 @@ def attack(options: Options, name: str, weights: str | None, period: int) -> lis
     """Fooling rates of fresh perturbations, which know nothing of the training."""
     folder = options.folder / f"attack-{name}-{period}"
     words = ["--period", str(period), "--num-perturbations", str(NUM_ATTACKS), "--seed", str(ATTACK_SEED)]
-    words += ["--max-evaluations", str(ATTACK_EVALUATIONS)]
+    words += ["--max-evaluations", str(EVALUATIONS)]
     run("compute.py", folder, *options.given(weights), *options.images(), *words)
-    return [member["val_fooling_rate"] for member in PerturbationPool.load(folder / "pool").members]
+    return rates_of(folder / "pool")
+
+
+def rates_of(pool: Path) -> list[float]:
+    """Fooling rates of a pool's members, on the network that they were computed on."""
+    return [member["val_fooling_rate"] for member in PerturbationPool.load(pool).members]
 
 
 def published(options: Options, networks: Mapping[str, str | None]) -> list[dict[str, Any]]:
