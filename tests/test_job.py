@@ -145,7 +145,8 @@ def test_the_page_on_records_names_all_that_a_run_records_and_nothing_else(finis
     metrics = {name for name in run.data.metrics if not name.startswith(("planned/", "system/"))}
     of_paper = {"round/mean_increment_norm", "round/deepfool_success"}
     others = {"targeted_success_rate/val", "num_images/val_targeted_success"}
-    assert {name for name in named if "/" in name} == metrics | of_paper | others
+    of_pool = {f"pool/{name}" for name in ("mean_val_fooling_rate", "largest_inner_product", "num_perturbations")}
+    assert {name for name in named if "/" in name} == metrics | of_paper | of_pool | others
     table = pq.read_schema(folder / "out/tables/held-out-examples.parquet").names
     assert {*json.loads((folder / "out/result.json").read_text()), *table} <= named
 

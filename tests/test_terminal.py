@@ -144,7 +144,7 @@ def test_results_that_do_not_fit_on_the_disk_say_how_to_continue(tmp_path):
         (folder / "result.json").write_text("x" * 100_000)
 
     (tmp_path / "result.json").symlink_to("/dev/full")
-    advice = "everything computed is committed: free some space, then run .* --resume s3://bucket/run$"
+    advice = "everything computed is committed: mend that, then run .* --resume s3://bucket/run$"
     with (
         pytest.raises(OutputError, match=f"cannot write results to {tmp_path}: no space is left on its disk; {advice}"),
         resumable("s3://bucket/run"),
