@@ -189,8 +189,11 @@ def save_picture(path: Path, lines: list[dict[str, Any]]) -> None:
         axes.plot([line["top1_clean"]] * len(rates), rates, color=f"C{number}", alpha=0.4)
         for (attack, marker), rate in zip((attacks | {"published": "^"}).items(), rates, strict=True):
             axes.plot(line["top1_clean"], rate, marker, color=f"C{number}", label=attack if number == 0 else None)
-        axes.annotate(line["network"], (line["top1_clean"], max(rates)), xytext=(4, 4), textcoords="offset points")
+        axes.annotate(
+            line["network"], (line["top1_clean"], max(rates)), xytext=(-6, -3), textcoords="offset points", ha="right"
+        )
     axes.set(xlabel="clean top-1", ylabel="fooling rate, mean", ylim=(0, 1.05))
+    axes.margins(x=0.2)
     axes.legend()
     save_figure(figure, path)
 
