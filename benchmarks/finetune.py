@@ -28,7 +28,7 @@ from networks import NETWORKS
 from uap_dist.data.patterns import expand_patterns
 from uap_dist.finetuning.options import FinetuneConfig
 from uap_dist.finetuning.report import BEFORE, FRESH, RANDOM
-from uap_dist.finetuning.trainer import HELD_OUT, NETWORK_FILE, TRAINED_ON, Learner, Task
+from uap_dist.finetuning.trainer import HELD_OUT, NETWORK_FILE, TRAINED_ON, Learner, TrainingTask
 from uap_dist.fleet.config import FleetConfig
 from uap_dist.method.config import ComputeConfig
 from uap_dist.models.loading import load_classifier
@@ -142,7 +142,7 @@ def tune(options: Options, name: str, entry: dict[str, Any]) -> dict[str, Any]:
     workers = LocalWorkers(Worker(load_classifier(model, weights), cache_bytes=8 << 30, num_threads=1))
     train, held_in = load_dataset(workers, shards), load_dataset(workers, [last])
     started = time.monotonic()
-    learner = Learner(Task(model, weights, train, held_in, pool, FinetuneConfig(**entry), FleetConfig()))
+    learner = Learner(TrainingTask(model, weights, train, held_in, pool, FinetuneConfig(**entry), FleetConfig()))
     while not learner.is_done:
         record = learner.run_epoch()
     with tempfile.TemporaryDirectory() as folder:

@@ -24,7 +24,7 @@ from uap_dist.data.patterns import expand_patterns
 from uap_dist.finetuning.adversarial import perturb
 from uap_dist.finetuning.batches import ImageReader, LabelledImages, WorkerImages
 from uap_dist.finetuning.options import FinetuneConfig
-from uap_dist.finetuning.trainer import Learner, Task
+from uap_dist.finetuning.trainer import Learner, TrainingTask
 from uap_dist.fleet.config import FleetConfig
 from uap_dist.method.norms import random_perturbation
 from uap_dist.models.loading import load_classifier
@@ -81,7 +81,7 @@ def measure(options: Options, num_threads: int) -> list[float]:
     fleet = FleetConfig(decode_threads=num_threads)
     noise = torch.stack([random_perturbation(train.shape, norm="linf", radius=10.0, seed=seed) for seed in range(2)])
     pool = PerturbationPool(noise, {"norm": "linf", "radius": 10.0}, [{"name": "first"}, {"name": "second"}])
-    learner = Learner(Task(model, weights, train, train.thin(options.batch_size), pool, config, fleet))
+    learner = Learner(TrainingTask(model, weights, train, train.thin(options.batch_size), pool, config, fleet))
     count = options.num_images // options.batch_size * options.batch_size
     images = WorkerImages(train, ImageReader(classifier.geometry, fleet), config.shuffle_shards)
     batches: list[LabelledImages] = []

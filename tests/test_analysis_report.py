@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from uap_dist.analysis.boundaries import SUBSPACE, Boundaries
+from uap_dist.analysis.boundaries import SUBSPACE, BoundaryCorrelation
 from uap_dist.analysis.phase_transition import MEAN, SIGNS, SINGLE, SPHERE, SUM, UNIVERSAL, Point
 from uap_dist.analysis.report import FinishedAnalysis, save_analysis, to_html
 from uap_dist.analysis.sample_size import SampleSizePoint
@@ -145,7 +145,7 @@ def test_dimensions_of_a_reduced_matrix_are_bounds():
     def finding(values, error):
         spectrum = Spectrum(np.array(values), np.eye(1, 3, dtype=np.float32), 4, 4.0, error)
         points = [Point(kind, 0, "l2", 1.0, 7.0, 1.0, Rate(1, 10)) for kind in (UNIVERSAL, SUBSPACE, SPHERE)]
-        return boundaries_finding(Boundaries(spectrum, spectrum, 0, points))
+        return boundaries_finding(BoundaryCorrelation(spectrum, spectrum, 0, points))
 
     assert "4 unit normals lies in 2 dimensions," in finding([1.8, 0.8, 0.35], 0.0)
     assert "lies in at most 2 dimensions," in finding([1.8, 0.8], 0.1)

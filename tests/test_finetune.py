@@ -16,7 +16,7 @@ from uap_dist.finetuning.adversarial import smallest_factors
 from uap_dist.finetuning.batches import ImageReader, WorkerImages
 from uap_dist.finetuning.network import check_labels, check_trainable, check_truths, make_optimiser
 from uap_dist.finetuning.options import FinetuneConfig
-from uap_dist.finetuning.trainer import HELD_OUT, NETWORK_FILE, TRAINED_ON, Learner, Task
+from uap_dist.finetuning.trainer import HELD_OUT, NETWORK_FILE, TRAINED_ON, Learner, TrainingTask
 from uap_dist.fleet.config import FleetConfig
 from uap_dist.method.norms import random_perturbation
 from uap_dist.models.classifier import Classifier
@@ -43,11 +43,11 @@ def reader(**options):
 
 def learner(data, pool, model=TINY, **options):
     config = FinetuneConfig(**{"batch_size": 8, "epochs": 2, "learning_rate": 1e-3} | options)
-    return Learner(Task(model, None, *data, pool, config, FleetConfig()))
+    return Learner(TrainingTask(model, None, *data, pool, config, FleetConfig()))
 
 
 def test_a_worker_with_other_weights_than_the_driver_is_refused(tiny_data, pool):
-    task = Task(TINY, None, *tiny_data, pool, FinetuneConfig(), FleetConfig(), weights_digest="0" * 64)
+    task = TrainingTask(TINY, None, *tiny_data, pool, FinetuneConfig(), FleetConfig(), weights_digest="0" * 64)
     with pytest.raises(ClassifierError, match="training worker 0 loaded other weights of .*:Tiny than the driver"):
         Learner(task)
 
@@ -238,7 +238,7 @@ def test_rates_of_an_epoch_are_those_of_an_evaluation(tiny_data, pool):
 def test_two_workers_see_all_images_between_them(tiny_data, pool):
     """What each measures on its part of the held-out images, together, is what one measures on all."""
     config = FinetuneConfig(batch_size=8)
-    task = Task(TINY, None, *tiny_data, pool, config, FleetConfig())
+    task = TrainingTask(TINY, None, *tiny_data, pool, config, FleetConfig())
     parts = [task.val.part(number, 3) for number in range(3)]
     assert [key for part in parts for key in part.keys] == task.val.keys
     assert sorted(part.num_examples for part in parts) == [6, 7, 7]

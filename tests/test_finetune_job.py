@@ -25,7 +25,7 @@ from uap_dist.data.decode import Geometry
 from uap_dist.errors import ConfigError
 from uap_dist.finetuning.batches import ImageReader, WorkerImages
 from uap_dist.finetuning.options import FinetuneConfig, FinetuneOptions
-from uap_dist.finetuning.trainer import Learner, Task
+from uap_dist.finetuning.trainer import Learner, TrainingTask
 from uap_dist.fleet.config import FleetConfig
 from uap_dist.job_options import DataOptions
 from uap_dist.method.config import ComputeConfig
@@ -138,7 +138,7 @@ def train_undisturbed(config, weights, data, pool, folder):
     """What two workers without Ray end with."""
     workers = LocalWorkers(Worker(load_classifier(SLOW, weights), cache_bytes=1 << 30, num_threads=1))
     train, val = (load_dataset(workers, urls) for urls in data)
-    task = Task(SLOW, weights, train, val, PerturbationPool.load(pool), config, FleetConfig())
+    task = TrainingTask(SLOW, weights, train, val, PerturbationPool.load(pool), config, FleetConfig())
     torch.multiprocessing.spawn(learn, (task, folder), nprocs=2)
     learner = Learner(task)
     learner.load(folder)

@@ -173,6 +173,33 @@ def test_names_with_dots_are_samples_of_their_own(tmp_path):
     assert read(pack(tmp_path / "u.tar", *adjacent))[0] == expected
 
 
+def test_labels_are_named_after_the_picture_or_its_sample(tmp_path):
+    files = {
+        "a.image.png": 1,
+        "a.cls": 1,
+        "b.jpg": 2,
+        "b.jpg.cls": 2,
+        "c.1.png": 3,
+        "c.1.cls": 3,
+        "c.cls": 9,
+        "d.png": 4,
+    }
+    files |= {"e.0.png": 5, "e.1.png": 6, "e.cls": 9, "e.1.png.cls": 6, "f..png": 7, "f..cls": 7}
+    files = [(name, picture(value, "PNG") if name[-1] == "g" else b"%d" % value) for name, value in files.items()]
+    for order in (files, files[::-1]):
+        found, shard = read(pack(tmp_path / "t.tar", *order))
+        labels = {
+            "a.image": (1, b"1"),
+            "b": (2, b"2"),
+            "c.1": (3, b"3"),
+            "d": (4, None),
+            "e.0": (5, None),
+            "e.1": (6, b"6"),
+        }
+        assert found == labels | {"f.": (7, b"7")}
+        assert sorted(shard.unused) == ["c.cls", "e.cls"]
+
+
 @pytest.mark.parametrize("apart", [False, True])
 def test_several_pictures_of_a_sample_are_not_taken_for_samples(tmp_path, apart):
     files = [(f"{key}.{kind}.png", picture(1)) for key in "ab" for kind in ("image", "mask")]

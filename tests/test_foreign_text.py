@@ -36,6 +36,8 @@ SHAPES = (
     "https://host/key.tar?key={}",
     "https://host/key.tar?rlkey={}&dl=1",
     "https://host/key.tar?md5={}&expires=1",
+    "https://host/key.tar?pw={}&sessionid={}&PHPSESSID={}&sid={}&cookie={}&verify={}",
+    "https://host/key.tar;jsessionid={}?oauth_verifier={}",
     "https://host/key.tar?hdnts={}",
     "abfs://container@account.dfs.core.windows.net/key.tar?sig={}",
     "abfs://user:{}@account.dfs.core.windows.net/key.tar",

@@ -15,7 +15,7 @@ from uap_dist.data.decode import Geometry
 from uap_dist.finetuning.adversarial import OnlinePerturbations, PerturbedImages, perturb
 from uap_dist.finetuning.batches import WorkerGroup
 from uap_dist.finetuning.options import FinetuneConfig
-from uap_dist.finetuning.trainer import TRAINED_ON, Learner, Task
+from uap_dist.finetuning.trainer import TRAINED_ON, Learner, TrainingTask
 from uap_dist.fleet.config import FleetConfig
 from uap_dist.method.norms import measure, random_perturbation
 from uap_dist.method.update import Steps
@@ -125,7 +125,7 @@ def task(tiny_data):
     shared = {"norm": "linf", "radius": 40.0, "rule": "log-odds"}
     pool = PerturbationPool(members, shared, [{"name": "a"}, {"name": "b"}])
     config = FinetuneConfig(batch_size=8, epochs=3, learning_rate=1e-3, online=True, online_perturbations=2)
-    return Task(TINY, None, *tiny_data, pool, config, FleetConfig())
+    return TrainingTask(TINY, None, *tiny_data, pool, config, FleetConfig())
 
 
 def gradients(number):

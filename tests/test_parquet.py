@@ -165,6 +165,19 @@ def test_files_of_another_kind_say_what_they_hold(tmp_path, columns, options, me
         listed([write(tmp_path / "a.parquet", columns)], *options)
 
 
+def test_labels_without_a_name_and_columns_of_one_name_are_errors(tmp_path):
+    columns = {"image": image_column([picture(1), picture(2)]), "label": pa.array([0, len(NAMES)], pa.int64())}
+    path = write(tmp_path / "a.parquet", columns, features(image=IMAGE, label=LABEL))
+    with pytest.raises(
+        ShardError, match=f"a.parquet, row 1 has label {len(NAMES)}, but the file names {len(NAMES)} classes"
+    ):
+        listed([path])
+    table = pa.table([columns["image"], columns["label"], columns["label"]], ["image", "label", "label"])
+    pq.write_table(table, path)
+    with pytest.raises(ShardError, match="a.parquet has several columns named 'label'; rename them"):
+        listed([path])
+
+
 def test_files_that_are_no_parquet_or_of_another_data_set(cifar, tmp_path):
     whole = Path(cifar[0]).read_bytes()
     for data in (b"<!DOCTYPE html>" * 90, whole[:-100], b""):

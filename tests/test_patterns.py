@@ -75,6 +75,17 @@ def test_a_backslash_is_part_of_a_name_unless_it_escapes_a_brace(tmp_path, monke
         expand_patterns([r"gone\b-0.tar"])
 
 
+def test_lists_longer_than_a_file_name_can_be_and_single_patterns(tmp_path):
+    names = [f"imagenet-train-{number:06d}" for number in range(20)]
+    for name in names:
+        (tmp_path / f"{name}.tar").touch()
+    expected = [f"{tmp_path}/{name}.tar" for name in names]
+    assert expand_patterns([f"{tmp_path}/{{{','.join(names)}}}.tar"]) == expected
+    assert expand_patterns("::".join(expected)) == expected
+    with pytest.raises(ShardError, match="cannot read shard a{300}.tar: .*File name too long"):
+        expand_patterns([f"{'a' * 300}.tar"])
+
+
 def test_what_is_no_file_says_what_it_is(tmp_path):
     (tmp_path / "train.parquet").mkdir()
     for slash in ("", "/"):

@@ -102,7 +102,7 @@ def test_invalid_perturbation_files_are_errors_of_one_line(tmp_path):
     damaged = save_own(tmp_path / "damaged", perturbation_sha256="0" * 64)
     for location, message in (
         ("absent", r"cannot read .*absent/perturbation.safetensors"),
-        ("grey.npy:255", r"3×H×W or H×W×3, but holds \[\(5, 5\)\]"),
+        ("grey.npy:255", r"3×H×W or H×W×3, but holds float64 \(5, 5\)"),
         ("cube.npy:255", r"3×H×W or H×W×3"),
         ("unit.npy:255", r"reaches ±2\d\d\d.* pixels of 255; is its unit right\?"),
         ("small.npy:255", r"reaches ±0.03\d* pixels of 255; is its unit right\?"),
@@ -115,6 +115,16 @@ def test_invalid_perturbation_files_are_errors_of_one_line(tmp_path):
     ):
         with pytest.raises(PerturbationError, match=message):
             load_perturbations([f"{tmp_path}/{location}"])
+    for wrong in ({"radius": "10"}, {"norm": "l7"}, {"radius": None}):
+        with pytest.raises(PerturbationError, match=r"odd/perturbation.safetensors is not a perturbation written by"):
+            load_perturbations([save_own(tmp_path / "odd", **wrong)])
+    for header in (b'{"__metadata__":null}', b'{"__metadata__":7}', b"[1]"):
+        (tmp_path / "null.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+        with pytest.raises(PerturbationError, match="null.safetensors is not a perturbation written by"):
+            load_perturbations([f"{tmp_path}/null.safetensors"])
+    for nothing in ("", "old=", " "):
+        with pytest.raises(ConfigError, match=f"no file or folder is given by '{nothing}'"):
+            load_perturbations([nothing])
     with pytest.raises(PerturbationError, match="is damaged: its values do not match its digest"):
         load_perturbations([damaged])
     with pytest.raises(PerturbationError, match="has linf norm 10, more than its radius 9"):

@@ -97,6 +97,25 @@ def test_a_zoo_is_a_folder_or_a_zip_of_them(zoo, tmp_path):
         pool.check_classifier("0" * 64)
 
 
+def test_files_of_one_name_are_refused_and_others_are_counted(tmp_path, caplog):
+    folder = tmp_path / "v"
+    folder.mkdir()
+    for name in ("a.npy", "B.NPY"):
+        np.save(folder / "x.npy", V.numpy())
+        (folder / "x.npy").rename(folder / name)
+    (folder / "c.png").touch()
+    assert list(names_and_arrays(f"{folder}:1", f"alone={folder}/B.NPY:1")) == ["v, B", "v, a", "alone"]
+    assert "/v: left out 1 files that are not of a perturbation's kind: c.png" in caplog.text
+    torch.save(V, folder / "a.pth")
+    with pytest.raises(PerturbationError, match="a.pth has the name a, as another file there; rename one of them"):
+        load_perturbations(f"{folder}:1")
+    with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(tmp_path / "v.zip", "w") as archive:
+        for _ in range(2):
+            archive.write(folder / "a.npy", "a.npy")
+    with pytest.raises(PerturbationError, match="v.zip cannot be unpacked: it holds a.npy more than once"):
+        load_perturbations(f"{tmp_path}/v.zip:1")
+
+
 def test_a_zoo_in_object_storage(tmp_path, s3):
     from uap_dist.data.locations import locate
 
@@ -128,7 +147,10 @@ class Own:
         ("v.mat:255", SHIFTED, UNSIGNED),
         ("v.pth:255", {"v": torch.tensor(SHIFTED)}, UNSIGNED),
         ("v.safetensors:255", {"v": torch.tensor(SHIFTED)}, UNSIGNED),
-        ("v.npy:1", np.full((3, 2, 2), 0.1 + 0.1j), r"v.npy must hold one array of shape"),
+        ("v.npy:1", np.full((3, 2, 2), 0.1 + 0.1j), r"v.npy must hold one array of numbers, .* but holds complex128 \(3, 2, 2\)"),
+        ("v.npy:255", SHIFTED.astype(np.float32), "v.npy has positive values only; subtract what was added, as 128, or 0.5"),
+        ("v.npy:1", np.full((3, 2, 2), 1e300), "v.npy holds values that are not finite"),
+        ("v.pth:1", {"a/b": V, "a-b": V}, "v.pth has keys that differ by / and - only: a/b, a-b"),
         ("v.pth:1", {"v": V.to("meta")}, "v.pth holds a tensor that is no array: .*; save the perturbation's tensor"),
         ("v.npy:1", np.zeros((3, 2, 2)), "v.npy holds zeros only"),
         ("v.npy:1", np.full((3, 2, 2), np.inf), "v.npy holds values that are not finite"),

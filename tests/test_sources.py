@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -265,6 +266,28 @@ def test_truncated_tars_of_ilsvrc_are_errors(train_tar, val_tar, tmp_path):
         add(tar, f"{WNIDS[1]}.tar", data)
     with pytest.raises(ShardError, match=f"train.tar: {WNIDS[2]}.tar is cut short"):
         list_ilsvrc_train(train_tar)
+
+
+def test_tars_of_ilsvrc_that_would_shift_the_classes_are_errors(train_tar, tmp_path):
+    with tarfile.open(train_tar, "a") as outer:
+        add(outer, "empty.tar", bytes(10_240))
+    with pytest.raises(ShardError, match=f"1 of {len(WNIDS) + 1} class tars hold no image, the first empty"):
+        list_ilsvrc_train(train_tar)
+    with tarfile.open(train_tar, "a") as outer:
+        add(outer, f"more/{WNIDS[0]}.tar", bytes(10_240))
+    with pytest.raises(ShardError, match=f"holds {WNIDS[0]}.tar more than once"):
+        list_ilsvrc_train(train_tar)
+
+
+@pytest.mark.parametrize("kind", ["gnu", "pax"])
+def test_sparse_files_in_tars_are_refused(tmp_path, kind):
+    with (tmp_path / "hole.bmp").open("wb") as file:
+        file.write(encode(np.zeros((300, 300, 3), np.uint8), "BMP")[:100])
+        file.truncate(270_054)
+    subprocess.run(["tar", "-cSf", "val.tar", f"--format={kind}", "hole.bmp"], cwd=tmp_path, check=True)
+    (tmp_path / "labels.txt").write_text("0\n")
+    with pytest.raises(ShardError, match="hole.bmp is stored without its holes; pack without tar --sparse"):
+        list_ilsvrc_val(tmp_path / "val.tar", tmp_path / "labels.txt")
 
 
 def test_hidden_files_in_tars_of_ilsvrc_are_left_out_and_counted(val_tar, tmp_path, caplog):

@@ -83,6 +83,14 @@ class Own:
             {key: value.to(torch.int8) for key, value in STATE.items()},
             "does not fit the network: keys 4 of integers, as quantised",
         ),
+        (
+            {key: value.to_sparse() for key, value in STATE.items()},
+            "does not fit the network: keys 4 of tensors that are sparse, nested or without values",
+        ),
+        (
+            {key: value.to("meta") for key, value in STATE.items()},
+            "does not fit the network: keys 4 of tensors that are sparse, nested or without values",
+        ),
         ({"epoch": 3}, "holds no dictionary of tensors; save its tensors alone"),
         ([STATE], "holds no dictionary of tensors"),
         ({}, "holds no dictionary of tensors"),
@@ -121,6 +129,17 @@ def test_other_kinds_of_files_are_named_in_the_error(tmp_path, make, message):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+def test_a_damaged_value_is_warned_of(tmp_path, caplog):
+    torch.save(STATE, tmp_path / "w.pth")
+    load_classifier(TINY, str(tmp_path / "w.pth"))
+    assert not caplog.text
+    data = bytearray((tmp_path / "w.pth").read_bytes())
+    data[data.index(STATE["head.weight"].numpy().tobytes())] ^= 1
+    (tmp_path / "w.pth").write_bytes(data)
+    load_classifier(TINY, str(tmp_path / "w.pth"))
+    assert "w.pth: w/data/" in caplog.text and "does not match its checksum" in caplog.text
+
+
 def test_a_torchscript_archive_is_named_in_the_error(tmp_path):
     torch.jit.save(torch.jit.trace(NETWORK, torch.rand(1, 3, 16, 16)), tmp_path / "w.pth")
     with pytest.raises(ClassifierError, match="is a TorchScript archive"):

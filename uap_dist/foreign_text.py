@@ -24,7 +24,10 @@ _NAME = (
     r"private[_-]?key)[\w.-]*"
 )
 # of query options only; elsewhere these words are common
-_SHORT_NAME = r"\w*key|sig|pass|auth|authorization|jwt|code|md5|hmac|hdn\w+|ticket"
+_SHORT_NAME = (
+    r"\w*key|sig|pass|pw|auth|authorization|oauth\w*|\w*sess(?:ion)?_?(?:id)?|sid|cookie\w*|verify|jwt|code|md5|hmac|hdn\w+|"
+    r"ticket"
+)
 _PLAIN = r"(?:\d{1,4}|true|false|none)"  # as the value of a query option no secret
 _SCHEME = r"(?<!\bmodel)(?<!\brun)\w:/{1,3}"  # but of MLflow's models:/NAME@ALIAS
 _VALUE = r"""(?:"[^"]*"|'[^']*'|[^\s&#"'<>]+)"""

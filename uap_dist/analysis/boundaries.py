@@ -47,7 +47,7 @@ class GatheredNormals:
 
 
 @dataclass(frozen=True)
-class Boundaries:
+class BoundaryCorrelation:
     """Correlation of the decision boundaries near many images.
 
     Attributes:
@@ -128,7 +128,7 @@ def analyze_boundaries(
     num_draws: int,
     memory_bytes: int,
     seed: int,
-) -> Boundaries:
+) -> BoundaryCorrelation:
     """Compare the normals with random vectors: singular values, and fooling rates of their subspace (figure 9 of the paper).
 
     Args:
@@ -149,7 +149,7 @@ def analyze_boundaries(
     length = measure(v, "l2")
     points = [point for d in directions for point in measure_along(workers, val, d, "l2", length, (norm_l2 / length,))]
     random = random_spectrum(normals.spectrum.num_rows, v.numel(), memory_bytes, seed)
-    return Boundaries(normals.spectrum, random, normals.num_left_out, points)
+    return BoundaryCorrelation(normals.spectrum, random, normals.num_left_out, points)
 
 
 def subspace_directions(basis: np.ndarray, shape: Sequence[int], num_draws: int, seed: int) -> Iterator[Direction]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from uap_dist.analysis.boundaries import Boundaries
+from uap_dist.analysis.boundaries import BoundaryCorrelation
 from uap_dist.analysis.phase_transition import Point
 from uap_dist.analysis.sample_size import SampleSizePoint
 from uap_dist.analysis.text import NORMS
@@ -45,7 +45,7 @@ def save_phase_transition(path: Path, points: Sequence[Point]) -> None:
     save_figure(figure, path)
 
 
-def save_boundaries(path: Path, boundaries: Boundaries) -> None:
+def save_boundaries(path: Path, boundaries: BoundaryCorrelation) -> None:
     """Plot singular values of normals and of random vectors, the energy of leading dimensions, and fooling rates of the subspace."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
     found = {"normals of boundaries": boundaries.spectrum, "random unit vectors": boundaries.random}

@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from uap_dist.analysis import plots
 from uap_dist.analysis import text as text
-from uap_dist.analysis.boundaries import Boundaries
+from uap_dist.analysis.boundaries import BoundaryCorrelation
 from uap_dist.analysis.phase_transition import Point
 from uap_dist.analysis.sample_size import SampleSizePoint
 from uap_dist.foreign_text import escape_markdown
@@ -60,7 +60,7 @@ class FinishedAnalysis:
 
     perturbation: Perturbation
     phase: Sequence[Point]
-    boundaries: Boundaries | None
+    boundaries: BoundaryCorrelation | None
     numbers: Sequence[SampleSizePoint]
     num_train_images: int
     num_solved: int

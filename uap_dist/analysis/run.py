@@ -6,7 +6,7 @@ from typing import TypeVar
 from rich.console import Console
 
 from uap_dist.analysis.boundaries import (
-    Boundaries,
+    BoundaryCorrelation,
     analyze_boundaries,
     check_subspace,
     gather_normals,
@@ -22,7 +22,6 @@ from uap_dist.perturbations.files import Perturbation
 from uap_dist.workers.dataset import Dataset
 from uap_dist.workers.local import Workers
 
-Plan = dict[tuple[int, int], ComputeConfig]
 Measured = TypeVar("Measured", Point, SampleSizePoint)
 
 
@@ -68,7 +67,7 @@ def read_recipe(options: AnalyzeOptions, perturbation: Perturbation) -> Recipe |
 
 def plan_sample_sizes(
     options: AnalyzeOptions, perturbation: Perturbation, recipe: Recipe | None, train: Dataset
-) -> Plan:
+) -> dict[tuple[int, int], ComputeConfig]:
     """Check the options against the data, and plan the perturbations of fewer images (see `configs_by_size`); none without a recipe.
 
     Raises:
@@ -88,7 +87,7 @@ def measure(
     val: Dataset,
     perturbation: Perturbation,
     console: Console,
-) -> tuple[list[Point], Boundaries | None]:
+) -> tuple[list[Point], BoundaryCorrelation | None]:
     """The phase transition and the correlated boundaries, which share DeepFool's perturbations of the training images."""
     v, memory = perturbation.v, options.memory_bytes
     draws = {"num_draws": options.num_draws, "seed": options.seed}

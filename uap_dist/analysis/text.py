@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
-from uap_dist.analysis.boundaries import SUBSPACE, Boundaries
+from uap_dist.analysis.boundaries import SUBSPACE, BoundaryCorrelation
 from uap_dist.analysis.phase_transition import MEAN, SIGNS, SINGLE, SPHERE, SUM, UNIVERSAL, Point
 from uap_dist.analysis.sample_size import SampleSizePoint
 from uap_dist.analysis.spectrum import Spectrum
@@ -123,7 +123,7 @@ def phase_section(points: Sequence[Point], num_train_images: int, num_summed: in
     yield f"`tables/phase-transition.csv` has each draw with its 95 % interval, which is at most ±{half:.3f}."
 
 
-def boundaries_numbers(boundaries: Boundaries) -> dict[str, Any]:
+def boundaries_numbers(boundaries: BoundaryCorrelation) -> dict[str, Any]:
     """Key numbers on boundaries: dimensions and shares of the energy of normals and of random vectors, and mean fooling rates."""
     spectrum, random = boundaries.spectrum, boundaries.random
     num_singular = len(spectrum.vectors)
@@ -145,7 +145,7 @@ def boundaries_numbers(boundaries: Boundaries) -> dict[str, Any]:
     }
 
 
-def boundaries_finding(boundaries: Boundaries) -> str:
+def boundaries_finding(boundaries: BoundaryCorrelation) -> str:
     """The finding on correlated boundaries, as one line of Markdown."""
     found = boundaries_numbers(boundaries)
     rates = found["fooling_rates"]
@@ -159,7 +159,7 @@ def boundaries_finding(boundaries: Boundaries) -> str:
     )
 
 
-def boundaries_section(boundaries: Boundaries) -> Iterator[str]:
+def boundaries_section(boundaries: BoundaryCorrelation) -> Iterator[str]:
     """The section on correlated boundaries, built like the one on the phase transition."""
     found = boundaries_numbers(boundaries)
     num_images = found["num_normals"] + found["num_left_out"]

@@ -87,7 +87,8 @@ class DecodedShard:
         digest: SHA-256 (hex) of the shard's file.
         hashes: N BLAKE2b hashes (16 bytes) of the images' pixels.
         unused: names of files that may be pictures but are not used: they have no extension, their names begin with a dot or
-            are reserved by WebDataset (as __meta__), macOS or pax, or their sample has another picture.
+            are reserved by WebDataset (as __meta__), macOS or pax, or their sample has another picture; and of .cls files of no
+            picture.
         places: offset and size of the N pictures in the shard's file, None where that is compressed.
     """
 

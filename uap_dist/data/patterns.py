@@ -17,7 +17,7 @@ from uap_dist.errors import ShardError
 NUM_LOOKED_UP_AT_ONCE = 24  # a store answers in a tenth of a second, to 25 requests at once
 
 
-def expand_patterns(patterns: Sequence[str]) -> list[str]:
+def expand_patterns(patterns: str | Sequence[str]) -> list[str]:
     """URLs of the shards that match the patterns, in order.
 
     Patterns have {0000..0009} for ranges, `::` between alternatives, and * ? [] in file names. A local file or folder that exists
@@ -26,6 +26,7 @@ def expand_patterns(patterns: Sequence[str]) -> list[str]:
     Raises:
         ShardError: a pattern matches nothing, or a shard is named twice.
     """
+    patterns = [patterns] if isinstance(patterns, str) else patterns
     parts = [part for pattern in patterns for part in _expand_braces(pattern)]
     with ThreadPoolExecutor(NUM_LOOKED_UP_AT_ONCE) as pool:
         urls = [url for found in pool.map(_look_up, parts) for url in found]
@@ -64,7 +65,7 @@ def _expand_braces(pattern: str) -> list[str]:
     if _is_local_file(pattern):
         return [pattern]
     folder, slash, name = pattern.rpartition("/")
-    has_own_name = not is_url(pattern) and "::" not in pattern and Path(folder).is_dir()
+    has_own_name = not is_url(pattern) and "::" not in pattern and os.path.isdir(folder)
     try:
         return [folder + slash + each for each in _expand(name)] if has_own_name else _expand(pattern)
     except (ValueError, AssertionError) as error:  # unbalanced braces; ${…}, which WebDataset reads as a variable WDS_…
@@ -84,7 +85,7 @@ def _look_up(part: str) -> list[str]:
 
 
 def _is_local_file(location: str) -> bool:
-    return not is_url(location) and Path(location).is_file()
+    return not is_url(location) and os.path.isfile(location)  # which is false for a name too long, too
 
 
 def _existing(url: str) -> str:

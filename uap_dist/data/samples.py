@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Collection, Iterator
-from itertools import groupby
+from itertools import groupby, product
 from operator import itemgetter
 from pathlib import PurePosixPath
 
@@ -42,7 +42,8 @@ class Samples:
     A sample's files need not follow each other, except that of several pictures the first group is the one that counts.
 
     Attributes:
-        labels: files with an extension of `LABEL_EXTENSIONS`, by key and extension.
+        labels: files with an extension of `LABEL_EXTENSIONS`, by the key of their picture and extension: for a.png they are a.cls or
+            a.png.cls; for a.image.png, if that is the only picture of a, also a.image.cls.
         unused: see `DecodedShard`.
         bad: samples without a picture, as "key: reason".
 
@@ -53,6 +54,7 @@ class Samples:
         self._file, self._shard = file, f"shard {file.url}"
         self._extensions: dict[str, set[str]] = {}
         self._pictures: dict[str, list[str]] = {}
+        self._label_files: dict[str, dict[str, bytes]] = {}
         self.labels: dict[str, dict[str, bytes]] = {}
         self.unused: list[str] = []
         self.bad: list[str] = []
@@ -67,13 +69,14 @@ class Samples:
                         f"{self._shard} holds {base}.{extension} twice; where tars are joined, their names must differ"
                     )
                 seen.add(extension)
-                key, kind = _split(base, extension)
+                kind = extension.rpartition(".")[2]
                 if kind in IMAGE_EXTENSIONS:
                     pictures[extension] = member
                 elif kind in LABEL_EXTENSIONS:
-                    self.labels.setdefault(key, {})[kind] = member.data
+                    self._label_files.setdefault(base, {})[extension] = member.data
             for extension in self._choose(base, pictures):
-                yield _split(base, extension)[0], pictures[extension]
+                yield _key(base, extension), pictures[extension]
+        self._match_labels()
         for base, extensions in self._extensions.items():
             if not self._pictures.get(base):
                 listed = ", ".join(sorted(extensions))
@@ -102,6 +105,19 @@ class Samples:
         before += chosen
         self.unused += [f"{base}.{extension}" for extension in pictures if extension not in chosen]
         return chosen
+
+    def _match_labels(self) -> None:
+        for base, files in self._label_files.items():
+            pictures, used = self._pictures.get(base, []), set()
+            for extension, kind in product(pictures, LABEL_EXTENSIONS):
+                own = extension[: extension.rfind(".") + 1] + kind
+                names = (own, f"{extension}.{kind}", *[kind] * (len(pictures) == 1))
+                name = next((name for name in names if name in files), None)
+                if name is not None:
+                    self.labels.setdefault(_key(base, extension), {})[kind] = files[name]
+                    used.add(name)
+            stray = [name for name in files if name not in used and name.rpartition(".")[2] == "cls"]
+            self.unused += [f"{base}.{name}" for name in stray if pictures]
 
     def _named_files(self) -> Iterator[tuple[str, str, Member]]:
         """Base (up to the first dot of the name) and extension of each file that belongs to a sample, and the file."""
@@ -133,7 +149,6 @@ def is_picture(name: str) -> bool:
     return name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
 
 
-def _split(base: str, extension: str) -> tuple[str, str]:
-    """Key and kind of a file: a and png for a.png, a.1 and png for a.1.png."""
-    middle, dot, kind = extension.rpartition(".")
-    return base + "." * bool(dot) + middle, kind
+def _key(base: str, extension: str) -> str:
+    """Key of the sample of a picture: a for a.png, a.1 for a.1.png."""
+    return f"{base}.{extension}".rpartition(".")[0]

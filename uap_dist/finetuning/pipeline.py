@@ -37,7 +37,7 @@ from uap_dist.evaluation.evaluate import Measurement, measure_perturbations
 from uap_dist.finetuning.options import FinetuneConfig
 from uap_dist.finetuning.ray_train import Training
 from uap_dist.finetuning.report import BEFORE, FRESH, ONLINE_FOLDER, RANDOM
-from uap_dist.finetuning.trainer import HELD_OUT, NETWORK_FILE, ONLINE_FILE, TRAINED_ON, Task
+from uap_dist.finetuning.trainer import HELD_OUT, NETWORK_FILE, ONLINE_FILE, TRAINED_ON, TrainingTask
 from uap_dist.fleet.config import FleetConfig
 from uap_dist.fleet.fleet import Fleet
 from uap_dist.method.config import ComputeConfig
@@ -215,7 +215,7 @@ def count_evaluations(job: Job, networks: Sequence[Network]) -> dict[str, int]:
 def _fine_tune(job: Job, repetition: int, before: Network) -> None:
     """Train, and save the network and its epochs in the output folder and in a child of the job's MLflow run."""
     num_workers, _ = job.fleet.bounds
-    task = Task(
+    task = TrainingTask(
         model=job.model,
         weights=before.weights,
         weights_digest=before.weights_digest,

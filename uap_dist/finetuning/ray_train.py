@@ -28,7 +28,7 @@ from torch import Tensor
 
 from uap_dist.data.locations import locate
 from uap_dist.errors import UapDistError, WorkerLostError
-from uap_dist.finetuning.trainer import HELD_OUT, Learner, Task
+from uap_dist.finetuning.trainer import HELD_OUT, Learner, TrainingTask
 from uap_dist.fleet.ray_cluster import Need, hide_gpus_of_others
 from uap_dist.models.weights_file import read_weights
 from uap_dist.rounds.record import RoundRecord
@@ -57,7 +57,7 @@ class _Mailbox:
 class Training:
     """A fine-tuning on Ray Train. It resumes one of the same name and storage that was stopped."""
 
-    def __init__(self, task: Task, *, name: str, storage: str, num_workers: int, uses_gpu: bool) -> None:
+    def __init__(self, task: TrainingTask, *, name: str, storage: str, num_workers: int, uses_gpu: bool) -> None:
         """Prepare the training; `epochs` starts it.
 
         Args:
@@ -136,7 +136,7 @@ def _train(config: dict[str, Any]) -> None:
         _post(config["mailbox"], error)
 
 
-def _train_to_the_end(task: Task, mailbox: ActorHandle[Any]) -> None:
+def _train_to_the_end(task: TrainingTask, mailbox: ActorHandle[Any]) -> None:
     hide_gpus_of_others()
     set_up_torch(task.fleet.threads_per_worker)
     context = ray.train.get_context()

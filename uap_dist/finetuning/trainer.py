@@ -40,7 +40,7 @@ TRAINED_ON, HELD_OUT = "trained_on_members", "held_out_members"
 
 
 @dataclass(frozen=True)
-class Task:
+class TrainingTask:
     """The training that every worker takes part in.
 
     Attributes:
@@ -73,7 +73,7 @@ class Learner:
 
     def __init__(
         self,
-        task: Task,
+        task: TrainingTask,
         *,
         number: int = 0,
         num_workers: int = 1,

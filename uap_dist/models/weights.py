@@ -57,15 +57,21 @@ def fill(network: nn.Module, state: dict[str, Tensor], path: str) -> None:
 def _complaints(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, list[str]]:
     own = {key: value for key, value in network.state_dict().items() if isinstance(value, Tensor)}
     both = own.keys() & state.keys()
+    arrays = {key for key in both if _is_array(state[key])}
     found = {
         "missing": [key for key in own.keys() - state.keys() if not UNUSED.search(key)],
         "unexpected": [key for key in state.keys() - own.keys() if not UNUSED.search(key)],
-        "of another shape": [key for key in both if own[key].shape != state[key].shape],
+        "of tensors that are sparse, nested or without values": list(both - arrays),
+        "of another shape": [key for key in arrays if own[key].shape != state[key].shape],
         "of integers, as quantised weights are": [
-            key for key in both if own[key].is_floating_point() and not state[key].is_floating_point()
+            key for key in arrays if own[key].is_floating_point() and not state[key].is_floating_point()
         ],
     }
     return {what: sorted(keys) for what, keys in found.items() if keys}
+
+
+def _is_array(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not (tensor.is_meta or tensor.is_nested)
 
 
 def _advise(network: nn.Module, state: Mapping[str, Tensor], complaints: Mapping[str, list[str]]) -> str:

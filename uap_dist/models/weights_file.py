@@ -5,6 +5,8 @@ import difflib
 import hashlib
 import io
 import json
+import logging
+import os
 import platform
 import re
 import zipfile
@@ -23,6 +25,8 @@ from uap_dist.foreign_text import first_line
 
 SAVE_ALONE = "save its tensors alone: torch.save(network.state_dict(), 'weights.pth')"
 PLAIN = (argparse.Namespace, PosixPath)  # classes that scripts save beside tensors, and that hold nothing but values
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ def open_weights(location: str) -> WeightsFile:
         ClassifierError: there is no such file, it has no tensors that can be read without pickle, or none under KEY.
     """
     path, key = split_key(location)
-    if not is_url(path) and not Path(path).is_file():
+    if not is_url(path) and not os.path.isfile(path):
         raise ClassifierError(f"no weights file {path} on {platform.node()}")
     try:
         data = read_file(path)
@@ -81,7 +85,7 @@ def read_weights(path: str) -> dict[str, Tensor]:
 
 def split_key(location: str) -> tuple[str, str]:
     """The file and the key of FILE#KEY; no key where a file of the whole name exists."""
-    if not is_url(location) and Path(location).exists():
+    if not is_url(location) and os.path.exists(location):
         return location, ""
     place, query = split_query(location)
     path, mark, key = place.rpartition("#")
@@ -114,7 +118,7 @@ def load_tensors(data: bytes, path: str, advice: str) -> Any:
             raise ClassifierError(
                 f"{path} is a truncated or damaged safetensors file ({first_line(error)}); fetch it again"
             ) from error
-    wrong = _name_other_kind(data)
+    wrong = _name_other_kind(data, path)
     if wrong is not None:
         raise ClassifierError(f"{path} {wrong}")
     with torch.serialization.safe_globals(list(PLAIN)):
@@ -145,7 +149,7 @@ def _name_classes(data: bytes, complaint: str) -> list[str]:
         return re.findall(r"Unsupported global: GLOBAL (\S+)", complaint)
 
 
-def _name_other_kind(data: bytes) -> str | None:
+def _name_other_kind(data: bytes, path: str) -> str | None:
     """Description of a common kind of file that torch.load would report as broken; None for others."""
     if not data:
         return "is empty (0 bytes); fetch it again"
@@ -159,9 +163,16 @@ def _name_other_kind(data: bytes) -> str | None:
         return "is compressed (gzip); unpack it"
     if data.startswith(b"PK"):
         try:
-            names = zipfile.ZipFile(io.BytesIO(data)).namelist()
+            archive = zipfile.ZipFile(io.BytesIO(data))
+            names, damaged = archive.namelist(), archive.testzip()
         except zipfile.BadZipFile:
             return "is truncated or damaged; fetch it again"
+        if damaged is not None:  # torch does not look at checksums, and can be told to save none
+            logger.warning(
+                "%s: %s does not match its checksum; unless it was saved without one, the file is damaged",
+                path,
+                damaged,
+            )
         if any(name.endswith("constants.pkl") for name in names):
             return (
                 "is a TorchScript archive, not a dictionary of tensors; save them alone: "

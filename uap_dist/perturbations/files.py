@@ -15,7 +15,7 @@ from torch.nn.functional import interpolate
 from uap_dist.data.locations import split_query
 from uap_dist.errors import ConfigError, PerturbationError
 from uap_dist.foreign_text import first_line
-from uap_dist.method.norms import Norm, measure
+from uap_dist.method.norms import Norm, check_ball, measure
 from uap_dist.method.rates import Goal
 from uap_dist.models.names import Parts, canonical, name_rest, parts_of, refuse_twins
 from uap_dist.perturbations.published import load_published, split_unit
@@ -107,9 +107,16 @@ def save_perturbation(path: Path, v: Tensor, provenance: Mapping[str, Any]) -> N
 
 
 def split_name(text: str) -> tuple[str, str]:
-    """NAME and REST of NAME=REST; an empty name if the = belongs to a path or to a URL's options."""
+    """NAME and REST of NAME=REST; an empty name if the = belongs to a path or to a URL's options.
+
+    Raises:
+        ConfigError: there is no REST.
+    """
     name, equals, rest = text.partition("=")
-    return (name, rest) if equals and "/" not in name and "?" not in name else ("", text)
+    name, rest = (name, rest) if equals and "/" not in name and "?" not in name else ("", text)
+    if not rest.strip():
+        raise ConfigError(f"no file or folder is given by {text!r}; if a variable of the shell is meant, it is not set")
+    return name, rest
 
 
 def _parts(location: str) -> Parts:
@@ -118,7 +125,10 @@ def _parts(location: str) -> Parts:
     *folders, last = parts_of(split_query(place)[0])
     if last == PERTURBATION_FILE and folders:
         return tuple(folders)
-    return (*folders, last.removesuffix(".safetensors") if unit is None else re.sub(ENDING, "", last))
+    return (
+        *folders,
+        last.removesuffix(".safetensors") if unit is None else re.sub(ENDING, "", last, flags=re.IGNORECASE),
+    )
 
 
 def _load(name: str, location: str) -> list[Perturbation]:
@@ -134,6 +144,7 @@ def _own(name: str, location: str, data: bytes) -> Perturbation:
         v = load(data)["perturbation"].float()
         provenance = json.loads(metadata_of(data)["provenance"])
         digest, norm, radius = (provenance[key] for key in ("perturbation_sha256", "norm", "radius"))
+        check_ball(norm, radius)
     except Exception as error:
         raise PerturbationError(
             f"{location} is not a perturbation written by jobs/compute.py: {first_line(error)}; give others with the unit of their "

@@ -2,9 +2,11 @@
 
 import io
 import json
+import logging
 import math
 import re
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from uap_dist.data.locations import STORE_ERRORS, explain, locate, split_query
 from uap_dist.errors import ClassifierError, PerturbationError
-from uap_dist.foreign_text import first_line
+from uap_dist.foreign_text import first_few, first_line
 from uap_dist.method.norms import measure
 from uap_dist.models.names import tell_apart
 from uap_dist.models.weights_file import choose_one, load_tensors, split_key
@@ -26,10 +28,13 @@ from uap_dist.perturbations.reading import KINDS, read, written_as
 UNITS = {"1": 255.0, "255": 1.0}  # pixels per unit, by the largest value of the scale
 EXTENSIONS = (".npy", ".mat", ".pth", ".pt", ".tar", ".bin", ".safetensors")
 NAMELESS = ("model", "pytorch_model", "checkpoint", "perturbation")  # files that their folder names
+LIMITS = "config.json"  # beside a perturbation, in XTransferBench's zoo
 NUM_BYTES_SHOWN = 24
 SMALLEST = 0.1  # pixels; a smaller perturbation has probably been read in the wrong unit
 AS_TANH = "delta_param"  # XTransferBench stores those of its l2 attacks as atanh of themselves
 SAVE_ALONE = "save the perturbation's tensor alone: torch.save(v, 'perturbation.pth')"
+
+logger = logging.getLogger(__name__)
 
 
 def split_unit(location: str) -> tuple[str, float | None]:
@@ -65,7 +70,7 @@ def load_published(location: str, unit: float) -> dict[str, Tensor]:
         PerturbationError: a file cannot be read, holds no perturbation, or several that are not all it holds; or its unit is wrong.
     """
     path, key = split_key(location)
-    place = split_query(path)[0]
+    place = split_query(path)[0].lower()
     if PurePosixPath(place).suffix in EXTENSIONS:
         found = _take(_parse(read(path), path), key, path)
         return {name: _in_pixels(v, unit, f"{path} {name}".strip()) for name, v in found.items()}
@@ -75,23 +80,32 @@ def load_published(location: str, unit: float) -> dict[str, Tensor]:
 
 def _is_foreign(path: str) -> bool:
     place = path.partition("#")[0]
-    return PurePosixPath(place).suffix in {*EXTENSIONS, ".zip"} - {".safetensors"}
+    return PurePosixPath(place.lower()).suffix in {*EXTENSIONS, ".zip"} - {".safetensors"}
 
 
 def _load_files(files: Mapping[str, bytes], unit: float, path: str) -> dict[str, Tensor]:
     members: dict[tuple[str, ...], Tensor] = {}
+    others = []
     for name, data in files.items():
         file = PurePosixPath(name)
-        if file.suffix not in EXTENSIONS:
+        if file.suffix.lower() not in EXTENSIONS:
+            others += [name] * (file.name != LIMITS)
             continue
         where = f"{path}, {name}"
-        limit = _epsilon(files.get(str(file.parent / "config.json"), b"{}"))
-        stem = file.name.partition(".")[0] if file.suffix == ".tar" else file.stem
+        limit = _epsilon(files.get(str(file.parent / LIMITS), b"{}"))
+        stem = file.name.partition(".")[0] if file.suffix.lower() == ".tar" else file.stem
         parts = file.parent.parts if stem in NAMELESS and file.parent.parts else (*file.parent.parts, stem)
         for key, array in _take(_parse(data, where), "", where).items():
-            members[(*parts[:-1], f"{parts[-1]}-{key}" if key else parts[-1])] = _in_pixels(array, unit, where, limit)
+            member = (*parts[:-1], f"{parts[-1]}-{key}" if key else parts[-1])
+            if member in members:
+                raise PerturbationError(f"{where} has the name {member[-1]}, as another file there; rename one of them")
+            members[member] = _in_pixels(array, unit, where, limit)
     if not members:
         raise PerturbationError(f"{path} holds no file of a perturbation ({', '.join(EXTENSIONS)})")
+    if others:
+        logger.warning(
+            "%s: left out %d files that are not of a perturbation's kind: %s", path, len(others), first_few(others)
+        )
     names = tell_apart(list(members), separator="-")
     return dict(zip(names, members.values(), strict=True))
 
@@ -101,13 +115,16 @@ def _epsilon(config: bytes) -> float:
         epsilon = json.loads(config).get("epsilon")
     except (ValueError, AttributeError):
         return math.inf
-    return float(epsilon) if isinstance(epsilon, int | float) else math.inf
+    return float(epsilon) if isinstance(epsilon, int | float) and epsilon > 0 else math.inf
 
 
 def _unzip(data: bytes, path: str) -> dict[str, bytes]:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             names = [each for each in archive.namelist() if not each.endswith("/") and _is_visible(each)]
+            twice = next((name for name, count in Counter(names).items() if count > 1), None)
+            if twice is not None:
+                raise ValueError(f"it holds {twice} more than once")
             return {name: archive.read(name) for name in sorted(names)}
     except Exception as error:  # of the archive and of each compression: damaged, encrypted, unknown
         raise PerturbationError(f"{path} cannot be unpacked: {first_line(error)}") from error
@@ -136,7 +153,7 @@ def _is_visible(name: str) -> bool:
 
 
 def _parse(data: bytes, path: str) -> Any:
-    extension = PurePosixPath(split_query(path)[0]).suffix
+    extension = PurePosixPath(split_query(path)[0]).suffix.lower()
     try:
         if extension == ".npy":
             return _load_npy(data)
@@ -187,11 +204,15 @@ def _take(value: Any, key: str, path: str) -> dict[str, np.ndarray]:
     if len(found) == 1:
         return {"": next(iter(found.values()))}
     if found and len(found) == len(arrays):
-        return {name.replace("/", "-"): v for name, v in found.items()}
+        names = [name.replace("/", "-") for name in found]  # as they name files
+        if len(set(names)) < len(names):
+            raise PerturbationError(f"{path} has keys that differ by / and - only: {', '.join(found)}; rename them")
+        return dict(zip(names, found.values(), strict=True))
     if found:
         raise PerturbationError(choose_one(path, list(found)))
     raise PerturbationError(
-        f"{path} must hold one array of shape 3×H×W or H×W×3, but holds {[a.shape for a in arrays.values()]}"
+        f"{path} must hold one array of numbers, 3×H×W or H×W×3, but holds "
+        + (first_few([f"{name} {a.dtype} {a.shape}".strip() for name, a in arrays.items()]) or "none")
         + (f" under {key}" if key else "")
     )
 
@@ -222,11 +243,14 @@ def _in_pixels(array: np.ndarray, unit: float, where: str, limit: float = math.i
         raise PerturbationError(
             f"{where} holds {array.dtype}, which cannot be negative; subtract what was added, as 128, and save floats"
         )
-    v = unit * torch.tensor(array.astype(np.float32).clip(-limit, limit))
+    with np.errstate(over="ignore"):  # what is too large is refused below
+        v = unit * torch.tensor(array.astype(np.float32).clip(-limit, limit))
     if not v.isfinite().all():
         raise PerturbationError(f"{where} holds values that are not finite")
     if not v.any():
         raise PerturbationError(f"{where} holds zeros only")
+    if v.min() > 0:
+        raise PerturbationError(f"{where} has positive values only; subtract what was added, as 128, or 0.5")
     if not SMALLEST <= measure(v, "linf") <= 255:
         raise PerturbationError(f"{where} reaches ±{measure(v, 'linf'):g} pixels of 255; is its unit right?")
     return v

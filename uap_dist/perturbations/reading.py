@@ -76,12 +76,14 @@ def _is_readable(location: str) -> bool:
 
 def metadata_of(data: bytes) -> dict[str, str]:
     """Metadata of a safetensors file in memory (the library reads metadata only from files); none of any other file."""
-    return _header(data).get("__metadata__", {})
+    metadata = _header(data).get("__metadata__")
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def _header(data: bytes) -> dict[str, Any]:
     length = int.from_bytes(data[:8], "little")
     try:
-        return json.loads(data[8 : 8 + length]) if data[8:9] == b"{" else {}
+        header = json.loads(data[8 : 8 + length]) if data[8:9] == b"{" else {}
     except ValueError:
         return {}
+    return header if isinstance(header, dict) else {}

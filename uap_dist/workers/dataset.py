@@ -212,6 +212,8 @@ def list_dataset(
         ShardError: a shard cannot be used, too many images are bad, or images differ in size.
         ConfigError: there are fewer images than `num_images`, none has a label under `label_key`, or an option is outside its range.
     """
+    if not urls:
+        raise ConfigError("no shards given")
     check_limits(max_bad_fraction, num_images)
     listings = []
     first = (like.shards[0].url, like.shape) if like else None
@@ -232,8 +234,8 @@ def list_dataset(
     unused = [f"{url}: {name}" for url, listing in listings for name in listing.unused]
     if unused:
         logger.warning(
-            "left out %d files that may be pictures: their names begin with a dot or have no extension, or their sample has "
-            "another picture: %s",
+            "left out %d files that may be pictures or labels: their names begin with a dot or have no extension, their sample has "
+            "another picture, or no picture has their name: %s",
             len(unused),
             first_few(unused),
         )

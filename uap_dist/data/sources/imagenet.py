@@ -96,12 +96,7 @@ def list_folder(root: Path) -> tuple[list[SourceImage], list[str]]:
         raise ShardError(f"{root} holds no CLASS/NAME.jpg (extensions {', '.join(IMAGE_EXTENSIONS)})")
     if len(images) < len(pictures):
         logger.warning("%s: left out %d images that are in no class folder", root, len(pictures) - len(images))
-    empty = sorted(set(range(len(names))) - {image.label for image in images})
-    if empty:
-        raise ShardError(
-            f"{root}: {len(empty)} of {len(names)} class folders hold no image, the first {names[empty[0]]}; each folder is a "
-            "numbered class, so move away those that are not classes"
-        )
+    _refuse_empty(root, names, images, "folder")
     return images, names
 
 
@@ -120,14 +115,19 @@ def list_ilsvrc_train(path: Path) -> tuple[list[SourceImage], list[str]]:
             name = f"{path}: {member.name}"
             with _tar(part, name) as tar_of_class:
                 found += [(member, image) for image in _files(tar_of_class, name)]
-    classes = sorted(Path(member.name).stem for member in inner)
-    labels = {name: classes.index(name) for name in classes}
+    classes = [Path(member.name).stem for member in inner]
+    twice = [name for name, count in Counter(classes).items() if count > 1]
+    if twice:
+        raise ShardError(f"{path} holds {twice[0]}.tar more than once; each tar in it is a class")
+    classes.sort()
+    labels = {name: label for label, name in enumerate(classes)}
     images = [
         _in_tar(image, labels[Path(member.name).stem], path, member.offset_data)
         for member, image in _keep(found, lambda pair: _name(pair[1]), path)
     ]
     if not images:
         raise ShardError(f"{path} holds no tars of images; expected ILSVRC2012_img_train.tar")
+    _refuse_empty(path, classes, images, "tar")
     return images, classes
 
 
@@ -192,6 +192,15 @@ def shuffled_samples(images: Sequence[SourceImage], seed: int) -> Iterator[dict[
         logger.warning("left out %d files that Pillow cannot read as images, the first %s", len(broken), min(broken))
     if len(broken) == len(images):
         raise ShardError(f"none of the {len(images)} files is an image that Pillow can read")
+
+
+def _refuse_empty(source: Path, classes: Sequence[str], images: Sequence[SourceImage], kind: str) -> None:
+    empty = sorted(set(range(len(classes))) - {image.label for image in images})
+    if empty:
+        raise ShardError(
+            f"{source}: {len(empty)} of {len(classes)} class {kind}s hold no image, the first {classes[empty[0]]}; each {kind} is a "
+            "numbered class, so move away those that are not classes"
+        )
 
 
 def _walk(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:
@@ -278,6 +287,8 @@ def _files(tar: tarfile.TarFile, name: str, extensions: Collection[str] = IMAGE_
                     f"{name}: {member.name} is a link to {member.linkname}, which is no file before it in this tar; pack the files "
                     "themselves, or pack with tar --dereference --hard-dereference"
                 )
+        if member.issparse():
+            raise ShardError(f"{name}: {member.name} is stored without its holes; pack without tar --sparse")
         if member.isfile():
             by_name[normpath(member.name)] = member
             files.append(member)

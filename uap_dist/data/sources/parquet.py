@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -67,6 +68,11 @@ def list_parquet(
     if not names or any(isinstance(label, str) for label in labels):
         labels, names = number_labels([_label(label) for label in labels], [image.place for image, _ in rows])
     labels = [None if label is None or label < 0 else label for label in labels]
+    beyond = next((i for i, label in enumerate(labels) if label is not None and label >= len(names)), None)
+    if beyond is not None:
+        raise ShardError(
+            f"{rows[beyond][0].place} has label {labels[beyond]}, but the file names {len(names)} classes, from 0"
+        )
     if unknown := labels.count(None):
         hint = (
             "; if a column holds labels, name it with --label-key"
@@ -126,6 +132,9 @@ def _label(value: str | int | None) -> str | None:
 
 def _columns(url: str, schema: pa.Schema, label_column: str | None) -> tuple[str, str | None, tuple[str, ...]]:
     """Names of the column of images and of that of labels, and names of the classes."""
+    twice = [name for name, count in Counter(schema.names).items() if count > 1]
+    if twice:
+        raise ShardError(f"{url} has several columns named {twice[0]!r}; rename them")
     features = _features(schema)
     images = [field.name for field in schema if _is_image(field, features)]
     image = _choose(url, images, ("image", "img"), "of images (a struct with bytes and path, or binary)")
