@@ -46,15 +46,24 @@ POOLS = {  # network, members, options of jobs/compute.py
     "resnet20-linf8": ("resnet20", 10, ("--max-evaluations", "8000", "--augment", "none", "--radius", "8")),
     "squeezenet-linf10": ("squeezenet", 5, ("--max-evaluations", "3000")),
 }
+ONLINE = (
+    "--online",
+    "--epochs",
+    "14",
+)  # with as many image gradients as two repetitions of five epochs and their fresh pools
 ROWS = {  # pool, options of jobs/finetune.py
     "resnet20-linf10-control": ("resnet20-linf10", ("--probability", "0")),
     "resnet20-linf10-plain": ("resnet20-linf10", ("--repetitions", "2")),
     "resnet20-linf10-adaptive": ("resnet20-linf10", ("--repetitions", "2", "--adaptive")),
     "resnet20-linf8-plain": ("resnet20-linf8", ("--repetitions", "2")),
-    "resnet20-linf8-online": ("resnet20-linf8", ("--online", "--epochs", "14")),
+    "resnet20-linf8-online": ("resnet20-linf8", ONLINE),
     "resnet20-linf8-adaptive": ("resnet20-linf8", ("--repetitions", "2", "--adaptive")),
+    "resnet20-linf10-online": ("resnet20-linf10", ONLINE),
     "squeezenet-linf10-plain": ("squeezenet-linf10", ("--learning-rate", "0.00001")),
 }
+for _row in ("resnet20-linf8-plain", "resnet20-linf8-online", "resnet20-linf10-plain", "resnet20-linf10-online"):
+    for _seed in (1, 2):
+        ROWS[f"{_row}-seed{_seed}"] = (ROWS[_row][0], (*ROWS[_row][1], "--seed", str(_seed)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -79,7 +79,7 @@ def test_the_gradient_is_that_of_the_loss_at_v(seed, num_perturbations):
     cross_entropy(classifier(batch.pixels), truths).backward()
 
     torch.manual_seed(seed)
-    chosen, is_shown = torch.randint(num_perturbations, (12,)), torch.rand(12) < 0.5
+    chosen, is_shown = torch.randint(num_perturbations, (12,)), torch.rand(12) < 0.75
     v = moving.v.clone().requires_grad_()
     shown = torch.stack(
         [(x + v[c]).clamp(0, 255) if s else x for x, c, s in zip(pixels, chosen, is_shown, strict=True)]
@@ -105,13 +105,26 @@ def test_they_start_apart_on_the_ball_and_stay_in_it(norm):
     assert not torch.equal(first, moving.v)
 
 
-def test_steps_repeat_themselves_as_those_of_the_attack():
-    moving, config = online(period=2, online_step=0.1, online_perturbations=1)
-    first = moving.v.clone()
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_training_shows_what_an_attack_would_deliver(norm):
+    moving, config = online(norm, online_perturbations=1, online_step=0.7)
     batch = perturb(linear(0), images(0), moving.v, config)
     cross_entropy(linear(0)(batch.pixels), torch.zeros(12, dtype=torch.int64)).backward()
     moving.step(batch)
-    (moved,) = (moving.v - first).sign() * (first.abs() == RADIUS)  # by clipping some stay where they are
+    inner = moving.state["v"].float()
+    is_inside = (inner.abs() < RADIUS) & (inner.abs() > RADIUS / 4)
+    assert is_inside.any()
+    expected = torch.where(is_inside, RADIUS * inner.sign(), inner) if norm == "linf" else inner
+    assert torch.equal(moving.v[is_inside], expected[is_inside])
+
+
+def test_steps_repeat_themselves_as_those_of_the_attack():
+    moving, config = online(period=2, online_step=0.1, online_perturbations=1)
+    first = moving.state["v"].clone()
+    batch = perturb(linear(0), images(0), moving.v, config)
+    cross_entropy(linear(0)(batch.pixels), torch.zeros(12, dtype=torch.int64)).backward()
+    moving.step(batch)
+    (moved,) = (moving.state["v"] - first).sign() * (first.abs() == RADIUS)  # by clipping some stay where they are
     for row in (0, 2):
         for column in (0, 2):
             tile = moved[:, row : row + 2, column : column + 2]
@@ -165,12 +178,12 @@ def test_two_workers_take_the_steps_of_their_sum_and_hold_the_same_bits(task, tm
 
 
 def test_what_is_measured_is_what_moved(task):
-    """The attack that follows the network fools it more than random signs did, until it has learnt; nothing else is paid for it."""
-    learner = Learner(task)
+    """Perturbations that follow a network which hardly learns fool it more than the random ones they began as; nothing else is paid."""
+    learner = Learner(replace(task, config=replace(task.config, learning_rate=1e-6, online_step=0.3)))
     rates = []
     while not learner.is_done:
         rates.append(learner.run_epoch().metrics[f"fooling_rate/{TRAINED_ON}"])
-    assert max(rates[1:]) > rates[0]
+    assert rates[-1] > rates[0] + 0.1
     assert learner.history[-1].metrics["total/evaluations"] == 3 * 2 * 40
     with torch.no_grad():
         val = torch.tensor(next(iter(learner._validation._images.in_order(20)))[0]).float()

@@ -62,9 +62,9 @@ class ResumableRecordOptions(RecordOptions):
     """Where results and checkpoints go."""
 
     storage: str | None = None
-    """Where the run is committed: a folder that all nodes see, or a URL; if not given, beside the output folder."""
+    """Folder that all nodes see, or URL, for checkpoints and a copy of the results; if not given, beside the output folder."""
     commit_every_s: float = 10.0
-    """Seconds between two commits: what a killed job loses at most, once the held-out images are read."""
+    """Seconds between two checkpoints: what a killed job loses at most, once the held-out images are read."""
     resume: str | None = None
     """MLflow run, or its folder of commits, to go on with. All other options are those of that run."""
 

@@ -24,7 +24,7 @@ class AnalyzeOptions:
     perturbation: str
     """Folder or file of jobs/compute.py; FILE.mat:255, FILE.pth:1 and so on of others. NAME=FILE names it."""
     analyses: tuple[Analysis, ...] = ("phase", "boundaries", "images")
-    """Fooling rate against norm; boundaries' normals and their subspace; fooling rate against number of images."""
+    """phase: fooling rate against norm; boundaries: singular values of normals; images: fooling rate against number of images."""
     num_normals: int | None = None
     """phase, boundaries: training images, evenly spread, that DeepFool solves; if not given, all."""
     num_draws: int = 3
@@ -40,7 +40,7 @@ class AnalyzeOptions:
     numbers: tuple[int, ...] = ()
     """images: how many training images; if not given, all, a quarter, a sixteenth, … of them."""
     num_seeds: int = 3
-    """images: perturbations from each number, with seeds from the perturbation's own on."""
+    """images: perturbations computed from each number of images; their seeds count up from that of the given perturbation."""
     seed: int = 0
     """Seed of random vectors and of images drawn at random."""
     data: DataOptions = field(default_factory=DataOptions)

@@ -106,8 +106,9 @@ def configs_by_size(
 
 
 def default_numbers(num_train_images: int, round_size: int) -> tuple[int, ...]:
-    """All training images, a quarter of them, a sixteenth and so on to a 256th, as far as these fill a round."""
-    return tuple(n for n in (num_train_images // 4**k for k in range(4, -1, -1)) if n >= round_size)
+    """All training images, and a quarter of them, a sixteenth and so on to a 256th, as far as these fill a round."""
+    fewer = (num_train_images // 4**k for k in range(4, 0, -1))
+    return (*(n for n in fewer if n >= round_size), num_train_images)
 
 
 def compute_sample_sizes(

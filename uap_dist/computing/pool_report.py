@@ -100,11 +100,17 @@ class FinishedPool:
     def random_rates(self) -> dict[str, dict[str, Rate]]:
         """Held-out rates of random perturbations, by kind and by the norms that they share with the first member."""
         first, found = next(iter(self.results.values())), {}
+        norm = self.pool.shared["norm"]
         for kind in self.mean_rates:
             count = first["num_val_images" + ("" if kind == FOOLING else f"_{kind}")]
             by_norm = {norm: _rate(share, count) for norm, share in first[f"val_{kind}_rate_random_by_norm"].items()}
-            found[kind] = name_random_rates(self.pool.shared["norm"], by_norm)
+            found[kind] = name_random_rates(norm, by_norm, are_one=self._has_one_baseline)
         return found
+
+    @property
+    def _has_one_baseline(self) -> bool:
+        """Whether random perturbations share both norms with the members."""
+        return self.random_coverage["linf"] is self.random_coverage["l2"]
 
     def result(self) -> dict[str, Any]:
         """The contents of result.json."""
@@ -156,7 +162,8 @@ class FinishedPool:
         )
         together = {norm: each.rates[-1] for norm, each in self.random_coverage.items()}
         chance = ", of the ".join(
-            f"{name}: {rate.rate:.3f}" for name, rate in name_random_rates(p["norm"], together).items()
+            f"{name}: {rate.rate:.3f}"
+            for name, rate in name_random_rates(p["norm"], together, are_one=self._has_one_baseline).items()
         )
         verdict = "diverse" if value <= DIVERSE else "**not diverse**"
         return (

@@ -22,13 +22,13 @@ from uap_dist.rounds.group import in_groups, run_together
 from uap_dist.tracking.checkpoint import Checkpoint, JobRecord
 from uap_dist.tracking.checkpoint_store import CheckpointStore
 from uap_dist.tracking.console import RoundProgress
-from uap_dist.tracking.mlflow_run import Tracker, register
-from uap_dist.tracking.mlflow_server import CHECKPOINTS_TAG, is_finished
+from uap_dist.tracking.mlflow_run import LAST_DELIVERY_TIMEOUT_S, Tracker, register
+from uap_dist.tracking.mlflow_server import CHECKPOINTS_TAG, look_up
 from uap_dist.tracking.outputs import RESULT_FILE, deliverable, publish, resumable
 from uap_dist.workers.dataset import Dataset
 from uap_dist.workers.local import Workers
 
-DELIVERY_TIMEOUT_S, LAST_DELIVERY_TIMEOUT_S = 1.0, 20.0  # while other members compute; at the end
+DELIVERY_TIMEOUT_S = 1.0  # while other members compute
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,11 @@ def open_members(
     for name, plan in plans.items():
         store = stack.enter_context(CheckpointStore(join(storage, name), setting.commit_every_s))
         found = store.find_newest()
-        if found is not None and (plan.folder / RESULT_FILE).exists() and is_finished(found.job.run_id):
+        if (
+            found is not None
+            and (plan.folder / RESULT_FILE).exists()
+            and look_up(found.job.run_id).status == "FINISHED"
+        ):
             setting.console.print(f"{name} is finished")
             continue
         run_id = found.job.run_id if found else None
@@ -161,7 +165,7 @@ def compute_members(
     Args:
         setting: network, workers and data.
         members: by name; those that MLflow does not accept now are left.
-        record: called when the held-out images are there, before a member is sent; if MLflow does not answer, it is called again.
+        record: called when the held-out images are there, and again before a member is sent.
         deliver_at_once: if not, all members are left, and none is sent.
     """
     if not members:
@@ -172,18 +176,21 @@ def compute_members(
             setting.console.print(f"{name} resuming after round {member.state.num_rounds}".strip())
     # those of pools that were put together by hand may differ
     configs = {name: member.config for name, member in members.items()}
+    kinds = {replace(config, seed=0, random_start=None) for config in configs.values()}
+    was_recorded = False
     rounds = _begin_all(setting, members)
     with RoundProgress(setting.console, {name: each.max_evaluations for name, each in configs.items()}) as progress:
         for name, report in compute_concurrently(
-            rounds, limit=lambda left: max(num_concurrent(fleet.num_workers, left, each) for each in configs.values())
+            rounds, limit=lambda left: max(num_concurrent(fleet.num_workers, left, each) for each in kinds)
         ):
             progress.show(report, name)
             if report.is_last:
                 val = setting.held_out.result()
                 provenance = describe_held_out(setting.train, val) | dict(setting.provenance) | fleet.describe()
                 members[name].finish(report, fleet, val, provenance, setting.class_names)
-            with suppress(TrackingError):  # the next round tries again, or `deliver_members`
-                if setting.held_out.done():
+            with suppress(TrackingError):  # the next member that is done tries again, or `deliver_members`
+                if setting.held_out.done() and (report.is_last or not was_recorded):
+                    was_recorded = True
                     record()
                 if report.is_last and deliver_at_once:
                     members[name].deliver(DELIVERY_TIMEOUT_S, fleet.describe())

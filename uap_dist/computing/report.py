@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -46,9 +46,6 @@ EXAMPLES_FILE = "held-out-examples.parquet"
 NUM_PICTURED = 8
 NUM_CSV_ROWS = 100
 NUM_DOMINANT_LABELS = 5
-
-Given = ParamSpec("Given")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -109,6 +106,11 @@ class FinishedRun:
         """Held-out rates of one kind of random perturbations, by the norm that they share with v; that of the ball first."""
         norms = sorted(self.random_rates, key=lambda norm: norm != self.provenance["norm"])
         return {norm: self.random_rates[norm][kind] for norm in norms}
+
+    def name_random(self, kind: str) -> dict[str, Rate]:
+        """Those of `random_of`, named."""
+        are_one = self.random_rates["linf"] is self.random_rates["l2"]
+        return name_random_rates(self.provenance["norm"], self.random_of(kind), are_one=are_one)
 
     def random_metrics(self) -> dict[str, float]:
         """Held-out rates of random perturbations, by their names in MLflow.
@@ -204,10 +206,8 @@ class FinishedRun:
 
     def _rate_in_words(self, kind: str, title: str) -> str:
         """A paragraph on one kind of rate; whether a target was reached is said first."""
-        val, train, random = self.val_rates[kind], self.train_rates.get(kind), self.random_of(kind)
-        beside = ", of the ".join(
-            f"{name}: {r}" for name, r in name_random_rates(self.provenance["norm"], random).items()
-        )
+        val, train = self.val_rates[kind], self.train_rates.get(kind)
+        beside = ", of the ".join(f"{name}: {r}" for name, r in self.name_random(kind).items())
         text = (
             f"{escape_markdown(title)} on held-out images: **{val}** (95 % interval); a random perturbation of the {beside}; "
             f"on training images: {train or 'none counts'}."
@@ -220,7 +220,7 @@ class FinishedRun:
         left_out = [f"{each[all_images].num_examples - each[kind].num_examples} {name}" for each, name in rates]
         others = " and those of classes that are not attacked" if self.goal.has_classes else ""
         text += f" Images that have the target's label already{others} do not count: {', '.join(left_out)}."
-        if not is_target_reached(val, random.values()):
+        if not is_target_reached(val, self.random_of(kind).values()):
             return f"**The target was not reached:** hardly more images get it than under a random perturbation. {text}"
         return text if val.rate >= 0.5 else f"**Most images do not get the target.** {text}"
 
@@ -230,10 +230,16 @@ def is_target_reached(rate: Rate, random: Iterable[Rate]) -> bool:
     return rate.interval[0] > max(each.interval[1] for each in random)
 
 
-def name_random_rates(norm: Norm, rates: Mapping[Norm, Rate]) -> dict[str, Rate]:
-    """Fooling rates of random perturbations by the norms that they share with v, in words; the norm of the ball first."""
+def name_random_rates(norm: Norm, rates: Mapping[Norm, Rate], *, are_one: bool) -> dict[str, Rate]:
+    """Fooling rates of random perturbations by the norms that they share with v, in words; the norm of the ball first.
+
+    Args:
+        norm: of the ball.
+        rates: by norm.
+        are_one: whether one random perturbation shares both norms; two may happen to have the same rate.
+    """
     other: Norm = "l2" if norm == "linf" else "linf"
-    if rates[norm] == rates[other]:
+    if are_one:
         return {"same ℓ∞ and ℓ2 norm": rates[norm]}
     return {f"same {SYMBOLS[each]} norm": rates[each] for each in (norm, other)}
 
@@ -259,7 +265,7 @@ def save_run(folder: Path, run: FinishedRun, workers: Workers) -> None:
 def _save_pictures(folder: Path, run: FinishedRun, workers: Workers) -> None:
     """Draw the pictures. Their names sort in the order in which to look at them."""
     val, v = run.val, run.final.perturbation
-    random = {kind: name_random_rates(run.provenance["norm"], run.random_of(kind)) for kind in run.val_rates}
+    random = {kind: run.name_random(kind) for kind in run.val_rates}
     plots.save_curve(folder / "1-fooling-rate.png", run.history, random)
     chosen = np.unique(
         np.linspace(0, val.num_examples - 1, NUM_PICTURED).astype(int)

@@ -69,9 +69,8 @@ class ShardCache:
         self._kept: dict[str, DecodedShard] = {}
         self._seen: set[str] = set()
         self._not_kept: dict[str, DecodedShard] = {}  # without their images
-        self._lock = (
-            Lock()
-        )  # of the counters and the room, because one thread may read shards while another one uses them
+        # of the counters, the room and the prefetch, because one thread may read shards while another one uses them
+        self._lock = Lock()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
         self._ahead: tuple[str, Future[ShardFile]] | None = None
 
@@ -113,10 +112,11 @@ class ShardCache:
 
         A failure is ignored until the shard is requested, and fetching is then tried again.
         """
-        if is_url(url) and url not in self._kept and (self._ahead is None or self._ahead[0] != url):
-            if self._ahead is not None:
-                self._ahead[1].cancel()  # unless it has begun
-            self._ahead = url, self._thread.submit(fetch, url)
+        with self._lock:
+            if is_url(url) and url not in self._kept and (self._ahead is None or self._ahead[0] != url):
+                if self._ahead is not None:
+                    self._ahead[1].cancel()  # unless it has begun
+                self._ahead = url, self._thread.submit(fetch, url)
 
     def _find(self, url: str) -> DecodedShard | None:
         shard = self._kept.get(url)
@@ -164,33 +164,50 @@ class ShardCache:
         return decode_again(shard, rows, pictures, self.geometry, self._num_threads)
 
     def _fetch(self, url: str) -> ShardFile:
-        if self._ahead is not None and self._ahead[0] == url:
-            (_, coming), self._ahead = self._ahead, None
+        coming = self._take_ahead(url)
+        if coming is not None:
             try:
                 return coming.result()
             except UapDistError as error:
                 logger.warning("%s; trying once more", error)
         return fetch(url)
 
-    def _keep(self, url: str, shard: DecodedShard) -> DecodedShard:
+    def _take_ahead(self, url: str) -> "Future[ShardFile] | None":
+        """The prefetch of a shard, for one thread."""
         with self._lock:
-            self._keep_where_there_is_room(url, shard)
-            if url not in self._kept:
-                self._not_kept[url] = replace(shard, images=shard.images[:0].copy(), labels=(), unused=(), bad=())
+            if self._ahead is None or self._ahead[0] != url:
+                return None
+            (_, coming), self._ahead = self._ahead, None
+            return coming
+
+    def _keep(self, url: str, shard: DecodedShard) -> DecodedShard:
+        size = shard.images.nbytes
+        with self._lock:
+            is_in_memory = size <= self._memory_room
+            self._memory_room -= size * is_in_memory
+            is_on_disk = not is_in_memory and size <= self._disk_room
+            self._disk_room -= size * is_on_disk
+        if is_in_memory:
+            self._kept[url] = shard
+        elif not (is_on_disk and self._keep_on_disk(url, shard)):
+            self._not_kept[url] = replace(shard, images=shard.images[:0].copy(), labels=(), unused=(), bad=())
         return shard
 
-    def _keep_where_there_is_room(self, url: str, shard: DecodedShard) -> None:
+    def _keep_on_disk(self, url: str, shard: DecodedShard) -> bool:
+        """Whether there is room; without the lock, because writing takes long."""
         size = shard.images.nbytes
-        if size <= self._memory_room:
-            self._memory_room -= size
-            self._kept[url] = shard
-        elif size <= self._disk_room and disk_usage(gettempdir()).free - size >= self._left_free:
-            try:
-                self._kept[url] = replace(shard, images=_on_disk(shard.images))
-                self._disk_room -= size
-            except OSError as error:
+        if disk_usage(gettempdir()).free - size < self._left_free:
+            with self._lock:
+                self._disk_room += size
+            return False
+        try:
+            self._kept[url] = replace(shard, images=_on_disk(shard.images))
+        except OSError as error:
+            with self._lock:
                 self._disk_room = 0
-                logger.warning("decoded images are no longer kept in %s (TMPDIR): %s", gettempdir(), error)
+            logger.warning("decoded images are no longer kept in %s (TMPDIR): %s", gettempdir(), error)
+            return False
+        return True
 
 
 def _on_disk(array: np.ndarray) -> np.ndarray:

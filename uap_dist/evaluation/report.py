@@ -88,11 +88,8 @@ def _matrix(measurements: Sequence[Measurement], kind: str) -> str:
     }
     named = list(dict.fromkeys((m.perturbation, m.scale) for m in measurements))
     rows = [
-        [
-            escape_markdown(name) + (f" × {scale:g}" if scale != 1 else ""),
-            *(rates.get((name, scale, classifier), "–") for classifier in classifiers),
-        ]
-        for name, scale in named[:MAX_ROWS_IN_SUMMARY]
+        [_scaled(*each), *(rates.get((*each, classifier), "–") for classifier in classifiers)]
+        for each in named[:MAX_ROWS_IN_SUMMARY]
     ]
     table = markdown_table(["perturbation", *map(escape_markdown, classifiers)], rows)
     num_left_out = len(named) - len(rows)
@@ -103,8 +100,13 @@ def _best(classifier: str, measurements: Sequence[Measurement]) -> str:
     """One line: the perturbation that fools a classifier most often, beside the noise that does."""
     own = [m for m in measurements if m.classifier == classifier]
     best, noise = (max((m for m in own if m.is_baseline == b), key=lambda m: m.fooling.rate) for b in (False, True))
-    names = [escape_markdown(name) for name in (classifier, best.perturbation, noise.perturbation)]
-    return f"* {names[0]}: **{names[1]}** fools {best.fooling}; {names[2]}: {noise.fooling}"
+    names = [_scaled(m.perturbation, m.scale) for m in (best, noise)]
+    return f"* {escape_markdown(classifier)}: **{names[0]}** fools {best.fooling}; {names[1]}: {noise.fooling}"
+
+
+def _scaled(name: str, scale: float) -> str:
+    """A perturbation and its factor, unless that is 1."""
+    return escape_markdown(name) + (f" × {scale:g}" if scale != 1 else "")
 
 
 def _other_kinds(measurements: Sequence[Measurement]) -> list[str]:
@@ -120,7 +122,7 @@ def _best_of_goal(classifier: str, goal: str, measurements: Sequence[Measurement
         for is_baseline in (False, True)
         if (some := [m for m in own if m.is_baseline == is_baseline])
     ]
-    said = [f"**{escape_markdown(m.perturbation)}** {m.rates[kind]}" for m in best]
+    said = [f"**{_scaled(m.perturbation, m.scale)}** {m.rates[kind]}" for m in best]
     return f"* {escape_markdown(classifier)}, {escape_markdown(goal)}: {'; '.join(said)}"
 
 

@@ -16,7 +16,7 @@ from uap_dist.finetuning.batches import WorkerGroup
 from uap_dist.finetuning.network import set_training_mode
 from uap_dist.finetuning.options import FinetuneConfig
 from uap_dist.method.norms import add_perturbation, random_perturbation, spread
-from uap_dist.method.update import Iterate, Steps, log_odds_update
+from uap_dist.method.update import Iterate, Steps, finish, log_odds_update
 from uap_dist.models.classifier import Classifier
 
 
@@ -26,7 +26,7 @@ class PerturbedImages:
 
     Attributes:
         pixels: N×C×H×W float32, 0..255: clip(x + α v), with α = 0 for images that are left clean.
-        added: N×C×H×W float32, pixels: the v of each image; after the backward pass its `grad` is that of the loss.
+        added: N×C×H×W float32, pixels: the v of each image; with --online its `grad` after the backward pass is that of the loss.
         members: N numbers of these v.
         num_evaluations: network evaluations that choosing α took.
     """
@@ -49,14 +49,14 @@ def perturb(classifier: Classifier, pixels: Tensor, members: Tensor, config: Fin
         config: probability, whether strengths are adaptive, and their ladder.
     """
     chosen = torch.randint(len(members), (len(pixels),)).to(pixels.device)
-    is_perturbed = (torch.rand(len(pixels)) < config.probability).to(pixels.device)
+    is_perturbed = (torch.rand(len(pixels)) < config.share_perturbed).to(pixels.device)
     added, factors, num_evaluations = members[chosen], is_perturbed.float(), 0
     rows = is_perturbed.nonzero().squeeze(1)
     if config.adaptive and len(rows):
         set_training_mode(classifier, False, config.batch_norm)
         factors[rows], num_evaluations = smallest_factors(classifier, pixels[rows], added[rows], config.ladder)
         set_training_mode(classifier, True, config.batch_norm)
-    added.requires_grad_()
+    added.requires_grad_(config.online)
     shown = add_perturbation(pixels, factors.view(-1, 1, 1, 1) * added)
     return PerturbedImages(shown, added, chosen, num_evaluations)
 
@@ -95,10 +95,11 @@ def smallest_factors(
 class OnlinePerturbations:
     """Perturbations that follow the network in training: the backward pass that trains it moves them too, so that its loss rises.
 
-    All workers hold the same ones. They start as random ones on the surface of the ball.
+    All workers hold the same ones. They start as random ones on the surface of the ball. Training shows what an attack would deliver
+    of them, which is farther in the corner of an ℓ∞ ball (`finish`): a network that is trained on less than that is fooled by it.
 
     Attributes:
-        v: M×C×H×W float32, pixels, on the worker's device; each step changes it in place.
+        v: M×C×H×W float32, pixels, on the worker's device: as they are shown; each step changes it in place.
     """
 
     def __init__(self, shape: tuple[int, ...], steps: Steps, config: FinetuneConfig, group: WorkerGroup) -> None:
@@ -115,8 +116,8 @@ class OnlinePerturbations:
         seeds = np.random.SeedSequence(config.seed).generate_state(config.online_perturbations).tolist()
         first = [random_perturbation(shape, norm=steps.norm, radius=steps.radius, seed=seed) for seed in seeds]
         v = torch.stack(first).double().to(group.device)
-        self._iterate = Iterate(v, torch.zeros_like(v))
         self.v = v.float()
+        self._hold(Iterate(v, torch.zeros_like(v)))
 
     def step(self, batch: PerturbedImages) -> None:
         """Move each v by one step of the log-odds rule along the gradient of the loss, summed over its images of all workers.
@@ -131,7 +132,7 @@ class OnlinePerturbations:
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """What `load` continues from: v and its momentum, M×C×H×W float64 each."""
+        """What `load` continues from: v before `finish`, and its momentum, M×C×H×W float64 each."""
         return {"v": self._iterate.v, "momentum": self._iterate.momentum}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
@@ -140,4 +141,4 @@ class OnlinePerturbations:
 
     def _hold(self, iterate: Iterate) -> None:
         self._iterate = iterate
-        self.v.copy_(iterate.v)
+        self.v.copy_(finish(iterate.v, norm=self._steps.norm, radius=self._steps.radius))

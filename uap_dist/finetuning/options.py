@@ -23,14 +23,14 @@ class FinetuneConfig:
 
     epochs: int = 5
     """Passes over the training images."""
-    probability: float = 0.5
-    """Probability (0..1) that a random member of the pool, or one of --online, is added to a training image."""
+    probability: float | None = None
+    """Probability (0..1) that a member of the pool, or one of --online, is added to an image; if not given, 0.5, online 0.75."""
     adaptive: bool = False
     """Add α v instead of v, with the smallest α of --ladder that fools the current network, else the largest."""
     ladder: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
     """Values of α for --adaptive, in ascending order; 1 is the perturbation as it was computed."""
     online: bool = False
-    """Train on perturbations that the same backward passes keep moving against the network; the pool only tests it."""
+    """Train on perturbations that each step also updates, against the network, instead of the pool's, which then only test it."""
     online_perturbations: int = 4
     """With --online: number of perturbations that are trained on."""
     online_step: float = 0.05
@@ -40,7 +40,7 @@ class FinetuneConfig:
     batch_size: int = 64
     """Images per step, over all workers."""
     optimiser: Optimiser | None = None
-    """If not given, adamw for networks with layer norms and no batch norms (transformers, ConvNeXt), else sgd."""
+    """Of the weights; if not given, adamw for networks with layer and no batch norms (transformers, ConvNeXt), else sgd."""
     learning_rate: float | None = None
     """At first; it falls to zero on a cosine. If not given, sgd: 0.01 with batch norm, else 0.0001; adamw: 0.00001."""
     momentum: float = 0.9
@@ -73,8 +73,9 @@ class FinetuneConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name.replace('_', ' ')} is {getattr(self, name)}; it must lie in [0, 1)")
         for name in ("probability", "label_smoothing"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name.replace('_', ' ')} is {getattr(self, name)}; it must lie in [0, 1]")
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ConfigError(f"{name.replace('_', ' ')} is {value}; it must lie in [0, 1]")
         if not 0 <= self.weight_decay < float("inf") or self.seed < 0:
             raise ConfigError(f"weight decay is {self.weight_decay}, seed {self.seed}; they must not be negative")
         for name, allowed in (
@@ -99,6 +100,11 @@ class FinetuneConfig:
             raise ConfigError("with --online no member of the pool is trained on; leave out --held-out-members")
         if self.batch_norm not in ("frozen", "train"):
             raise ConfigError(f"batch norm is {self.batch_norm!r}; it must be frozen or train")
+
+    @property
+    def share_perturbed(self) -> float:
+        """Probability of an image being perturbed; benchmarks/finetune.md, "How its options were chosen"."""
+        return self.probability if self.probability is not None else 0.75 if self.online else 0.5
 
     def check_workers(self, num_workers: int) -> None:
         """Raise ConfigError unless the batch size is a multiple of the number of workers."""

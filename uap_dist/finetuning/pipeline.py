@@ -49,13 +49,12 @@ from uap_dist.perturbations.pool import MANIFEST_FILE, SHARED, PerturbationPool
 from uap_dist.perturbations.reading import POOL_FILE
 from uap_dist.rounds.record import RoundRecord
 from uap_dist.tracking.checkpoint import JobRecord
-from uap_dist.tracking.mlflow_run import Tracker
+from uap_dist.tracking.mlflow_run import LAST_DELIVERY_TIMEOUT_S, Tracker
 from uap_dist.tracking.outputs import writes_files
 from uap_dist.workers.behind import known
 from uap_dist.workers.dataset import Dataset, reload_dataset
 
 REPETITIONS_FOLDER, EPOCHS_FILE = "repetitions", "epochs.jsonl"
-DELIVERY_TIMEOUT_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -235,7 +234,7 @@ def _fine_tune(job: Job, repetition: int, before: Network) -> None:
             tracker.log_round(record)
             records.append(record)
         _save_network(job, repetition, before, training, records, tracker.run_id)
-        tracker.wait_for_delivery(DELIVERY_TIMEOUT_S)
+        tracker.wait_for_delivery(LAST_DELIVERY_TIMEOUT_S)
         text = f"Fine-tuned from: {before.name}.\n\nFirst: {_describe(records[0])}.\n\nLast: {_describe(records[-1])}."
         tracker.complete(tags={}, metrics={}, step=0, markdown=text, folder=job.network_folder(repetition))
 

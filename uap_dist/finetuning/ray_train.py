@@ -28,7 +28,7 @@ from torch import Tensor
 
 from uap_dist.data.locations import locate
 from uap_dist.errors import UapDistError, WorkerLostError
-from uap_dist.finetuning.trainer import HELD_OUT, Learner, TrainingTask
+from uap_dist.finetuning.trainer import Learner, TrainingTask
 from uap_dist.fleet.ray_cluster import Need, hide_gpus_of_others
 from uap_dist.models.weights_file import read_weights
 from uap_dist.rounds.record import RoundRecord
@@ -37,7 +37,6 @@ from uap_dist.workers.reproducible import set_up_torch
 MAX_RESTARTS = 10  # after the loss of a worker, which restarts all of them
 MAX_FAILED_STARTS = 20  # attempts of half a minute each to place the workers
 SECONDS_BETWEEN_LOOKS = 0.3
-SCORE = f"top1/{HELD_OUT}"  # the checkpoint with the best score is kept beside the last one
 
 
 class _Mailbox:
@@ -83,7 +82,7 @@ class Training:
                 storage_path=path,
                 storage_filesystem=filesystem,
                 failure_config=FailureConfig(MAX_RESTARTS, controller_failure_limit=MAX_FAILED_STARTS),  # type: ignore[call-arg]
-                checkpoint_config=CheckpointConfig(1, SCORE, "max"),  # Ray Train keeps the last one as well
+                checkpoint_config=CheckpointConfig(1),
             ),
         )
         self._result: Result | None = None

@@ -24,6 +24,7 @@ import re
 import shutil
 import socket
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -223,8 +224,9 @@ def check_shared(folder: Path, need: Need, advice: str) -> None:
         for node in nodes
     ]
     blind = [node["NodeManagerAddress"] for node, answer in zip(nodes, answers, strict=True) if not _answer(answer)]
-    for path in created:
-        path.rmdir()
+    with suppress(OSError):  # another job may have put something there
+        for path in created:
+            path.rmdir()
     if blind:
         named = ", ".join(blind[:NUM_NODES_NAMED]) + ", …" * (len(blind) > NUM_NODES_NAMED)
         raise ConfigError(f"{len(blind)} of {len(nodes)} nodes ({named}) do not see the folder {folder}; {advice}")

@@ -204,12 +204,25 @@ def _take(states: Mapping[str, dict[str, Tensor]], key: str, path: str) -> dict[
     return found
 
 
-def _provenance(data: bytes) -> Mapping[str, Any]:
-    if data[8:9] != b"{":
-        return {}
+def metadata_of(data: bytes) -> dict[str, str]:
+    """Metadata of a safetensors file in memory (the library reads metadata only from files); none of any other file."""
+    metadata = header_of(data).get("__metadata__")
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def header_of(data: bytes) -> dict[str, Any]:
+    """What a safetensors file in memory holds, by name; nothing of any other file."""
     length = int.from_bytes(data[:8], "little")
     try:
-        provenance = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["provenance"])
+        header = json.loads(data[8 : 8 + length]) if data[8:9] == b"{" else {}
+    except ValueError:
+        return {}
+    return header if isinstance(header, dict) else {}
+
+
+def _provenance(data: bytes) -> Mapping[str, Any]:
+    try:
+        provenance = json.loads(metadata_of(data)["provenance"])
     except (KeyError, ValueError, TypeError):  # written by another program
         return {}
     return provenance if isinstance(provenance, dict) else {}

@@ -18,8 +18,9 @@ from uap_dist.foreign_text import first_line
 from uap_dist.method.norms import Norm, check_ball, measure
 from uap_dist.method.rates import Goal
 from uap_dist.models.names import Parts, canonical, name_rest, parts_of, refuse_twins
+from uap_dist.models.weights_file import metadata_of
 from uap_dist.perturbations.published import load_published, split_unit
-from uap_dist.perturbations.reading import PERTURBATION_FILE, metadata_of, read_own
+from uap_dist.perturbations.reading import PERTURBATION_FILE, read_own
 
 ENDING = r"\.(npy|mat|pth|pt|pth\.tar|bin|safetensors|zip)(?=#|$)"  # of published files
 ROUNDING = 1e-5  # relative error allowed in a norm, because v is stored as float32

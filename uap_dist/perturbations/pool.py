@@ -21,9 +21,10 @@ from uap_dist.errors import ConfigError, PerturbationError
 from uap_dist.foreign_text import first_line
 from uap_dist.method.norms import check_ball
 from uap_dist.models.names import name_rest, parts_of, plain_key, refuse_twins
+from uap_dist.models.weights_file import metadata_of
 from uap_dist.perturbations.files import Perturbation, check_radius, split_name
 from uap_dist.perturbations.published import load_published, split_unit
-from uap_dist.perturbations.reading import POOL_FILE, metadata_of, read_own
+from uap_dist.perturbations.reading import POOL_FILE, read_own
 
 MANIFEST_FILE = "pool.json"
 SHARED = ("model", "weights_digest", "norm", "radius")  # the provenance that all members have in common

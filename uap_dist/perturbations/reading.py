@@ -1,11 +1,10 @@
 """Reading a file of perturbations, wherever it lies."""
 
-import json
 from pathlib import PurePosixPath
-from typing import Any
 
 from uap_dist.data.locations import join, read_file, split_query
 from uap_dist.errors import PerturbationError, TrackingError
+from uap_dist.models.weights_file import header_of, metadata_of
 
 MLFLOW_SCHEMES = ("runs:/", "models:/")
 PERTURBATION_FILE, POOL_FILE = "perturbation.safetensors", "pool.safetensors"
@@ -64,7 +63,7 @@ def written_as(data: bytes) -> str | None:
     if "manifest" in metadata:
         return POOL_FILE
     # files of weights have a provenance, too
-    return PERTURBATION_FILE if "provenance" in metadata and "perturbation" in _header(data) else None
+    return PERTURBATION_FILE if "provenance" in metadata and "perturbation" in header_of(data) else None
 
 
 def _is_readable(location: str) -> bool:
@@ -72,18 +71,3 @@ def _is_readable(location: str) -> bool:
         return bool(read(location))
     except (PerturbationError, TrackingError):
         return False
-
-
-def metadata_of(data: bytes) -> dict[str, str]:
-    """Metadata of a safetensors file in memory (the library reads metadata only from files); none of any other file."""
-    metadata = _header(data).get("__metadata__")
-    return metadata if isinstance(metadata, dict) else {}
-
-
-def _header(data: bytes) -> dict[str, Any]:
-    length = int.from_bytes(data[:8], "little")
-    try:
-        header = json.loads(data[8 : 8 + length]) if data[8:9] == b"{" else {}
-    except ValueError:
-        return {}
-    return header if isinstance(header, dict) else {}

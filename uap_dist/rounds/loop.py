@@ -84,7 +84,9 @@ def compute(
 def _check_goal(goal: Goal, images: Dataset, what: str) -> None:
     pushed = goal.pushes(images.clean.labels)
     if goal.networks and not pushed.all(1).any():
-        raise ConfigError(f"none of {images.num_examples} {what} is to get another label of each of the networks")
+        raise ConfigError(
+            f"on none of {images.num_examples} {what} do all networks give a label that the perturbation is to change"
+        )
     if not pushed.any():
         left_out = "the target's label" if goal.attacks(images.clean.labels).any() else "labels that are not attacked"
         raise ConfigError(f"the network gives all {images.num_examples} {what} {left_out}; none is left that counts")

@@ -45,6 +45,8 @@ from uap_dist.workers.dataset import Dataset
 
 MAX_REASON_LENGTH = 5000  # characters; MLflow refuses longer tags
 
+LAST_DELIVERY_TIMEOUT_S = 20.0  # for a server that does not answer at the end of a run
+
 logger = logging.getLogger(__name__)
 
 
@@ -110,8 +112,10 @@ class Tracker:
         if self._is_ended:
             return
         with finishing_first():
-            self._outbox.close(0.5 if error else 0)
+            left = self._outbox.close(0.5 if error else LAST_DELIVERY_TIMEOUT_S)
             if error is None:
+                if left:
+                    logger.warning("metrics of %d rounds could not be delivered to %s", left, self.uri)
                 self.finish()
             elif isinstance(error, Exception):
                 self._give_up("FAILED", in_one_line(error))
@@ -241,7 +245,7 @@ class Tracker:
         # without the option MLflow shows its pages for language models
         page = f"#/experiments/{self.experiment_id}/runs/{self.run_id}?workflowType=machine_learning"
         if self.uri.startswith("sqlite:"):
-            return f"mlflow ui --backend-store-uri {self.uri}, then http://127.0.0.1:5000/{page}"
+            return f"mlflow ui --backend-store-uri {shlex.quote(self.uri)}, then http://127.0.0.1:5000/{page}"
         uri = hide_credentials(self.uri).replace(f"{HIDDEN}@", "")  # the browser asks for them
         return f"{uri.rstrip('/')}/{page}" if uri.startswith("http") else uri
 

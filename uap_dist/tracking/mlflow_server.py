@@ -251,12 +251,6 @@ def look_up(run_id: str) -> RunFacts:
     )
 
 
-def is_finished(run_id: str) -> bool:
-    """Whether the run's status is FINISHED."""
-    with tracking_errors(mlflow.get_tracking_uri()):
-        return bool(mlflow.get_run(run_id).info.status == "FINISHED")
-
-
 def fetch(address: str) -> str:
     """Download an artifact, named as runs:/RUN/PATH or models:/NAME/VERSION, and return its local path.
 

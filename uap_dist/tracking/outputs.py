@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import wraps
 from pathlib import Path
+from shlex import quote
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pyarrow as pa
@@ -93,7 +94,7 @@ def resumable(storage: str) -> Iterator[None]:
         yield
     except OutputError as error:
         raise OutputError(
-            f"{error}; everything computed is committed: mend that, then run {command()} --resume {storage}"
+            f"{error}; everything computed is committed: mend that, then run {command()} --resume {quote(storage)}"
         ) from error
 
 
@@ -104,7 +105,7 @@ def deliverable(output: Path, storage: str) -> Iterator[None]:
         yield
     except TrackingError as error:
         raise TrackingError(
-            f"{error}; everything computed is saved in {output}; when the server answers again, run: {command()} --resume {storage}"
+            f"{error}; everything computed is saved in {output}; when the server answers again, run: {command()} --resume {quote(storage)}"
         ) from error
 
 
@@ -119,5 +120,5 @@ def publish(folder: Path, storage: str) -> None:
             copy_folder(folder, join(storage, RESULTS_FOLDER), last=RESULT_FILE)
         except OSError as error:
             raise ConfigError(
-                f"cannot write results to {error}; they are complete in {folder}; copy them with --resume {storage}"
+                f"cannot write results to {error}; they are complete in {folder}; copy them with --resume {quote(storage)}"
             ) from error

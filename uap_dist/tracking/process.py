@@ -3,6 +3,7 @@
 import atexit
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -32,7 +33,7 @@ def command(job: str | None = None) -> str:
     """
     script = Path(sys.argv[0])
     if script.suffix == ".py":
-        return f"python {script if job is None else script.with_name(f'{job}.py')}"
+        return f"python {shlex.quote(str(script if job is None else script.with_name(f'{job}.py')))}"
     return script.name if job is None else f"uap-{job}"
 
 
