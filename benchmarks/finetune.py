@@ -142,7 +142,7 @@ def _attack(options: Options, name: str, weights: str | None, ball: tuple[str, .
 
 
 def tune(options: Options, name: str, entry: dict[str, Any]) -> dict[str, Any]:
-    """After fine-tuning on all training shards but the last, on that one: clean top-1, held-out members, a fresh perturbation."""
+    """After fine-tuning on all training shards but the last, on that one: clean top-1, held-out members, fresh perturbations."""
     network = NETWORKS[name]
     model, weights = network.locate(options.data)
     pool_name = options.tune_pool or next(pool for pool in POOLS if POOLS[pool][0] == name)
@@ -160,13 +160,18 @@ def tune(options: Options, name: str, entry: dict[str, Any]) -> dict[str, Any]:
     workers = LocalWorkers(Worker(classifier, cache_bytes=8 << 30, num_threads=1))
     train, held_in = load_dataset(workers, shards), load_dataset(workers, [last])
     config = ComputeConfig.from_provenance(dict(pool.shared) | dict(pool.members[0]), pool_name)
-    (final,) = deque(compute(workers, train, held_in, config), maxlen=1)
-    assert final.evaluation is not None
+    strong = ComputeConfig(norm=config.norm, radius=config.radius, max_evaluations=ATTACK_EVALUATIONS)
+    fooling = []
+    for each in (config, strong):
+        (final,) = deque(compute(workers, train, held_in, each), maxlen=1)
+        assert final.evaluation is not None
+        fooling.append(final.evaluation.val.rate)
     return {
         "top1_clean_before": learner.history[0].metrics["top1/clean"],
         "top1_clean": record.metrics["top1/clean"],
         f"fooling_rate_{HELD_OUT}": record.metrics[f"fooling_rate/{HELD_OUT}"],
-        "fooling_rate_fresh": final.evaluation.val.rate,
+        "fooling_rate_fresh": fooling[0],
+        f"fooling_rate_{ATTACK}": fooling[1],
         "num_images": held_in.num_examples,
         "seconds": round(time.monotonic() - started, 1),
     }
@@ -202,10 +207,13 @@ def _tables(path: Path) -> Iterator[str]:
     lines = _read(path)
     tuned = [line for line in lines if "tune" in line]
     if tuned:
-        yield _header("held-in images", "options", "clean top-1 before", "after", "members held out", "fresh", "images")
+        heads = ("held-in images", "options", "clean top-1 before", "after", "members held out", "fresh")
+        yield _header(*heads, f"{ATTACK_EVALUATIONS:,} evaluations", "images")
         for line in tuned:
             rates = (line["top1_clean_before"], line["top1_clean"], line[f"fooling_rate_{HELD_OUT}"])
             shown = " | ".join(f"{rate:.3f}" for rate in (*rates, line["fooling_rate_fresh"]))
+            attack = line.get(f"fooling_rate_{ATTACK}")
+            shown += " | –" if attack is None else f" | {attack:.3f}"
             words = ", ".join(f"{key} {value}" for key, value in line["entry"].items()) or "default"
             yield f"| {line.get('pool') or line['tune']} | {words} | {shown} | {line['num_images']} |"
         yield ""

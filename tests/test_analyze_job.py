@@ -17,7 +17,7 @@ from test_job import data, empty_store, runs
 from uap_dist.analysis.boundaries import SUBSPACE, analyze_boundaries, gather_normals
 from uap_dist.analysis.options import AnalyzeOptions
 from uap_dist.analysis.phase_transition import UNIVERSAL, phase_transition
-from uap_dist.analysis.run import check_sizes, plan_sample_sizes, read_recipe
+from uap_dist.analysis.run import check_images, plan_sample_sizes, read_recipe
 from uap_dist.analysis.sample_size import Recipe, compute_sample_sizes, configs_by_size
 from uap_dist.errors import ConfigError
 from uap_dist.fleet.config import FleetConfig
@@ -223,7 +223,7 @@ def test_what_the_data_do_not_allow_is_refused(tiny_data, changed, size, message
 def test_what_options_and_network_do_not_allow_is_refused_before_the_data(changed, shape, num_train, message):
     options, v = options_from(**{"num_singular": 5} | changed), Perturbation("v", torch.ones(3, 16, 16))
     with pytest.raises(ConfigError, match=re.escape(message)):
-        check_sizes(options, v, shape, num_train)
+        check_images(options, v, shape, num_train)
 
 
 def test_verifying_others_that_one_worker_would_compute_alone_is_refused():

@@ -4,7 +4,8 @@ import codecs
 import errno
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from urllib.parse import unquote_plus
 
 from uap_dist.errors import UapDistError
@@ -127,6 +128,11 @@ def escape_markdown(text: object) -> str:
         r"^(\d+(?=[.)](?:\s|$))|(?=[#>+=-]))", r"\1\\", line
     )  # at the start of a line: heading, quotation or list
     return re.sub(r"&(?=#?\w+;)", "&amp;", line).replace("<", "&lt;")
+
+
+def nearest(name: str, names: Iterable[str], otherwise: Sequence[str] = ()) -> str:
+    """The names that are most like one which is not among them, in one line; if none is, the first of others."""
+    return ", ".join(get_close_matches(name, list(names), n=3, cutoff=0.4) or otherwise[:3]) or "none"
 
 
 def first_few(complaints: Sequence[str]) -> str:

@@ -25,7 +25,7 @@ from uap_dist.workers.local import Workers
 Measured = TypeVar("Measured", Point, SampleSizePoint)
 
 
-def check_sizes(
+def check_images(
     options: AnalyzeOptions, perturbation: Perturbation, shape: tuple[int, ...] | None, num_train: int | None
 ) -> None:
     """Check the options against the images' shape and the number of training images; None where they are not known yet.
@@ -73,7 +73,7 @@ def plan_sample_sizes(
     Raises:
         ConfigError: the data do not allow what the options ask for.
     """
-    check_sizes(options, perturbation, train.shape, train.num_examples)
+    check_images(options, perturbation, train.shape, train.num_examples)
     if recipe is None:
         return {}
     numbers = options.numbers or default_numbers(train.num_examples, recipe.config.round_size)

@@ -30,7 +30,7 @@ DECISIVE = (
     "fleet.precision",
     "num_perturbations",
 )
-HELD_OUT = (
+HELD_OUT_KEYS = (
     "val_digest",
     "val_shards",
     "num_bad_images",

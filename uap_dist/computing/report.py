@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from uap_dist.method.state import RoundReport
 from uap_dist.models.classes import UNKNOWN_CLASS, label_name
 from uap_dist.models.classifier import Predictions
 from uap_dist.models.several import of_network, split_kind
-from uap_dist.perturbations.files import save_perturbation
+from uap_dist.perturbations.files import digest_values, save_perturbation
 from uap_dist.perturbations.reading import PERTURBATION_FILE
 from uap_dist.rounds.record import RoundRecord
 from uap_dist.tracking.outputs import RESULT_FILE, writes_files
@@ -153,7 +152,7 @@ class FinishedRun:
             "norm_l2": measure(final.perturbation, "l2"),
             "dominant_labels": self.dominant_labels,
             "perturbation": PERTURBATION_FILE,
-            "perturbation_sha256": sha256(final.perturbation.numpy().tobytes()).hexdigest(),
+            "perturbation_sha256": digest_values(final.perturbation),
             "seconds": round(self.seconds, 1),
             "mlflow_run_id": self.mlflow_run_id,
         }

@@ -6,7 +6,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from uap_dist.computing.provenance import HELD_OUT, describe_member, with_held_out
+from uap_dist.computing.provenance import HELD_OUT_KEYS, describe_member, with_held_out
 from uap_dist.computing.report import FinishedRun, save_run
 from uap_dist.evaluation.evaluate import measure_noise
 from uap_dist.method.config import ComputeConfig
@@ -136,7 +136,7 @@ class TrackedRun:
         self._tracker.wait_for_delivery(timeout_s)
         final = self.finished.final
         # logged only now, because counting the rounds of a very long run takes seconds, which would delay the first commit
-        held_out = {key: value for key, value in self.finished.provenance.items() if key in HELD_OUT}
+        held_out = {key: value for key, value in self.finished.provenance.items() if key in HELD_OUT_KEYS}
         self._tracker.log_params(describe_steps(final.num_rounds, final.perturbation.shape, self.config) | held_out)
         self._tracker.complete(
             tags=tags,

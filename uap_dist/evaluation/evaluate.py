@@ -17,7 +17,7 @@ from uap_dist.workers.accuracy import top1
 from uap_dist.workers.dataset import Dataset, classify_each
 from uap_dist.workers.local import Workers
 
-NOTHING = "zero"  # name of the baseline that changes no pixel
+ZERO = "zero"  # name of the baseline that changes no pixel
 SAME_NORM = 0.01  # relative difference up to which two perturbations share a baseline
 
 logger = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ def baselines(perturbations: Iterable[Perturbation], shape: tuple[int, ...], see
         shape: C×H×W of the images.
         seed: seed of the noise.
     """
-    found = [Perturbation(NOTHING, torch.zeros(shape), {"baseline": True})]
+    found = [Perturbation(ZERO, torch.zeros(shape), {"baseline": True})]
     sizes: list[tuple[Norm, Goal, float]] = []
     for perturbation in perturbations:
         v, goal = perturbation.resized(shape), perturbation.goal

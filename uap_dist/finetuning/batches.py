@@ -17,7 +17,6 @@ from uap_dist.data.decode import Geometry
 from uap_dist.errors import ShardError
 from uap_dist.finetuning.options import RANDOM_RESIZED_CROP, TrainingAugmentation
 from uap_dist.fleet.config import FleetConfig
-from uap_dist.job_options import GIB
 from uap_dist.method.augment import augment
 from uap_dist.workers.dataset import Dataset
 from uap_dist.workers.listing import Shard
@@ -77,12 +76,11 @@ class ImageReader:
                 as that of decoded images.
         """
         self._geometry, self._num_threads = geometry, fleet.decode_threads or 1
-        memory_bytes, disk_bytes = (int(gib * GIB) for gib in (fleet.cache_gib, fleet.disk_cache_gib))
         self._cache = ShardCache(
-            geometry, memory_bytes=memory_bytes, disk_bytes=disk_bytes, num_threads=self._num_threads
+            geometry, memory_bytes=fleet.cache_bytes, disk_bytes=fleet.disk_cache_bytes, num_threads=self._num_threads
         )
         self._pictures: dict[str, list[bytes]] = {}
-        self._room = memory_bytes
+        self._room = fleet.cache_bytes
         self._pool = ThreadPoolExecutor(self._num_threads, "crop")
 
     def images(self, shard: Shard) -> Pictures:

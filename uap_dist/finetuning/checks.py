@@ -46,7 +46,7 @@ def check_pool(options: FinetuneOptions, pool: PerturbationPool, classifier: Cla
         )
     check_trainable(classifier)
     if classifier.geometry.shape is not None:
-        check_size(pool, classifier.geometry.shape, options)
+        check_pool_size(pool, classifier.geometry.shape, options)
     return first
 
 
@@ -64,7 +64,7 @@ def _check_fresh(configs: Mapping[str, ComputeConfig]) -> None:
             )
 
 
-def check_size(pool: PerturbationPool, shape: tuple[int, ...], options: FinetuneOptions) -> None:
+def check_pool_size(pool: PerturbationPool, shape: tuple[int, ...], options: FinetuneOptions) -> None:
     """Raise PerturbationError where the pool is of another size than images (C×H×W), unless --allow-transfer resizes it."""
     own = tuple(pool.perturbations.shape[1:])
     if own != shape and not options.allow_transfer:

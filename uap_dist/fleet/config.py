@@ -7,6 +7,7 @@ from typing import get_args
 from uap_dist.errors import ConfigError
 from uap_dist.fleet import ray_cluster
 from uap_dist.fleet.ray_cluster import Need
+from uap_dist.job_options import GIB
 from uap_dist.workers.reproducible import Precision
 
 
@@ -51,6 +52,16 @@ class FleetConfig:
         _, most = self.bounds
         if self.verify_determinism and most == 1:
             raise ConfigError("verify determinism compares workers; give --num-workers 2 or more")
+
+    @property
+    def cache_bytes(self) -> int:
+        """Decoded images that each worker keeps in memory."""
+        return int(self.cache_gib * GIB)
+
+    @property
+    def disk_cache_bytes(self) -> int:
+        """Further ones that it keeps in temporary files."""
+        return int(self.disk_cache_gib * GIB)
 
     @property
     def bounds(self) -> tuple[int, int | None]:

@@ -15,7 +15,6 @@ from uap_dist.fleet.dispatcher import Dispatcher, DispatchThread, Request
 from uap_dist.fleet.membership import Membership
 from uap_dist.fleet.metrics import FleetStats
 from uap_dist.fleet.task_queue import TaskQueue
-from uap_dist.job_options import GIB
 from uap_dist.models.loading import Given
 from uap_dist.workers.local import R, Shared, T
 from uap_dist.workers.worker import Worker
@@ -52,7 +51,7 @@ class Fleet:
         """
         self.stats = FleetStats()
         # two workers would not compute equally many rounds in a span, so what they answer could not be compared
-        self.room_for_spans = 0 if config.verify_determinism else int(GIB * (config.cache_gib + config.disk_cache_gib))
+        self.room_for_spans = 0 if config.verify_determinism else config.cache_bytes + config.disk_cache_bytes
         self._verifies, self._num_verified = config.verify_determinism, 0
         self._membership = Membership(model, weights, weights_digest, config=config, run=run, stats=self.stats)
         self.need, self.machines = self._membership.placement.need, self._membership.machines

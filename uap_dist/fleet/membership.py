@@ -15,7 +15,6 @@ from uap_dist.errors import ClassifierError, ConfigError, WorkerLostError
 from uap_dist.fleet.actor import Introduction, RemoteWorker, decisive_versions, start_actor
 from uap_dist.fleet.config import FleetConfig, need_of
 from uap_dist.fleet.metrics import FleetStats
-from uap_dist.job_options import GIB
 from uap_dist.models.loading import Given, check_same_weights
 
 SECONDS_BETWEEN_CHECKS = 5.0  # of the room that the cluster has
@@ -240,8 +239,8 @@ class Membership:
             self._config.bounds[1],
             model=self._model,
             weights=self._weights,
-            cache_bytes=int(self._config.cache_gib * GIB),
-            disk_cache_bytes=int(self._config.disk_cache_gib * GIB),
+            cache_bytes=self._config.cache_bytes,
+            disk_cache_bytes=self._config.disk_cache_bytes,
             num_threads=self._config.threads_per_worker,
             decode_threads=self._config.decode_threads,
             precision=self._config.precision,

@@ -1,12 +1,11 @@
 """Analyse a universal perturbation as section 4 of the paper does: phase transition, correlated boundaries, number of images."""
 
 from dataclasses import asdict
-from hashlib import sha256
 from typing import Any
 
 from uap_dist.analysis.options import AnalyzeOptions
 from uap_dist.analysis.report import FinishedAnalysis, save_analysis
-from uap_dist.analysis.run import check_sizes, measure, plan_sample_sizes, read_recipe, show
+from uap_dist.analysis.run import check_images, measure, plan_sample_sizes, read_recipe, show
 from uap_dist.analysis.sample_size import compute_sample_sizes
 from uap_dist.computing.provenance import describe_setup
 from uap_dist.data.patterns import expand_apart
@@ -15,7 +14,7 @@ from uap_dist.jobs.common import console, run_job, start_fleet
 from uap_dist.jobs.images import classify_images, list_images
 from uap_dist.models.classifier import Classifier
 from uap_dist.models.loading import load_usable_classifier
-from uap_dist.perturbations.files import Perturbation, load_perturbations
+from uap_dist.perturbations.files import Perturbation, digest_values, load_perturbations
 from uap_dist.tracking.mlflow_run import Tracker
 from uap_dist.tracking.outputs import default_folder, output_folder
 
@@ -34,7 +33,7 @@ def run(options: AnalyzeOptions, tracker: Tracker) -> None:
         )
     recipe = read_recipe(options, perturbation)
     classifier = load_usable_classifier(options.model, options.weights)
-    check_sizes(options, perturbation, classifier.geometry.shape, options.data.num_train_images)
+    check_images(options, perturbation, classifier.geometry.shape, options.data.num_train_images)
     urls = expand_apart(options.data.train_shards, options.data.val_shards)
     output = output_folder(options.record.output or default_folder(f"analysis-{perturbation.name}", tracker.run_id))
     provenance = _describe(options, perturbation, classifier)
@@ -72,7 +71,7 @@ def run(options: AnalyzeOptions, tracker: Tracker) -> None:
 def _describe(options: AnalyzeOptions, perturbation: Perturbation, classifier: Classifier) -> dict[str, Any]:
     """Parameters of the run, and what the report says of where it comes from."""
     settings = {key: value for key, value in asdict(options).items() if key not in ("data", "fleet", "record")}
-    digest = sha256(perturbation.v.numpy().tobytes()).hexdigest()
+    digest = digest_values(perturbation.v)
     setup = describe_setup(classifier, options.weights, options.fleet)
     return settings | asdict(options.data) | setup | {"perturbation_sha256": digest}
 

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from uap_dist.data.patterns import expand_patterns
 from uap_dist.errors import ConfigError
 from uap_dist.evaluation.coverage import PoolCoverage, cover_pools
-from uap_dist.evaluation.evaluate import NOTHING, Measurement, aim, baselines, measure_perturbations
+from uap_dist.evaluation.evaluate import ZERO, Measurement, aim, baselines, measure_perturbations
 from uap_dist.evaluation.options import EvaluateOptions
 from uap_dist.evaluation.report import save_evaluation, summary
 from uap_dist.fleet.fleet import Fleet
@@ -33,8 +33,8 @@ def run(options: EvaluateOptions, tracker: Tracker) -> None:
     choices = [ModelChoice.parse(text) for text in options.models]
     models = {name: (c.model, c.weights) for name, c in zip(name_models(choices), choices, strict=True)}
     urls = _list_sets(options.shards)
-    perturbations = load_perturbations(options.perturbations, taken=[NOTHING])
-    perturbations += load_members(options.pools, taken=[NOTHING, *(each.name for each in perturbations)])
+    perturbations = load_perturbations(options.perturbations, taken=[ZERO])
+    perturbations += load_members(options.pools, taken=[ZERO, *(each.name for each in perturbations)])
     output = output_folder(options.record.output or default_folder(options.name, tracker.run_id))
     classifiers = {name: load_usable_classifier(*model) for name, model in models.items()}
     for classifier in classifiers.values():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from uap_dist.computing.provenance import Setting, job_record
 from uap_dist.data.patterns import expand_apart
-from uap_dist.finetuning.checks import check_network, check_pool, check_size, check_storage, describe_finetuning
+from uap_dist.finetuning.checks import check_network, check_pool, check_pool_size, check_storage, describe_finetuning
 from uap_dist.finetuning.network import check_labels
 from uap_dist.finetuning.options import FinetuneOptions
 from uap_dist.finetuning.pipeline import REPETITIONS_FOLDER, Job, Network, count_evaluations, group, measure, repeat
@@ -80,7 +80,7 @@ def _set_up(options: FinetuneOptions, output: Path, tracker: Tracker, resumed: R
     check_storage(store.location, fleet.need)
     train, val = list_images(fleet, options.data, *urls)
     options.finetune.check_images(train.num_examples)
-    check_size(pool, train.shape, options)
+    check_pool_size(pool, train.shape, options)
     check_network(classifier, train, val)
     train, val = (classify_images(fleet, options.model, *each) for each in ((train, "training"), (val, "held-out")))
     fleet.close()  # training workers take its place

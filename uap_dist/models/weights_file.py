@@ -1,7 +1,6 @@
 """Files of tensors as training scripts leave them, read without running code: what is in them, and which entry is meant."""
 
 import argparse
-import difflib
 import hashlib
 import io
 import json
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from uap_dist.data.locations import is_url, read_file, split_query
 from uap_dist.errors import ClassifierError
-from uap_dist.foreign_text import first_line
+from uap_dist.foreign_text import first_line, nearest
 
 SAVE_ALONE = "save its tensors alone: torch.save(network.state_dict(), 'weights.pth')"
 PLAIN = (argparse.Namespace, PosixPath)  # classes that scripts save beside tensors, and that hold nothing but values
@@ -199,8 +198,7 @@ def _take(states: Mapping[str, dict[str, Tensor]], key: str, path: str) -> dict[
     found = {name.removeprefix(f"{key}."): each for name, each in full.items() if name.startswith(f"{key}.")}
     if not found:
         groups = sorted({*filter(None, states), *(name.rpartition(".")[0] for name in full if "." in name)}, key=len)
-        near = difflib.get_close_matches(key, groups, n=3, cutoff=0.4) or groups[:3]
-        raise ClassifierError(f"{path} has no tensors under {key!r}; nearest keys: {', '.join(near) or 'none'}")
+        raise ClassifierError(f"{path} has no tensors under {key!r}; nearest keys: {nearest(key, groups, groups)}")
     return found
 
 

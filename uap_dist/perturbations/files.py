@@ -107,6 +107,11 @@ def save_perturbation(path: Path, v: Tensor, provenance: Mapping[str, Any]) -> N
     )  # save_file would make it readable by its owner alone
 
 
+def digest_values(v: Tensor) -> str:
+    """SHA-256 (hex) of the values of perturbations, as provenance and manifests hold it."""
+    return sha256(v.numpy().tobytes()).hexdigest()
+
+
 def split_name(text: str) -> tuple[str, str]:
     """NAME and REST of NAME=REST; an empty name if the = belongs to a path or to a URL's options.
 
@@ -151,7 +156,7 @@ def _own(name: str, location: str, data: bytes) -> Perturbation:
             f"{location} is not a perturbation written by jobs/compute.py: {first_line(error)}; give others with the unit of their "
             "values, :255 or :1"
         ) from error
-    if sha256(v.numpy().tobytes()).hexdigest() != digest:
+    if digest_values(v) != digest:
         raise PerturbationError(f"{location} is damaged: its values do not match its digest")
     check_radius(v, norm, radius, location)
     return Perturbation(name, v, provenance)

@@ -22,7 +22,7 @@ from uap_dist.foreign_text import first_line
 from uap_dist.method.norms import check_ball
 from uap_dist.models.names import name_rest, parts_of, plain_key, refuse_twins
 from uap_dist.models.weights_file import metadata_of
-from uap_dist.perturbations.files import Perturbation, check_radius, split_name
+from uap_dist.perturbations.files import Perturbation, check_radius, digest_values, split_name
 from uap_dist.perturbations.published import load_published, split_unit
 from uap_dist.perturbations.reading import POOL_FILE, read_own
 
@@ -181,7 +181,7 @@ class PerturbationPool:
     @property
     def digest(self) -> str:
         """SHA-256 (hex) over the values of all members."""
-        return sha256(self.perturbations.numpy().tobytes()).hexdigest()
+        return digest_values(self.perturbations)
 
     def take(self, first: int, last: int) -> "PerturbationPool":
         """Members `first` to `last` − 1."""

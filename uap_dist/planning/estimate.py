@@ -13,7 +13,6 @@ from uap_dist.errors import ConfigError, WorkerLostError
 from uap_dist.fleet.config import need_of
 from uap_dist.fleet.fleet import Fleet
 from uap_dist.foreign_text import redact
-from uap_dist.job_options import GIB
 from uap_dist.method.state import RoundReport
 from uap_dist.models.classifier import Classifier
 from uap_dist.planning.comparison import count_workers
@@ -126,8 +125,8 @@ def make_plan(profiler: Profiler, val_urls: Sequence[str]) -> Plan:
         num_networks=len(profiler.classifier.members),
     )
     room = {
-        "memory_bytes": int(options.fleet.cache_gib * GIB),
-        "disk_bytes": int(options.fleet.disk_cache_gib * GIB),
+        "memory_bytes": options.fleet.cache_bytes,
+        "disk_bytes": options.fleet.disk_cache_bytes,
     }
     fleets = []
     for size in fleet_sizes(fewest, most):

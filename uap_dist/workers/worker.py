@@ -209,7 +209,7 @@ class Worker:
             task: the block, or those of M perturbations.
             perturbation: v, M×C×H×W float32, pixels; an array, or a tensor on this worker's device.
             solver: gives the rule and the views of the images.
-            scales: M or M×S float64, `Iterate.scale`; None before the first round.
+            scales: M or M×S float64, `Iterate.scale`; None for those of no image yet.
             local: local steps.
         """
         started = time.perf_counter()

@@ -23,7 +23,7 @@ from torch import nn
 
 from uap_dist.data.decode import Geometry
 from uap_dist.errors import ClassifierError
-from uap_dist.foreign_text import first_line
+from uap_dist.foreign_text import first_line, nearest
 from uap_dist.models.classifier import Classifier
 from uap_dist.models.weights import fill_from
 from uap_dist.models.weights_file import open_weights
@@ -57,10 +57,8 @@ def load_own(name: str, weights: str | None) -> Classifier:
         module = import_file(Path(location)) if is_file else import_module(location)
         factory = getattr(module, attribute, None)
         if not callable(factory):
-            near = difflib.get_close_matches(attribute, dir(module), n=5, cutoff=0.4)
-            raise ClassifierError(
-                f"{location} has no factory {attribute!r}; nearest names: {', '.join(near) or 'none'}"
-            )
+            near = nearest(attribute, dir(module))
+            raise ClassifierError(f"{location} has no factory {attribute!r}; nearest names: {near}")
         network = _call(factory, _parse(name, query or ""), f"{location}:{attribute}")
     if not isinstance(network, nn.Module):
         raise ClassifierError(f"{name} returns {type(network).__name__}, not a torch.nn.Module")

