@@ -212,8 +212,6 @@ def list_dataset(
         ShardError: a shard cannot be used, too many images are bad, or images differ in size.
         ConfigError: there are fewer images than `num_images`, none has a label under `label_key`, or an option is outside its range.
     """
-    if not urls:
-        raise ConfigError("no shards given")
     check_limits(max_bad_fraction, num_images)
     listings = []
     first = (like.shards[0].url, like.shape) if like else None

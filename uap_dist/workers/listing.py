@@ -6,6 +6,7 @@ from math import ceil
 
 import numpy as np
 
+from uap_dist.errors import ConfigError
 from uap_dist.workers.local import Workers
 from uap_dist.workers.messages import Examples, ShardListing
 from uap_dist.workers.worker import Worker
@@ -38,7 +39,12 @@ def list_shards(
     """Load all shards at once or, for a limited number of images, one, and then as many at a time as should hold the rest.
 
     How many that are does not depend on the workers, because a shard that cannot be used ends the job.
+
+    Raises:
+        ConfigError: there is none.
     """
+    if not urls:
+        raise ConfigError("no shards given")
     found, start, size = 0, 0, len(urls) if num_images is None else 1
     while start < len(urls) and (num_images is None or found < num_images):
         wave = urls[start : start + size]
