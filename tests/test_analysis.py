@@ -287,6 +287,7 @@ def test_thinning_by_blocks_gives_as_many_examples_as_asked_for(sizes, block_siz
 def test_the_ladder_of_numbers_ends_at_all_and_begins_with_a_round():
     assert sample_size.default_numbers(5000, 6) == (19, 78, 312, 1250, 5000)
     assert sample_size.default_numbers(47, 12) == (47,)
+    assert sample_size.default_numbers(500, 1000) == (500,)  # which `configs_by_size` then refuses
 
 
 def test_a_subspace_that_cannot_be_had_is_refused_before_work():

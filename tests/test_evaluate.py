@@ -91,6 +91,15 @@ def test_names_in_a_summary_are_text():
     assert "| \\[c\\](d) | a_b |" in as_table(found) and as_table(found).count("\n") == 3
 
 
+def test_a_summary_says_the_factor_of_the_best():
+    found = [
+        Measurement("c", "d", name, is_baseline, scale, 1.0, 1.0, {FOOLING: Rate(int(4 * scale), 10)}, None, None)
+        for name, is_baseline in (("v", False), ("noise", True))
+        for scale in (0.5, 2.0)
+    ]
+    assert "* c: **v × 2** fools 0.800" in summary(found) and "; noise × 2: 0.800" in summary(found)
+
+
 def test_a_worker_that_adopts_another_does_not_decode_again(shards):
     first = tiny_worker()
     load_dataset(LocalWorkers(first), [str(shards / "val-0000.tar")])

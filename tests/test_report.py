@@ -1,14 +1,18 @@
 import csv
 import os
+import shlex
 import stat
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
+from uap_dist.computing.report import name_random_rates
 from uap_dist.errors import ConfigError
 from uap_dist.method.rates import Rate, flatten_rates, rate_columns
 from uap_dist.tracking.outputs import default_folder, markdown_table, output_folder, save_table, writes_files
+from uap_dist.tracking.process import command
 
 
 @pytest.fixture
@@ -65,3 +69,14 @@ def test_a_table_is_written_twice_and_a_rate_has_its_interval_and_count(tmp_path
     assert read["fooling_num_images"] == 10 and read["top1"] is read["top1_num_images"] is None
     with (tmp_path / "rates.csv").open() as file:
         assert list(next(csv.DictReader(file))) == list(row)
+
+
+def test_two_random_perturbations_of_equal_rates_keep_their_names():
+    rates = {"linf": Rate(0, 10), "l2": Rate(0, 10)}
+    assert list(name_random_rates("l2", rates, are_one=False)) == ["same ℓ2 norm", "same ℓ∞ norm"]
+    assert list(name_random_rates("l2", rates, are_one=True)) == ["same ℓ∞ and ℓ2 norm"]
+
+
+def test_a_command_to_copy_is_quoted(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["my jobs/compute.py"])
+    assert shlex.split(command("finetune")) == ["python", "my jobs/finetune.py"]
