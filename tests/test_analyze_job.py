@@ -176,9 +176,9 @@ def options_from(**changed):
     [
         ({"scales": (1.0, 0.0)}, "a scale is 0.0; scales must be positive"),
         ({"scales": (float("nan"),)}, "a scale is nan; scales must be positive"),
-        ({"num_draws": 0}, "num draws is 0; it must be positive"),
-        ({"norm_l2": float("inf")}, "norm l2 is inf; it must be positive"),
-        ({"memory_gib": -1.0}, "memory gib is -1.0; it must be positive"),
+        ({"num_draws": 0}, "--num-draws is 0; it must be positive"),
+        ({"norm_l2": float("inf")}, "--norm-l2 is inf; it must be positive"),
+        ({"memory_gib": -1.0}, "--memory-gib is -1.0; it must be positive"),
         ({"seed": -1}, "seed is -1; it must not be negative"),
         ({"analyses": ()}, "no analyses given"),
         ({"num_val_images": 0}, "number of images is 0; it must be positive"),

@@ -244,10 +244,10 @@ def test_a_single_worker_gets_its_next_task_at_once(local_ray, shards):
 
 def test_invalid_options_are_refused():
     for bad, message in [
-        (0, "num workers is 0; it must be positive"),
-        ("0:4", "num workers is 0:4; it must be positive"),
-        ("4:2", "num workers is 4:2; a range begins with the smaller number: give 2:4"),
-        ("many", "num workers is 'many'; it must be a number such as 8, or a range such as 1:64"),
+        (0, "--num-workers is 0; it must be positive"),
+        ("0:4", "--num-workers is 0:4; it must be positive"),
+        ("4:2", "--num-workers is 4:2; a range begins with the smaller number: give 2:4"),
+        ("many", "--num-workers is 'many'; it must be a number such as 8, or a range such as 1:64"),
     ]:
         with pytest.raises(ConfigError, match=message):
             FleetConfig(num_workers=bad)
@@ -257,7 +257,7 @@ def test_invalid_options_are_refused():
         FleetConfig(gpus_per_worker=1.5)
     with pytest.raises(ConfigError, match="verify determinism compares workers; give --num-workers 2"):
         FleetConfig(num_workers=1, verify_determinism=True)
-    with pytest.raises(ConfigError, match="decode threads is 0; it must be positive"):
+    with pytest.raises(ConfigError, match="--decode-threads is 0; it must be positive"):
         FleetConfig(decode_threads=0)
 
 

@@ -150,9 +150,9 @@ def test_same_bits_for_any_number_of_workers_and_through_kills(local_ray, shards
 
 def test_what_does_not_fit_is_refused_or_said():
     for options in ({"rule": "paper"}, {"local_steps": 1, "round_size": 6, "block_size": 3}):
-        with pytest.raises(ConfigError, match="members at once belongs to"):
+        with pytest.raises(ConfigError, match="--members-at-once belongs to"):
             ComputeConfig(members_at_once=2, **options)
-    with pytest.raises(ConfigError, match="members at once is 0"):
+    with pytest.raises(ConfigError, match="--members-at-once is 0"):
         ComputeConfig(members_at_once=0)
     assert "2 of 3 places of a batch stay empty" in describe_idle(2, 4, CONFIG)
     assert "1 of 3 workers will have nothing to do: 6 perturbations are 2 batches of 3 (" in describe_idle(3, 6, CONFIG)

@@ -272,7 +272,7 @@ def test_what_cannot_be_resumed_is_one_line(tmp_path, target, message):
         (("--output", f"{JOB}/under-a-file"), "cannot write to --output"),
         (("--storage", f"{JOB}/under-a-file", "--num-val-images", "5"), "cannot write checkpoints to"),
         (("--model", "resnet50"), "unknown network 'resnet50'; nearest names: "),
-        (("--cache-gib", "inf"), "cache gib is inf; it must be positive and finite"),
+        (("--cache-gib", "inf"), "--cache-gib is inf; it must be positive and finite"),
         (("--storage=~/runs",), "~/runs: ~ is not expanded here; give the whole path"),
         (("--model", TINY, "--model", TINY), "--model is given twice; several networks are --models A B"),
         (("--train_shards", "other-0000.tar"), "--train-shards is given twice; give it once, with all of its values"),

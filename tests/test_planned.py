@@ -14,7 +14,7 @@ from uap_dist.planning.comparison import Spent, read_plan
         ({"plan": True, "resume": "x"}, "--plan plans a run from its beginning; leave out --resume"),
         ({"plan": True, "planned": "plan.json"}, "--plan makes what --planned takes"),
         ({"price_per_gpu_hour": 2.0}, "--price-per-gpu-hour belongs to --plan"),
-        ({"price_per_gpu_hour": -2.0, "plan": True}, "price per gpu hour is -2.0; it must be positive"),
+        ({"price_per_gpu_hour": -2.0, "plan": True}, "--price-per-gpu-hour is -2.0; it must be positive"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options, message):

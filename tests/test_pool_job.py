@@ -171,7 +171,7 @@ def test_a_pool_is_loaded_from_its_run_and_from_the_registry(resumed, monkeypatc
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--num-perturbations", "0"), "num perturbations is 0; it must be positive"),
+        (("--num-perturbations", "0"), "--num-perturbations is 0; it must be positive"),
         (("--register-as", "x"), "only a pool is registered (--register-as); give --num-perturbations 2 or more"),
     ],
 )

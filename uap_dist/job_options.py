@@ -10,6 +10,12 @@ from uap_dist.errors import ConfigError
 
 GIB = 2**30  # bytes
 
+
+def option(name: str) -> str:
+    """The option of a field, such as --batch-size for batch_size."""
+    return "--" + name.replace("_", "-")
+
+
 Options = TypeVar("Options")
 
 _converter = make_converter(forbid_extra_keys=True, detailed_validation=False)
@@ -71,7 +77,7 @@ class ResumableRecordOptions(RecordOptions):
     def __post_init__(self) -> None:
         """Validate the options."""
         if not self.commit_every_s >= 0:
-            raise ConfigError(f"commit every s is {self.commit_every_s}; it must not be negative")
+            raise ConfigError(f"--commit-every-s is {self.commit_every_s}; it must not be negative")
 
 
 class JobOptions(Protocol):

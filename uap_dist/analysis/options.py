@@ -5,7 +5,7 @@ from typing import Literal
 
 from uap_dist.errors import ConfigError
 from uap_dist.fleet.config import FleetConfig
-from uap_dist.job_options import GIB, DataOptions, RecordOptions
+from uap_dist.job_options import GIB, DataOptions, RecordOptions, option
 
 Analysis = Literal["phase", "boundaries", "images"]
 
@@ -59,12 +59,12 @@ class AnalyzeOptions:
         for name in ("num_draws", "num_singular", "norm_l2", "memory_gib", "num_seeds", "num_normals"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
-                raise ConfigError(f"{name.replace('_', ' ')} is {value}; it must be positive")
+                raise ConfigError(f"{option(name)} is {value}; it must be positive")
         for scale in self.scales:
             if not 0 < scale < float("inf"):
                 raise ConfigError(f"a scale is {scale}; scales must be positive")
         if self.seed < 0:
-            raise ConfigError(f"seed is {self.seed}; it must not be negative")
+            raise ConfigError(f"--seed is {self.seed}; it must not be negative")
 
     job, name = "analyze", "analysis"
 

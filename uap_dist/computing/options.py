@@ -62,7 +62,7 @@ class ComputeOptions:
         if bool(self.data.train_shards) != bool(self.data.val_shards):
             raise ConfigError("give both --train-shards and --val-shards, or neither for the demonstration")
         if self.num_perturbations < 1:
-            raise ConfigError(f"num perturbations is {self.num_perturbations}; it must be positive")
+            raise ConfigError(f"--num-perturbations is {self.num_perturbations}; it must be positive")
         if self.register_as is not None and self.num_perturbations == 1:
             raise ConfigError("only a pool is registered (--register-as); give --num-perturbations 2 or more")
         if self.register_as is not None and not re.fullmatch("[^/:'\"]+", self.register_as):
@@ -80,7 +80,7 @@ class ComputeOptions:
         if self.price_per_gpu_hour is not None and not self.plan:
             raise ConfigError("--price-per-gpu-hour belongs to --plan")
         if self.price_per_gpu_hour is not None and not 0 < self.price_per_gpu_hour < inf:
-            raise ConfigError(f"price per gpu hour is {self.price_per_gpu_hour}; it must be positive and finite")
+            raise ConfigError(f"--price-per-gpu-hour is {self.price_per_gpu_hour}; it must be positive and finite")
 
     def _check_networks(self) -> None:
         if not self.models:

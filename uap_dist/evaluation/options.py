@@ -58,7 +58,7 @@ class EvaluateOptions:
             if not isfinite(scale) or self.scales.count(scale) > 1:
                 raise ConfigError(f"scale {scale:g} is not finite, or given twice (--scales)")
         if self.seed < 0:
-            raise ConfigError(f"seed is {self.seed}; it must not be negative")
+            raise ConfigError(f"--seed is {self.seed}; it must not be negative")
 
     def goal(self, classifier: Classifier, class_names: Sequence[str], num_labels: int) -> Goal:
         """That of perturbations whose files name none, see `Goal.of_names`."""

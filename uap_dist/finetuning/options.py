@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from uap_dist.errors import ConfigError
 from uap_dist.fleet.config import FleetConfig
-from uap_dist.job_options import DataOptions, ResumableRecordOptions
+from uap_dist.job_options import DataOptions, ResumableRecordOptions, option
 from uap_dist.method.augment import Augmentation
 from uap_dist.perturbations.pool import PerturbationPool
 
@@ -68,16 +68,16 @@ class FinetuneConfig:
         for name in (*positive, "online_perturbations"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
-                raise ConfigError(f"{name.replace('_', ' ')} is {value}; it must be positive")
+                raise ConfigError(f"{option(name)} is {value}; it must be positive")
         for name in ("momentum", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name.replace('_', ' ')} is {getattr(self, name)}; it must lie in [0, 1)")
+                raise ConfigError(f"{option(name)} is {getattr(self, name)}; it must lie in [0, 1)")
         for name in ("probability", "label_smoothing"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
-                raise ConfigError(f"{name.replace('_', ' ')} is {value}; it must lie in [0, 1]")
+                raise ConfigError(f"{option(name)} is {value}; it must lie in [0, 1]")
         if not 0 <= self.weight_decay < float("inf") or self.seed < 0:
-            raise ConfigError(f"weight decay is {self.weight_decay}, seed {self.seed}; they must not be negative")
+            raise ConfigError(f"--weight-decay is {self.weight_decay}, seed {self.seed}; they must not be negative")
         for name, allowed in (
             ("augment", (*get_args(Augmentation), RANDOM_RESIZED_CROP)),
             ("training_precision", get_args(Precision)),
@@ -85,21 +85,21 @@ class FinetuneConfig:
         ):
             value = getattr(self, name)
             if value is not None and value not in allowed:
-                raise ConfigError(f"{name.replace('_', ' ')} is {value!r}; it must be one of {', '.join(allowed)}")
+                raise ConfigError(f"{option(name)} is {value!r}; it must be one of {', '.join(allowed)}")
         steps = (0.0, *self.ladder)
         if len(steps) < 2 or not all(0 <= a < b < float("inf") for a, b in zip(steps, steps[1:], strict=False)):
-            raise ConfigError(f"ladder is {self.ladder}; it must hold ascending positive numbers")
+            raise ConfigError(f"--ladder is {self.ladder}; it must hold ascending positive numbers")
         if not self.adaptive and self.ladder != FinetuneConfig.ladder:
-            raise ConfigError("ladder belongs to --adaptive; give that as well, or leave it out")
+            raise ConfigError("--ladder belongs to --adaptive; give that as well, or leave it out")
         if not 0 < self.online_step <= 1:
-            raise ConfigError(f"online step is {self.online_step}; it must lie in (0, 1], a fraction of the radius")
+            raise ConfigError(f"--online-step is {self.online_step}; it must lie in (0, 1], a fraction of the radius")
         for name in ("online_perturbations", "online_step"):
             if not self.online and getattr(self, name) != getattr(FinetuneConfig, name):
-                raise ConfigError(f"{name.replace('_', ' ')} belongs to --online; give that as well, or leave it out")
+                raise ConfigError(f"{option(name)} belongs to --online; give that as well, or leave it out")
         if self.online and self.held_out_members is not None:
             raise ConfigError("with --online no member of the pool is trained on; leave out --held-out-members")
         if self.batch_norm not in ("frozen", "train"):
-            raise ConfigError(f"batch norm is {self.batch_norm!r}; it must be frozen or train")
+            raise ConfigError(f"--batch-norm is {self.batch_norm!r}; it must be frozen or train")
 
     @property
     def share_perturbed(self) -> float:
@@ -165,7 +165,7 @@ class FinetuneOptions:
         if self.data.num_train_images is not None:
             self.finetune.check_images(self.data.num_train_images)
         if self.repetitions < 1:
-            raise ConfigError(f"repetitions is {self.repetitions}; it must be positive")
+            raise ConfigError(f"--repetitions is {self.repetitions}; it must be positive")
         low, high = self.fleet.bounds
         if high not in (None, low):
             raise ConfigError(

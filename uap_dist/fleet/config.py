@@ -7,7 +7,7 @@ from typing import get_args
 from uap_dist.errors import ConfigError
 from uap_dist.fleet import ray_cluster
 from uap_dist.fleet.ray_cluster import Need
-from uap_dist.job_options import GIB
+from uap_dist.job_options import GIB, option
 from uap_dist.workers.reproducible import Precision
 
 
@@ -41,17 +41,17 @@ class FleetConfig:
         for name in ("threads_per_worker", "decode_threads", "cache_gib", "placement_timeout_s", "task_timeout_s"):
             value = getattr(self, name)
             if value is not None and not 0 < value < inf:
-                raise ConfigError(f"{name.replace('_', ' ')} is {value}; it must be positive and finite")
+                raise ConfigError(f"{option(name)} is {value}; it must be positive and finite")
         if self.precision not in get_args(Precision):
-            raise ConfigError(f"precision is {self.precision!r}; it must be one of {', '.join(get_args(Precision))}")
+            raise ConfigError(f"--precision is {self.precision!r}; it must be one of {', '.join(get_args(Precision))}")
         if not 0 <= self.disk_cache_gib < inf:
-            raise ConfigError(f"disk cache gib is {self.disk_cache_gib}; it must be finite and not negative")
+            raise ConfigError(f"--disk-cache-gib is {self.disk_cache_gib}; it must be finite and not negative")
         gpus = self.gpus_per_worker or 0
         if gpus < 0 or (gpus > 1 and gpus != int(gpus)):
             raise ConfigError(f"gpus per worker is {gpus:g}; it must be 0, a fraction of one GPU or a whole number")
         _, most = self.bounds
         if self.verify_determinism and most == 1:
-            raise ConfigError("verify determinism compares workers; give --num-workers 2 or more")
+            raise ConfigError("--verify-determinism compares workers; give --num-workers 2 or more")
 
     @property
     def cache_bytes(self) -> int:
@@ -73,13 +73,13 @@ class FleetConfig:
             low, high = int(first), int(last if colon else first)
         except ValueError:
             raise ConfigError(
-                f"num workers is {self.num_workers!r}; it must be a number such as 8, or a range such as 1:64"
+                f"--num-workers is {self.num_workers!r}; it must be a number such as 8, or a range such as 1:64"
             ) from None
         if low < 1:
-            raise ConfigError(f"num workers is {self.num_workers}; it must be positive")
+            raise ConfigError(f"--num-workers is {self.num_workers}; it must be positive")
         if high < low:
             raise ConfigError(
-                f"num workers is {self.num_workers}; a range begins with the smaller number: give {high}:{low}"
+                f"--num-workers is {self.num_workers}; a range begins with the smaller number: give {high}:{low}"
             )
         return low, high
 

@@ -85,7 +85,7 @@ class Placement:
             )
         if config.verify_determinism and not ray_cluster.can_grow() and room < 2:
             raise ConfigError(
-                f"verify determinism compares two workers, but only {room} of {need} fits on this machine ({cluster}); "
+                f"--verify-determinism compares two workers, but only {room} of {need} fits on this machine ({cluster}); "
                 "leave it out, or give smaller workers (--threads-per-worker, --gpus-per-worker)"
             )
         if not room and config.gpus_per_worker is None:

@@ -50,12 +50,12 @@ class ShardOptions:
     def __post_init__(self) -> None:
         """Validate the options."""
         if self.shard_size < 1:
-            raise ConfigError(f"shard size is {self.shard_size}; it must be positive")
+            raise ConfigError(f"--shard-size is {self.shard_size}; it must be positive")
         if self.seed < 0:
-            raise ConfigError(f"seed is {self.seed}; it must not be negative")
+            raise ConfigError(f"--seed is {self.seed}; it must not be negative")
         if not re.fullmatch(r"[\w=-][\w.=-]{0,99}", self.prefix):
             raise ConfigError(
-                f"prefix is {self.prefix!r}; it must be the beginning of a file name, of at most 100 letters, digits and _ . = -"
+                f"--prefix is {self.prefix!r}; it must be the beginning of a file name, of at most 100 letters, digits and _ . = -"
             )
 
 

@@ -10,6 +10,7 @@ from typing import Any, get_args
 import numpy as np
 
 from uap_dist.errors import ConfigError, PerturbationError
+from uap_dist.job_options import option
 from uap_dist.method.augment import Augmentation, check_augmentation
 from uap_dist.method.deepfool import SLOPE_RATIO
 from uap_dist.method.norms import Norm, check_ball, paper_norm_l2
@@ -82,33 +83,33 @@ class ComputeConfig:
     def __post_init__(self) -> None:
         """Validate the options."""
         if self.rule not in get_args(Rule):
-            raise ConfigError(f"rule is {self.rule!r}; it must be one of {', '.join(get_args(Rule))}")
+            raise ConfigError(f"--rule is {self.rule!r}; it must be one of {', '.join(get_args(Rule))}")
         check_ball(self.norm, self.ball_radius)
         if self.augment is not None:
             check_augmentation(self.augment)
         if not 0 < self.target_fooling_rate <= 1:
-            raise ConfigError(f"target fooling rate is {self.target_fooling_rate}; it must lie in (0, 1]")
+            raise ConfigError(f"--target-fooling-rate is {self.target_fooling_rate}; it must lie in (0, 1]")
         for name in ("max_passes", "max_evaluations", "evaluate_every", "gain", "step_size", "period"):
             value = getattr(self, name)
             if value is not None and not 0 < value < inf:
-                raise ConfigError(f"{name.replace('_', ' ')} is {value}; it must be positive and finite")
+                raise ConfigError(f"{option(name)} is {value}; it must be positive and finite")
         if self.candidates is not None and self.candidates < 2:
-            raise ConfigError(f"candidates is {self.candidates}; it must be at least 2, the clean label included")
+            raise ConfigError(f"--candidates is {self.candidates}; it must be at least 2, the clean label included")
         if self.slope_ratio is not None and not self.slope_ratio >= 1:
-            raise ConfigError(f"slope ratio is {self.slope_ratio}; it must be at least 1")
+            raise ConfigError(f"--slope-ratio is {self.slope_ratio}; it must be at least 1")
         if self.random_start is not None and not 0 <= self.random_start <= 1:
-            raise ConfigError(f"random start is {self.random_start}; it must lie in [0, 1], a fraction of the radius")
+            raise ConfigError(f"--random-start is {self.random_start}; it must lie in [0, 1], a fraction of the radius")
         if self.zoom is not None and not 0 < self.zoom < 1:
-            raise ConfigError(f"zoom is {self.zoom}; it must lie in (0, 1), a fraction of the images' side")
+            raise ConfigError(f"--zoom is {self.zoom}; it must lie in (0, 1), a fraction of the images' side")
         check_sizes(self.round_size, self.block_size)
         if self.local_steps is not None and (self.local_steps < 1 or self.block_size % self.local_steps):
             raise ConfigError(
-                f"local steps is {self.local_steps}; it must be positive and divide the block size, {self.block_size}"
+                f"--local-steps is {self.local_steps}; it must be positive and divide the block size, {self.block_size}"
             )
         _check_rule(self)
         _check_goal(self)
         if self.seed < 0:
-            raise ConfigError(f"seed is {self.seed}; it must not be negative")
+            raise ConfigError(f"--seed is {self.seed}; it must not be negative")
 
     @classmethod
     def from_provenance(cls, provenance: Mapping[str, Any], name: str) -> "ComputeConfig":
@@ -218,9 +219,9 @@ class ComputeConfig:
 def _check_rule(config: ComputeConfig) -> None:
     """Raise ConfigError where an option does not belong to the rule."""
     if config.members_at_once < 1:
-        raise ConfigError(f"members at once is {config.members_at_once}; it must be positive")
+        raise ConfigError(f"--members-at-once is {config.members_at_once}; it must be positive")
     if config.members_at_once > 1 and (config.rule == "paper" or config.local_steps):
-        raise ConfigError("members at once belongs to the log-odds rule without local steps; leave it out")
+        raise ConfigError("--members-at-once belongs to the log-odds rule without local steps; leave it out")
     foreign = (
         ("candidates", "slope_ratio", "gain")
         if config.rule == "log-odds"
@@ -230,7 +231,7 @@ def _check_rule(config: ComputeConfig) -> None:
         raise ConfigError("achromatic does not belong to rule paper; leave it out")
     for name in foreign:
         if getattr(config, name) is not None:
-            raise ConfigError(f"{name.replace('_', ' ')} does not belong to rule {config.rule}; leave it out")
+            raise ConfigError(f"{option(name)} does not belong to rule {config.rule}; leave it out")
 
 
 def warn_of_default_radius(config: ComputeConfig, shape: Sequence[int]) -> None:
@@ -254,4 +255,4 @@ def _check_goal(config: ComputeConfig) -> None:
     if config.spare_weight is not None and not has_classes:
         raise ConfigError("--spare-weight belongs to --only-classes and --spare-classes; leave it out")
     if config.spare_weight is not None and not 0 <= config.spare_weight < inf:
-        raise ConfigError(f"spare weight is {config.spare_weight}; it must not be negative")
+        raise ConfigError(f"--spare-weight is {config.spare_weight}; it must not be negative")
