@@ -255,7 +255,7 @@ def test_invalid_options_are_refused():
         ConfigError, match="gpus per worker is 1.5; it must be 0, a fraction of one GPU or a whole number"
     ):
         FleetConfig(gpus_per_worker=1.5)
-    with pytest.raises(ConfigError, match="verify determinism compares workers; give --num-workers 2"):
+    with pytest.raises(ConfigError, match="--verify-determinism compares workers; give --num-workers 2"):
         FleetConfig(num_workers=1, verify_determinism=True)
     with pytest.raises(ConfigError, match="--decode-threads is 0; it must be positive"):
         FleetConfig(decode_threads=0)
