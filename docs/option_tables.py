@@ -10,10 +10,10 @@ import tyro
 
 from uap_dist.analysis.options import AnalyzeOptions
 from uap_dist.computing.options import ComputeOptions
+from uap_dist.data.sources.options import ShardOptions
 from uap_dist.evaluation.options import EvaluateOptions
 from uap_dist.finetuning.options import FinetuneOptions
 from uap_dist.jobs.common import PARSER
-from uap_dist.jobs.shard import ShardOptions
 
 JOBS = {
     "compute": ComputeOptions,

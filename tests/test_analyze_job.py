@@ -181,8 +181,8 @@ def options_from(**changed):
         ({"memory_gib": -1.0}, "--memory-gib is -1.0; it must be positive"),
         ({"seed": -1}, "seed is -1; it must not be negative"),
         ({"analyses": ()}, "no analyses given"),
-        ({"num_val_images": 0}, "number of images is 0; it must be positive"),
-        ({"max_bad_fraction": -0.1}, "max bad fraction is -0.1; it must lie in [0, 1]"),
+        ({"num_val_images": 0}, "--num-val-images is 0; it must be positive"),
+        ({"max_bad_fraction": -0.1}, "--max-bad-fraction is -0.1; it must lie in [0, 1]"),
     ],
 )
 def test_options_that_cannot_be_are_named(changed, message):

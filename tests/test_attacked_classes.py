@@ -153,7 +153,7 @@ def test_classes_are_found_by_number_and_name():
         ({"only_classes": (0, 1), "spare_classes": (1,)}, r"label 1 is to be attacked .* and spared"),
         ({"spare_classes": (0, 1, 2, 3)}, "--spare-classes has all 4 classes; leave some to attack"),
         ({"only_classes": (0, 1, 2, 3)}, "--only-classes has all 4 classes; leave it out"),
-        ({"only_classes": (1,), "target": 1}, "the only class to attack is the target, 1; leave others"),
+        ({"only_classes": (1,), "target": 1}, "only images of class 1 are to be attacked, and that is the target"),
     ],
 )
 def test_a_class_list_that_leaves_nothing_is_refused(options, message):
@@ -166,7 +166,7 @@ def test_a_class_list_that_leaves_nothing_is_refused(options, message):
     [
         ({"only_classes": (1,), "rule": "paper"}, "the paper's rule knows no classes to attack or spare"),
         ({"spare_weight": 1.0}, "--spare-weight belongs to --only-classes and --spare-classes"),
-        ({"only_classes": (1,), "spare_weight": -1.0}, "--spare-weight is -1.0; it must not be negative"),
+        ({"only_classes": (1,), "spare_weight": -1.0}, "--spare-weight is -1.0; it must be finite and not negative"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options, message):

@@ -51,7 +51,7 @@ def test_passes_default_to_ten_unless_evaluations_bound_them():
         ({"rule": "paper", "local_steps": 3}, "--local-steps does not belong to rule paper"),
         ({"local_steps": 0}, "--local-steps is 0; it must be positive and divide the block size, 3"),
         ({"local_steps": 2}, "--local-steps is 2; it must be positive and divide the block size, 3"),
-        ({"round_size": 10, "block_size": 4}, "round size 10 is not a positive multiple of block size 4"),
+        ({"round_size": 10, "block_size": 4}, "--round-size 10 is not a positive multiple of --block-size 4"),
     ],
 )
 def test_a_config_that_cannot_be_is_refused(options, message):

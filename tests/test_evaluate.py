@@ -211,7 +211,7 @@ def test_what_others_made_is_measured_under_names_of_ones_choice(shards, tmp_pat
         ),
         (
             ("--models", TINY, "--shards", "a.tar", "--perturbations", "v.npy:255", "--num-images", "0"),
-            "number of images is 0; it must be positive",
+            "--num-images is 0; it must be positive",
         ),
         (
             ("--models", TINY, "--shards", "a.tar", "--perturbations", "v.npy:255", "--verify-determinism"),

@@ -322,8 +322,8 @@ def test_bad_input_is_one_line(name, weights, data, pool, tmp_path):
             "batch size 64 is not a multiple of 3 workers; give another --batch-size",
         ),
         ({}, {"num_train_images": 7}, "7 training images are fewer than one batch of 64; give a smaller --batch-size"),
-        ({}, {"num_val_images": 0}, "number of images is 0; it must be positive"),
-        ({}, {"max_bad_fraction": 2.0}, "max bad fraction is 2.0; it must lie in"),
+        ({}, {"num_val_images": 0}, "--num-val-images is 0; it must be positive"),
+        ({}, {"max_bad_fraction": 2.0}, "--max-bad-fraction is 2.0; it must lie in"),
     ],
 )
 def test_options_that_cannot_be_are_refused_before_anything_is_looked_at(options, data, message):

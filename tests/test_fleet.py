@@ -252,7 +252,7 @@ def test_invalid_options_are_refused():
         with pytest.raises(ConfigError, match=message):
             FleetConfig(num_workers=bad)
     with pytest.raises(
-        ConfigError, match="gpus per worker is 1.5; it must be 0, a fraction of one GPU or a whole number"
+        ConfigError, match="--gpus-per-worker is 1.5; it must be 0, a fraction of one GPU or a whole number"
     ):
         FleetConfig(gpus_per_worker=1.5)
     with pytest.raises(ConfigError, match="--verify-determinism compares workers; give --num-workers 2"):

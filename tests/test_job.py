@@ -306,8 +306,8 @@ def test_held_out_images_that_are_training_images_too_are_left_out_and_recorded(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_train_images": 0}, "number of images is 0; it must be positive"),
-        ({"max_bad_fraction": 1.5}, "max bad fraction is 1.5; it must lie in"),
+        ({"num_train_images": 0}, "--num-train-images is 0; it must be positive"),
+        ({"max_bad_fraction": 1.5}, "--max-bad-fraction is 1.5; it must lie in"),
         (
             {"num_train_images": 40, "compute": ComputeConfig(max_evaluations=40)},
             "do not pay for more than the clean labels of 40 training images",

@@ -1,6 +1,8 @@
 """Options that several jobs share, and any job's options as plain values for its checkpoints."""
 
+import re
 from dataclasses import dataclass, fields, is_dataclass
+from math import inf
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, get_origin, get_type_hints
 
@@ -42,7 +44,7 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         """Validate the options."""
-        check_limits(self.max_bad_fraction, self.num_train_images, self.num_val_images)
+        check_limits(self.max_bad_fraction, num_train_images=self.num_train_images, num_val_images=self.num_val_images)
 
     def require(self) -> None:
         """Raise ConfigError where training or held-out shards are missing."""
@@ -76,8 +78,12 @@ class ResumableRecordOptions(RecordOptions):
 
     def __post_init__(self) -> None:
         """Validate the options."""
-        if not self.commit_every_s >= 0:
-            raise ConfigError(f"--commit-every-s is {self.commit_every_s}; it must not be negative")
+        if not 0 <= self.commit_every_s < inf:
+            raise ConfigError(f"--commit-every-s is {self.commit_every_s}; it must be finite and not negative")
+        if re.match("(https?|ftp)://", self.storage or ""):
+            raise ConfigError(
+                "--storage is a URL that cannot be written to; give a folder, s3://BUCKET/PATH or gs://BUCKET/PATH"
+            )
 
 
 class JobOptions(Protocol):
@@ -125,10 +131,10 @@ def list_options(kind: Any) -> set[str]:
     return found
 
 
-def check_limits(max_bad_fraction: float, *num_images: int | None) -> None:
-    """Raise ConfigError for options of a data set that cannot be; None takes all images."""
-    for number in num_images:
+def check_limits(max_bad_fraction: float, **numbers: int | None) -> None:
+    """Raise ConfigError for options of a data set that cannot be; of numbers of images, by their options, None takes all."""
+    for name, number in numbers.items():
         if number is not None and number < 1:
-            raise ConfigError(f"number of images is {number}; it must be positive")
+            raise ConfigError(f"{option(name)} is {number}; it must be positive")
     if not 0 <= max_bad_fraction <= 1:
-        raise ConfigError(f"max bad fraction is {max_bad_fraction}; it must lie in [0, 1]")
+        raise ConfigError(f"--max-bad-fraction is {max_bad_fraction}; it must lie in [0, 1]")

@@ -60,6 +60,13 @@ class AnalyzeOptions:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ConfigError(f"{option(name)} is {value}; it must be positive")
+        for number in self.numbers or ():
+            most = self.data.num_train_images
+            if number < 1 or (most is not None and number > most):
+                raise ConfigError(
+                    f"--numbers has {number}; it must be positive"
+                    + f", and at most {most} (--num-train-images)" * bool(most)
+                )
         for scale in self.scales:
             if not 0 < scale < float("inf"):
                 raise ConfigError(f"a scale is {scale}; scales must be positive")

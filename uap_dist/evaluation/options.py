@@ -51,7 +51,7 @@ class EvaluateOptions:
                 raise ConfigError(f"no {name} given (--{name})")
         if not self.perturbations and not self.pools:
             raise ConfigError("no perturbations given (--perturbations, --pools)")
-        check_limits(self.max_bad_fraction, self.num_images)
+        check_limits(self.max_bad_fraction, num_images=self.num_images)
         if self.fleet.verify_determinism:
             raise ConfigError("--verify-determinism compares increments, and an evaluation computes none; leave it out")
         for scale in self.scales:

@@ -76,8 +76,9 @@ class FinetuneConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ConfigError(f"{option(name)} is {value}; it must lie in [0, 1]")
-        if not 0 <= self.weight_decay < float("inf") or self.seed < 0:
-            raise ConfigError(f"--weight-decay is {self.weight_decay}, seed {self.seed}; they must not be negative")
+        for name in ("weight_decay", "seed"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"{option(name)} is {getattr(self, name)}; it must be finite and not negative")
         for name, allowed in (
             ("augment", (*get_args(Augmentation), RANDOM_RESIZED_CROP)),
             ("training_precision", get_args(Precision)),

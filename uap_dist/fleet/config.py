@@ -47,8 +47,8 @@ class FleetConfig:
         if not 0 <= self.disk_cache_gib < inf:
             raise ConfigError(f"--disk-cache-gib is {self.disk_cache_gib}; it must be finite and not negative")
         gpus = self.gpus_per_worker or 0
-        if gpus < 0 or (gpus > 1 and gpus != int(gpus)):
-            raise ConfigError(f"gpus per worker is {gpus:g}; it must be 0, a fraction of one GPU or a whole number")
+        if not 0 <= gpus < inf or (gpus > 1 and gpus != int(gpus)):
+            raise ConfigError(f"--gpus-per-worker is {gpus:g}; it must be 0, a fraction of one GPU or a whole number")
         _, most = self.bounds
         if self.verify_determinism and most == 1:
             raise ConfigError("--verify-determinism compares workers; give --num-workers 2 or more")

@@ -29,7 +29,7 @@ def run(options: AnalyzeOptions, tracker: Tracker) -> None:
     perturbation, *others = load_perturbations([options.perturbation])
     if others:
         raise ConfigError(
-            f"--perturbation {options.perturbation} holds {1 + len(others)} perturbations; give one, as FILE#KEY:UNIT"
+            f"--perturbation {options.perturbation} holds {1 + len(others)} perturbations; give one, as FILE#KEY:UNIT, or save it alone"
         )
     recipe = read_recipe(options, perturbation)
     classifier = load_usable_classifier(options.model, options.weights)

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-import tyro
 from rich.console import Console
 
 from uap_dist.data.locations import absolute, join
@@ -14,7 +13,8 @@ from uap_dist.errors import ConfigError
 from uap_dist.fleet.config import FleetConfig
 from uap_dist.fleet.fleet import Fleet
 from uap_dist.fleet.ray_cluster import connect
-from uap_dist.job_options import JobOptions, RecordOptions, ResumableRecordOptions, list_options
+from uap_dist.job_options import JobOptions, RecordOptions, ResumableRecordOptions
+from uap_dist.jobs.parsing import parse
 from uap_dist.models.classifier import Classifier
 from uap_dist.tracking.console import one_line_errors, replace_unknown_characters, set_up_logging
 from uap_dist.tracking.mlflow_run import Tracker
@@ -22,11 +22,8 @@ from uap_dist.tracking.process import raise_on_sigterm, refuse_credentials, refu
 from uap_dist.tracking.resume import Resumed, find_resumed
 
 console = Console(soft_wrap=True, highlight=False, markup=False)
-# what tyro would add says nothing: groups in front of names, {None}| in front of values, --no-debug beside --debug
-PARSER = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
 
 Options = TypeVar("Options", bound=JobOptions)
-Parsed = TypeVar("Parsed")
 
 
 @contextmanager
@@ -68,28 +65,6 @@ def run_job(
         experiment = options.record.experiment
         with Tracker(job=options.job, experiment=experiment, run_name=options.name, run_id=run_id) as tracker:
             run(options, tracker, resumed)
-
-
-def parse(options_type: type[Parsed], default: Parsed | None = None) -> Parsed:
-    """The options on the command line.
-
-    Args:
-        options_type: dataclass of the options.
-        default: options where the command line gives none.
-
-    Raises:
-        ConfigError: one that takes several values is given twice, of which the parser would take the last, as it should of others;
-            or what the options themselves raise.
-    """
-    given = [
-        word.partition("=")[0].removeprefix("--").replace("-", "_") for word in sys.argv[1:] if word.startswith("--")
-    ]
-    lists = list_options(options_type)
-    for name in sorted(name for name in lists if given.count(name) > 1):
-        raise ConfigError(f"--{name.replace('_', '-')} is given twice; give it once, with all of its values")
-    if given.count("model") > 1:
-        raise ConfigError("--model is given twice" + "; several networks are --models A B" * ("models" in lists))
-    return tyro.cli(options_type, default=tyro.MISSING_NONPROP if default is None else default, config=PARSER)
 
 
 def storage_of(record: ResumableRecordOptions, output: Path, tracker: Tracker, resumed: Resumed | None) -> str:

@@ -1,15 +1,13 @@
 """Make WebDataset shards from an ImageFolder tree, Parquet files or the tars of ILSVRC 2012: shuffled once, with an index of counts."""
 
-import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, BinaryIO
 
 from rich.progress import track
 
-from uap_dist.data.locations import is_url
 from uap_dist.data.patterns import expand_patterns
 from uap_dist.data.sources.imagenet import (
     SourceImage,
@@ -18,45 +16,13 @@ from uap_dist.data.sources.imagenet import (
     list_ilsvrc_val,
     shuffled_samples,
 )
+from uap_dist.data.sources.options import ShardOptions, check_source
 from uap_dist.data.sources.parquet import is_parquet, list_parquet
 from uap_dist.data.write import check_classes, write_classes, write_shards
 from uap_dist.errors import ConfigError
-from uap_dist.foreign_text import redact
-from uap_dist.jobs.common import command_line, console, parse
+from uap_dist.jobs.common import command_line, console
+from uap_dist.jobs.parsing import parse
 from uap_dist.tracking.outputs import output_folder
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardOptions:
-    """Make WebDataset shards."""
-
-    source: str
-    """ROOT of ROOT/CLASS/NAME.jpg, Parquet files, ILSVRC2012_img_train.tar, or …_val.tar with --labels."""
-    output: Path
-    """Folder for PREFIX-0000.tar …, PREFIX-index.json with the counts, and classes.txt with the classes' names."""
-    prefix: str = "train"
-    """First part of the shards' names."""
-    labels: Path | None = None
-    """For a tar of images: text file with a line `NAME LABEL` or `LABEL` for each, a WordNet id or a class index."""
-    label_key: str | None = None
-    """For Parquet files: column of the labels; if not given, the only one."""
-    shard_size: int = 1000
-    """Images in a shard."""
-    seed: int = 0
-    """Seed of the shuffle."""
-    debug: bool = False
-    """Show tracebacks of errors."""
-
-    def __post_init__(self) -> None:
-        """Validate the options."""
-        if self.shard_size < 1:
-            raise ConfigError(f"--shard-size is {self.shard_size}; it must be positive")
-        if self.seed < 0:
-            raise ConfigError(f"--seed is {self.seed}; it must not be negative")
-        if not re.fullmatch(r"[\w=-][\w.=-]{0,99}", self.prefix):
-            raise ConfigError(
-                f"--prefix is {self.prefix!r}; it must be the beginning of a file name, of at most 100 letters, digits and _ . = -"
-            )
 
 
 def main() -> None:
@@ -67,11 +33,10 @@ def main() -> None:
             raise ConfigError(
                 f"{options.output} already holds {options.prefix}-*.tar; give another --output or --prefix"
             )
-        _check_source(options)
+        check_source(options)
         output_folder(options.output, may_hold_files=True)
-        options.output.mkdir(parents=True, exist_ok=True)
         # the copy is one of the images in Parquet files, where there is room for the shards
-        with TemporaryFile(dir=options.output) as copy:
+        with _made(options.output), TemporaryFile(dir=options.output) as copy:
             images, classes = _list_images(options, copy)
             check_classes(options.output, classes)
             samples = _with_progress(shuffled_samples(images, options.seed), len(images))
@@ -82,22 +47,17 @@ def main() -> None:
         )
 
 
-def _check_source(options: ShardOptions) -> None:
-    """Raise ConfigError for a source that other options do not fit."""
-    if options.labels is not None and Path(options.source).is_dir():
-        raise ConfigError("--labels belongs to a tar of images; the classes of a folder are its folders: leave it out")
-    if is_parquet(options.source):
-        if options.labels is not None:
-            raise ConfigError(
-                "--labels belongs to a tar of images; labels of Parquet files are a column: --label-key names it"
-            )
-    elif options.label_key is not None:
-        raise ConfigError("--label-key belongs to Parquet files (NAME.parquet); leave it out")
-    elif is_url(options.source):
-        raise ConfigError(
-            f"{redact(options.source)}: of URLs only Parquet files are read (NAME.parquet); tars of images can be used as they are: "
-            "--train-shards"
-        )
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """The folder, which is made if it does not exist, and then removed after an error that leaves it empty."""
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if is_new and not any(folder.iterdir()):
+            folder.rmdir()
+        raise
 
 
 def _list_images(options: ShardOptions, copy: BinaryIO) -> tuple[list[SourceImage], list[str]]:

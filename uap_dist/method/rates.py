@@ -167,7 +167,9 @@ class Goal:
         if not self.attacks(labels).any():
             raise ConfigError(f"--spare-classes has all {num_classes} classes; leave some to attack")
         if not self.pushes(labels).any():
-            raise ConfigError(f"the only class to attack is the target, {self.target}; leave others")
+            raise ConfigError(
+                f"only images of class {self.target} are to be attacked, and that is the target (--target); attack other classes"
+            )
 
     def provenance(self) -> dict[str, Any]:
         """Inverse of `from_provenance`."""

@@ -47,7 +47,7 @@ class Round:
 def check_sizes(round_size: int, block_size: int) -> None:
     """Raise ConfigError unless both sizes are positive and the round size is a multiple of the block size."""
     if block_size < 1 or round_size < 1 or round_size % block_size:
-        raise ConfigError(f"round size {round_size} is not a positive multiple of block size {block_size}")
+        raise ConfigError(f"--round-size {round_size} is not a positive multiple of --block-size {block_size}")
 
 
 def plan_rounds(shard_sizes: Sequence[int], *, seed: int, round_size: int, block_size: int) -> Iterator[Round]:

@@ -138,8 +138,10 @@ def find_label(given: int | str, class_names: Sequence[str], num_classes: int, *
     holding = [name for name in plain if _plain(given) in name]
     near = dict.fromkeys([*holding, *difflib.get_close_matches(_plain(given), plain, n=3, cutoff=0.4)])
     shown = [f"{class_names[plain.index(name)]} ({plain.index(name)})" for name in list(near)[:3]]
+    some = "; ".join(f"{name} ({label})" for label, name in enumerate(class_names[:3])) + "; …" * (len(class_names) > 3)
     raise ConfigError(
-        f"{option} is {given!r}, which is no class of the network; nearest names: {'; '.join(shown) or 'none'}"
+        f"{option} is {given!r}, which is no class of the network; "
+        + (f"nearest names: {'; '.join(shown)}" if shown else f"its classes are {some}")
     )
 
 

@@ -10,6 +10,11 @@ MLFLOW_SCHEMES = ("runs:/", "models:/")
 PERTURBATION_FILE, POOL_FILE = "perturbation.safetensors", "pool.safetensors"
 # what they are, and how jobs/evaluate.py is given them
 KINDS = {PERTURBATION_FILE: ("a single perturbation", "--perturbations"), POOL_FILE: ("a pool", "--pools")}
+# and what is to be given instead where the other one is expected
+INSTEAD = {
+    PERTURBATION_FILE: "a perturbation of it lies in its run's members/NAME",
+    POOL_FILE: "--num-perturbations makes a pool",
+}
 
 
 def read(location: str) -> bytes:
@@ -41,7 +46,9 @@ def read_own(location: str, file: str) -> tuple[str, bytes]:
         TrackingError: MLflow cannot provide it.
     """
     (other,) = KINDS.keys() - {file}
-    refusal = PerturbationError("{} is {}; jobs/evaluate.py takes it as {}".format(location, *KINDS[other]))
+    refusal = PerturbationError(
+        "{} is {}; jobs/evaluate.py takes it as {}; {}".format(location, *KINDS[other], INSTEAD[file])
+    )
     is_folder = PurePosixPath(split_query(location)[0]).suffix != ".safetensors"
     place = join(location, file) if is_folder else location
     try:

@@ -30,6 +30,7 @@ MEANINGS = {  # of regular expressions found in an error
     "No space left|is full|[Qq]uota exceeded": "no space is left on the disk",
     "Permission denied|readonly database|Read-only file": "it must not be written to",
     "database is locked": "other processes keep it locked",
+    "error code 404|<!DOCTYPE|<html": "that is no MLflow server; set it to one, or unset it for mlflow.db in this folder",
 }
 EXPERIMENT_KIND = {"mlflow.experimentKind": "custom_model_development"}  # otherwise shown as a chat application
 # MLflow keeps saved views of the table of runs in tags of the experiment, in a format of its web page that has no API. This one

@@ -62,7 +62,9 @@ def _lock(path: Path) -> IO[bytes]:
     """An open file that holds an exclusive lock on the store until it is closed, or its process dies."""
     name = f"{path}.lock"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.parent.exists():
+            logger.warning("making the folder %s, which MLFLOW_TRACKING_URI names", path.parent)
+            path.parent.mkdir(parents=True, exist_ok=True)
         file = open(name, "ab")  # noqa: SIM115  # closed by the caller
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

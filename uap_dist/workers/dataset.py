@@ -212,7 +212,7 @@ def list_dataset(
         ShardError: a shard cannot be used, too many images are bad, or images differ in size.
         ConfigError: there are fewer images than `num_images`, none has a label under `label_key`, or an option is outside its range.
     """
-    check_limits(max_bad_fraction, num_images)
+    check_limits(max_bad_fraction, num_images=num_images)
     listings = []
     first = (like.shards[0].url, like.shape) if like else None
     for url, listing in list_shards(workers, urls, num_images, label_key, read):

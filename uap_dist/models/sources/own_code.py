@@ -57,8 +57,11 @@ def load_own(name: str, weights: str | None) -> Classifier:
         module = import_file(Path(location)) if is_file else import_module(location)
         factory = getattr(module, attribute, None)
         if not callable(factory):
-            near = nearest(attribute, dir(module))
-            raise ClassifierError(f"{location} has no factory {attribute!r}; nearest names: {near}")
+            own = [n for n, each in vars(module).items() if getattr(each, "__module__", "") == module.__name__]
+            kind = f", only a value of type {type(factory).__name__}" if hasattr(module, attribute) else ""
+            raise ClassifierError(
+                f"{location} has no factory {attribute!r}{kind}; nearest names: {nearest(attribute, own, own)}"
+            )
         network = _call(factory, _parse(name, query or ""), f"{location}:{attribute}")
     if not isinstance(network, nn.Module):
         raise ClassifierError(f"{name} returns {type(network).__name__}, not a torch.nn.Module")
