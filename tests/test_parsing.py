@@ -19,6 +19,7 @@ GIVEN = ("compute.py", "--model", "m", "--train-shards", "a.tar", "--val-shards"
     [
         (("--radius", "10px"), "--radius is '10px'; it must be a number"),
         (("--max-evaluations", "1e4"), "--max-evaluations is '1e4'; it must be a whole number"),
+        (("--seed", "1.5"), "--seed is '1.5'; it must be a whole number"),
         (("--norm", "L2"), "--norm is 'L2'; it must be one of l2, linf"),
         (("--augment", "no"), "--augment is 'no'; it must be one of flip, flip-shift, none"),
         (("--trget", "3"), "unknown options or values: --trget, 3; perhaps --target is meant"),

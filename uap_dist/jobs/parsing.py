@@ -62,18 +62,20 @@ def _check_lists(words: Sequence[str], lists: set[str]) -> None:
 
 def _refuse(box: str) -> NoReturn:
     """Print what the parser says in a box of several lines, as one line."""
-    rows = [
-        row[1:-1].strip() for row in box.splitlines() if row[:1] in ("│", "|")
-    ]  # the latter where stdout has not UTF-8
-    complaint, *others = re.split(r"\n[─-][─-]+\n", "\n".join(rows))
+    rows = "\n".join(row.strip("│╭╮╰╯ ") for row in box.splitlines())
+    # a title, the complaint, and what may have been meant, between lines of ─ or, where stdout has not UTF-8, of -
+    _, complaint, *others = re.split(r"(?:\n|^)(?:[─-]{3,}|─ .* ─+)(?:\n|$)", rows)
     text = " ".join(complaint.partition("\n\n")[0].split())
     missing = re.fullmatch(r"Missing value for argument '(--\S+)'.*", text)
     wrong_type = re.search(r"Error parsing (--\S+): no type matching (\w+) could be instantiated from \['(.*)'\]", text)
+    no_number = re.search(r"Error parsing (--\S+): (?:invalid literal for (int)|could not .* (float)).*: '(.*)'", text)
     wrong_choice = re.search(r"invalid choice '(.*)' for argument '(--\S+)'\. Expected one of \((.*)\)", text)
     if missing:
         text = f"{missing[1]} has no value"
     elif wrong_type:
         text = f"{wrong_type[1]} is {wrong_type[3]!r}; it must be {KINDS.get(wrong_type[2], wrong_type[2])}"
+    elif no_number:
+        text = f"{no_number[1]} is {no_number[4]!r}; it must be {KINDS['INT' if no_number[2] else 'FLOAT']}"
     elif wrong_choice:
         choices = sorted({*re.findall(r"'([^']*)'", wrong_choice[3])} - {"None"})
         text = f"{wrong_choice[2]} is {wrong_choice[1]!r}; it must be one of {', '.join(choices)}"
