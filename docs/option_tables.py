@@ -13,7 +13,7 @@ from uap_dist.computing.options import ComputeOptions
 from uap_dist.data.sources.options import ShardOptions
 from uap_dist.evaluation.options import EvaluateOptions
 from uap_dist.finetuning.options import FinetuneOptions
-from uap_dist.jobs.common import PARSER
+from uap_dist.jobs.parsing import PARSER
 
 JOBS = {
     "compute": ComputeOptions,
