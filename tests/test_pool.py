@@ -115,8 +115,18 @@ def test_a_pool_is_no_perturbation_nor_the_other_way_round(pool, tmp_path, given
     v = pool.perturbations[0]
     provenance = SHARED | {"perturbation_sha256": sha256(v.numpy().tobytes()).hexdigest()}
     for folder, file, load, message in (
-        ("pool", POOL_FILE, load_perturbations, "is a pool.*--pools$"),
-        ("v", PERTURBATION_FILE, PerturbationPool.load, "is a single perturbation.*--perturbations$"),
+        (
+            "pool",
+            POOL_FILE,
+            load_perturbations,
+            "is a pool.*--pools; a perturbation of it lies in its run.s members/NAME$",
+        ),
+        (
+            "v",
+            PERTURBATION_FILE,
+            PerturbationPool.load,
+            "is a single perturbation.*--perturbations; --num-perturbations makes a pool$",
+        ),
     ):
         (tmp_path / "own").mkdir()
         if file == POOL_FILE:
