@@ -119,13 +119,13 @@ def test_a_pool_is_no_perturbation_nor_the_other_way_round(pool, tmp_path, given
             "pool",
             POOL_FILE,
             load_perturbations,
-            "is a pool.*--pools; a perturbation of it lies in its run.s members/NAME$",
+            "is a pool.*--pools(; a perturbation of it lies in its run's members/NAME)?$",
         ),
         (
             "v",
             PERTURBATION_FILE,
             PerturbationPool.load,
-            "is a single perturbation.*--perturbations; --num-perturbations makes a pool$",
+            "is a single perturbation.*--perturbations(; --num-perturbations makes a pool)?$",
         ),
     ):
         (tmp_path / "own").mkdir()
