@@ -49,6 +49,11 @@ def test_lists_without_a_value_or_given_twice_are_refused(monkeypatch, words, me
         parse(ComputeOptions)
 
 
+def test_no_word_is_no_error(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["compute.py"])
+    assert parse(ComputeOptions).is_demo
+
+
 def test_help_is_no_error(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["compute.py", "--help"])
     with pytest.raises(SystemExit) as end:

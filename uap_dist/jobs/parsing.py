@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr
+from itertools import pairwise
 from typing import NoReturn, TypeVar
 
 import tyro
@@ -53,7 +54,7 @@ def _check_lists(words: Sequence[str], lists: set[str]) -> None:
     for name in names:
         if given.count(name) > 1:
             raise ConfigError(f"{name} is given twice; give it once, with all of its values")
-    for word, following in zip(words, (*words[1:], "--"), strict=True):
+    for word, following in pairwise([*words, "--"]):
         if word in names and following.startswith("--"):
             raise ConfigError(f"{word} has no value; if one of the shell's variables is meant, it is empty")
     if given.count("--model") > 1:
