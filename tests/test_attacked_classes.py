@@ -166,7 +166,10 @@ def test_a_class_list_that_leaves_nothing_is_refused(options, message):
     [
         ({"only_classes": (1,), "rule": "paper"}, "the paper's rule knows no classes to attack or spare"),
         ({"spare_weight": 1.0}, "--spare-weight belongs to --only-classes and --spare-classes"),
-        ({"only_classes": (1,), "spare_weight": -1.0}, "--spare-weight is -1.0; it must be finite and not negative"),
+        (
+            {"only_classes": (1,), "spare_weight": -1.0},
+            "--spare-weight is -1.0; it must not be negative, and must be finite",
+        ),
     ],
 )
 def test_options_that_cannot_be_are_refused(options, message):

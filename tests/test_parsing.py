@@ -72,7 +72,7 @@ def test_storage_that_cannot_be_written_to_is_refused_at_once(storage):
 def test_numbers_that_are_none(value):
     with pytest.raises(ConfigError, match="--gpus-per-worker is (nan|inf); it must be 0"):
         FleetConfig(gpus_per_worker=value)
-    with pytest.raises(ConfigError, match="--commit-every-s is (nan|inf); it must be finite and not negative"):
+    with pytest.raises(ConfigError, match="--commit-every-s is (nan|inf); it must not be negative, and must be finite"):
         ResumableRecordOptions(commit_every_s=value)
 
 

@@ -105,7 +105,10 @@ def test_a_run_whose_results_could_not_be_copied_to_its_storage_is_not_finished(
         *given, _ = begin(tracker, num_perturbations=num_perturbations)
         return *given, f"s3://bucket/{num_perturbations}?{store.query}&retries=1"
 
-    with pytest.raises(ConfigError, match="access is denied.*copy them with --resume s3://bucket"), track() as tracker:
+    with (
+        pytest.raises(ConfigError, match="access is denied.*copy them with --resume '?s3://bucket"),
+        track() as tracker,
+    ):
         store.fault = lambda method, path: ("status", 403) if path.endswith("/results/result.json") else None
         compute_all(*begin_in_store(tracker))
     assert mlflow.get_run(tracker.run_id).info.status == "FAILED"

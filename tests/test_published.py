@@ -97,6 +97,12 @@ def test_a_zoo_is_a_folder_or_a_zip_of_them(zoo, tmp_path):
         pool.check_classifier("0" * 64)
 
 
+def test_values_that_are_all_positive_are_warned_of(tmp_path, caplog):
+    np.save(tmp_path / "v.npy", SHIFTED.astype(np.float32))
+    (found,) = load_perturbations(f"{tmp_path}/v.npy:255")
+    assert (found.v == 138).all() and "v.npy has positive values only; if 128 was added to them" in caplog.text
+
+
 def test_files_of_one_name_are_refused_and_others_are_counted(tmp_path, caplog):
     folder = tmp_path / "v"
     folder.mkdir()
@@ -148,7 +154,6 @@ class Own:
         ("v.pth:255", {"v": torch.tensor(SHIFTED)}, UNSIGNED),
         ("v.safetensors:255", {"v": torch.tensor(SHIFTED)}, UNSIGNED),
         ("v.npy:1", np.full((3, 2, 2), 0.1 + 0.1j), r"v.npy must hold one array of numbers, .* but holds complex128 \(3, 2, 2\)"),
-        ("v.npy:255", SHIFTED.astype(np.float32), "v.npy has positive values only; subtract what was added, as 128, or 0.5"),
         ("v.npy:1", np.full((3, 2, 2), 1e300), "v.npy holds values that are not finite"),
         ("v.pth:1", {"a/b": V, "a-b": V}, "v.pth has keys that differ by / and - only: a/b, a-b"),
         ("v.pth:1", {"v": V.to("meta")}, "v.pth holds a tensor that is no array: .*; save the perturbation's tensor"),

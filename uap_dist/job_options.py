@@ -79,7 +79,7 @@ class ResumableRecordOptions(RecordOptions):
     def __post_init__(self) -> None:
         """Validate the options."""
         if not 0 <= self.commit_every_s < inf:
-            raise ConfigError(f"--commit-every-s is {self.commit_every_s}; it must be finite and not negative")
+            raise ConfigError(f"--commit-every-s is {self.commit_every_s}; it must not be negative, and must be finite")
         if re.match("(https?|ftp)://", self.storage or ""):
             raise ConfigError(
                 "--storage is a URL that cannot be written to; give a folder, s3://BUCKET/PATH or gs://BUCKET/PATH"

@@ -78,7 +78,9 @@ class FinetuneConfig:
                 raise ConfigError(f"{option(name)} is {value}; it must lie in [0, 1]")
         for name in ("weight_decay", "seed"):
             if not 0 <= getattr(self, name) < float("inf"):
-                raise ConfigError(f"{option(name)} is {getattr(self, name)}; it must be finite and not negative")
+                raise ConfigError(
+                    f"{option(name)} is {getattr(self, name)}; it must not be negative, and must be finite"
+                )
         for name, allowed in (
             ("augment", (*get_args(Augmentation), RANDOM_RESIZED_CROP)),
             ("training_precision", get_args(Precision)),

@@ -45,7 +45,7 @@ class FleetConfig:
         if self.precision not in get_args(Precision):
             raise ConfigError(f"--precision is {self.precision!r}; it must be one of {', '.join(get_args(Precision))}")
         if not 0 <= self.disk_cache_gib < inf:
-            raise ConfigError(f"--disk-cache-gib is {self.disk_cache_gib}; it must be finite and not negative")
+            raise ConfigError(f"--disk-cache-gib is {self.disk_cache_gib}; it must not be negative, and must be finite")
         gpus = self.gpus_per_worker or 0
         if not 0 <= gpus < inf or (gpus > 1 and gpus != int(gpus)):
             raise ConfigError(f"--gpus-per-worker is {gpus:g}; it must be 0, a fraction of one GPU or a whole number")

@@ -249,8 +249,8 @@ def _in_pixels(array: np.ndarray, unit: float, where: str, limit: float = math.i
         raise PerturbationError(f"{where} holds values that are not finite")
     if not v.any():
         raise PerturbationError(f"{where} holds zeros only")
-    if v.min() > 0:
-        raise PerturbationError(f"{where} has positive values only; subtract what was added, as 128, or 0.5")
     if not SMALLEST <= measure(v, "linf") <= 255:
         raise PerturbationError(f"{where} reaches ±{measure(v, 'linf'):g} pixels of 255; is its unit right?")
+    if v.min() > 0:
+        logger.warning("%s has positive values only; if 128 was added to them, or 0.5, subtract that", where)
     return v

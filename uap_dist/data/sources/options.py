@@ -61,5 +61,3 @@ def check_source(options: ShardOptions) -> None:
         )
     elif not Path(options.source).exists():
         raise ConfigError(f"--source {options.source}: there is no such file or folder")
-    if Path(options.source).is_dir() and options.output.resolve().is_relative_to(Path(options.source).resolve()):
-        raise ConfigError(f"--output {options.output} lies in --source {options.source}; give a folder beside it")
