@@ -168,7 +168,7 @@ def test_a_class_list_that_leaves_nothing_is_refused(options, message):
         ({"spare_weight": 1.0}, "--spare-weight belongs to --only-classes and --spare-classes"),
         (
             {"only_classes": (1,), "spare_weight": -1.0},
-            "--spare-weight is -1.0; it must not be negative, and must be finite",
+            "--spare-weight is -1.0; it must be finite and not negative",
         ),
     ],
 )

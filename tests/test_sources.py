@@ -90,10 +90,10 @@ def test_the_shard_job_reports_invalid_options_before_listing_images(tmp_path):
             ["--output", str(tmp_path / "labels.txt/out")],
             f"cannot write to --output {tmp_path}/labels.txt/out: Not a dir",
         ),
-        (["--output", "out", "--seed", "-1"], "seed is -1; it must not be negative"),
+        (["--output", "out", "--seed", "-1"], "--seed is -1; it must not be negative"),
         (["--output", "out", "--shard-size", "0"], "--shard-size is 0; it must be positive"),
-        (["--output", "out", "--prefix", "t[1]"], "prefix is 't[1]'; it must be the beginning of a file name"),
-        (["--output", "out", "--prefix", "a/b"], "prefix is 'a/b'; it must be the beginning of a file name"),
+        (["--output", "out", "--prefix", "t[1]"], "--prefix is 't[1]'; it must be the beginning of a file name"),
+        (["--output", "out", "--prefix", "a/b"], "--prefix is 'a/b'; it must be the beginning of a file name"),
     ):
         done = run_job([*given, *more], tmp_path)
         assert done.returncode == 1 and done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1

@@ -255,4 +255,4 @@ def _check_goal(config: ComputeConfig) -> None:
     if config.spare_weight is not None and not has_classes:
         raise ConfigError("--spare-weight belongs to --only-classes and --spare-classes; leave it out")
     if config.spare_weight is not None and not 0 <= config.spare_weight < inf:
-        raise ConfigError(f"--spare-weight is {config.spare_weight}; it must not be negative, and must be finite")
+        raise ConfigError(f"--spare-weight is {config.spare_weight}; it must be finite and not negative")
