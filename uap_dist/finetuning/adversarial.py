@@ -132,8 +132,8 @@ class OnlinePerturbations:
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """What `load` continues from: v before `finish`, and its momentum, M×C×H×W float64 each."""
-        return {"v": self._iterate.v, "momentum": self._iterate.momentum}
+        """What `load` continues from, v before `finish` and its momentum (M×C×H×W float64 each), and v as it is shown."""
+        return {"v": self._iterate.v, "momentum": self._iterate.momentum, "shown": self.v}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Continue from a `state`."""

@@ -262,7 +262,7 @@ def _save_network(
         "mlflow_run_id": mlflow_run_id,
     }
     folder = job.network_folder(repetition)
-    online = _online_pool(training.tensors(ONLINE_FILE)["v"].float(), provenance) if job.config.online else None
+    online = _online_pool(training.tensors(ONLINE_FILE)["shown"], provenance) if job.config.online else None
     _write_network(folder, classifier.network, provenance, records, online)
     with _storage():
         copy_folder(folder, job.network_storage(repetition), last=NETWORK_FILE)
