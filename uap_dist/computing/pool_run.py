@@ -177,7 +177,7 @@ def compute_members(
     # those of pools that were put together by hand may differ
     configs = {name: member.config for name, member in members.items()}
     kinds = {replace(config, seed=0, random_start=None) for config in configs.values()}
-    was_recorded = False
+    was_tried = False
     rounds = _begin_all(setting, members)
     with RoundProgress(setting.console, {name: each.max_evaluations for name, each in configs.items()}) as progress:
         for name, report in compute_concurrently(
@@ -189,8 +189,8 @@ def compute_members(
                 provenance = describe_held_out(setting.train, val) | dict(setting.provenance) | fleet.describe()
                 members[name].finish(report, fleet, val, provenance, setting.class_names)
             with suppress(TrackingError):  # the next member that is done tries again, or `deliver_members`
-                if setting.held_out.done() and (report.is_last or not was_recorded):
-                    was_recorded = True
+                if setting.held_out.done() and (report.is_last or not was_tried):
+                    was_tried = True
                     record()
                 if report.is_last and deliver_at_once:
                     members[name].deliver(DELIVERY_TIMEOUT_S, fleet.describe())

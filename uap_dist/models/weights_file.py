@@ -57,10 +57,7 @@ def open_weights(location: str) -> WeightsFile:
     """
     path, key = split_key(location)
     if not is_url(path) and not os.path.isfile(path):
-        what = " is a folder" if os.path.isdir(path) else ""
-        raise ClassifierError(
-            f"no weights file {path} on {platform.node()}" + (f": it{what}; give the file" if what else "")
-        )
+        raise ClassifierError(f"no weights file {path} on {platform.node()}" + ": it is a folder" * os.path.isdir(path))
     try:
         data = read_file(path)
     except OSError as error:
