@@ -117,9 +117,10 @@ def load_tensors(data: bytes, path: str, advice: str) -> Any:
             raise ClassifierError(
                 f"{path} is a truncated or damaged safetensors file ({first_line(error)}); fetch it again"
             ) from error
-    wrong = _name_other_kind(data, path)
+    wrong = _name_other_kind(data)
     if wrong is not None:
         raise ClassifierError(f"{path} {wrong}")
+    _warn_of_damage(data, path)
     with torch.serialization.safe_globals(list(PLAIN)):
         try:
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -148,7 +149,7 @@ def _name_classes(data: bytes, complaint: str) -> list[str]:
         return re.findall(r"Unsupported global: GLOBAL (\S+)", complaint)
 
 
-def _name_other_kind(data: bytes, path: str) -> str | None:
+def _name_other_kind(data: bytes) -> str | None:
     """Description of a common kind of file that torch.load would report as broken; None for others."""
     if not data:
         return "is empty (0 bytes); fetch it again"
@@ -162,22 +163,29 @@ def _name_other_kind(data: bytes, path: str) -> str | None:
         return "is compressed (gzip); unpack it"
     if data.startswith(b"PK"):
         try:
-            archive = zipfile.ZipFile(io.BytesIO(data))
-            names, damaged = archive.namelist(), archive.testzip()
+            names = zipfile.ZipFile(io.BytesIO(data)).namelist()
         except zipfile.BadZipFile:
             return "is truncated or damaged; fetch it again"
-        if damaged is not None:  # torch does not look at checksums, and can be told to save none
-            logger.warning(
-                "%s: %s does not match its checksum; unless it was saved without one, the file is damaged",
-                path,
-                damaged,
-            )
         if any(name.endswith("constants.pkl") for name in names):
             return (
                 "is a TorchScript archive, not a dictionary of tensors; save them alone: "
                 "torch.save(torch.jit.load(FILE).state_dict(), 'weights.pth')"
             )
     return None
+
+
+def _warn_of_damage(data: bytes, path: str) -> None:
+    """Warn of a checksum that does not match: torch does not look at them, and can be told to save none."""
+    if not data.startswith(b"PK"):  # an older format, which has none
+        return
+    try:
+        damaged = zipfile.ZipFile(io.BytesIO(data)).testzip()
+    except zipfile.BadZipFile:  # torch will say so
+        return
+    if damaged is not None:
+        logger.warning(
+            "%s: %s does not match its checksum; unless it was saved without one, the file is damaged", path, damaged
+        )
 
 
 def find_states(value: Any, name: str = "") -> Iterator[tuple[str, dict[str, Tensor]]]:
